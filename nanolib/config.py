@@ -1,0 +1,408 @@
+"""Everything a run can be told, in one place.
+
+A setting's name is its dotted path, everywhere: TOML ``[base] steps = 100``, CLI ``--base.steps
+100``, notebook ``overrides = {"base.steps": 100}``. Profiles (``runs/*.toml``) and overrides stay
+flat dictionaries until `resolve`, which checks every path and value, derives what is missing and
+returns a complete, frozen `Config`.
+
+``Config.recipe`` is what is computed: the identity of a run. ``Config.machine`` is what it is
+computed on: it may differ every time a run is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROFILES = REPOSITORY / "runs"
+STAGES = ("data", "tokenizer", "shards", "base", "sft", "eval", "report")
+NUM_SPECIAL_TOKENS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text, conversations and questions come from."""
+
+    source: Literal["toyworld", "hub"] = "hub"  # "hub": the mirror if one is given, else the hub
+    repository: str = "karpathy/fineweb-edu-100b-shuffle"  # pretraining text on the hub
+    text_shards: int | None = None  # training shards to use; None: all the mirror has, or enough
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    vocab_size: int = 65_536  # rows of the embedding: 256 bytes, merges and special tokens
+    max_chars: int = 2_000_000_000  # text to train on
+    max_document_chars: int = 10_000  # of each document, so that no single one dominates
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The depth dial and what hangs on it."""
+
+    preset: Literal["classic"] = "classic"  # the October 2025 architecture
+    depth: int = 20
+    aspect: int = 64  # width = aspect * depth, rounded up to a multiple of head_dim
+    head_dim: int = 128
+    kv_heads: int | None = None  # key/value heads (GQA); None: as many as query heads
+    sequence_len: int = 2048  # T: tokens a row, and the longest context
+
+    @property
+    def width(self) -> int:
+        return math.ceil(self.aspect * self.depth / self.head_dim) * self.head_dim
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of one block: queries and output, keys and values, and the 4x MLP in and out."""
+        kv_width = self.num_kv_heads * self.head_dim
+        return self.width * (2 * self.width + 2 * kv_width + 8 * self.width)
+
+    def parameters(self, vocab_size: int) -> int:
+        """All weights: blocks, token embedding and untied head."""
+        return self.depth * self.block_parameters + 2 * vocab_size * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates at width 768 and stage multiplier 1; see `nanolib.optim`."""
+
+    matrix_lr: float = 0.02  # Muon
+    embedding_lr: float = 0.2  # AdamW; scaled by (width / 768) ** -0.5
+    head_lr: float = 0.004  # AdamW; scaled likewise
+    adam_beta1: float = 0.8
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-10
+    weight_decay: float = 0.0  # AdamW, decoupled
+    momentum: float = 0.95  # Muon, Nesterov, after its warmup
+    momentum_start: float = 0.85
+    momentum_warmup: int = 300  # steps
+    newton_schulz_steps: int = 5
+    clip: float | None = 1.0  # global gradient norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate over a stage: linear warmup, constant, linear warmdown; see `train`."""
+
+    lr: float = 1.0  # multiplies every learning rate of [optim]
+    warmup: float = 0.0  # fraction of the steps
+    warmdown: float = 0.2  # fraction of the steps
+    final: float = 0.0  # fraction of lr at the last step's end
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(Schedule):
+    """Pretraining."""
+
+    enabled: bool = True
+    tokens_per_parameter: float = 20.0  # the horizon, when steps is not given
+    steps: int | None = None
+    batch_tokens: int = 524_288  # over all ranks and micro-batches
+    eval_every: int | None = None  # steps between bits per byte; None: about ten times a stage
+    eval_documents: int | None = None  # of the validation shard; None: all
+    save_every: int | None = None  # steps between checkpoints; None: about ten times a stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Training rows taken from each source: None means all of them, 0 none."""
+
+    smoltalk: int | None = None
+    mmlu: int | None = 0
+    arc_easy: int | None = None
+    arc_challenge: int | None = None
+    gsm8k: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(Schedule):
+    """Supervised finetuning on conversations."""
+
+    enabled: bool = True
+    lr: float = 0.02
+    warmdown: float = 1.0
+    epochs: float = 1.0  # passes over the mixture, when steps is not given
+    steps: int | None = None
+    batch_tokens: int = 65_536  # over all ranks and micro-batches, padding included
+    eval_every: int | None = None
+    save_every: int | None = None
+    rows: Mixture = field(default_factory=Mixture)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    tasks: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu")  # names in `nanolib.tasks`
+    max_problems: int | None = None  # of each task; None: all
+    max_new_tokens: int = 256  # for answers by generation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is computed: saved in the manifest and in every checkpoint."""
+
+    seed: int = 1
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """What it is computed on: free to differ at every opening of a run."""
+
+    ranks: int | None = None  # processes; None: one a GPU, or one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+    device_batch: int | None = None  # rows a micro-batch on one rank; None: the stage's share
+    threads: int | None = None  # CPU threads a rank; None: the cores divided by the ranks
+    mirror: str | None = None  # a folder in the mirror's layout instead of the hub
+    dollars_per_hour: float | None = None  # of the whole machine, for the report's cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    profile: str
+    recipe: Recipe
+    machine: MachineConfig
+
+
+ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks"}
+
+
+# ---------------------------------------------------------------------------- flat dictionaries
+
+
+def fields_of(cls: type) -> dict[str, Any]:
+    """Dotted path -> type of every leaf setting below a config class."""
+    paths: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            paths |= {f"{name}.{path}": leaf for path, leaf in fields_of(hint).items()}
+        else:
+            paths[name] = hint
+    return paths
+
+
+def settings() -> dict[str, Any]:
+    """Dotted path -> type of every setting a profile or an override may name."""
+    machine = {f"machine.{path}": hint for path, hint in fields_of(MachineConfig).items()}
+    return fields_of(Recipe) | machine
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries or dataclasses as one flat dictionary of dotted paths."""
+    if dataclasses.is_dataclass(tree):
+        tree = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _build(cls: type, flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """The inverse of `flatten` for a config class; missing settings take their defaults."""
+    values: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        path = prefix + name
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, flat, f"{path}.")
+        elif path in flat:
+            values[name] = flat[path]
+    return cls(**values)
+
+
+def coerce(path: str, hint: Any, value: Any) -> Any:
+    """`value`, given as text or as a Python value, as the type of setting `path`.
+
+    Raises ValueError that names the path, the value and what would be accepted.
+    """
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        if type(None) in options:
+            return None
+        raise ValueError(f"{path} must be {_describe(hint)}, got none")
+    for option in options:
+        try:
+            return _coerce_one(option, value)
+        except (TypeError, ValueError):
+            continue
+    raise ValueError(f"{path} must be {_describe(hint)}, got {value!r}")
+
+
+def _coerce_one(option: Any, value: Any) -> Any:
+    if typing.get_origin(option) is Literal:
+        if value in typing.get_args(option):
+            return value
+    elif typing.get_origin(option) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(str(item).strip() for item in items if str(item).strip())
+    elif option is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False}.get(value.lower()) or _raise_unless_false(value)
+    elif option in (int, float) and not isinstance(value, bool):
+        number = float(value.replace("_", "")) if isinstance(value, str) else float(value)
+        if math.isfinite(number) and (option is float or number == int(number)):
+            return option(number)
+    elif option is str and isinstance(value, str | Path):
+        return str(value)
+    raise ValueError
+
+
+def _raise_unless_false(value: str) -> bool:
+    if value.lower() != "false":
+        raise ValueError
+    return False
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, "none" if hint is type(None) else "a comma-separated list")
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides with aliases resolved and values coerced; ValueError for an unknown path."""
+    known = settings()
+    checked = {}
+    for path, value in overrides.items():
+        path = ALIASES.get(path, path)
+        if path not in known:
+            close = difflib.get_close_matches(path, known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"there is no setting {path!r}{hint} (`nanolib settings` lists all)")
+        checked[path] = coerce(path, known[path], value)
+    return checked
+
+
+# ---------------------------------------------------------------------------- profiles
+
+
+def profiles() -> list[str]:
+    return sorted(path.stem for path in PROFILES.glob("*.toml"))
+
+
+def load_profile(profile: str) -> dict[str, Any]:
+    """The flat settings of ``runs/<profile>.toml``."""
+    path = PROFILES / f"{profile}.toml"
+    if profile not in profiles():
+        raise ValueError(f"there is no profile {profile!r}; there are {', '.join(profiles())}")
+    try:
+        return check_overrides(flatten(tomllib.loads(path.read_text())))
+    except (ValueError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def resolve(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The complete configuration of a profile with overrides on top.
+
+    Raises ValueError for an unknown profile, path or value and for settings that contradict.
+    """
+    return from_flat(profile, load_profile(profile) | check_overrides(overrides or {}))
+
+
+def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
+    """A complete configuration from checked flat settings (a profile's or a manifest's)."""
+    recipe = _build(Recipe, flat)
+    machine = _build(MachineConfig, {k: v for k, v in flat.items()}, "machine.")
+    _validate(recipe, machine)
+    return Config(profile=profile, recipe=_derive(recipe), machine=machine)
+
+
+def _derive(recipe: Recipe) -> Recipe:
+    """Fill what the dial decides: the pretraining horizon and the intervals."""
+    base = recipe.base
+    parameters = recipe.model.parameters(recipe.tokenizer.vocab_size)
+    horizon = math.ceil(base.tokens_per_parameter * parameters / base.batch_tokens)
+    steps = base.steps or horizon
+    every = max(1, steps // 10)
+    base = dataclasses.replace(
+        base,
+        steps=steps,
+        eval_every=base.eval_every or every,
+        save_every=base.save_every or every,
+    )
+    return dataclasses.replace(recipe, base=base)
+
+
+def _validate(recipe: Recipe, machine: MachineConfig) -> None:
+    model, ranks = recipe.model, machine.ranks or 1
+    positive = {
+        path: value
+        for path, value in (flatten(recipe) | {"machine.ranks": ranks}).items()
+        if path.split(".")[-1]
+        in ("depth", "aspect", "head_dim", "kv_heads", "sequence_len", "batch_tokens", "steps")
+        or path in ("machine.ranks", "eval.max_new_tokens")
+    }
+    for path, value in positive.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{path} must be at least 1, got {value}")
+    if recipe.tokenizer.vocab_size < 256 + NUM_SPECIAL_TOKENS:
+        raise ValueError(
+            f"tokenizer.vocab_size must be at least {256 + NUM_SPECIAL_TOKENS} (256 bytes and "
+            f"{NUM_SPECIAL_TOKENS} special tokens), got {recipe.tokenizer.vocab_size}"
+        )
+    if model.head_dim % 2:
+        raise ValueError(f"model.head_dim must be even (RoPE turns pairs), got {model.head_dim}")
+    if model.heads % model.num_kv_heads:
+        raise ValueError(
+            f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
+        )
+    for stage, batch_tokens in (
+        ("base", recipe.base.batch_tokens),
+        ("sft", recipe.sft.batch_tokens),
+    ):
+        rows, rest = divmod(batch_tokens, model.sequence_len)
+        if rest:
+            raise ValueError(
+                f"{stage}.batch_tokens must be a multiple of model.sequence_len "
+                f"({model.sequence_len}), got {batch_tokens}"
+            )
+        if rows % ranks:
+            raise ValueError(
+                f"{stage}.batch_tokens = {batch_tokens} makes {rows} rows, which {ranks} ranks "
+                f"cannot share equally; choose machine.ranks or {stage}.batch_tokens so that they can"
+            )
+
+
+# ---------------------------------------------------------------------------- identity
+
+
+def recipe_difference(mine: Recipe, theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(path, mine, theirs) for every setting in which a recipe and a saved flat one differ."""
+    flat = flatten(mine)
+    paths = sorted(flat.keys() | theirs.keys())
+    return [(p, flat.get(p), theirs.get(p)) for p in paths if flat.get(p) != theirs.get(p)]
+
+
+def short_hash(overrides: Mapping[str, Any]) -> str:
+    """Six hex digits that name a set of recipe overrides."""
+    return hashlib.sha256(json.dumps(dict(overrides), sort_keys=True).encode()).hexdigest()[:6]

@@ -1,0 +1,229 @@
+"""The Transformer: preset ``classic`` is the October 2025 nanochat architecture.
+
+Token embedding, RMS norm, `depth` blocks of causal attention and a ReLU² MLP, RMS norm, untied
+head, logits softly capped at 15. Queries and keys are rotated (RoPE, arXiv:2104.09864, by halves)
+and then normalised (QK-norm, arXiv:2010.04245); no norm has weights and no layer a bias.
+
+Shapes: B rows, T time, D width, H query heads, G key/value heads, K head size, V vocabulary,
+L layers, S cached positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanolib.attention import attend
+from nanolib.config import ModelConfig
+from nanolib.runtime import generator
+
+if TYPE_CHECKING:
+    from nanolib.data.packing import Batch
+
+ROTARY_BASE = 10_000
+SOFTCAP = 15.0
+EPS = 1e-6
+
+
+def norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm over the last axis, without weights (arXiv:1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+
+
+def rotation(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., 1, K / 2] (float32) of each position's angles, for all heads alike."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * ROTARY_BASE ** -(exponents / head_dim)
+    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+
+
+def rotate(x_BTHK: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x[k], x[k + K/2]) by minus its angle."""
+    cos, sin = (table.to(x_BTHK.dtype) for table in cos_sin)
+    left, right = x_BTHK.chunk(2, dim=-1)
+    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of everything seen, at fixed addresses: it never grows or moves.
+
+    Row b holds `used[b]` positions; rows may differ. `lengths` says how many of the T new tokens
+    each row really has (the rest is padding whose entries are overwritten later).
+    """
+
+    def __init__(
+        self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
+    ):
+        shape = (config.depth, rows, length, config.num_kv_heads, config.head_dim)
+        self.keys_LBSGK = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_LBSGK = torch.zeros(shape, device=device, dtype=dtype)
+        self.used_B = torch.zeros(rows, dtype=torch.long, device=device)
+
+    @property
+    def length(self) -> int:
+        return self.keys_LBSGK.shape[2]
+
+    def positions(self, new_tokens: int) -> Tensor:
+        """Positions [B, T] of the next `new_tokens` tokens of every row."""
+        return self.used_B[:, None] + torch.arange(new_tokens, device=self.used_B.device)
+
+    def mask(self, positions_BT: Tensor) -> Tensor:
+        """Which cached positions [B, T, S] a query at each position sees: itself and earlier."""
+        slots = torch.arange(self.length, device=positions_BT.device)
+        return slots <= positions_BT[..., None]
+
+    def write(self, layer: int, positions_BT: Tensor, key_BTGK: Tensor, value_BTGK: Tensor) -> None:
+        """Store the new keys and values of one layer at their positions."""
+        index = positions_BT[..., None, None].expand_as(key_BTGK)
+        self.keys_LBSGK[layer].scatter_(1, index, key_BTGK.to(self.keys_LBSGK.dtype))
+        self.values_LBSGK[layer].scatter_(1, index, value_BTGK.to(self.values_LBSGK.dtype))
+
+    def advance(self, lengths_B: Tensor | int) -> None:
+        """Count the tokens just written; their padding is forgotten."""
+        self.used_B += lengths_B
+
+    def copy_rows(self, other: KVCache, rows_B: Tensor) -> None:
+        """Fill row b with row `rows_B[b]` of another cache (one prefill, many continuations)."""
+        self.keys_LBSGK[:, :, : other.length] = other.keys_LBSGK[:, rows_B]
+        self.values_LBSGK[:, :, : other.length] = other.values_LBSGK[:, rows_B]
+        self.used_B.copy_(other.used_B[rows_B])
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotated, normalised queries and keys; GQA when G < H."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        kv_width = config.num_kv_heads * config.head_dim
+        self.layer, self.head_dim = layer, config.head_dim
+        self.query = nn.Linear(config.width, config.width, bias=False)
+        self.key = nn.Linear(config.width, kv_width, bias=False)
+        self.value = nn.Linear(config.width, kv_width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        mask_BTS: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
+        heads = (-1, self.head_dim)
+        query_BTHK = norm(rotate(self.query(x_BTD).unflatten(-1, heads), cos_sin))
+        key_BTGK = norm(rotate(self.key(x_BTD).unflatten(-1, heads), cos_sin))
+        value_BTGK = self.value(x_BTD).unflatten(-1, heads)
+        if cache is None:
+            mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK)
+        else:
+            assert positions_BT is not None
+            cache.write(self.layer, positions_BT, key_BTGK, value_BTGK)
+            keys, values = cache.keys_LBSGK[self.layer], cache.values_LBSGK[self.layer]
+            query_BTHK = query_BTHK.to(keys.dtype)
+            mixed_BTHK = attend(query_BTHK, keys, values, mask_BTS)
+        return self.out(mixed_BTHK.flatten(2))
+
+
+class MLP(nn.Module):
+    """Out(ReLU(Up(x))²), four times as wide inside (ReLU²: arXiv:2109.08668)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x_BTD)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], *context) -> Tensor:
+        x_BTD = x_BTD + self.attention(norm(x_BTD), cos_sin, *context)
+        return x_BTD + self.mlp(norm(x_BTD))
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer language model.
+
+    Constructing one allocates nothing on the meta device: ``with torch.device("meta"): GPT(...)``.
+    `build` gives it memory and initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+
+    @classmethod
+    def build(cls, config: ModelConfig, vocab_size: int, device: torch.device, seed: int) -> GPT:
+        """A model on `device` with initial weights drawn from `seed` (the same on any device)."""
+        with torch.device("meta"):
+            model = cls(config, vocab_size)
+        model.to_empty(device=device)
+        model.init_weights(seed)
+        return model
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Linear N(0, min(1, √(out/in)) / √in), embedding N(0, 1), output projections and head 0."""
+        for name, weight in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight")) or name == "head.weight":
+                weight.zero_()
+                continue
+            fan_out, fan_in = weight.shape
+            std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+            std = 1.0 if name == "embedding.weight" else std
+            draw = torch.randn(weight.shape, generator=generator(seed, "init", name))
+            weight.copy_(draw * std)
+
+    def hidden(
+        self, ids_BT: Tensor, positions_BT: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """The normalised last hidden states [B, T, D].
+
+        Positions default to 0 … T−1, or to what follows the cache. With a cache, the new keys and
+        values are written to it, but the caller advances it (`cache.advance`).
+        """
+        mask_BTS = None
+        if cache is not None:
+            if positions_BT is None:
+                positions_BT = cache.positions(ids_BT.shape[1])
+            mask_BTS = cache.mask(positions_BT)
+        elif positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        cos_sin = rotation(positions_BT, self.config.head_dim)
+        x_BTD = norm(self.embedding(ids_BT))
+        for block in self.blocks:
+            x_BTD = block(x_BTD, cos_sin, mask_BTS, cache, positions_BT)
+        return norm(x_BTD)
+
+    def logits(self, hidden_D: Tensor) -> Tensor:
+        """Float32 scores over the vocabulary for hidden states of any leading shape."""
+        return SOFTCAP * torch.tanh(self.head(hidden_D).float() / SOFTCAP)
+
+    def forward(
+        self, ids_BT: Tensor, positions_BT: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] in float32; see `hidden` for positions and cache."""
+        return self.logits(self.hidden(ids_BT, positions_BT, cache))
+
+    def nll(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood [B, T] of each target in nats; 0 where the target is ignored."""
+        logits_BTV = self(batch.inputs_BT, batch.positions_BT)
+        return F.cross_entropy(
+            logits_BTV.flatten(0, 1),
+            batch.targets_BT.flatten(),
+            ignore_index=-1,
+            reduction="none",
+        ).view_as(batch.targets_BT)

@@ -1,0 +1,108 @@
+"""The process we run in: its device, number format, threads, ranks and random seeds.
+
+Nothing happens at import: a worker calls `Runtime.start` once and passes the result on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanolib.config import MachineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where tensors live and which of how many processes this one is."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations; weights and optimizer state stay float32
+    rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def start(cls, machine: MachineConfig) -> Runtime:
+        """Choose device and threads, and join the other ranks if torchrun started us.
+
+        Raises ValueError when the asked device is not there.
+        """
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = _device(machine.device, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_num_threads(machine.threads or max(1, (os.cpu_count() or 1) // ranks))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        if ranks > 1 and not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+        return cls(device=device, dtype=_dtype(machine.dtype, device), rank=rank, ranks=ranks)
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this rank writes what only one may write."""
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in `dtype`; a no-op in float32."""
+        return torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        )
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` summed over ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, value: object) -> list:
+        """Every rank's (picklable) value, in the order of ranks, on every rank."""
+        if self.ranks == 1:
+            return [value]
+        values: list = [None] * self.ranks
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.ranks > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wanted == "auto":
+        wanted = "cuda" if cuda else "mps" if mps else "cpu"
+    if wanted == "cuda" and not cuda or wanted == "mps" and not mps:
+        raise ValueError(f"machine.device is {wanted!r}, which torch does not see here; try auto")
+    return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def seed_of(seed: int, *purpose: str | int) -> int:
+    """A 63-bit seed for one purpose: no generator state ever needs saving.
+
+    >>> seed_of(1, "init") != seed_of(1, "rows", 0)
+    True
+    """
+    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(
+    seed: int, *purpose: str | int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A torch generator seeded by `seed_of`."""
+    return torch.Generator(device).manual_seed(seed_of(seed, *purpose))
