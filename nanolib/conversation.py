@@ -1,0 +1,251 @@
+"""The conversation grammar, once: every stage, evaluation and user interface goes through it.
+
+    <|bos|> <|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|> …
+
+An assistant's parts are text, ``<|python_start|> source <|python_end|>`` and ``<|output_start|>
+what the tool printed <|output_end|>``. The loss covers what the assistant says: text and python
+parts, their markers and ``<|assistant_end|>``; never an output. A system message is put before the
+first user turn's text. Text is always encoded as ordinary text: a user who types ``<|bos|>`` says
+five harmless characters and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from nanolib.tokenizer import Tokenizer
+
+PartKind = Literal["text", "python", "output"]
+Role = Literal["system", "user", "assistant"]
+LETTERS = "ABCDEFGH"
+
+
+@dataclass(frozen=True)
+class Part:
+    kind: PartKind
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PartKind):
+            raise ValueError(
+                f"a part's kind must be one of {', '.join(get_args(PartKind))}, got {self.kind!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says. Neighbouring text parts are joined and empty ones dropped, so that two
+    messages that render alike are equal."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ValueError(
+                f"a message's role must be one of {', '.join(get_args(Role))}, got {self.role!r}"
+            )
+        for part in self.parts:
+            if self.role != "assistant" and part.kind != "text":
+                raise ValueError(
+                    f"only the assistant has {part.kind} parts, got one from {self.role}"
+                )
+        object.__setattr__(self, "parts", _joined(self.parts))
+
+    @property
+    def text(self) -> str:
+        """The text parts alone."""
+        return "".join(part.text for part in self.parts if part.kind == "text")
+
+
+def _joined(parts: Iterable[Part]) -> tuple[Part, ...]:
+    joined: list[Part] = []
+    for part in parts:
+        if part.kind == "text" and joined and joined[-1].kind == "text":
+            joined[-1] = Part("text", joined[-1].text + part.text)
+        elif part.kind != "text" or part.text:
+            joined.append(part)
+    return tuple(joined)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids of a conversation; ``mask[i]``: ``ids[i]`` is something the assistant says, so it
+    is a target of the loss. `cut` counts the ids dropped at the end to fit."""
+
+    ids: list[int]
+    mask: list[bool]
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """An optional system message, then user and assistant in turn.
+
+    Raises ValueError for a conversation that is empty, starts with the assistant or does not
+    alternate.
+    """
+
+    messages: tuple[Message, ...]
+
+    def __post_init__(self) -> None:
+        turns = self.turns
+        if not turns:
+            raise ValueError("a conversation needs at least one message from the user, got none")
+        for i, message in enumerate(turns):
+            expected = ("user", "assistant")[i % 2]
+            if message.role != expected:
+                raise ValueError(
+                    f"message {i + 1} of a conversation must come from the {expected}, got "
+                    f"{message.role!r} ({message.text[:40]!r}); user and assistant alternate, the "
+                    "user begins, and a system message may stand in front"
+                )
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The messages without the system's."""
+        has_system = bool(self.messages) and self.messages[0].role == "system"
+        return self.messages[1:] if has_system else self.messages
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[Mapping[str, Any]]) -> Conversation:
+        """From the hub's schema: ``[{"role": …, "content": text or a list of parts}]``.
+
+        A part is a `Part` or ``{"type": "text" | "python" | "output", "text": …}``.
+        """
+        return cls(tuple(Message(m["role"], _parts_of(m["content"])) for m in messages))
+
+    @classmethod
+    def ask(cls, text: str, answer: str | None = None) -> Conversation:
+        """One question and, when given, its answer."""
+        turns = [Message("user", (Part("text", text),))]
+        if answer is not None:
+            turns.append(Message("assistant", (Part("text", answer),)))
+        return cls(tuple(turns))
+
+    def folded(self) -> Conversation:
+        """The same with the system message put before the first user turn's text: what `parse`
+        gives back."""
+        turns = self.turns
+        if turns is self.messages:
+            return self
+        first = Part("text", f"{self.messages[0].text}\n\n{turns[0].text}")
+        return Conversation((Message("user", (first,)), *turns[1:]))
+
+    def render(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
+        """Ids and loss mask; what exceeds `max_tokens` is cut off at the end and counted."""
+        ids, mask = [tokenizer.bos], [False]
+        for message in self.folded().messages:
+            for piece, said in _pieces(message, tokenizer):
+                ids += piece
+                mask += [said] * len(piece)
+        keep = len(ids) if max_tokens is None else min(len(ids), max_tokens)
+        return Rendered(ids[:keep], mask[:keep], cut=len(ids) - keep)
+
+    def prompt(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids up to and including ``<|assistant_start|>``: the assistant speaks next."""
+        if self.messages[-1].role != "user":
+            raise ValueError("a prompt must end with the user's message; the assistant spoke last")
+        return [*self.render(tokenizer).ids, tokenizer.special("<|assistant_start|>")]
+
+
+def _parts_of(content: Any) -> tuple[Part, ...]:
+    if isinstance(content, str):
+        return (Part("text", content),)
+    return tuple(p if isinstance(p, Part) else Part(p["type"], p["text"]) for p in content)
+
+
+def _pieces(message: Message, tokenizer: Tokenizer) -> Iterable[tuple[list[int], bool]]:
+    """(ids, whether the assistant says them) of one message, in order."""
+    special = tokenizer.special
+    says = message.role == "assistant"
+    yield [special(f"<|{message.role}_start|>")], False
+    for part in message.parts:
+        ids = tokenizer.encode(part.text)
+        if part.kind == "text":
+            yield ids, says
+        else:
+            start, end = special(f"<|{part.kind}_start|>"), special(f"<|{part.kind}_end|>")
+            yield [start, *ids, end], part.kind == "python"
+    yield [special(f"<|{message.role}_end|>")], says
+
+
+# ---------------------------------------------------------------------------- and back
+
+
+def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
+    """The inverse of `render` (a system message stays inside the first user turn's text).
+
+    The last message may be unfinished. ValueError where the ids are not a conversation.
+    """
+    ids = list(ids)
+    if not ids or ids[0] != tokenizer.bos:
+        raise ValueError("a conversation's ids must start with <|bos|>")
+    starts: dict[int, Role] = {
+        tokenizer.special("<|user_start|>"): "user",
+        tokenizer.special("<|assistant_start|>"): "assistant",
+    }
+    messages: list[Message] = []
+    at = 1
+    while at < len(ids):
+        role = starts.get(ids[at])
+        if role is None:
+            raise ValueError(
+                f"id {ids[at]} at position {at} should be <|user_start|> or <|assistant_start|>"
+            )
+        end = tokenizer.special(f"<|{role}_end|>")
+        stop = ids.index(end, at) if end in ids[at:] else len(ids)
+        messages.append(Message(role, answer_parts(ids[at + 1 : stop], tokenizer)))
+        at = stop + 1
+    return Conversation(tuple(messages))
+
+
+def answer_parts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[Part, ...]:
+    """The parts of what the assistant generated: ids after ``<|assistant_start|>``.
+
+    Forgiving, since a model may write anything: ``<|assistant_end|>`` or a marker that no answer
+    has ends it, a part left open reaches to the end, and a stray closing marker means nothing.
+    """
+    special = tokenizer.special
+    opens: dict[int, PartKind] = {
+        special("<|python_start|>"): "python",
+        special("<|output_start|>"): "output",
+    }
+    closes = {special("<|python_end|>"), special("<|output_end|>")}
+    ends = {tokenizer.bos}
+    ends |= {
+        special(f"<|{who}_{what}|>") for who in ("user", "assistant") for what in ("start", "end")
+    }
+    parts: list[Part] = []
+    kind: PartKind = "text"
+    open_ids: list[int] = []
+    for id in ids:
+        if id not in opens and id not in closes and id not in ends:
+            open_ids.append(id)
+            continue
+        if open_ids or kind != "text":
+            parts.append(Part(kind, tokenizer.decode(open_ids)))
+        kind, open_ids = opens.get(id, "text"), []
+        if id in ends:
+            break
+    if open_ids or kind != "text":
+        parts.append(Part(kind, tokenizer.decode(open_ids)))
+    return _joined(parts)
+
+
+# ---------------------------------------------------------------------------- four choices
+
+
+def choice_question(question: str, choices: Sequence[str]) -> str:
+    """What the user says to ask for a letter; the answer is the bare letter.
+
+    Each letter stands after its choice, where a model that has found the choice looks next, and
+    is the same token as in the answer (a bracket, unlike a space, never merges with it).
+    """
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"a question needs 2 to {len(LETTERS)} choices, got {len(choices)}")
+    lines = [f"{choice} ({letter})" for choice, letter in zip(choices, LETTERS, strict=False)]
+    return "\n".join([question, *lines, "Which letter?"])
