@@ -1,0 +1,337 @@
+"""A run is a directory, and everything about it can be read there.
+
+    runs/out/<id>/
+        manifest.json               what is computed: the recipe; written once
+        <stage>/done.json           result, timing, cost, machine; its presence means finished
+        <stage>/metrics.jsonl       one row a step, see `Metrics`
+        <stage>/checkpoints/        see `nanolib.checkpoint`
+        <stage>/log.txt             what the stage's processes printed; locked while they live
+        eval/<stage>/…              the same files for the evaluation of one stage's model
+        chapters/                   executed notebooks
+        report.md
+
+Every file has one writer. Files that must be whole are written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import re
+import tempfile
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanolib import config as settings
+from nanolib.config import Config
+
+LATEST = "latest"  # a link beside the runs to the one opened last
+
+
+def runs_folder() -> Path:
+    """Where runs live: ``runs/out`` of the repository, or $NANOLIB_RUNS."""
+    return Path(os.environ.get("NANOLIB_RUNS") or settings.REPOSITORY / "runs" / "out")
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Generator[None, None, None]:
+    """Turn a full disk, met by any library while writing `path`, into a message with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "no space left on device" in str(error).lower():
+            raise ValueError(
+                f"the disk is full: {path} could not be written. What was saved before is intact; "
+                "free some space and run the same command to go on"
+            ) from error
+        raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: temporary name, fsync, rename."""
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+# ---------------------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """Rows of numbers in a JSONL file, written by one process and read by any number.
+
+    A row has ``step`` and ``kind`` ("train", "eval", "progress", "sample"). Only the keys time,
+    seconds, seconds_left and tokens_per_second depend on the clock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._repaired = False
+
+    def append(self, **row: Any) -> None:
+        """Add one row, visible to readers at once."""
+        with saving(self.path):
+            if not self._repaired:
+                self._repair()
+            with self.path.open("ab") as file:
+                file.write(json.dumps(row).encode() + b"\n")
+
+    def _repair(self) -> None:
+        """Cut the torn last line that a killed writer may have left."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        self._repaired = True
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All whole rows; a torn last line is left out."""
+        if not self.path.is_file():
+            return []
+        *lines, _torn = self.path.read_bytes().split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def truncate(self, step: int) -> None:
+        """Drop what lies after `step`: a resumed stage writes those rows again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+# ---------------------------------------------------------------------------- one stage
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """Where one stage keeps its files."""
+
+    name: str
+    path: Path
+
+    @property
+    def metrics(self) -> Metrics:
+        return Metrics(self.path / "metrics.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def done(self) -> dict[str, Any] | None:
+        """The done record, or None while the stage is not finished."""
+        try:
+            return json.loads((self.path / "done.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def finish(self, result: Mapping[str, Any], **about: Any) -> None:
+        """Write the done record: `result`, what `about` says (seconds, started, machine, cost)."""
+        record = {"result": dict(result), **about, "finished": now()}
+        write_atomic(self.path / "done.json", _json(record))
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its directory and its configuration."""
+
+    path: Path
+    config: Config
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def name(self) -> str:
+        """What finds this run again from anywhere: its id, or its path if it lives elsewhere."""
+        return self.id if self.path.parent == runs_folder().resolve() else str(self.path)
+
+    @classmethod
+    def open(
+        cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> Run:
+        """Open a run, making it first if there is none; the same call twice opens the same run.
+
+        profile: a file in ``runs/``. run: an id, or a path if it has a slash (relative to the
+        repository); None: the profile's name, plus a short hash where `overrides` change the
+        recipe. Raises ValueError for an unknown profile, path or value, and where the run was
+        made with another recipe.
+        """
+        overrides = settings.check_overrides(overrides or {})
+        config = settings.resolve(profile, overrides)
+        path = _locate(run or _default_id(config, overrides))
+        if not (path / "manifest.json").exists():
+            _create(path, config, overrides)
+        manifest = _read_manifest(path)
+        _check_same_recipe(path, manifest, config.profile, overrides)
+        _remember(path)
+        return cls(path, settings.from_flat(profile, manifest["recipe"] | _machine(config)))
+
+    @classmethod
+    def load(cls, run: str | None = None, machine: Mapping[str, Any] | None = None) -> Run:
+        """An existing run by id or path, or the one opened last; the recipe is the manifest's.
+
+        machine: settings ("machine.ranks": 2, …) on top of the profile's. Raises ValueError where
+        there is no such run.
+        """
+        path = _locate(run or LATEST).resolve()
+        if not (path / "manifest.json").exists():
+            raise ValueError(
+                f"there is no run {run!r} at {path}{_existing()}"
+                if run
+                else f"there is no run yet in {runs_folder()}; make one: nanolib run demo"
+            )
+        manifest = _read_manifest(path)
+        profile, given = manifest["profile"], settings.check_overrides(machine or {})
+        flat = settings.load_profile(profile) if profile in settings.profiles() else {}
+        flat = {key: value for key, value in flat.items() if key.startswith("machine.")}
+        return cls(path, settings.from_flat(profile, manifest["recipe"] | flat | given))
+
+    def manifest(self) -> dict[str, Any]:
+        return _read_manifest(self.path)
+
+    def stage(self, name: str, of: str | None = None) -> StageDir:
+        """The directory of a stage; evaluations are kept per model: ``stage("eval", of="sft")``."""
+        return StageDir(name, self.path / name / of if of else self.path / name)
+
+    def mirror(self) -> Path | None:
+        """The folder with the run's text and tasks in the mirror's layout; None: the hub.
+
+        The toy world's own, else this opening's machine.mirror, else the one the data stage used.
+        """
+        if self.config.recipe.data.source == "toyworld":
+            return self.stage("data").path / "mirror"
+        given = self.config.machine.mirror
+        if given is None and (record := self.stage("data").done()):
+            given = record["result"].get("mirror")
+        return settings.REPOSITORY / Path(given).expanduser() if given else None
+
+
+def _default_id(config: Config, overrides: Mapping[str, Any]) -> str:
+    plain = settings.flatten(settings.resolve(config.profile).recipe)
+    recipe = {k: v for k, v in settings.flatten(dict(overrides)).items() if k in plain}
+    changed = {key: value for key, value in recipe.items() if plain[key] != value}
+    return f"{config.profile}-{settings.short_hash(changed)}" if changed else config.profile
+
+
+def _locate(run: str) -> Path:
+    if "/" in run:
+        return (settings.REPOSITORY / Path(run).expanduser()).resolve()
+    if not re.fullmatch(r"\w[\w.-]*", run):
+        raise ValueError(
+            f"a run's name is letters, digits, '.', '_' and '-', got {run!r}; "
+            "a path needs a slash, such as ./somewhere"
+        )
+    return runs_folder().resolve() / run
+
+
+def _existing() -> str:
+    names = sorted(p.parent.name for p in runs_folder().glob("*/manifest.json"))
+    return f"; there are {', '.join(n for n in names if n != LATEST)}" if names else ""
+
+
+def _machine(config: Config) -> dict[str, Any]:
+    return {f"machine.{k}": v for k, v in settings.flatten(config.machine).items()}
+
+
+def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> None:
+    """Write the manifest once; where two processes try, the first one's stands."""
+    if path.name == LATEST:
+        raise ValueError(f"{LATEST!r} is kept for the run opened last; choose another --run NAME")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, not a run's directory; choose another --run NAME")
+    visible = [name for name in os.listdir(path) if name[0] != "."] if path.exists() else []
+    if visible and "manifest.json" not in visible:
+        raise ValueError(
+            f"{path} holds files but no manifest.json, so it is not a run; "
+            "choose another --run NAME"
+        )
+    recipe = settings.flatten(config.recipe)
+    manifest = {
+        "profile": config.profile,
+        "created": now(),
+        "overrides": {key: value for key, value in overrides.items() if key in recipe},
+        "recipe": recipe,
+    }
+    with saving(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path, prefix=".") as folder:
+            draft = Path(folder) / "manifest.json"
+            write_atomic(draft, _json(manifest))
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, path / "manifest.json")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest with its recipe's values checked; settings this version lacks are dropped."""
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        known = settings.settings()
+        recipe = {k: v for k, v in manifest["recipe"].items() if k in known}
+        return manifest | {"recipe": settings.check_overrides(recipe)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); restore it, or start a new run with --run NAME"
+        ) from None
+
+
+def _check_same_recipe(
+    path: Path, manifest: Mapping[str, Any], profile: str, overrides: Mapping[str, Any]
+) -> None:
+    """The recipe asked for now must be the run's; overrides it was made with are inherited."""
+
+    def refuse(key: str, saved: Any, asked: Any) -> ValueError:
+        return ValueError(
+            f"run {path.name!r} was made with {key} = {saved}, not {asked}; leave it out to go on "
+            f"with that run, or start a new one with --run NAME (this one is {path})"
+        )
+
+    if manifest["profile"] != profile:
+        raise refuse("profile", manifest["profile"], profile)
+    saved = settings.flatten(settings.from_flat(profile, manifest["recipe"]).recipe)
+    asked = settings.resolve(profile, {**manifest["overrides"], **overrides}).recipe
+    differences = settings.recipe_difference(asked, saved)
+    given_first = sorted(differences, key=lambda difference: difference[0] not in overrides)
+    for key, now_asked, before in given_first[:1]:
+        raise refuse(key, before, now_asked)
+
+
+def _remember(path: Path) -> None:
+    """Point the link to the run opened last at `path`."""
+    link = runs_folder() / LATEST
+    link.parent.mkdir(parents=True, exist_ok=True)
+    temporary = link.with_name(f".{LATEST}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(path)
+    temporary.replace(link)

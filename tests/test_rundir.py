@@ -1,0 +1,199 @@
+"""A run's directory: made once, opened again with the same recipe, never half a file."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from nanolib import config, rundir
+from nanolib.rundir import Metrics, Run
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Two small profiles and an empty runs folder of our own."""
+    profiles = tmp_path / "profiles"
+    profiles.mkdir()
+    (profiles / "tiny.toml").write_text(
+        'data.source = "toyworld"\nmodel = {depth = 2}\nbase.steps = 10\nmachine.ranks = 1\n'
+    )
+    (profiles / "real.toml").write_text("model = {depth = 2}\nbase.steps = 10\n")
+    monkeypatch.setattr(config, "PROFILES", profiles)
+    monkeypatch.setenv("NANOLIB_RUNS", str(tmp_path / "out"))
+    return tmp_path
+
+
+def test_a_run_is_opened_twice_and_loaded(folder):
+    run = Run.open("tiny")
+    assert run.path == folder / "out" / "tiny"
+    assert Run.open("tiny") == run == Run.load("tiny") == Run.load() == Run.load(str(run.path))
+    assert json.loads((run.path / "manifest.json").read_text())["recipe"]["model.depth"] == 2
+    assert list(run.path.iterdir()) == [run.path / "manifest.json"]  # no temporary files are left
+
+
+def test_the_default_name_tells_recipes_apart_and_machines_not():
+    assert Run.open("tiny", overrides={"base.steps": "10", "nproc": 2}).id == "tiny"
+    other = Run.open("tiny", overrides={"base.steps": 11})
+    assert other.id.startswith("tiny-") and other.config.recipe.base.steps == 11
+    assert Run.open("tiny", overrides={"base.steps": "1_1"}) == other
+
+
+def test_the_recipe_is_inherited_and_the_machine_is_not():
+    Run.open("tiny", "mine", {"model.depth": 3, "machine.ranks": 2})
+    again = Run.open("tiny", "mine")
+    assert again.config.recipe.model.depth == 3
+    assert again.config.machine.ranks == 1
+    assert Run.load("mine", {"machine.ranks": 4}).config.machine.ranks == 4
+
+
+def test_another_recipe_is_refused_with_key_both_values_and_remedy(folder):
+    Run.open("tiny", "mine", {"model.depth": 3})
+    before = (folder / "out/mine/manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"'mine'.*model\.depth = 3, not 4.*--run NAME"):
+        Run.open("tiny", "mine", {"model.depth": 4})
+    with pytest.raises(ValueError, match=r"'mine'.*profile = tiny, not real.*--run NAME"):
+        Run.open("real", "mine")
+    assert (folder / "out/mine/manifest.json").read_bytes() == before
+
+
+def test_a_profile_edited_since_is_noticed(folder):
+    Run.open("tiny")
+    text = (folder / "profiles/tiny.toml").read_text()
+    (folder / "profiles/tiny.toml").write_text(text + "seed = 7\n")
+    with pytest.raises(ValueError, match=r"seed = 1, not 7"):
+        Run.open("tiny")
+    assert Run.load("tiny").config.recipe.seed == 1
+
+
+def test_a_manifest_of_an_older_version_opens(folder):
+    path = Run.open("tiny").path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recipe"]["eval.max_new_tokens"]
+    manifest["recipe"]["model.gone"] = 1
+    path.write_text(json.dumps(manifest))
+    assert Run.open("tiny").config == Run.load("tiny").config == config.resolve("tiny")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"profile": "tiny"}'])
+def test_a_damaged_manifest_is_named(content):
+    path = Run.open("tiny").path / "manifest.json"
+    path.write_text(content)
+    for call in (lambda: Run.open("tiny"), lambda: Run.load("tiny")):
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged.*--run NAME"):
+            call()
+
+
+def test_names_and_places_that_cannot_be_a_run(folder):
+    for name in ("a b", "..", "-x", ""):
+        if name:
+            with pytest.raises(ValueError, match="letters, digits"):
+                Run.open("tiny", name)
+    with pytest.raises(ValueError, match="opened last"):
+        Run.open("tiny", "latest")
+    (folder / "home").mkdir()
+    (folder / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match=r"home holds files but no manifest\.json"):
+        Run.open("tiny", str(folder / "home"))
+    with pytest.raises(ValueError, match="is a file"):
+        Run.open("tiny", str(folder / "home" / "letter.txt"))
+    with pytest.raises(ValueError, match="there is no run 'nobody'"):
+        Run.load("nobody")
+    with pytest.raises(ValueError, match=r"there is no run yet.*nanolib run demo"):
+        Run.load()
+
+
+def test_a_path_is_a_run_too_and_the_last_one_opened_is_found(folder):
+    elsewhere = Run.open("tiny", str(folder / "elsewhere" / "x"))
+    assert Run.load() == elsewhere and elsewhere.name == str(folder / "elsewhere" / "x")
+    inside = Run.open("tiny")
+    assert Run.load() == inside and inside.name == "tiny"
+    Run.load(elsewhere.name)
+    assert Run.load() == inside  # reading is not opening
+
+
+def _open(barrier, results):
+    barrier.wait()
+    results.put(Run.open("tiny").manifest()["created"])
+
+
+def test_processes_that_open_at_once_agree(monkeypatch):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(6), context.Queue()
+    processes = [context.Process(target=_open, args=(barrier, results)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    assert len({results.get(timeout=20) for _ in processes}) == 1
+    for process in processes:
+        process.join()
+
+
+def test_mirror(folder):
+    assert Run.open("tiny").mirror() == folder / "out/tiny/data/mirror"
+    assert Run.open("real").mirror() is None
+    assert Run.open("real", overrides={"mirror": "/there"}).mirror() == Path("/there")
+    assert Run.load("real", {"mirror": "x"}).mirror() == config.REPOSITORY / "x"
+    Run.load("real").stage("data").finish({"mirror": "/recorded"})
+    assert Run.load("real").mirror() == Path("/recorded")
+
+
+def test_stage_directories_and_done_records():
+    run = Run.open("tiny")
+    stage = run.stage("eval", of="sft")
+    assert stage.path == run.path / "eval" / "sft" and stage.done() is None
+    stage.finish({"accuracy": 0.5}, seconds=1.5, machine={"ranks": 1})
+    record = stage.done()
+    assert record["result"] == {"accuracy": 0.5} and record["seconds"] == 1.5
+    assert record["finished"] and os.listdir(stage.path) == ["done.json"]
+
+
+# ---------------------------------------------------------------------------- metrics
+
+
+def test_metrics_survive_a_writer_killed_in_the_middle_of_a_line(tmp_path):
+    metrics = Metrics(tmp_path / "stage" / "metrics.jsonl")
+    assert metrics.rows() == []
+    metrics.append(step=1, kind="train", loss=2.0)
+    with metrics.path.open("ab") as file:
+        file.write(b'{"step": 2, "kin')
+    assert metrics.rows() == [{"step": 1, "kind": "train", "loss": 2.0}]
+    Metrics(metrics.path).append(step=2, kind="train", loss=1.0)
+    assert [row["step"] for row in metrics.rows()] == [1, 2]
+
+
+def test_truncate_drops_what_will_be_written_again(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for step in range(5):
+        metrics.append(step=step, kind="train")
+        metrics.append(step=step, kind="eval")
+    metrics.truncate(2)
+    assert [row["step"] for row in metrics.rows()] == [0, 0, 1, 1, 2, 2]
+    metrics.append(step=3, kind="train")
+    assert len(metrics.rows()) == 7
+    Metrics(tmp_path / "none.jsonl").truncate(0)
+
+
+# ---------------------------------------------------------------------------- a full disk
+
+
+def test_a_full_disk_is_a_message_and_keeps_what_was_saved(tmp_path):
+    """/dev/full answers every write with "no space left on device"."""
+    tmp_path = tmp_path / "run"
+    path = tmp_path / "done.json"
+    rundir.write_atomic(path, "old")
+    (tmp_path / f".done.json.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"disk is full: .*done\.json.*run the same command"):
+        rundir.write_atomic(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["done.json"]
+
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"disk is full: .*metrics\.jsonl"):
+        Metrics(tmp_path / "metrics.jsonl").append(step=1)
+
+
+def test_saving_understands_other_libraries_and_hides_nothing_else(tmp_path):
+    with pytest.raises(ValueError, match="disk is full"), rundir.saving(tmp_path):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="other"), rundir.saving(tmp_path):
+        raise RuntimeError("other")
