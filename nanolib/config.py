@@ -332,7 +332,7 @@ def resolve(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
 def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     """A complete configuration from checked flat settings (a profile's or a manifest's)."""
     recipe = _build(Recipe, flat)
-    machine = _build(MachineConfig, {k: v for k, v in flat.items()}, "machine.")
+    machine = _build(MachineConfig, flat, "machine.")
     _validate(recipe, machine)
     return Config(profile=profile, recipe=_derive(recipe), machine=machine)
 

@@ -80,7 +80,7 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "auto":
         wanted = "cuda" if cuda else "mps" if mps else "cpu"
-    if wanted == "cuda" and not cuda or wanted == "mps" and not mps:
+    if (wanted == "cuda" and not cuda) or (wanted == "mps" and not mps):
         raise ValueError(f"machine.device is {wanted!r}, which torch does not see here; try auto")
     return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
 

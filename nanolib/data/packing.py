@@ -55,12 +55,12 @@ class Source(Protocol):
 
 
 def batch_of_rows(
-    rows: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None, length: int, bos: int
+    rows: Sequence[np.ndarray], masks: Sequence[np.ndarray], length: int, bos: int
 ) -> Batch:
     """Rows of at most `length` + 1 ids as a padded batch.
 
-    `masks` (bool, same lengths) say which ids may be targets; None: all. A row's unused tail is
-    padding: input BOS, target ignored.
+    `masks` (bool, same lengths) say which ids may be targets. A row's unused tail is padding:
+    input BOS, target ignored.
     """
     ids = np.full((len(rows), length + 1), bos, dtype=np.int64)
     wanted = np.zeros((len(rows), length + 1), dtype=bool)
@@ -68,7 +68,7 @@ def batch_of_rows(
         if len(row) > length + 1:
             raise ValueError(f"a row of {len(row)} ids does not fit into {length} + 1")
         ids[i, : len(row)] = row
-        wanted[i, : len(row)] = True if masks is None else masks[i]
+        wanted[i, : len(row)] = masks[i]
     targets = np.where(wanted[:, 1:], ids[:, 1:], IGNORED)
     documents = np.cumsum(ids[:, :-1] == bos, axis=1)
     return Batch(
@@ -76,11 +76,6 @@ def batch_of_rows(
         targets_BT=torch.from_numpy(targets),
         documents_BT=torch.from_numpy(documents),
     )
-
-
-def micro_batches(rows: Sequence[int], device_batch: int) -> list[Sequence[int]]:
-    """Consecutive groups of at most `device_batch` row numbers."""
-    return [rows[i : i + device_batch] for i in range(0, len(rows), device_batch)]
 
 
 def pack(

@@ -1,0 +1,257 @@
+"""Checkpoints that survive a crash at any instant and load on any number of ranks.
+
+``<stage>/checkpoints/step_00000100/`` holds one safetensors file a rank and ``index.json``. Every
+weight and every slot of optimizer state is a logical tensor (``blocks.0.mlp.up.weight``,
+``blocks.0.mlp.up.weight.momentum``); the rank that owns a range of its rows writes it, and the
+index says which rows are where, with a hash of each file. The folder is written under another
+name, flushed to disk and then renamed, so that a checkpoint is there in full or not at all. The
+last two are kept; a damaged one is refused by name and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from nanolib.config import from_flat
+from nanolib.model import GPT
+from nanolib.optim import MuonAdamW
+from nanolib.runtime import Runtime
+
+VERSION = 1
+KEPT = 2
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint folder that cannot be trusted; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An existing, verified checkpoint folder."""
+
+    path: Path
+    index: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.index["step"]
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole logical tensor, assembled from its parts, on the CPU."""
+        entry = self.index["tensors"].get(name)
+        if entry is None:
+            raise DamagedCheckpoint(f"{self.path} holds no tensor {name!r}")
+        whole = torch.empty(entry["shape"])
+        for part in entry["parts"]:
+            with safe_open(self.path / part["file"], "pt") as file:
+                whole[slice(*part["rows"])] = file.get_tensor(f"{name}@{part['rows'][0]}")
+        return whole
+
+
+# ---------------------------------------------------------------------------- saving
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: GPT,
+    optimizer: MuonAdamW,
+    about: Mapping[str, Any],
+    runtime: Runtime,
+) -> None:
+    """Write ``folder/step_<step>`` with all ranks together and delete all but the last two.
+
+    `about` is saved in the index: the recipe (flat), vocabulary size and tokenizer fingerprint.
+    Raises OSError that names the path when the disk is full; older checkpoints stay whole.
+    """
+    final = folder / f"step_{step:08d}"
+    partial = folder / f"{final.name}.partial"
+    if runtime.is_lead:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    runtime.barrier()
+    name = f"rank_{runtime.rank}.safetensors"
+    owned = list(_owned_tensors(model, optimizer, runtime.rank))
+    data = to_safetensors({f"{key}@{rows[0]}": values for key, rows, _, values in owned})
+    _write(partial / name, data)
+    mine = {
+        "file": name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "parts": [(key, rows, shape) for key, rows, shape, _ in owned],
+    }
+    every = runtime.gather(mine)
+    if runtime.is_lead:
+        index = _index(every) | {"step": step, "updates": optimizer.steps, **about}
+        _write(partial / "index.json", json.dumps(index).encode())
+        _sync_folder(partial)
+        if final.exists():  # a damaged one that we resumed behind
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_folder(folder)
+        for old in _folders(folder)[KEPT:]:
+            shutil.rmtree(old)
+    runtime.barrier()
+
+
+def _owned_tensors(
+    model: GPT, optimizer: MuonAdamW, rank: int
+) -> Iterator[tuple[str, list[int], list[int], Tensor]]:
+    """(logical name, row range, whole shape, values) of everything this rank must write."""
+    params = dict(model.named_parameters())
+    for group in optimizer.groups:
+        for name, rows, inner in group.owned(rank):
+            bounds, shape = [rows.start, rows.stop], list(params[name].shape)
+            weights = params[name].detach()[rows]
+            yield name, bounds, shape, weights.cpu().contiguous()
+            for slot, state in group.state.items():
+                values = state[inner].reshape(weights.shape)
+                yield f"{name}.{slot}", bounds, shape, values.cpu().contiguous()
+
+
+def _index(every: list[dict[str, Any]]) -> dict[str, Any]:
+    tensors: dict[str, dict[str, Any]] = {}
+    for rank in every:
+        for name, rows, shape in rank["parts"]:
+            entry = tensors.setdefault(name, {"shape": shape, "parts": []})
+            entry["parts"].append({"file": rank["file"], "rows": rows})
+    files = {rank["file"]: rank["sha256"] for rank in every}
+    return {"version": VERSION, "files": files, "tensors": tensors}
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {len(data):,} bytes of a checkpoint ({error.strerror}); free some space "
+            f"and run the same command again: it goes on from the checkpoint before this one",
+            str(path),
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    found = [p for p in folder.glob("step_*") if p.suffix != ".partial"]
+    return sorted(found, reverse=True)
+
+
+def verify(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, every byte of it checked against the index's hashes.
+
+    Raises DamagedCheckpoint that names the file.
+    """
+    try:
+        index = json.loads((path / "index.json").read_bytes())
+        version = index["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path / 'index.json'} cannot be read: {error}") from None
+    if version != VERSION:
+        raise DamagedCheckpoint(f"{path} has version {version}; this nanolib reads {VERSION}")
+    for name, expected in index["files"].items():
+        try:
+            with (path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path / name} cannot be read: {error.strerror}") from None
+        if found != expected:
+            raise DamagedCheckpoint(f"{path / name} is truncated or changed: its hash differs")
+    return Checkpoint(path, index)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint below `folder`, or None where there never was one.
+
+    A damaged one is named on stderr and the one before it used. Raises DamagedCheckpoint when
+    there are checkpoints but none is whole.
+    """
+    errors = []
+    for path in _folders(folder):
+        try:
+            return verify(path)
+        except DamagedCheckpoint as error:
+            errors.append(str(error))
+            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+    if errors:
+        raise DamagedCheckpoint(
+            f"no usable checkpoint in {folder}: {'; '.join(errors)}. Restore one from a copy, or "
+            f"delete {folder} to begin this stage again"
+        )
+    return None
+
+
+def load_model(folder: Path, device: torch.device) -> GPT:
+    """The model of a stage's newest checkpoint.
+
+    Raises ValueError when the stage has none.
+    """
+    checkpoint = latest(folder)
+    if checkpoint is None:
+        raise ValueError(f"there is no checkpoint in {folder}: run that stage first")
+    config = from_flat("checkpoint", checkpoint.index["recipe"]).recipe.model
+    with torch.device("meta"):
+        model = GPT(config, checkpoint.index["vocab_size"])
+    model.to_empty(device=device)
+    restore_model(checkpoint, model)
+    return model
+
+
+@torch.no_grad()
+def restore_model(checkpoint: Checkpoint, model: GPT) -> None:
+    for name, param in model.named_parameters():
+        param.copy_(checkpoint.tensor(name))
+
+
+@torch.no_grad()
+def restore_optimizer(checkpoint: Checkpoint, optimizer: MuonAdamW) -> None:
+    """This rank's share of the optimizer state, whatever number of ranks saved it."""
+    optimizer.steps = checkpoint.index["updates"]
+    for group in optimizer.groups:
+        for name, rows, inner in group.owned(optimizer.runtime.rank):
+            for slot, state in group.state.items():
+                values = checkpoint.tensor(f"{name}.{slot}")[rows]
+                state[inner].copy_(values.reshape(state[inner].shape))
+
+
+def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a checkpoint was made by the recipe and tokenizer of `about`."""
+    for key, mine in about.items():
+        theirs = checkpoint.index.get(key)
+        if theirs != mine:
+            detail = f"{theirs!r} instead of {mine!r}"
+            if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+                paths = sorted(
+                    p for p in mine.keys() | theirs.keys() if mine.get(p) != theirs.get(p)
+                )
+                detail = ", ".join(f"{p} {theirs.get(p)!r} != {mine.get(p)!r}" for p in paths)
+            raise ValueError(
+                f"{checkpoint.path} belongs to another run ({key}: {detail}); use `--run NAME` "
+                f"for a run of its own"
+            )

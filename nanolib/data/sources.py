@@ -1,0 +1,123 @@
+"""What each stage reads: token shards for pretraining, packed conversations for finetuning.
+
+Both are the same endless sequence of rows: epoch after epoch, each in an order of its own drawn
+from (seed, epoch). Step s takes the next `batch_rows` of it and row i goes to rank i mod ranks,
+so a batch is a pure function of (data, seed, step): resuming needs no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanolib.data.packing import Batch, batch_of_rows, pack
+from nanolib.runtime import seed_of
+
+
+class RowSource:
+    """Batches of rows; a subclass says how many rows there are and what is in one.
+
+    `length` is T, `batch_rows` counts all ranks and micro-batches, `device_batch` is the most rows
+    of one micro-batch (None: all of this rank's). Raises ValueError when there is no row or the
+    ranks cannot share a batch equally.
+    """
+
+    def __init__(
+        self,
+        *,
+        length: int,
+        batch_rows: int,
+        bos: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        device_batch: int | None = None,
+    ):
+        if batch_rows % ranks:
+            raise ValueError(
+                f"a batch of {batch_rows} rows cannot be shared equally by {ranks} ranks; "
+                f"choose machine.ranks or batch_tokens so that it can"
+            )
+        self.length, self.batch_rows, self.bos, self.seed = length, batch_rows, bos, seed
+        self.rank, self.ranks = rank, ranks
+        self.device_batch = device_batch or batch_rows
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def __len__(self) -> int:
+        """Rows of one epoch."""
+        raise NotImplementedError
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids of one row, and which of them are targets (None: all)."""
+        raise NotImplementedError
+
+    def row_numbers(self, step: int) -> list[int]:
+        """This rank's rows of a step."""
+        first = step * self.batch_rows
+        places = range(first + self.rank, first + self.batch_rows, self.ranks)
+        return [int(self._order(place // len(self))[place % len(self)]) for place in places]
+
+    def updates(self, step: int) -> list[list[Batch]]:
+        rows = [self.row(number) for number in self.row_numbers(step)]
+        groups = [rows[i : i + self.device_batch] for i in range(0, len(rows), self.device_batch)]
+        return [[self._batch(group) for group in groups]]
+
+    def _batch(self, rows: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> Batch:
+        masks = [np.ones(len(ids), bool) if mask is None else mask for ids, mask in rows]
+        return batch_of_rows([ids for ids, _ in rows], masks, self.length, self.bos)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng(seed_of(self.seed, "rows", epoch)).permutation(len(self))
+
+
+class TextSource(RowSource):
+    """Rows of memory-mapped token shards: row i of a shard is ids i·T … i·T + T."""
+
+    def __init__(self, shards: Sequence[np.ndarray], **settings: Any):
+        super().__init__(**settings)
+        self.shards = [shard for shard in shards if len(shard) > 1]
+        rows = [-(-(len(shard) - 1) // self.length) for shard in self.shards]
+        self.ends = np.cumsum(rows)
+        if not rows:
+            raise ValueError("the token shards are empty: there is nothing to train on")
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], **settings: Any) -> TextSource:
+        return cls([np.load(path, mmap_mode="r") for path in paths], **settings)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def row(self, number: int) -> tuple[np.ndarray, None]:
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        first = number - (int(self.ends[shard - 1]) if shard else 0)
+        return self.shards[shard][first * self.length : (first + 1) * self.length + 1], None
+
+
+class ConversationSource(RowSource):
+    """Rows of whole conversations, packed once by best fit in a seeded order."""
+
+    def __init__(
+        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], **settings: Any
+    ):
+        super().__init__(**settings)
+        self.ids = [np.asarray(item) for item in ids]
+        self.masks = [np.asarray(mask, bool) for mask in masks]
+        order = np.random.default_rng(seed_of(self.seed, "pack")).permutation(len(self.ids))
+        self.rows = pack([len(item) for item in self.ids], self.length + 1, order.tolist())
+        if not self.rows:
+            raise ValueError("there are no conversations to train on: every source has 0 rows")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        items = self.rows[number]
+        return (
+            np.concatenate([self.ids[item] for item in items]),
+            np.concatenate([self.masks[item] for item in items]),
+        )

@@ -1,0 +1,250 @@
+"""Muon for matrices, AdamW for the embedding and the head, on one rank or many.
+
+`adamw_step` and `muon_step` are the two update rules as pure in-place functions on tensors.
+`MuonAdamW` applies them to a model: gradients are summed over ranks by reduce-scatter, so that
+each rank owns, clips and updates one part of every parameter and keeps optimizer state for that
+part alone (ZeRO-2, arXiv:1910.02054), then all-gathers the new weights.
+
+What one rank owns: of the embedding and the head an equal range of rows; of all matrices of one
+shape, stacked [N, R, C], an equal share of whole matrices. N is padded to a multiple of the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanolib.config import OptimConfig
+from nanolib.model import GPT
+from nanolib.runtime import Runtime
+
+# Quintic Newton–Schulz coefficients of Muon (Keller Jordan, 2024): they maximise the slope at 0,
+# so singular values end near, not at, 1.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+SLOTS = {"muon": ("momentum",), "adamw": ("moment1", "moment2")}  # optimizer state by rule
+
+
+def adamw_step(
+    weight: Tensor,
+    grad: Tensor,
+    moment1: Tensor,
+    moment2: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """One AdamW update in place (arXiv:1711.05101); `step` counts from 1. All shapes equal."""
+    beta1, beta2 = betas
+    weight.mul_(1 - lr * weight_decay)
+    moment1.lerp_(grad, 1 - beta1)
+    moment2.lerp_(grad.square(), 1 - beta2)
+    scale = (moment2 / (1 - beta2**step)).sqrt_().add_(eps)
+    weight.addcdiv_(moment1, scale, value=-lr / (1 - beta1**step))
+
+
+def orthogonalise(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
+    """Push the singular values of each matrix of a stack [N, R, C] towards 1.
+
+    The Newton–Schulz iteration of Muon, in bfloat16 on CUDA and in the given precision elsewhere.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices_NRC.bfloat16() if matrices_NRC.is_cuda else matrices_NRC
+    wide = x.size(-2) <= x.size(-1)
+    if not wide:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices_NRC.dtype)
+
+
+def muon_step(
+    weights_NRC: Tensor,
+    grads_NRC: Tensor,
+    momenta_NRC: Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    newton_schulz_steps: int = 5,
+) -> None:
+    """One Muon update in place on a stack of matrices (https://kellerjordan.github.io/posts/muon).
+
+    Nesterov momentum, orthogonalised, scaled by √max(1, R/C).
+    """
+    momenta_NRC.lerp_(grads_NRC, 1 - momentum)
+    update = grads_NRC.lerp(momenta_NRC, momentum)
+    rows, columns = weights_NRC.shape[-2:]
+    scale = math.sqrt(max(1.0, rows / columns))
+    weights_NRC.add_(orthogonalise(update, newton_schulz_steps), alpha=-lr * scale)
+
+
+@dataclass
+class Group:
+    """Parameters of one shape and rule as a stack [N, R, C], and the part this rank owns.
+
+    Muon deals in whole matrices: N is the number of matrices. AdamW goes row by row: one matrix
+    [V, D] is a stack of V rows [V, 1, D]. `share` items a rank; the last ranks' may be padding.
+    """
+
+    rule: str  # "muon" or "adamw"
+    names: list[str]
+    params: list[Tensor]
+    lr: float
+    share: int
+    state: dict[str, Tensor] = field(default_factory=dict)  # slot -> [share, R, C] on this rank
+
+    def stack(self, tensors: list[Tensor], ranks: int) -> Tensor:
+        """The tensors as one padded stack [share · ranks, R, C]."""
+        stacked = torch.stack(tensors) if self.rule == "muon" else tensors[0].unsqueeze(1)
+        missing = self.share * ranks - len(stacked)
+        if missing:
+            stacked = torch.cat((stacked, stacked.new_zeros(missing, *stacked.shape[1:])))
+        return stacked
+
+    def unstack(self, stacked: Tensor) -> list[Tensor]:
+        """The inverse of `stack`: one tensor a parameter, padding dropped."""
+        if self.rule == "muon":
+            return list(stacked[: len(self.params)])
+        return [stacked[: self.params[0].shape[0], 0]]
+
+    def owned(self, rank: int) -> Iterator[tuple[str, slice, slice]]:
+        """(parameter, its rows, those rows within this rank's share) for a checkpoint.
+
+        For Muon the inner slice has one element: the matrix's place in the share.
+        """
+        first, last = rank * self.share, (rank + 1) * self.share
+        if self.rule == "muon":
+            for i in range(first, min(last, len(self.params))):
+                rows = self.params[i].shape[0]
+                yield self.names[i], slice(0, rows), slice(i - first, i - first + 1)
+        else:
+            last = min(last, self.params[0].shape[0])
+            if first < last:
+                yield self.names[0], slice(first, last), slice(0, last - first)
+
+
+class MuonAdamW:
+    """The optimizer of every stage.
+
+    `step` takes the gradients as this rank's sums (already divided by the global token count),
+    sums them over ranks, clips by the global norm and updates the model in place.
+    """
+
+    def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+        self.groups = self._groups(model)
+        self.steps = 0  # updates made: AdamW's bias correction and Muon's momentum count them
+        for group in self.groups:
+            example = group.stack([p.detach() for p in group.params], runtime.ranks)
+            shape = (group.share, *example.shape[1:])
+            group.state = {
+                slot: torch.zeros(shape, device=example.device, dtype=torch.float32)
+                for slot in SLOTS[group.rule]
+            }
+
+    def _groups(self, model: GPT) -> list[Group]:
+        scale = (model.config.width / 768) ** -0.5
+        lrs = {
+            "embedding.weight": self.config.embedding_lr * scale,
+            "head.weight": self.config.head_lr * scale,
+        }
+        groups: list[Group] = []
+        matrices: dict[torch.Size, dict[str, Tensor]] = {}
+        for name, param in model.named_parameters():
+            if name in lrs:
+                share = -(-param.shape[0] // self.runtime.ranks)
+                groups.append(Group("adamw", [name], [param], lrs[name], share))
+            else:
+                matrices.setdefault(param.shape, {})[name] = param
+        for named in matrices.values():
+            share = -(-len(named) // self.runtime.ranks)
+            lr = self.config.matrix_lr
+            groups.append(Group("muon", list(named), list(named.values()), lr, share))
+        return groups
+
+    def momentum(self) -> float:
+        """Muon's momentum for the next update: a linear warmup."""
+        c = self.config
+        warm = min(1.0, self.steps / c.momentum_warmup) if c.momentum_warmup else 1.0
+        return c.momentum_start + (c.momentum - c.momentum_start) * warm
+
+    @torch.no_grad()
+    def step(self, lr_scale: float) -> float:
+        """Update the model from its gradients; returns the global gradient norm before clipping.
+
+        Raises FloatingPointError, and changes nothing, when the norm is not finite.
+        """
+        grads = [self._reduce(group) for group in self.groups]
+        squares = torch.stack([grad.square().sum(dtype=torch.float64) for grad in grads]).sum()
+        norm = float(self.runtime.sum(squares).sqrt())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm} at update {self.steps + 1}")
+        clip = self.config.clip
+        if clip is not None and norm > clip:
+            torch._foreach_mul_(grads, clip / norm)
+        momentum = self.momentum()
+        self.steps += 1
+        for group, grad in zip(self.groups, grads, strict=True):
+            self._update(group, grad, lr_scale, momentum)
+        return norm
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            for param in group.params:
+                param.grad = None
+
+    def _reduce(self, group: Group) -> Tensor:
+        """This rank's share of the gradients, summed over ranks."""
+        stacked = group.stack(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params],
+            self.runtime.ranks,
+        )
+        if self.runtime.ranks == 1:
+            return stacked
+        share = stacked.new_empty(group.share, *stacked.shape[1:])
+        dist.reduce_scatter_tensor(share, stacked.contiguous())
+        return share
+
+    def _update(self, group: Group, grad: Tensor, lr_scale: float, momentum: float) -> None:
+        stacked = group.stack([p.data for p in group.params], self.runtime.ranks)
+        first = self.runtime.rank * group.share
+        weight = stacked[first : first + group.share].clone()
+        lr = group.lr * lr_scale
+        if group.rule == "muon":
+            steps = self.config.newton_schulz_steps
+            muon_step(
+                weight,
+                grad,
+                group.state["momentum"],
+                lr=lr,
+                momentum=momentum,
+                newton_schulz_steps=steps,
+            )
+        else:
+            adamw_step(
+                weight,
+                grad,
+                group.state["moment1"],
+                group.state["moment2"],
+                step=self.steps,
+                lr=lr,
+                betas=(self.config.adam_beta1, self.config.adam_beta2),
+                eps=self.config.adam_eps,
+                weight_decay=self.config.weight_decay,
+            )
+        if self.runtime.ranks > 1:
+            dist.all_gather_into_tensor(stacked, weight)
+        else:
+            stacked = weight
+        for param, value in zip(group.params, group.unstack(stacked), strict=True):
+            param.data.copy_(value)

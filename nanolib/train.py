@@ -1,0 +1,193 @@
+"""One trainer for every stage: base, mid, SFT and GRPO differ in their source and their loss.
+
+The sums come first and one division last: a step's token count is known from its batches alone, is
+summed over micro-batches and ranks before the first backward pass, and divides the summed loss of
+each. So any split of the same rows into micro-batches and ranks gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nanolib import checkpoint
+from nanolib.config import Schedule
+from nanolib.data.packing import IGNORED, Batch, Source
+from nanolib.guard import Guard
+from nanolib.model import GPT
+from nanolib.optim import MuonAdamW
+from nanolib.rundir import StageDir
+from nanolib.runtime import Runtime
+
+
+class Loss(Protocol):
+    """What a stage minimises: ``sum(nll) / count``, both over all ranks and micro-batches."""
+
+    def count(self, batch: Batch) -> int: ...
+
+    def sum(self, nll_BT: Tensor, batch: Batch) -> Tensor: ...
+
+
+class CrossEntropy:
+    """Mean negative log-likelihood of the targets that are not ignored."""
+
+    def count(self, batch: Batch) -> int:
+        return int((batch.targets_BT != IGNORED).sum())
+
+    def sum(self, nll_BT: Tensor, batch: Batch) -> Tensor:
+        return nll_BT.sum()
+
+
+class Stopped(Exception):
+    """The stage was asked to stop and has saved; the same command goes on from here."""
+
+
+Hook = Callable[["Trainer"], None]
+
+
+def lr_scale(schedule: Schedule, step: int, steps: int) -> float:
+    """The learning rate's multiplier at a step (from 0): warmup, constant, warmdown.
+
+    >>> [lr_scale(Schedule(warmup=0.25, warmdown=0.5), s, 8) for s in (0, 1, 3, 4, 7)]
+    [0.5, 1.0, 1.0, 1.0, 0.25]
+    """
+    warmup, warmdown = round(schedule.warmup * steps), round(schedule.warmdown * steps)
+    if step < warmup:
+        return schedule.lr * (step + 1) / warmup
+    if step < steps - warmdown:
+        return schedule.lr
+    left = (steps - step) / warmdown
+    return schedule.lr * (left + (1 - left) * schedule.final)
+
+
+class Trainer:
+    """Train a model from its newest checkpoint to the last step, saving on the way.
+
+    `hooks` are called after every step that `eval_every` divides and after the last one; they may
+    append metrics. Raises Stopped when the guard asks for it, after saving.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: StageDir,
+        model: GPT,
+        optimizer: MuonAdamW,
+        source: Source,
+        schedule: Schedule,
+        steps: int,
+        save_every: int,
+        eval_every: int,
+        runtime: Runtime,
+        guard: Guard,
+        about: Mapping[str, Any],
+        loss: Loss | None = None,
+        hooks: Sequence[Hook] = (),
+    ):
+        self.stage, self.model, self.optimizer, self.source = stage, model, optimizer, source
+        self.schedule, self.steps = schedule, steps
+        self.save_every, self.eval_every = save_every, eval_every
+        self.runtime, self.guard, self.about = runtime, guard, about
+        self.loss: Loss = loss or CrossEntropy()
+        self.hooks = hooks
+        self.step = 0  # steps done
+        self.saved: int | None = None  # the step of the newest checkpoint
+        self.nll = torch.compile(model.nll) if runtime.device.type == "cuda" else model.nll
+        self._pace: float | None = None  # seconds a step, smoothed
+
+    def fit(self) -> None:
+        """Resume, train to the last step, save."""
+        self.resume()
+        while self.step < self.steps:
+            started = time.perf_counter()
+            row, stop = self.train_step()
+            self.log(row, time.perf_counter() - started)
+            self.run_hooks()
+            if stop or self.step % self.save_every == 0 or self.step == self.steps:
+                self.save()
+            if stop and self.step < self.steps:
+                raise Stopped(f"stopped and saved after step {self.step} of {self.steps}")
+        if self.saved != self.step:
+            self.save()
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint; metrics of lost steps are dropped."""
+        found = checkpoint.latest(self.stage.checkpoints)
+        if found is not None:
+            checkpoint.check_same(found, self.about)
+            checkpoint.restore_model(found, self.model)
+            checkpoint.restore_optimizer(found, self.optimizer)
+            self.step = self.saved = found.step
+        self.runtime.barrier()
+        if self.runtime.is_lead:
+            self.stage.metrics.truncate(self.step)
+        self.runtime.barrier()
+
+    def train_step(self) -> tuple[dict[str, Any], bool]:
+        """One step: every update of the source's batches. Returns (metrics, whether to stop)."""
+        scale = lr_scale(self.schedule, self.step, self.steps)
+        loss, tokens, norm, stop = 0.0, 0, 0.0, False
+        for batches in self.source.updates(self.step):
+            count, asked = self._agree(batches)
+            stop = stop or asked
+            loss = self.forward_backward(batches, count)
+            norm = self.optimizer.step(scale)
+            self.optimizer.zero_grad()
+            tokens += count
+        self.step += 1
+        return {"loss": loss, "grad_norm": norm, "lr": scale, "tokens": tokens}, stop
+
+    def _agree(self, batches: Sequence[Batch]) -> tuple[int, bool]:
+        """The global number of tokens, and whether any rank was asked to stop."""
+        mine = [sum(self.loss.count(batch) for batch in batches), int(self.guard.stop_requested)]
+        count, stop = self.runtime.sum(torch.tensor(mine, device=self.runtime.device)).tolist()
+        if count == 0:
+            raise ValueError(f"step {self.step} of {self.stage.name} has no token to learn from")
+        return count, stop > 0
+
+    def forward_backward(self, batches: Sequence[Batch], count: int) -> float:
+        """Add each batch's gradient of sum / count; returns the global loss in nats a token."""
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for batch in batches:
+            batch = batch.to(self.runtime.device)
+            with self.runtime.autocast():
+                nll_BT = self.nll(batch)
+            loss = self.loss.sum(nll_BT, batch) / count
+            loss.backward()
+            total += loss.detach()
+        value = float(self.runtime.sum(total))
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.step} of {self.stage.name}; lower "
+                f"{self.stage.name}.lr (now {self.schedule.lr})"
+            )
+        return value
+
+    def log(self, row: Mapping[str, Any], seconds: float) -> None:
+        """Append one line to metrics.jsonl (the lead rank alone)."""
+        self._pace = seconds if self._pace is None else 0.9 * self._pace + 0.1 * seconds
+        if self.runtime.is_lead:
+            self.stage.metrics.append(
+                kind="train",
+                step=self.step,
+                steps=self.steps,
+                **row,
+                seconds=seconds,
+                tokens_per_second=row["tokens"] / seconds,
+                seconds_left=self._pace * (self.steps - self.step),
+            )
+
+    def run_hooks(self) -> None:
+        if self.step % self.eval_every == 0 or self.step == self.steps:
+            for hook in self.hooks:
+                hook(self)
+
+    def save(self) -> None:
+        folder = self.stage.checkpoints
+        checkpoint.save(folder, self.step, self.model, self.optimizer, self.about, self.runtime)
+        self.saved = self.step
