@@ -1,0 +1,252 @@
+"""Text to ids and back: byte-level BPE, trained by the crate, encoded by tiktoken.
+
+Ids 0 to 255 are the bytes, then come the merges in order, then `SPECIAL_TOKENS`. A special token
+that somebody types is ordinary text: only `Tokenizer.special` gives its id.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+# GPT-4's split, with digits in groups of one or two: small vocabularies have few ids to spare.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+VERSION = 1  # of the JSON file
+Progress = Callable[[str, int, int | None], object]  # (phase, done, total); see `train`
+
+
+class Tokenizer:
+    """A trained vocabulary, immutable.
+
+    `merges[n] = (left id, right id)` makes id 256 + n. Raises ValueError when a merge uses an id
+    that does not exist yet or makes the bytes of an earlier token again.
+    """
+
+    def __init__(self, merges: Iterable[tuple[int, int]], pattern: str = PATTERN):
+        self.pattern = pattern
+        self.merges = tuple((int(left), int(right)) for left, right in merges)
+        self._bytes = _token_bytes(self.merges)
+        ordinary = len(self._bytes)
+        self._specials = {name: ordinary + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._bytes += [name.encode() for name in SPECIAL_TOKENS]
+        self._encoding = tiktoken.Encoding(
+            "nanolib",
+            pat_str=pattern,
+            mergeable_ranks={token: i for i, token in enumerate(self._bytes[:ordinary])},
+            special_tokens=self._specials,
+        )
+        self.vocab_size = len(self._bytes)
+        self.bos = self._specials["<|bos|>"]
+
+    @classmethod
+    def train(
+        cls, documents: Iterable[str], vocab_size: int, progress: Progress | None = None
+    ) -> Tokenizer:
+        """Train on `documents`; `vocab_size` counts bytes, merges and specials.
+
+        `progress(phase, done, total)` is called about every 50 ms: phase "count" with the bytes
+        read (total None), then "merge" with the merges done. Raises ValueError when `vocab_size`
+        has no room for bytes and specials or the text has too few pairs for it.
+        """
+        import rust_tokenizer
+
+        fewest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < fewest:
+            raise ValueError(
+                f"vocab_size must be at least {fewest} (256 bytes and {len(SPECIAL_TOKENS)} "
+                f"special tokens), got {vocab_size}"
+            )
+        merges, _ = rust_tokenizer.train(documents, vocab_size - fewest, PATTERN, progress)
+        if len(merges) < vocab_size - fewest:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but the text runs out of pairs to merge at "
+                f"{fewest + len(merges)}: give more text or set vocab_size to at most that"
+            )
+        return cls(merges)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Read what `save` wrote. Raises ValueError, naming the file, for anything else."""
+        try:
+            return cls._from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ValueError(f"no tokenizer at {path}: run the tokenizer stage first") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is not a tokenizer file of version {VERSION} ({error}): delete it and "
+                "run the tokenizer stage again"
+            ) from error
+
+    @classmethod
+    def _from_dict(cls, saved: dict) -> Tokenizer:
+        if not isinstance(saved, dict) or saved.get("version") != VERSION:
+            version = saved.get("version") if isinstance(saved, dict) else None
+            raise ValueError(f"its version is {version}")
+        if saved["specials"] != list(SPECIAL_TOKENS):
+            raise ValueError("its special tokens are not ours")
+        return cls(saved["merges"], saved["pattern"])
+
+    def _to_json(self) -> str:
+        saved = {
+            "version": VERSION,
+            "pattern": self.pattern,
+            "specials": SPECIAL_TOKENS,
+            "merges": self.merges,
+        }
+        return json.dumps(saved, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+    def save(self, path: Path | str) -> None:
+        """Write JSON: version, pattern, specials, merges. The file is whole or not there."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(self._to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that differ when anything about the tokenizer does."""
+        return hashlib.sha256(self._to_json().encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ordinary text, special tokens never among them."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """`encode` of each text, on several threads."""
+        return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Bytes that are no UTF-8 come out as U+FFFD; specials as their names."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.token_bytes(id) for id in ids)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token; of a special token its name. ValueError for an unknown id."""
+        if not 0 <= id < self.vocab_size:
+            raise ValueError(f"token ids go from 0 to {self.vocab_size - 1}, got {id}")
+        return self._bytes[id]
+
+    def special(self, name: str) -> int:
+        """The id of a special token, for example ``special("<|bos|>")``."""
+        if name not in self._specials:
+            raise ValueError(f"no special token {name!r}; there are {', '.join(SPECIAL_TOKENS)}")
+        return self._specials[name]
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """[V] int32: bytes of text a token stands for; specials stand for none.
+
+        Measured on bytes: through str, a token that is part of a character would count as the
+        three bytes of U+FFFD.
+        """
+        lengths = np.array([len(token) for token in self._bytes], dtype=np.int32)
+        lengths[self.vocab_size - len(SPECIAL_TOKENS) :] = 0
+        lengths.flags.writeable = False
+        return lengths
+
+    def compression(self, texts: Sequence[str], encodings: Path | None = None) -> dict[str, float]:
+        """Bytes of text a token, ours and of every known encoding in the folder `encodings`."""
+        encoders = {"nanolib": self._encoding}
+        if encodings is not None:
+            encoders |= published_encodings(encodings)
+        total = sum(len(text.encode()) for text in texts)
+        return {
+            name: total / sum(map(len, encoder.encode_ordinary_batch(list(texts), num_threads=1)))
+            for name, encoder in encoders.items()
+        }
+
+
+def _token_bytes(merges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of every ordinary token, checking that `merges` is something BPE can produce."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    known = set(tokens)
+    for number, (left, right) in enumerate(merges):
+        if not (0 <= left < len(tokens) and 0 <= right < len(tokens)):
+            raise ValueError(f"merge {number} joins ({left}, {right}), which do not exist yet")
+        token = tokens[left] + tokens[right]
+        if token in known:
+            raise ValueError(f"merge {number} makes the token {token!r} a second time")
+        known.add(token)
+        tokens.append(token)
+    return tokens
+
+
+class StreamDecoder:
+    """Decodes one token at a time, giving out whole characters only.
+
+    What `push` and a last `flush` return adds up to `Tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        """The characters that this token completes, possibly none."""
+        return self._decoder.decode(self._tokenizer.token_bytes(id))
+
+    def flush(self) -> str:
+        """U+FFFD for a character left incomplete; the decoder can be used again."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+# name for people, file, split pattern
+_PUBLISHED = (
+    (
+        "GPT-2",
+        "r50k_base.tiktoken",
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    ),
+    (
+        "GPT-4",
+        "cl100k_base.tiktoken",
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s++$|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+)
+
+
+def published_encodings(folder: Path) -> dict[str, tiktoken.Encoding]:
+    """GPT-2's and GPT-4's encodings, as far as their ``.tiktoken`` files are in `folder`."""
+    found = {}
+    for name, file, pattern in _PUBLISHED:
+        path = Path(folder) / file
+        if path.is_file():
+            lines = (line.split() for line in path.read_bytes().splitlines() if line)
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+            found[name] = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+            )
+    return found
