@@ -1,0 +1,303 @@
+"""The trainer against the definition of BPE, the tokenizer against tiktoken and tokenizers."""
+
+import itertools
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rust_tokenizer
+from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, StreamDecoder, Tokenizer, published_encodings
+
+repeatable = settings(derandomize=True, deadline=None, max_examples=200)
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "banana",
+    "aaa",
+    "aaaa",
+    "l'été",
+    "don't",
+    "2024",
+    "007",
+    "naïve",
+    "★★",
+    "日本",
+    "\n",
+    "\t",
+    "--",
+    "Ünï",
+]
+
+
+def corpus(seed: int, documents: int = 30, words: int = 40) -> list[str]:
+    """Random documents over a few words, with odd spaces and random letters in between."""
+    draw = random.Random(seed)
+    joints = [" ", " ", " ", "  ", "\n", "\r\n\n", "", "'S "]
+    pool = WORDS + ["".join(draw.choices("abcé", k=draw.randint(1, 12))) for _ in range(40)]
+    return [
+        "".join(draw.choice(pool) + draw.choice(joints) for _ in range(draw.randint(0, words)))
+        for _ in range(documents)
+    ]
+
+
+def naive_train(documents: list[str], num_merges: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """The definition: before each merge, count every pair of every word anew."""
+    counts = Counter(w for text in documents for w in regex.findall(PATTERN, text, regex.V1))
+    words = [(list(word.encode()), count) for word, count in counts.items()]
+    merges, merge_counts = [], []
+    for new in range(256, 256 + num_merges):
+        pairs: Counter = Counter()
+        for ids, count in words:
+            for pair in itertools.pairwise(ids):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        merge_counts.append(pairs[best])
+        for ids, _ in words:
+            at = 0
+            while at < len(ids) - 1:
+                if (ids[at], ids[at + 1]) == best:
+                    ids[at : at + 2] = [new]
+                at += 1
+    return merges, merge_counts
+
+
+def naive_encode(word: bytes, merges: list[tuple[int, int]]) -> list[int]:
+    """Replay every merge in order."""
+    ids = list(word)
+    for new, pair in enumerate(merges, start=256):
+        at = 0
+        while at < len(ids) - 1:
+            if (ids[at], ids[at + 1]) == pair:
+                ids[at : at + 2] = [new]
+            at += 1
+    return ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(corpus(0, documents=300), 600)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_training_equals_the_definition(seed):
+    documents = corpus(seed)
+    assert rust_tokenizer.train(documents, 150, PATTERN) == naive_train(documents, 150)
+
+
+@repeatable
+@given(st.lists(st.text(alphabet="ab \n'sé7", max_size=40), max_size=6), st.integers(0, 30))
+def test_training_equals_the_definition_on_telling_alphabets(documents, num_merges):
+    assert rust_tokenizer.train(documents, num_merges, PATTERN) == naive_train(
+        documents, num_merges
+    )
+
+
+def test_training_does_not_depend_on_the_order_of_documents():
+    documents = corpus(3)
+    shuffled = random.Random(1).sample(documents, len(documents))
+    assert rust_tokenizer.train(documents, 150, PATTERN) == rust_tokenizer.train(
+        iter(shuffled), 150, PATTERN
+    )
+
+
+def test_ties_go_to_the_smallest_pair():
+    merges, counts = rust_tokenizer.train(["zy ba", "dc"], 9, r"\w+")
+    assert merges == [(ord("b"), ord("a")), (ord("d"), ord("c")), (ord("z"), ord("y"))]
+    assert counts == [1, 1, 1]
+
+
+def test_vocab_size_counts_everything(tokenizer):
+    assert tokenizer.vocab_size == 600
+    assert len(tokenizer.merges) == 600 - 256 - len(SPECIAL_TOKENS)
+    specials = [tokenizer.special(name) for name in SPECIAL_TOKENS]
+    assert specials == list(range(600 - len(SPECIAL_TOKENS), 600))
+    assert tokenizer.bos == specials[0]
+
+
+def test_the_smallest_vocabulary_has_no_merges():
+    tokenizer = Tokenizer.train(["abc"], 265)
+    assert tokenizer.encode("abc") == [97, 98, 99]
+    with pytest.raises(ValueError, match=r"at least 265 .* got 264"):
+        Tokenizer.train(["abc"], 264)
+
+
+def test_text_with_too_few_pairs_is_refused():
+    with pytest.raises(ValueError, match=r"vocab_size is 300, .* 268"):
+        Tokenizer.train(["abc abc"], 300)
+
+
+def test_iterator_errors_pass_through_unchanged():
+    class Odd(Exception):
+        pass
+
+    def documents():
+        yield "text"
+        raise Odd("mine")
+
+    with pytest.raises(Odd, match="mine"):
+        Tokenizer.train(documents(), 300)
+    with pytest.raises(TypeError):
+        Tokenizer.train([b"bytes"], 300)
+    with pytest.raises(ValueError, match="surrogates"):
+        Tokenizer.train(["a\ud800"], 300)
+    with pytest.raises(ValueError, match="pattern"):
+        rust_tokenizer.train(["a"], 1, "(")
+
+
+@repeatable
+@given(st.text())
+def test_round_trip_of_any_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(id) for id in ids]
+    assert "".join(pieces) + decoder.flush() == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+@repeatable
+@given(st.lists(st.integers(0, 599), max_size=20))
+def test_stream_decoder_adds_up_on_any_ids(tokenizer, ids):
+    decoder = StreamDecoder(tokenizer)
+    assert "".join([*map(decoder.push, ids), decoder.flush()]) == tokenizer.decode(ids)
+
+
+def test_encoding_replays_the_merges(tokenizer):
+    text = "".join(corpus(7))
+    expected = [
+        id
+        for word in regex.findall(PATTERN, text, regex.V1)
+        for id in naive_encode(word.encode(), tokenizer.merges)
+    ]
+    assert tokenizer.encode(text) == expected
+    assert tokenizer.encode_batch([text, "", "a"], threads=2) == [expected, [], [97]]
+
+
+def test_hugging_face_gives_the_same_ids(tokenizer):
+    """The merges load in `tokenizers` through its byte alphabet and encode everything alike."""
+    import tokenizers
+
+    alphabet = byte_alphabet()
+    names = [
+        "".join(alphabet[b] for b in tokenizer.token_bytes(id))
+        for id in range(tokenizer.special("<|bos|>"))
+    ]
+    merges = [(names[left], names[right]) for left, right in tokenizer.merges]
+    model = tokenizers.models.BPE({name: id for id, name in enumerate(names)}, merges)
+    theirs = tokenizers.Tokenizer(model)
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    for text in [*corpus(11), "<|bos|> don'T\u017f", "a\u0301\u00a0b  \n\n c"]:
+        assert theirs.encode(text).ids == tokenizer.encode(text)
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-in for each byte."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = iter(range(256, 512))
+    return [chr(b) if b in kept else chr(next(moved)) for b in range(256)]
+
+
+def test_typed_special_tokens_are_ordinary_text(tokenizer):
+    for name in SPECIAL_TOKENS:
+        ids = tokenizer.encode(f"a{name}b")
+        assert max(ids) < tokenizer.bos
+        assert tokenizer.decode(ids) == f"a{name}b"
+    assert tokenizer.decode([tokenizer.bos]) == "<|bos|>"
+
+
+def test_special_tokens_are_never_trained():
+    tokenizer = Tokenizer.train(["<|bos|>" * 50], 268)
+    assert tokenizer.special("<|bos|>") == 259
+    assert tokenizer.encode("<|bos|>") != [259]
+
+
+def test_byte_lengths_are_measured_on_bytes(tokenizer):
+    assert tokenizer.byte_lengths.dtype == np.int32
+    assert (tokenizer.byte_lengths[:256] == 1).all()  # 0xC3 alone is one byte, not U+FFFD's three
+    assert (tokenizer.byte_lengths[-len(SPECIAL_TOKENS) :] == 0).all()
+
+
+def test_decoding_invalid_utf8_and_unknown_ids(tokenizer):
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert tokenizer.decode_bytes([0xC3, 0x28]) == b"\xc3("
+    for id in (-1, 600):
+        with pytest.raises(ValueError, match=rf"from 0 to 599, got {id}"):
+            tokenizer.decode([id])
+    with pytest.raises(ValueError, match=r"<\|nope\|>"):
+        tokenizer.special("<|nope|>")
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    again = Tokenizer.load(path)
+    assert again.fingerprint() == tokenizer.fingerprint()
+    assert again.encode("don't") == tokenizer.encode("don't")
+    saved = json.loads(path.read_text())
+    assert set(saved) == {"version", "pattern", "specials", "merges"}
+    assert list(tmp_path.iterdir()) == [path]
+    other = Tokenizer(tokenizer.merges[:-1])
+    assert other.fingerprint() != tokenizer.fingerprint()
+
+
+def test_damaged_files_are_refused_by_name(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    whole = path.read_text()
+    good = json.loads(whole)
+    damaged = {
+        "torn": whole[: len(whole) // 2],
+        "empty": "",
+        "list": "[]",
+        "version": json.dumps(good | {"version": 2}),
+        "specials": json.dumps(good | {"specials": ["<|bos|>"]}),
+        "missing": json.dumps({k: v for k, v in good.items() if k != "merges"}),
+        "future": json.dumps(good | {"merges": [[97, 400]]}),
+        "negative": json.dumps(good | {"merges": [[-1, 97]]}),
+        "twice": json.dumps(good | {"merges": [[97, 98], [97, 98]]}),
+        "type": json.dumps(good | {"merges": 5}),
+        "pattern": json.dumps(good | {"pattern": "("}),
+    }
+    for name, text in damaged.items():
+        bad = tmp_path / f"{name}.json"
+        bad.write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}\.json"):
+            Tokenizer.load(bad)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary\.json"):
+        Tokenizer.load(tmp_path / "binary.json")
+    with pytest.raises(ValueError, match=r"nowhere\.json.*run the tokenizer stage"):
+        Tokenizer.load(tmp_path / "nowhere.json")
+
+
+def test_compression_beside_published_encodings(tokenizer, tmp_path):
+    """A folder with a made-up GPT-2 file of bare bytes: one byte a token, by definition."""
+    import base64
+
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    (tmp_path / "r50k_base.tiktoken").write_text("\n".join(lines) + "\n")
+    assert list(published_encodings(tmp_path)) == ["GPT-2"]
+    texts = corpus(5)
+    found = tokenizer.compression(texts, tmp_path)
+    assert found["GPT-2"] == 1.0
+    total = sum(len(text.encode()) for text in texts)
+    assert found["nanolib"] == total / sum(len(tokenizer.encode(text)) for text in texts)
+    assert tokenizer.compression(texts).keys() == {"nanolib"}
