@@ -28,6 +28,7 @@ from torch import Tensor
 from nanolib.config import from_flat
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
+from nanolib.rundir import saving
 from nanolib.runtime import Runtime
 
 VERSION = 1
@@ -75,7 +76,7 @@ def save(
     """Write ``folder/step_<step>`` with all ranks together and delete all but the last two.
 
     `about` is saved in the index: the recipe (flat), vocabulary size and tokenizer fingerprint.
-    Raises OSError that names the path when the disk is full; older checkpoints stay whole.
+    Raises ValueError that names the path when the disk is full; older checkpoints stay whole.
     """
     final = folder / f"step_{step:08d}"
     partial = folder / f"{final.name}.partial"
@@ -132,18 +133,10 @@ def _index(every: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write {len(data):,} bytes of a checkpoint ({error.strerror}); free some space "
-            f"and run the same command again: it goes on from the checkpoint before this one",
-            str(path),
-        ) from error
+    with saving(path), path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

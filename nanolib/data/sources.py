@@ -64,9 +64,10 @@ class RowSource:
     def updates(self, step: int) -> list[list[Batch]]:
         rows = [self.row(number) for number in self.row_numbers(step)]
         groups = [rows[i : i + self.device_batch] for i in range(0, len(rows), self.device_batch)]
-        return [[self._batch(group) for group in groups]]
+        return [[self.batch(group) for group in groups]]
 
-    def _batch(self, rows: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> Batch:
+    def batch(self, rows: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> Batch:
+        """Rows (as `row` gives them), padded to T."""
         masks = [np.ones(len(ids), bool) if mask is None else mask for ids, mask in rows]
         return batch_of_rows([ids for ids, _ in rows], masks, self.length, self.bos)
 

@@ -1,0 +1,127 @@
+"""Bits per byte: how well a model compresses text it has not seen, whatever its tokenizer.
+
+Document level: every document starts with BOS and is read in windows of T tokens that overlap by
+one id, so each token is predicted exactly once from its own document alone; BOS itself is not
+scored. Bits of all tokens are divided by the bytes those tokens stand for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from nanolib.data.packing import batch_of_rows
+from nanolib.model import GPT
+from nanolib.runtime import Runtime
+
+
+def bits_per_byte(
+    model: GPT,
+    documents: Sequence[np.ndarray],
+    byte_lengths: np.ndarray,
+    bos: int,
+    runtime: Runtime,
+    tokens_at_once: int = 16_384,
+) -> float:
+    """Bits per byte of documents (ids with BOS first), shared among the ranks.
+
+    `byte_lengths` [V] are the bytes each token stands for. Raises ValueError for no bytes at all.
+    """
+    length = model.config.sequence_len
+    mine = documents[runtime.rank :: runtime.ranks]
+    windows = [window for document in mine for window in _windows(document, length)]
+    size = sum(int(byte_lengths[window[1:]].sum()) for window in windows)
+    nats = sum(_nats(model, group, bos, runtime) for group in _groups(windows, tokens_at_once))
+    totals = torch.tensor([nats, size], dtype=torch.float64, device=runtime.device)
+    nats, size = runtime.sum(totals).tolist()
+    if not size:
+        raise ValueError(f"{len(documents)} documents hold no text to score")
+    return nats / math.log(2) / size
+
+
+def _windows(document: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(document) - 1, length):
+        yield document[start : start + length + 1]
+
+
+def _groups(windows: list[np.ndarray], tokens_at_once: int) -> Iterator[list[np.ndarray]]:
+    """Windows of similar length together, so that little is padding."""
+    group: list[np.ndarray] = []
+    for window in sorted(windows, key=len):
+        if group and (len(group) + 1) * len(window) > tokens_at_once:
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def _nats(model: GPT, windows: list[np.ndarray], bos: int, runtime: Runtime) -> float:
+    masks = [np.ones(len(window), bool) for window in windows]
+    batch = batch_of_rows(windows, masks, max(map(len, windows)) - 1, bos).to(runtime.device)
+    with runtime.autocast():
+        return float(model.nll(batch).sum(dtype=torch.float64))
+
+
+class Trigram:
+    """A count-based baseline: an interpolated trigram model of tokens (Jelinek & Mercer, 1980).
+
+    p(c | a, b) mixes the trigram's, bigram's and unigram's relative frequencies. The weights
+    depend on how often (a, b) was seen (a bucket a doubling) and are fitted by EM on the last
+    twentieth of the training tokens, which the counts leave out.
+    """
+
+    BUCKETS = 16
+
+    def __init__(self, tokens: np.ndarray, vocab_size: int, iterations: int = 20):
+        self.vocab_size = vocab_size
+        tokens = np.asarray(tokens, dtype=np.int64)
+        held = max(1, len(tokens) // 20)
+        self._count(tokens[:-held])
+        self.weights = np.full((self.BUCKETS, 3), 1 / 3)
+        probabilities, bucket = self._probabilities(tokens[-held:])
+        for _ in range(iterations):
+            joint = self.weights[bucket] * probabilities
+            shares = joint / joint.sum(axis=1, keepdims=True)
+            sums = np.stack([np.bincount(bucket, s, self.BUCKETS) for s in shares.T], axis=1)
+            sums += 1e-3  # buckets that were never seen stay a mixture
+            self.weights = sums / sums.sum(axis=1, keepdims=True)
+
+    def _count(self, tokens: np.ndarray) -> None:
+        size = self.vocab_size
+        pairs = tokens[:-1] * size + tokens[1:]
+        triples = pairs[:-1] * size + tokens[2:]
+        self.unigrams = np.bincount(tokens, minlength=size)
+        self.pairs = np.unique(pairs, return_counts=True)
+        self.triples = np.unique(triples, return_counts=True)
+
+    def _probabilities(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each token's (from the third on) three probabilities [N, 3] and its bucket [N]."""
+        size = self.vocab_size
+        first, second, third = tokens[:-2], tokens[1:-1], tokens[2:]
+        context = _lookup(self.pairs, first * size + second)
+        triple = _lookup(self.triples, (first * size + second) * size + third)
+        pair = _lookup(self.pairs, second * size + third)
+        unigram = (self.unigrams[third] + 1) / (self.unigrams.sum() + size)
+        bigram = pair / np.maximum(self.unigrams[second], 1)
+        trigram = triple / np.maximum(context, 1)
+        bucket = np.minimum(np.log2(context + 1).astype(int), self.BUCKETS - 1)
+        return np.stack([trigram, bigram, unigram], axis=1), bucket
+
+    def bits_per_byte(self, tokens: np.ndarray, byte_lengths: np.ndarray) -> float:
+        """Bits per byte of a token stream (documents with BOS first); BOS is not scored."""
+        probabilities, bucket = self._probabilities(np.asarray(tokens, dtype=np.int64))
+        mixed = (self.weights[bucket] * probabilities).sum(axis=1)
+        sizes = byte_lengths[tokens[2:]]
+        return float(-np.log2(mixed[sizes > 0]).sum() / sizes.sum())
+
+
+def _lookup(counted: tuple[np.ndarray, np.ndarray], keys: np.ndarray) -> np.ndarray:
+    """The count of each key, 0 where it was never seen."""
+    known, counts = counted
+    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.where(known[place] == keys, counts[place], 0)

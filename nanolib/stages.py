@@ -1,0 +1,529 @@
+"""The stages of the road: each assembles its parts, works, and leaves a done record.
+
+    data → tokenizer → shards → base → sft → eval → report
+
+``python -m nanolib.stages NAME DIR [--of STAGE] [--machine JSON]`` is the worker that
+`nanolib.launch` starts, once a rank. Readers and tests may call the functions themselves. Every
+stage can be stopped and killed at any instant and goes on from what it had saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanolib import checkpoint, hub, report, tasks
+from nanolib.config import STAGES, BaseConfig, SFTConfig, flatten
+from nanolib.data import shards as token_shards
+from nanolib.data import toyworld
+from nanolib.data.sources import ConversationSource, RowSource, TextSource
+from nanolib.engine import Engine
+from nanolib.evals import choices
+from nanolib.evals.bpb import Trigram, bits_per_byte
+from nanolib.guard import Guard
+from nanolib.model import GPT
+from nanolib.optim import MuonAdamW
+from nanolib.rundir import Run, StageDir, now
+from nanolib.runtime import Runtime, seed_of
+from nanolib.tokenizer import Tokenizer
+from nanolib.train import Hook, Stopped, Trainer
+
+USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
+TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
+SAMPLE_PROMPTS = 4  # openings of validation documents that the base model continues
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every stage is given."""
+
+    run: Run
+    stage: StageDir
+    runtime: Runtime
+    guard: Guard
+    of: str | None = None  # whose model an evaluation is of
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        """One progress row; raises Stopped when the guard asks for it."""
+        if self.runtime.is_lead:
+            self.stage.metrics.append(kind="progress", step=done, steps=total, message=message)
+        if self.guard.stop_requested:
+            raise Stopped(f"stopped at {message} ({done} of {total})")
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def data(context: Context) -> dict[str, Any]:
+    """Write the toy world, or find the text; record what the run is made of."""
+    run = context.run
+    if run.config.recipe.data.source == "toyworld":
+        toyworld.write(context.stage.path / "mirror", run.config.recipe.seed)
+    files = hub.text_files(run.config, run.mirror())
+    return {
+        "fingerprint": _fingerprint(run, files),
+        "train_files": [path.name for path in files.train],
+        "validation_file": files.validation.name,
+        "text_bytes": sum(path.stat().st_size for path in [*files.train, files.validation]),
+    }
+
+
+def _fingerprint(run: Run, files: hub.TextFiles) -> str:
+    """A hash of the names, sizes and ends (parquet footers) of everything a run reads."""
+    digest = hashlib.sha256()
+    mirror = run.mirror()
+    others = [] if mirror is None else sorted(mirror.glob("hub/**/*.parquet"))
+    for path in [*files.train, files.validation, *others]:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 65_536))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()[:16]
+
+
+def _text_files(run: Run) -> hub.TextFiles:
+    """The run's text, checked to be what the data stage recorded."""
+    files = hub.text_files(run.config, run.mirror())
+    record = run.stage("data").done()
+    if record is not None and record["result"]["fingerprint"] != _fingerprint(run, files):
+        raise ValueError(
+            f"the data in {run.mirror() or 'the hub'} is not what run {run.id} began with; give "
+            f"--mirror the folder it had, or use `--run NAME` for a run of its own"
+        )
+    return files
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+
+def tokenizer(context: Context) -> dict[str, Any]:
+    """Train the run's tokenizer on its training text."""
+    config = context.run.config.recipe.tokenizer
+    files = _text_files(context.run)
+
+    def stop_or_go(done: int, total: int) -> None:
+        context.progress(done, total, "merges")
+
+    texts = _training_text(context, files.train)
+    trained = Tokenizer.train(texts, config.vocab_size, progress=stop_or_go)
+    trained.save(context.stage.path / "tokenizer.json")
+    sample = _head(hub.documents(files.validation), 1_000_000)
+    tokens = sum(len(ids) for ids in trained.encode_batch(sample))
+    size = sum(len(text.encode()) for text in sample)
+    return {
+        "vocab_size": trained.vocab_size,
+        "fingerprint": trained.fingerprint(),
+        "validation_bytes_per_token": size / tokens,
+    }
+
+
+def _training_text(context: Context, files: Iterable[Path]) -> Iterator[str]:
+    """Documents cut at max_document_chars until max_chars are reached."""
+    config = context.run.config.recipe.tokenizer
+    left, read = config.max_chars, 0
+    for path in files:
+        for text in hub.documents(path):
+            text = text[: min(left, config.max_document_chars)]
+            left -= len(text)
+            read += 1
+            if read % 5000 == 0:
+                context.progress(config.max_chars - left, config.max_chars, "characters read")
+            yield text
+            if left <= 0:
+                return
+
+
+def _head(texts: Iterable[str], chars: int) -> list[str]:
+    """The first texts, until `chars` are reached."""
+    kept = []
+    for text in texts:
+        kept.append(text)
+        chars -= len(text)
+        if chars <= 0:
+            break
+    return kept
+
+
+def load_tokenizer(run: Run) -> Tokenizer:
+    """The run's tokenizer. Raises ValueError when it has none."""
+    path = run.stage("tokenizer").path / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"run {run.id} has no tokenizer yet: nanolib stage tokenizer")
+    return Tokenizer.load(path)
+
+
+# ---------------------------------------------------------------------------- shards
+
+
+def shards(context: Context) -> dict[str, Any]:
+    """Tokenize every text file; shards are shared out over the ranks, finished ones are kept."""
+    run, runtime = context.run, context.runtime
+    files = _text_files(run)
+    texts = [*files.train, files.validation]
+    encoder, folder = load_tokenizer(run), context.stage.path
+    for number, text in enumerate(texts):
+        target = token_shards.shard_path(folder, text)
+        if number % runtime.ranks == runtime.rank and not target.exists():
+            for documents in token_shards.tokenize(text, target, encoder, torch.get_num_threads()):
+                context.progress(number, len(texts), f"{text.name}: {documents} documents")
+    runtime.barrier()
+    tokens = [np.load(token_shards.shard_path(folder, text), mmap_mode="r") for text in texts]
+    return {
+        "train_tokens": sum(map(len, tokens[:-1])),
+        "train_documents": int(sum((shard == encoder.bos).sum() for shard in tokens[:-1])),
+        "validation_tokens": len(tokens[-1]),
+        "validation_bytes": int(encoder.byte_lengths[tokens[-1]].sum()),
+    }
+
+
+def shard_paths(run: Run) -> tuple[list[Path], Path]:
+    """The token shards of training and of validation text."""
+    record = run.stage("data").done()
+    if record is None:
+        raise ValueError(f"run {run.id} has no data yet: nanolib stage data")
+    folder, result = run.stage("shards").path, record["result"]
+    names = [*result["train_files"], result["validation_file"]]
+    *train, validation = (token_shards.shard_path(folder, Path(name)) for name in names)
+    return train, validation
+
+
+# ---------------------------------------------------------------------------- base and sft
+
+
+def base(context: Context) -> dict[str, Any]:
+    """Pretrain on the token shards; bits per byte on the validation shard as it goes."""
+    run, config = context.run, context.run.config.recipe.base
+    encoder = load_tokenizer(run)
+    train, _ = shard_paths(run)
+    source = TextSource.open(train, **_row_settings(context, config, encoder))
+    model = _new_model(context)
+    assert config.steps is not None
+    documents = validation_documents(run, encoder, config.eval_documents)
+
+    def evaluate(trainer: Trainer) -> None:
+        bpb = bits_per_byte(
+            trainer.model, documents, encoder.byte_lengths, encoder.bos, context.runtime
+        )
+        _eval_row(context, trainer.step, bpb=bpb)
+
+    return _train(context, config, model, source, config.steps, encoder, evaluate) | {
+        "epochs": config.steps * source.batch_rows / len(source)
+    }
+
+
+def sft(context: Context) -> dict[str, Any]:
+    """Finetune on conversations: the loss covers what the assistant says, nothing else."""
+    run, config = context.run, context.run.config.recipe.sft
+    encoder = load_tokenizer(run)
+    settings = _row_settings(context, config, encoder)
+    rows = flatten(config.rows)
+    mixture = {
+        name: _conversations(context, name, "train", limit)
+        for name, limit in rows.items()
+        if limit != 0
+    }
+    source, cut = _render(encoder, [c for part in mixture.values() for c in part], settings)
+    held, _ = _render(encoder, _conversations(context, "smoltalk", "test", 200), settings)
+    steps = config.steps or math.ceil(config.epochs * len(source) / source.batch_rows)
+    model = _new_model(context)
+    if run.config.recipe.base.enabled:
+        _start_from(context, model, "base", encoder)
+
+    def evaluate(trainer: Trainer) -> None:
+        _eval_row(context, trainer.step, loss=_validation_loss(trainer, held))
+
+    return _train(context, config, model, source, steps, encoder, evaluate) | {
+        "conversations": {name: len(part) for name, part in mixture.items()},
+        "cut_tokens": cut,
+        "epochs": steps * source.batch_rows / len(source),
+    }
+
+
+def _row_settings(
+    context: Context, config: BaseConfig | SFTConfig, encoder: Tokenizer
+) -> dict[str, Any]:
+    run, runtime = context.run, context.runtime
+    length = run.config.recipe.model.sequence_len
+    return {
+        "length": length,
+        "batch_rows": config.batch_tokens // length,
+        "bos": encoder.bos,
+        "seed": seed_of(run.config.recipe.seed, context.stage.name),
+        "rank": runtime.rank,
+        "ranks": runtime.ranks,
+        "device_batch": run.config.machine.device_batch,
+    }
+
+
+def _new_model(context: Context) -> GPT:
+    recipe = context.run.config.recipe
+    return GPT.build(recipe.model, recipe.tokenizer.vocab_size, context.runtime.device, recipe.seed)
+
+
+def _start_from(context: Context, model: GPT, stage: str, encoder: Tokenizer) -> None:
+    """Give the model the weights of an earlier stage's newest checkpoint."""
+    found = checkpoint.latest(context.run.stage(stage).checkpoints)
+    if found is None:
+        raise ValueError(f"run {context.run.id} has no {stage} model: nanolib stage {stage}")
+    checkpoint.check_same(found, _about(context.run, encoder))
+    checkpoint.restore_model(found, model)
+
+
+def _about(run: Run, encoder: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint says of the run it belongs to."""
+    return {
+        "recipe": flatten(run.config.recipe),
+        "vocab_size": encoder.vocab_size,
+        "tokenizer": encoder.fingerprint(),
+    }
+
+
+def _train(
+    context: Context,
+    config: BaseConfig | SFTConfig,
+    model: GPT,
+    source: RowSource,
+    steps: int,
+    encoder: Tokenizer,
+    evaluate: Hook,
+) -> dict[str, Any]:
+    """Run the trainer; the result is read off the metrics, so a resumed stage tells the same."""
+    every = max(1, steps // 10)
+    trainer = Trainer(
+        stage=context.stage,
+        model=model,
+        optimizer=MuonAdamW(model, context.run.config.recipe.optim, context.runtime),
+        source=source,
+        schedule=config,
+        steps=steps,
+        save_every=config.save_every or every,
+        eval_every=config.eval_every or every,
+        runtime=context.runtime,
+        guard=context.guard,
+        about=_about(context.run, encoder),
+        hooks=[evaluate],
+    )
+    trainer.fit()
+    context.runtime.barrier()
+    rows = context.stage.metrics.rows()
+    steps_done = [row for row in rows if row["kind"] == "train"]
+    scores = [row for row in rows if row["kind"] == "eval"]
+    seconds = sum(row["seconds"] for row in steps_done)
+    tokens = sum(row["tokens"] for row in steps_done)
+    final = {k: v for k, v in scores[-1].items() if k not in ("kind", "step", "steps")}
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_loss": steps_done[-1]["loss"],
+        **{f"validation_{name}": value for name, value in final.items()},
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _eval_row(context: Context, step: int, **scores: float) -> None:
+    if context.runtime.is_lead:
+        context.stage.metrics.append(kind="eval", step=step, **scores)
+
+
+def validation_documents(run: Run, encoder: Tokenizer, limit: int | None) -> list[np.ndarray]:
+    """The first `limit` documents (None: all) of the validation shard, as ids with BOS."""
+    _, validation = shard_paths(run)
+    tokens = np.load(validation, mmap_mode="r")
+    return token_shards.split_documents(tokens, encoder.bos)[:limit]
+
+
+def _conversations(context: Context, name: str, split: str, limit: int | None) -> list:
+    """Conversations of a task, the first `limit` in a seeded order."""
+    task = tasks.load(name, split, context.run.mirror())
+    seed = seed_of(context.run.config.recipe.seed, "mixture", name, split)
+    order = np.random.default_rng(seed).permutation(len(task))
+    return [task.conversation(int(i)) for i in order[:limit]]
+
+
+def _render(
+    encoder: Tokenizer, conversations: list, settings: Mapping[str, Any]
+) -> tuple[ConversationSource, int]:
+    """Packed rows of conversations, and the tokens cut off those longer than a row."""
+    rendered = [c.render(encoder, max_tokens=settings["length"] + 1) for c in conversations]
+    usable = [r for r in rendered if any(r.mask[1:])]
+    source = ConversationSource([r.ids for r in usable], [r.mask for r in usable], **settings)
+    return source, sum(r.cut for r in rendered)
+
+
+@torch.no_grad()
+def _validation_loss(trainer: Trainer, held: ConversationSource) -> float:
+    """Nats a token on held-out conversations, one pass, shared among the ranks."""
+    sums = torch.zeros(2, dtype=torch.float64, device=trainer.runtime.device)
+    for number in range(held.rank, len(held), held.ranks):
+        batch = held.batch([held.row(number)]).to(trainer.runtime.device)
+        with trainer.runtime.autocast():
+            nll_BT = trainer.model.nll(batch)
+        sums += torch.stack([nll_BT.sum().double(), (batch.targets_BT >= 0).sum().double()])
+    total, count = trainer.runtime.sum(sums).tolist()
+    return total / count
+
+
+# ---------------------------------------------------------------------------- eval
+
+
+def evaluate(context: Context) -> dict[str, Any]:
+    """Score one stage's model; each task's score is kept as soon as it is known."""
+    run, of = context.run, context.of or "sft"
+    encoder = load_tokenizer(run)
+    model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
+    engine = Engine(model, encoder, context.runtime)
+    known = {
+        row["task"]: row["scores"] for row in context.stage.metrics.rows() if row["kind"] == "score"
+    }
+    parts = _base_scores(context, model, engine) if of == "base" else _task_scores(context, engine)
+    names = list(parts)
+    for number, name in enumerate(names):
+        context.progress(number, len(names), name)
+        if name in known:
+            continue
+        known[name] = parts[name]()
+        if context.runtime.is_lead:
+            context.stage.metrics.append(kind="score", step=number, task=name, scores=known[name])
+    return {name: known[name] for name in names}
+
+
+def _base_scores(
+    context: Context, model: GPT, engine: Engine
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Bits per byte beside a trigram's, and what the model writes after a few openings."""
+    run, encoder = context.run, engine.tokenizer
+    config = run.config.recipe.base
+    documents = validation_documents(run, encoder, config.eval_documents)
+
+    def compression() -> dict[str, Any]:
+        train, _ = shard_paths(run)
+        tokens = np.concatenate([np.load(path, mmap_mode="r") for path in train])[:TRIGRAM_TOKENS]
+        trigram = Trigram(tokens, encoder.vocab_size)
+        lengths = encoder.byte_lengths
+        return {
+            "bpb": bits_per_byte(model, documents, lengths, encoder.bos, context.runtime),
+            "trigram_bpb": trigram.bits_per_byte(np.concatenate(documents), lengths),
+        }
+
+    def samples() -> dict[str, Any]:
+        openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in documents]
+        openings = openings[:SAMPLE_PROMPTS]
+        continued = engine.complete(openings, max_new_tokens=48)
+        texts = [
+            [encoder.decode(opening[1:]), encoder.decode(new)]
+            for opening, new in zip(openings, continued, strict=True)
+        ]
+        return {"samples": texts}
+
+    return {"compression": compression, "samples": samples}
+
+
+def _task_scores(context: Context, engine: Engine) -> dict[str, Callable[[], dict[str, Any]]]:
+    config, mirror = context.run.config.recipe.eval, context.run.mirror()
+
+    def score(name: str) -> Callable[[], dict[str, Any]]:
+        return lambda: choices.evaluate(
+            engine,
+            tasks.load(name, "test", mirror),
+            context.runtime,
+            limit=config.max_problems,
+            max_new_tokens=config.max_new_tokens,
+        )
+
+    return {name: score(name) for name in config.tasks}
+
+
+# ---------------------------------------------------------------------------- report
+
+
+def write_report(context: Context) -> dict[str, Any]:
+    """The report card, from the run directory alone."""
+    text = report.build(context.run)
+    return {"characters": len(text)}
+
+
+# ---------------------------------------------------------------------------- the worker
+
+WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "data": data,
+    "tokenizer": tokenizer,
+    "shards": shards,
+    "base": base,
+    "sft": sft,
+    "eval": evaluate,
+    "report": write_report,
+}
+
+
+def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
+    """Do one stage in this process (one rank of it) and leave its done record."""
+    stage = run.stage(name, of)
+    started, clock = now(), time.perf_counter()
+    runtime = Runtime.start(run.config.machine)
+    context = Context(run=run, stage=stage, runtime=runtime, guard=Guard.start(), of=of)
+    try:
+        result = WORK[name](context)
+        runtime.barrier()
+        if runtime.is_lead:
+            rate = run.config.machine.dollars_per_hour
+            seconds = max(time.perf_counter() - clock, result.get("seconds", 0.0))
+            stage.finish(
+                result,
+                started=started,
+                seconds=seconds,
+                dollars=None if rate is None else rate * seconds / 3600,
+                machine=asdict(run.config.machine) | _hardware(runtime),
+            )
+        return result
+    finally:
+        runtime.close()
+
+
+def _hardware(runtime: Runtime) -> dict[str, Any]:
+    cuda = runtime.device.type == "cuda"
+    return {
+        "ranks": runtime.ranks,
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else runtime.device.type,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> int:
+    """One rank of one stage. Exit code 2: the user's mistake; 75: stopped and saved."""
+    parser = argparse.ArgumentParser(prog="python -m nanolib.stages", description=main.__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("run", help="the run's directory")
+    parser.add_argument("--of", help="whose model to evaluate")
+    parser.add_argument("--machine", default="{}", help="machine settings as JSON")
+    given = parser.parse_args()
+    try:
+        run = Run.load(str(Path(given.run).resolve()), machine=json.loads(given.machine))
+        if run.stage(given.stage, given.of).done() is None:
+            work(given.stage, run, given.of)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return STOPPED
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USERS_MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
