@@ -1,0 +1,260 @@
+"""Run a stage in processes of its own and watch it; whoever calls never trains.
+
+    result = launch.stage("base", run)
+
+runs what is missing before it, then starts ``python -m nanolib.stages base DIR``, alone or under
+torchrun, follows its metrics, and returns the result in its done record. Notebook, terminal,
+laptop and eight GPUs share this one path.
+
+Lock: the launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard
+output. The lock belongs to the open file, so it is free only when the last rank has ended, also
+when launcher or torchrun were killed. Guard: see `nanolib.guard`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nanolib import config, guard, rundir
+from nanolib.rundir import Run, StageDir
+
+WORKER = "nanolib.stages"  # the module that runs a stage: `python -m WORKER STAGE DIR …`
+MODELS = ("base", "sft")  # the stages that leave a model, in order
+SHARED = (*MODELS, "eval")  # the stages that several ranks share
+POLL = 0.2  # seconds between looks at a worker
+TAIL = 30  # lines of the log that an error shows
+
+Watch = Callable[[StageDir, Sequence[dict[str, Any]]], None]
+
+
+class WorkerError(RuntimeError):
+    """A stage's process ended without finishing; the message has the tail of its log."""
+
+
+# ---------------------------------------------------------------------------- what runs
+
+
+def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
+    """Bring a stage and what it needs to its end; the result of its done record.
+
+    A finished stage returns at once; an interrupted one goes on where it was saved. If another
+    process runs it, follow that one, and take over if it ends without finishing.
+
+    of: whose model ``eval`` looks at; None: the last one of the run.
+    watch: called with a stage's directory and its metric rows whenever they have grown.
+    Raises ValueError for a user's mistake (here or in the worker), WorkerError when the worker
+    fails, KeyboardInterrupt after the worker has saved.
+    """
+    name, of = check(name, run, of)
+    for needed in before(name, run, of):
+        if run.stage(needed).done() is None:
+            stage(needed, run, watch=watch)
+    place = run.stage(name, of)
+    follower = _Follower(place, watch)
+    while place.done() is None:
+        with _locked(place.log) as log:
+            if log is None:
+                follower.look()
+                time.sleep(POLL)
+            elif place.done() is None:
+                _work(run, place, of, log, follower)
+    follower.look()
+    record = place.done()
+    assert record is not None
+    return record["result"]
+
+
+def check(name: str, run: Run, of: str | None = None) -> tuple[str, str | None]:
+    """The stage asked for, with `of` filled in; ValueError where there is no such stage."""
+    enabled = [model for model in MODELS if _enabled(run, model)]
+    if name not in config.STAGES:
+        raise ValueError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
+    if name in MODELS and name not in enabled:
+        raise ValueError(
+            f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false"
+        )
+    if name != "eval":
+        if of is not None:
+            raise ValueError(f"only eval takes `of`, got stage {name!r} of {of!r}")
+        return name, None
+    if not enabled or of not in (None, *enabled):
+        raise ValueError(f"run {run.id!r} trains no model {of!r}; it has {', '.join(enabled)}")
+    return name, of or enabled[-1]
+
+
+def before(name: str, run: Run, of: str | None = None) -> list[str]:
+    """The stages that must be finished before this one starts, in order."""
+    if name == "report":
+        return []
+    road = ["data", "tokenizer", "shards", *(m for m in MODELS if _enabled(run, m))]
+    return road[: road.index(of) + 1 if of else road.index(name)]
+
+
+def _enabled(run: Run, model: str) -> bool:
+    return getattr(run.config.recipe, model).enabled
+
+
+# ---------------------------------------------------------------------------- the worker
+
+
+def _work(run: Run, place: StageDir, of: str | None, log: BinaryIO, follower: _Follower) -> None:
+    """Start the worker, follow it to its end, and raise what went wrong."""
+    ranks = _ranks(run) if place.name in SHARED else 1
+    command, environment = _command(run, place, of, ranks)
+    start = log.seek(0, os.SEEK_END)
+    log.write(f"--- {rundir.now()} {place.name} on {ranks} rank(s)\n".encode())
+    log.flush()
+    worker = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        cwd=config.REPOSITORY,
+        env=environment,
+        start_new_session=True,  # Ctrl-C in a terminal reaches only us
+    )
+    try:
+        log.close()  # from here on the lock lives as long as the worker's processes
+        while worker.poll() is None:
+            follower.look()
+            time.sleep(POLL)
+    finally:
+        _end(worker, place)
+    if place.done() is None:
+        raise _failure(place, worker.returncode, start)
+
+
+def _command(
+    run: Run, place: StageDir, of: str | None, ranks: int
+) -> tuple[list[str], dict[str, str]]:
+    """The worker's command line and environment; its threads are pinned to its share of cores."""
+    threads = run.config.machine.threads or max(1, _cores() // ranks)
+    machine = config.flatten(run.config.machine) | {"ranks": ranks, "threads": threads}
+    machine = {f"machine.{key}": value for key, value in machine.items()}
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    command += [WORKER, place.name, str(run.path), "--machine", json.dumps(machine)]
+    command += ["--of", of] if of else []
+    environment = os.environ | {
+        "NANOLIB_GUARD": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return command, environment
+
+
+def _ranks(run: Run) -> int:
+    """Processes a stage runs on: machine.ranks, else one a GPU, else one."""
+    machine = run.config.machine
+    if machine.ranks is not None:
+        return machine.ranks
+    return max(1, _gpus()) if machine.device in ("auto", "cuda") else 1
+
+
+def _gpus() -> int:
+    """CUDA devices, counted without importing torch or touching one."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return sum(line.startswith("GPU ") for line in listing.splitlines())
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _end(worker: subprocess.Popen, place: StageDir) -> None:
+    """Close the guard pipe and wait until the last of the worker's processes has ended."""
+    assert worker.stdin is not None
+    worker.stdin.close()
+    try:
+        worker.wait()
+    except KeyboardInterrupt:  # a second one: do not wait for the save
+        worker.kill()
+        raise
+    deadline = time.monotonic() + guard.GRACE + 5
+    while place.done() is None and time.monotonic() < deadline:
+        with _locked(place.log) as log:  # ranks may outlive a killed torchrun for a moment
+            if log is not None:
+                return
+        time.sleep(0.05)
+
+
+def _failure(place: StageDir, code: int, start: int) -> Exception:
+    """What to raise for a worker that ended with `code`; its log begins at byte `start`."""
+    with place.log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    mistakes = [line for line in lines if line.startswith("error: ")]
+    torchrun_saw = any(re.search(r"exitcode\s*: 2\b", line) for line in lines)
+    if mistakes and (code == 2 or torchrun_saw):
+        return ValueError(mistakes[-1].removeprefix("error: "))
+    how = f"exit code {code}"
+    if code < 0:
+        how = f"killed by {signal.Signals(-code).name}"
+    tail = "\n".join(lines[-TAIL:])
+    return WorkerError(
+        f"stage {place.name} did not finish ({how}). Running it again goes on where it was saved.\n"
+        f"The end of {place.log}:\n{tail}"
+    )
+
+
+# ---------------------------------------------------------------------------- lock and metrics
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Generator[BinaryIO | None, None, None]:
+    """The file open for appending and locked, or None while another process has it."""
+    with rundir.saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("ab")
+    with log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield log
+
+
+def is_running(place: StageDir) -> bool:
+    """Whether some process works on this stage now."""
+    if not place.log.exists():
+        return False
+    with _locked(place.log) as log:
+        return log is None
+
+
+class _Follower:
+    """Calls `watch` with a stage's rows when there are new ones."""
+
+    def __init__(self, place: StageDir, watch: Watch | None) -> None:
+        self.place, self.watch = place, watch
+        self._seen: tuple[int, int] | None = None
+
+    def look(self) -> None:
+        metrics = self.place.metrics
+        if self.watch is None or not metrics.path.exists():
+            return
+        status = metrics.path.stat()
+        now = (status.st_size, status.st_mtime_ns)
+        if now != self._seen:
+            self._seen = now
+            self.watch(self.place, metrics.rows())

@@ -1,0 +1,88 @@
+"""What a running stage says about itself, as one line of text."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from nanolib.rundir import StageDir
+
+Row = Mapping[str, Any]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss.
+
+    >>> clock(65), clock(3725)
+    ('1:05', '1:02:05')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def describe(stage: StageDir, rows: Sequence[Row]) -> str:
+    """Stage, step, loss, tokens/s, time left and the last evaluation, as far as the rows say.
+
+    "base    120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412"
+    """
+    of = "" if stage.path.name == stage.name else f" of {stage.path.name}"
+    last = next((row for row in reversed(rows) if row["kind"] in ("train", "progress")), {})
+    evaluated = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
+    words = [f"{stage.name + of:<9}"]
+    if "steps" in last:
+        words.append(f"{last['step']:,}/{last['steps']:,}")
+    if "loss" in last:
+        words.append(f"loss {last['loss']:.3f}")
+    if last.get("tokens_per_second"):
+        words.append(f"{last['tokens_per_second']:,.0f} tokens/s")
+    if "seconds_left" in last:
+        words.append(f"{clock(last['seconds_left'])} left")
+    if "bpb" in evaluated:
+        words.append(f"bpb {evaluated['bpb']:.3f}")
+    if "message" in last:
+        words.append(str(last["message"]))
+    return "  ".join(words)
+
+
+class Line:
+    """Shows progress: one line that is rewritten on a terminal, else a line every few seconds."""
+
+    def __init__(self, stream: TextIO | None = None, every: float = 5.0) -> None:
+        self.stream = stream or sys.stdout
+        self.every = every
+        self._terminal = self.stream.isatty()
+        self._printed_at = 0.0
+        self._shown = ("", "")  # stage and text
+
+    def __call__(self, stage: StageDir, rows: Sequence[Row]) -> None:
+        text, name = describe(stage, rows), str(stage.path)
+        if self._terminal and self._shown[0] not in ("", name):
+            self.stream.write("\n")
+        if self._terminal:
+            self.stream.write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K")
+        elif (self._due() or self._shown[0] != name or stage.done()) and self._shown[1] != text:
+            self.stream.write(text + "\n")
+            self._printed_at = time.monotonic()
+        else:
+            return
+        self._shown = (name, text)
+        self.stream.flush()
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        self.close()
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        """End the line that is being rewritten."""
+        if self._terminal and self._shown[0]:
+            self.stream.write("\n")
+        self._shown = ("", "")
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._printed_at >= self.every
