@@ -11,6 +11,7 @@ L layers, S cached positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,8 +52,9 @@ def rotate(x_BTHK: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 class KVCache:
     """Keys and values of everything seen, at fixed addresses: it never grows or moves.
 
-    Row b holds `used[b]` positions; rows may differ. `lengths` says how many of the T new tokens
-    each row really has (the rest is padding whose entries are overwritten later).
+    Row b holds `used_B[b]` positions; rows may differ. New tokens go to the positions that follow,
+    and count once the caller has advanced the cache: what lies beyond (a shorter row's padding) is
+    overwritten before anything looks at it.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class KVCache:
         self.keys_LBSGK = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LBSGK = torch.zeros(shape, device=device, dtype=dtype)
         self.used_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.longest = 0  # the largest of used_B, known without asking the device
 
     @property
     def length(self) -> int:
@@ -71,10 +74,16 @@ class KVCache:
         """Positions [B, T] of the next `new_tokens` tokens of every row."""
         return self.used_B[:, None] + torch.arange(new_tokens, device=self.used_B.device)
 
-    def mask(self, positions_BT: Tensor) -> Tensor:
-        """Which cached positions [B, T, S] a query at each position sees: itself and earlier."""
-        slots = torch.arange(self.length, device=positions_BT.device)
-        return slots <= positions_BT[..., None]
+    def mask(self, positions_BT: Tensor) -> Tensor | None:
+        """Which cached positions [B, T, S] a query at each position sees: itself and earlier.
+
+        S reaches as far as the longest row now does, no further. None while the cache is empty:
+        then the new tokens see each other alone, in order.
+        """
+        if self.longest == 0:
+            return None
+        reach = min(self.length, self.longest + positions_BT.shape[1])
+        return torch.arange(reach, device=positions_BT.device) <= positions_BT[..., None]
 
     def write(self, layer: int, positions_BT: Tensor, key_BTGK: Tensor, value_BTGK: Tensor) -> None:
         """Store the new keys and values of one layer at their positions."""
@@ -82,15 +91,22 @@ class KVCache:
         self.keys_LBSGK[layer].scatter_(1, index, key_BTGK.to(self.keys_LBSGK.dtype))
         self.values_LBSGK[layer].scatter_(1, index, value_BTGK.to(self.values_LBSGK.dtype))
 
-    def advance(self, lengths_B: Tensor | int) -> None:
-        """Count the tokens just written; their padding is forgotten."""
-        self.used_B += lengths_B
+    def advance(self, lengths: Sequence[int] | int) -> None:
+        """Count the tokens just written, of each row or of all alike; padding is forgotten."""
+        if isinstance(lengths, int):
+            self.used_B += lengths
+            self.longest += lengths
+        else:
+            self.used_B += torch.tensor(lengths, device=self.used_B.device)
+            self.longest = int(self.used_B.max())
 
-    def copy_rows(self, other: KVCache, rows_B: Tensor) -> None:
-        """Fill row b with row `rows_B[b]` of another cache (one prefill, many continuations)."""
-        self.keys_LBSGK[:, :, : other.length] = other.keys_LBSGK[:, rows_B]
-        self.values_LBSGK[:, :, : other.length] = other.values_LBSGK[:, rows_B]
-        self.used_B.copy_(other.used_B[rows_B])
+    def copy_rows(self, other: KVCache, rows: Sequence[int]) -> None:
+        """Fill row b with row `rows[b]` of another cache (one prefill, many continuations)."""
+        index = torch.tensor(rows, device=self.used_B.device)
+        self.used_B.copy_(other.used_B[index])
+        self.longest = int(self.used_B.max())
+        self.keys_LBSGK[:, :, : self.longest] = other.keys_LBSGK[:, index, : self.longest]
+        self.values_LBSGK[:, :, : self.longest] = other.values_LBSGK[:, index, : self.longest]
 
 
 class Attention(nn.Module):
@@ -117,14 +133,15 @@ class Attention(nn.Module):
         query_BTHK = norm(rotate(self.query(x_BTD).unflatten(-1, heads), cos_sin))
         key_BTGK = norm(rotate(self.key(x_BTD).unflatten(-1, heads), cos_sin))
         value_BTGK = self.value(x_BTD).unflatten(-1, heads)
-        if cache is None:
-            mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK)
-        else:
+        if cache is not None:
             assert positions_BT is not None
             cache.write(self.layer, positions_BT, key_BTGK, value_BTGK)
-            keys, values = cache.keys_LBSGK[self.layer], cache.values_LBSGK[self.layer]
-            query_BTHK = query_BTHK.to(keys.dtype)
-            mixed_BTHK = attend(query_BTHK, keys, values, mask_BTS)
+        if cache is not None and mask_BTS is not None:
+            reach = mask_BTS.shape[-1]
+            key_BTGK = cache.keys_LBSGK[self.layer, :, :reach]
+            value_BTGK = cache.values_LBSGK[self.layer, :, :reach]
+            query_BTHK = query_BTHK.to(key_BTGK.dtype)
+        mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK, mask_BTS)
         return self.out(mixed_BTHK.flatten(2))
 
 
@@ -192,13 +209,13 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The normalised last hidden states [B, T, D].
 
-        Positions default to 0 … T−1, or to what follows the cache. With a cache, the new keys and
+        Positions default to 0 … T−1. With a cache they are what follows it, and the new keys and
         values are written to it, but the caller advances it (`cache.advance`).
         """
         mask_BTS = None
         if cache is not None:
-            if positions_BT is None:
-                positions_BT = cache.positions(ids_BT.shape[1])
+            assert positions_BT is None, "a cache says where its tokens go"
+            positions_BT = cache.positions(ids_BT.shape[1])
             mask_BTS = cache.mask(positions_BT)
         elif positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]

@@ -1,0 +1,237 @@
+"""Generation: read the prompts once, then write many rows, a token a step.
+
+Rows have different lengths and end at different times. Every row draws from its own seed, so what
+it says does not depend on what else is in the batch.
+
+Shapes: P prompts, B rows (samples of prompts), T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nanolib.model import GPT, KVCache
+from nanolib.runtime import Runtime, seed_of
+
+if TYPE_CHECKING:
+    from nanolib.tokenizer import Tokenizer
+
+# No assistant ever says these: whichever comes, its turn is over.
+END_NAMES = (
+    "<|assistant_end|>",
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+)
+
+
+def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a generated row, ``<|assistant_end|>`` first."""
+    return tuple(tokenizer.special(name) for name in END_NAMES)
+
+
+# ---------------------------------------------------------------------------- choosing a token
+
+
+def probabilities(logits_BV: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
+    """The distribution [B, V] that `choose` draws from; temperature must be positive.
+
+    top_k keeps each row's k most likely tokens (all that tie with the k-th).
+    """
+    logits_BV = logits_BV.float() / temperature
+    if top_k is not None and top_k < logits_BV.shape[-1]:
+        least_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    return logits_BV.softmax(dim=-1)
+
+
+def inverse_cdf(probabilities_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
+    """For each row the token [B] at which the summed probability first exceeds its uniform draw.
+
+    Never a token of probability zero.
+    """
+    cdf_BV = probabilities_BV.cumsum(dim=-1)
+    below_one = torch.tensor(uniform_B, device=cdf_BV.device).clamp(max=1 - 2**-24)
+    target_B1 = below_one[:, None] * cdf_BV[:, -1:]  # rounding may keep the total from being 1
+    return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(-1)
+
+
+def choose(
+    logits_BV: Tensor, uniform_B: Sequence[float], temperature: float, top_k: int | None = None
+) -> Tensor:
+    """The next token [B] of each row: the most likely one at temperature 0, else a draw."""
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    return inverse_cdf(probabilities(logits_BV, temperature, top_k), uniform_B)
+
+
+# ---------------------------------------------------------------------------- the engine
+
+
+class Engine:
+    """A model that speaks: `generate` streams, `complete` collects."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, runtime: Runtime):
+        self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
+        self.ends = frozenset(end_tokens(tokenizer))
+
+    @property
+    def context(self) -> int:
+        """The longest prompt and answer together, in tokens."""
+        return self.model.config.sequence_len
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        samples: int = 1,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Continue every prompt `samples` times; each step yields its (row, token) pairs.
+
+        Row p · samples + s is sample s of prompt p. A row's last pair is an end token, unless it
+        had max_new_tokens or met the context's limit before. seeds: one a prompt (None: 0, 1, …);
+        a prompt, its seed and the sample's number decide a row, whatever else is in the batch.
+        Raises ValueError for prompts that are empty or leave no room, and for bad settings.
+        """
+        seeds = range(len(prompts)) if seeds is None else seeds
+        self._check(prompts, max_new_tokens, samples, temperature, top_k, seeds)
+        limits = [min(max_new_tokens, self.context - len(prompt)) for prompt in prompts]
+        rows = [
+            _Row(p * samples + s, random.Random(seed_of(seeds[p], "sample", s)), limits[p])
+            for p in range(len(prompts))
+            for s in range(samples)
+        ]
+        return self._steps(prompts, rows, temperature, top_k)
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples: int = 1,
+        seeds: Sequence[int] | None = None,
+        max_rows: int = 128,
+        **settings,
+    ) -> list[list[int]]:
+        """All tokens of each row of `generate`, without the end token.
+
+        Any number of prompts: those of like length go together, at most `max_rows` rows at a time.
+        """
+        seeds = range(len(prompts)) if seeds is None else seeds
+        said: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+        order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+        at_once = max(1, max_rows // samples)
+        for start in range(0, len(order), at_once):
+            group = order[start : start + at_once]
+            steps = self.generate(
+                [prompts[p] for p in group],
+                samples=samples,
+                seeds=[seeds[p] for p in group],
+                **settings,
+            )
+            for step in steps:
+                for row, token in step:
+                    p, sample = group[row // samples], row % samples
+                    if token not in self.ends:
+                        said[p * samples + sample].append(token)
+        return said
+
+    def _check(self, prompts, max_new_tokens, samples, temperature, top_k, seeds) -> None:
+        for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
+        for prompt in prompts:
+            if not prompt:
+                raise ValueError("a prompt must have at least one token (<|bos|>), got none")
+            if len(prompt) >= self.context:
+                raise ValueError(
+                    f"a prompt of {len(prompt)} tokens leaves no room for an answer in a context "
+                    f"of {self.context} (model.sequence_len); shorten it"
+                )
+
+    def _steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: list[_Row],
+        temperature: float,
+        top_k: int | None,
+    ) -> Iterator[list[tuple[int, int]]]:
+        if not rows:
+            return
+        logits_PV, cache = self._prefill(prompts)
+        samples = len(rows) // len(prompts)
+        of_prompt = [p for p in range(len(prompts)) for _ in range(samples)]
+        longest = max(len(prompts[p]) + rows[p * samples].left for p in range(len(prompts)))
+        cache, logits_BV = self._take(cache, of_prompt, longest), logits_PV[of_prompt]
+        while True:
+            uniform_B = [row.dice.random() for row in rows] if temperature else []
+            tokens = choose(logits_BV, uniform_B, temperature, top_k).tolist()
+            yield [(row.number, token) for row, token in zip(rows, tokens, strict=True) if row.left]
+            for row, token in zip(rows, tokens, strict=True):
+                row.left = 0 if token in self.ends else max(0, row.left - 1)
+            speaking = [b for b, row in enumerate(rows) if row.left]
+            if not speaking:
+                return
+            if len(speaking) <= len(rows) // 2:  # the rest would cost more than moving these
+                cache = self._take(cache, speaking, cache.length)
+                rows, tokens = [rows[b] for b in speaking], [tokens[b] for b in speaking]
+            logits_BV = self._decode(tokens, cache, [int(row.left > 0) for row in rows])
+
+    @torch.inference_mode()
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
+        """The logits [P, V] after each prompt, and a cache that holds the prompts."""
+        lengths = [len(prompt) for prompt in prompts]
+        ids_PT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for p, prompt in enumerate(prompts):
+            ids_PT[p, : len(prompt)] = torch.tensor(prompt)
+        cache = self._cache(len(prompts), max(lengths))
+        with self.runtime.autocast():
+            hidden_PTD = self.model.hidden(ids_PT.to(self.runtime.device), cache=cache)
+            last_P = torch.tensor(lengths, device=hidden_PTD.device) - 1
+            rows_P = torch.arange(len(prompts), device=hidden_PTD.device)
+            logits_PV = self.model.logits(hidden_PTD[rows_P, last_P])
+        cache.advance(lengths)
+        return logits_PV, cache
+
+    @torch.inference_mode()
+    def _decode(self, tokens: list[int], cache: KVCache, counts: list[int]) -> Tensor:
+        """The logits [B, V] after one more token of each row; rows that count 0 are over."""
+        ids_B1 = torch.tensor(tokens, device=self.runtime.device)[:, None]
+        with self.runtime.autocast():
+            logits_BV = self.model(ids_B1, cache=cache)[:, -1]
+        cache.advance(1 if all(counts) else counts)
+        return logits_BV
+
+    @torch.inference_mode()
+    def _take(self, cache: KVCache, rows: list[int], length: int) -> KVCache:
+        """A new cache of those rows, with `length` positions."""
+        taken = self._cache(len(rows), length)
+        taken.copy_rows(cache, rows)
+        return taken
+
+    def _cache(self, rows: int, length: int) -> KVCache:
+        runtime = self.runtime
+        return KVCache(self.model.config, rows, length, runtime.device, runtime.dtype)
+
+
+class _Row:
+    """One sample while it is written."""
+
+    def __init__(self, number: int, dice: random.Random, left: int):
+        self.number, self.dice = number, dice
+        self.left = left  # tokens it may still say; 0: it is over

@@ -1,0 +1,232 @@
+"""The model against its definition, written out naively."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from nanolib.attention import attend
+from nanolib.config import ModelConfig
+from nanolib.data.packing import Batch
+from nanolib.model import GPT, KVCache, norm, rotate, rotation
+
+VOCAB = 61
+CPU = torch.device("cpu")
+
+
+def tiny(**changes) -> ModelConfig:
+    return ModelConfig(**{"depth": 2, "aspect": 24, "head_dim": 8, "sequence_len": 32, **changes})
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> GPT:
+    """Every weight drawn at random: the zeroes of `init_weights` would hide any bug."""
+    model = GPT.build(config, VOCAB, CPU, seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=draw) * weight.shape[-1] ** -0.5)
+    return model
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def naive_attend(query, key, value, sees):
+    """One query of one head at a time."""
+    out = torch.zeros_like(query)
+    rows, queries, heads, size = query.shape
+    group = heads // key.shape[2]
+    for b in range(rows):
+        for t in range(queries):
+            for h in range(heads):
+                slots = [s for s in range(key.shape[1]) if sees(b, t, s)]
+                scores = [query[b, t, h] @ key[b, s, h // group] / math.sqrt(size) for s in slots]
+                weights = torch.stack(scores).softmax(0)
+                for weight, s in zip(weights, slots, strict=True):
+                    out[b, t, h] += weight * value[b, s, h // group]
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
+def test_causal_attention_equals_loops(kv_heads):
+    torch.manual_seed(0)
+    query = torch.randn(2, 5, 6, 4)
+    key, value = torch.randn(2, 2, 5, kv_heads, 4)
+    naive = naive_attend(query, key, value, lambda b, t, s: s <= t)
+    assert_close(attend(query, key, value), naive)
+
+
+def test_masked_attention_sees_what_the_mask_says():
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 7, 2, 4)
+    mask = torch.rand(2, 3, 7) < 0.5
+    mask[..., 0] = True  # each query sees something
+    naive = naive_attend(query, key, value, lambda b, t, s: bool(mask[b, t, s]))
+    assert_close(attend(query, key, value, mask), naive)
+
+
+# ---------------------------------------------------------------------------- the whole forward
+
+
+def test_rotation_turns_pairs_by_minus_their_angle():
+    """As complex numbers x[k] + i x[k + K/2], times e^(-i position base^(-2k/K))."""
+    x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(0))
+    pairs = torch.complex(x[..., :4], x[..., 4:])
+    angles = torch.arange(5.0)[:, None] * 10_000 ** -(torch.arange(4.0) * 2 / 8)
+    turned = pairs * torch.polar(torch.ones_like(angles), -angles)[None, :, None]
+    want = torch.cat((turned.real, turned.imag), dim=-1)
+    assert_close(rotate(x, rotation(torch.arange(5)[None], 8)), want)
+
+
+def test_queries_and_keys_know_only_their_distance():
+    x = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(1))
+
+    def score(i, j):
+        at = [rotation(torch.tensor([[position]]), 8) for position in (i, j)]
+        return (norm(rotate(x, at[0])) * norm(rotate(y, at[1]))).sum()
+
+    assert_close(score(9, 4), score(25, 20))
+    assert not math.isclose(score(9, 4).item(), score(9, 5).item(), rel_tol=1e-3)
+
+
+def naive_logits(model: GPT, ids: list[int]) -> torch.Tensor:
+    """The classic Transformer for one row, from its weights and the definition."""
+    weights = dict(model.named_parameters())
+    config = model.config
+    time, size = len(ids), config.head_dim
+
+    def rms(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def heads(x, name):
+        return (x @ weights[name].T).view(1, time, -1, size)
+
+    x = rms(weights["embedding.weight"][ids])
+    for i in range(config.depth):
+        block, y = f"blocks.{i}.", rms(x)
+        turn = rotation(torch.arange(time)[None], size)
+        query = rms(rotate(heads(y, block + "attention.query.weight"), turn))
+        key = rms(rotate(heads(y, block + "attention.key.weight"), turn))
+        value = heads(y, block + "attention.value.weight")
+        mixed = naive_attend(query, key, value, lambda b, t, s: s <= t).reshape(time, -1)
+        x = x + mixed @ weights[block + "attention.out.weight"].T
+        up = (rms(x) @ weights[block + "mlp.up.weight"].T).clamp(min=0) ** 2
+        x = x + up @ weights[block + "mlp.down.weight"].T
+    return 15 * torch.tanh(rms(x) @ weights["head.weight"].T / 15)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_forward_equals_the_definition(kv_heads):
+    model = random_model(tiny(kv_heads=kv_heads))
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        for row, logits in zip(ids.tolist(), model(ids), strict=True):
+            assert_close(logits, naive_logits(model, row), rtol=1e-4, atol=1e-4)
+
+
+def test_nll_is_the_mean_of_nothing_where_ignored():
+    model, ids, targets = random_model(tiny()), random_ids(2, 6), random_ids(2, 6, seed=1)
+    targets[0, 2:] = -1
+    with torch.no_grad():
+        nll = model.nll(Batch(inputs_BT=ids, targets_BT=targets))
+        log_probabilities = model(ids).log_softmax(-1)
+    assert nll[0, 2:].eq(0).all()
+    assert_close(nll[1], -log_probabilities[1].gather(1, targets[1][:, None]).squeeze(1))
+
+
+# ---------------------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("kv_heads", [None, 3])
+def test_cache_equals_no_cache_with_ragged_rows(kv_heads):
+    """Prompts of 3, 7 and 5 tokens, padded; then 6 more tokens, one at a time, and a pair."""
+    model, lengths = random_model(tiny(kv_heads=kv_heads)), [3, 7, 5]
+    ids = random_ids(3, 20)
+    cache = KVCache(model.config, 3, 20, CPU, torch.float32)
+    with torch.no_grad():
+        padded = torch.stack([torch.where(torch.arange(7) < n, row[:7], 0) for n, row in zip(lengths, ids, strict=True)])  # fmt: skip
+        got = [list(row[:n]) for n, row in zip(lengths, model(padded, cache=cache), strict=True)]
+        cache.advance(lengths)
+        for count in (1, 1, 1, 2, 1):
+            at = cache.positions(count)
+            logits = model(ids.gather(1, at), cache=cache)
+            cache.advance(count)
+            for row, new in zip(got, logits, strict=True):
+                row.extend(new)
+        for b, n in enumerate(lengths):
+            assert len(got[b]) == n + 6
+            assert_close(torch.stack(got[b]), model(ids[b : b + 1, : n + 6])[0])
+
+
+def test_a_row_that_is_over_changes_nothing():
+    model, ids = random_model(tiny()), random_ids(2, 10)
+    cache = KVCache(model.config, 2, 10, CPU, torch.float32)
+    with torch.no_grad():
+        model(ids[:, :4], cache=cache)
+        cache.advance(4)
+        for t in range(4, 10):
+            logits = model(ids[:, t : t + 1], cache=cache)
+            cache.advance([1, 0])
+        assert cache.used_B.tolist() == [10, 4]
+        assert_close(logits[0, 0], model(ids[:1])[0, -1])
+
+
+def test_copied_rows_go_on_as_the_originals():
+    model, ids = random_model(tiny()), random_ids(3, 12)
+    with torch.no_grad():
+        prompts = KVCache(model.config, 3, 6, CPU, torch.float32)
+        model(ids[:, :6], cache=prompts)
+        prompts.advance([6, 4, 6])
+        cache = KVCache(model.config, 4, 12, CPU, torch.float32)
+        rows = [2, 1, 1, 0]
+        cache.copy_rows(prompts, rows)
+        assert (cache.used_B.tolist(), cache.longest) == ([6, 4, 4, 6], 6)
+        logits = model(random_ids(4, 3, seed=5), cache=cache)
+        for b, row in enumerate(rows):
+            whole = torch.cat((ids[row, : 4 if row == 1 else 6], random_ids(4, 3, seed=5)[b]))
+            assert_close(logits[b, -1], model(whole[None])[0, -1])
+
+
+# ---------------------------------------------------------------------------- size and start
+
+
+def test_meta_construction_allocates_nothing():
+    config = ModelConfig(depth=20)
+    with torch.device("meta"):
+        model = GPT(config, 65_536)
+    assert all(weight.is_meta for weight in model.parameters())
+    counted = sum(weight.numel() for weight in model.parameters())
+    assert counted == config.parameters(65_536) == 560_988_160
+
+
+def test_parameter_count_with_grouped_heads():
+    config = tiny(kv_heads=2)
+    model = GPT.build(config, VOCAB, CPU, 0)
+    assert sum(w.numel() for w in model.parameters()) == config.parameters(VOCAB)
+
+
+def test_initial_weights():
+    """N(0, min(1, √(out/in)) / √in), embedding N(0, 1), zeroes; the same from the same seed."""
+    config = ModelConfig(depth=2, aspect=64, head_dim=32, sequence_len=32)
+    weights = dict(GPT.build(config, 500, CPU, seed=3).named_parameters())
+    zero = {"head.weight"} | {f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("attention.out", "mlp.down")}  # fmt: skip
+    for name, weight in weights.items():
+        fan_out, fan_in = weight.shape
+        std = 1.0 if name == "embedding.weight" else min(1, (fan_out / fan_in) ** 0.5) / fan_in**0.5
+        if name in zero:
+            assert not weight.any(), name
+        else:
+            assert abs(weight.mean()) < 5 * std / weight.numel() ** 0.5, name
+            assert weight.std().item() == pytest.approx(std, rel=0.03), name
+    again = dict(GPT.build(config, 500, CPU, seed=3).named_parameters())
+    assert all(weights[name].equal(again[name]) for name in weights)
+    other = GPT.build(config, 500, CPU, seed=4).embedding.weight
+    assert not weights["embedding.weight"].equal(other)
