@@ -61,10 +61,11 @@ def orthogonalise(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
     wide = x.size(-2) <= x.size(-1)
     if not wide:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x if wide else x.mT).to(matrices_NRC.dtype)
 
 

@@ -1,0 +1,46 @@
+"""What tests share: one CPU thread, a tiny model with every weight drawn at random, run folders."""
+
+import pytest
+import torch
+
+from nanolib.config import ModelConfig
+from nanolib.model import GPT
+from nanolib.runtime import Runtime
+
+TINY = ModelConfig(depth=2, aspect=16, head_dim=16, kv_heads=1, sequence_len=32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_runs_folder(tmp_path, monkeypatch):
+    """No test writes into the checkout's runs/out."""
+    monkeypatch.setenv("NANOLIB_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def cpu() -> Runtime:
+    return Runtime(device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    return TINY
+
+
+@pytest.fixture
+def random_model():
+    """Makes a model whose every weight is random: zero-initialised ones would hide any bug."""
+
+    def make(config: ModelConfig = TINY, vocab_size: int = 300, seed: int = 0) -> GPT:
+        model = GPT(config, vocab_size)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+        return model
+
+    return make

@@ -1,0 +1,139 @@
+"""The update rules against torch.optim, and sharding against one rank."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.testing import assert_close
+
+from nanolib import optim
+from nanolib.config import ModelConfig, OptimConfig
+from nanolib.model import GPT
+from nanolib.optim import MuonAdamW, adamw_step, muon_step, orthogonalise
+from nanolib.runtime import Runtime
+
+
+def test_adamw_equals_torch():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 5, generator=generator)
+    reference = torch.nn.Parameter(weight.clone())
+    settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+    theirs = torch.optim.AdamW([reference], **settings)
+    moments = torch.zeros(7, 5), torch.zeros(7, 5)
+    for step in range(1, 6):
+        grad = torch.randn(7, 5, generator=generator)
+        reference.grad = grad.clone()
+        theirs.step()
+        adamw_step(weight, grad, *moments, step=step, **settings)
+    assert_close(weight, reference.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
+def test_muon_equals_torch(shape, monkeypatch):
+    """torch.optim.Muon iterates in bfloat16; so does ours here, by the same cast."""
+    monkeypatch.setattr(optim, "orthogonalise", _in_bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, *shape, generator=generator)
+    reference = torch.nn.Parameter(weight[0].clone())
+    theirs = torch.optim.Muon([reference], lr=0.02, momentum=0.95, weight_decay=0.0)
+    momentum = torch.zeros_like(weight)
+    for _ in range(5):
+        grad = torch.randn(1, *shape, generator=generator)
+        reference.grad = grad[0].clone()
+        theirs.step()
+        muon_step(weight, grad, momentum, lr=0.02, momentum=0.95)
+    # Five steps of 0.02: one bfloat16 rounding apart is 1e-4, a wrong rule is 1e-2.
+    assert_close(weight[0], reference.data, rtol=0, atol=5e-4)
+
+
+def _in_bfloat16(matrices, steps):
+    return orthogonalise(matrices.bfloat16(), steps).float()
+
+
+def test_orthogonalise_equals_the_singular_value_polynomial():
+    """Newton–Schulz acts on singular values alone: a naive twin through the SVD."""
+    matrix = torch.randn(12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    a, b, c = optim.NEWTON_SCHULZ
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    assert_close(orthogonalise(matrix[None])[0], u @ s.diag() @ vt, rtol=1e-5, atol=1e-5)
+    assert 0.6 < s.min() and s.max() < 1.3
+
+
+def test_momentum_warms_up_and_stays(tiny_config, random_model, cpu):
+    optimizer = MuonAdamW(random_model(), OptimConfig(momentum_warmup=10), cpu)
+    assert optimizer.momentum() == 0.85
+    optimizer.steps = 5
+    assert math.isclose(optimizer.momentum(), 0.90)
+    optimizer.steps = 99
+    assert optimizer.momentum() == 0.95
+
+
+def test_clips_by_the_global_norm_after_summing(random_model, cpu):
+    """A clipped step from gradients 1000 g equals a clipped one from 10 g."""
+    models = [random_model(), random_model()]
+    for model, size in zip(models, (1000.0, 10.0), strict=True):
+        generator = torch.Generator().manual_seed(1)
+        for weight in model.parameters():
+            weight.grad = size * torch.randn(weight.shape, generator=generator)
+        norm = math.sqrt(sum(float(w.grad.square().sum()) for w in model.parameters()))
+        found = MuonAdamW(model, OptimConfig(clip=1.0), cpu).step(1.0)
+        assert math.isclose(found, norm, rel_tol=1e-5)
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(random_model, cpu):
+    model = random_model()
+    before = [weight.clone() for weight in model.parameters()]
+    for weight in model.parameters():
+        weight.grad = torch.full_like(weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="nan at update 1"):
+        MuonAdamW(model, OptimConfig(), cpu).step(1.0)
+    for weight, kept in zip(model.parameters(), before, strict=True):
+        assert torch.equal(weight, kept)
+
+
+def _model(config: ModelConfig) -> GPT:
+    model = GPT(config, 301)  # 301 rows do not divide by the ranks: the last share is padded
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    return model
+
+
+def _train(config: ModelConfig, runtime: Runtime) -> GPT:
+    """Three updates; rank r of n holds the r-th part of the gradient sum."""
+    model = _model(config)
+    optimizer = MuonAdamW(model, OptimConfig(), runtime)
+    for step in range(3):
+        parts = torch.Generator().manual_seed(step)
+        for weight in model.parameters():
+            grads = torch.randn(4, *weight.shape, generator=parts)
+            weight.grad = grads[runtime.rank :: runtime.ranks].sum(0)
+        optimizer.step(0.5)
+        optimizer.zero_grad()
+    return model
+
+
+def _rank(rank: int, ranks: int, config: ModelConfig, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    cpu = torch.device("cpu")
+    runtime = Runtime(device=cpu, dtype=torch.float32, rank=rank, ranks=ranks)
+    torch.save(_train(config, runtime).state_dict(), f"{folder}/rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_equals_one_rank(ranks, tiny_config, cpu, tmp_path):
+    mp.spawn(_rank, (ranks, tiny_config, str(tmp_path)), nprocs=ranks)
+    alone = _train(tiny_config, cpu).state_dict()
+    for rank in range(ranks):
+        together = torch.load(tmp_path / f"rank_{rank}.pt")
+        for name, weight in alone.items():
+            assert_close(together[name], weight, rtol=1e-4, atol=1e-5, msg=f"{name} on {rank}")
