@@ -1,0 +1,258 @@
+"""The trainer: schedule, sums before division, stopping, resuming, checkpoints and damage."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from nanolib import checkpoint
+from nanolib.config import OptimConfig, Recipe, Schedule, flatten
+from nanolib.data.packing import batch_of_rows
+from nanolib.data.sources import ConversationSource, TextSource
+from nanolib.guard import Guard
+from nanolib.optim import MuonAdamW
+from nanolib.rundir import StageDir
+from nanolib.train import CrossEntropy, Stopped, Trainer, lr_scale
+
+BOS = 299
+
+
+def _text_source(**settings):
+    tokens = np.random.default_rng(0).integers(0, 299, 3000)
+    tokens[::37] = BOS
+    given = {"length": 32, "batch_rows": 4, "bos": BOS, "seed": 1} | settings
+    return TextSource([tokens.astype(np.uint16)], **given)
+
+
+def _trainer(folder, model, runtime, steps=6, guard=None, source=None, hooks=(), **settings):
+    given = {"save_every": 2, "eval_every": 3, "schedule": Schedule(lr=0.5)} | settings
+    return Trainer(
+        stage=StageDir("base", folder),
+        model=model,
+        optimizer=MuonAdamW(model, OptimConfig(), runtime),
+        source=source or _text_source(),
+        steps=steps,
+        runtime=runtime,
+        guard=guard or Guard(),
+        about={"recipe": flatten(Recipe()), "vocab_size": 300, "tokenizer": "x"},
+        hooks=hooks,
+        **given,
+    )
+
+
+def _without_time(rows):
+    timed = ("seconds", "seconds_left", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+# ---------------------------------------------------------------------------- schedule
+
+
+def test_schedule_ends():
+    schedule = Schedule(lr=2.0, warmup=0.1, warmdown=0.2, final=0.0)
+    scales = [lr_scale(schedule, step, 100) for step in range(100)]
+    assert scales[0] == 0.2 and scales[9] == 2.0  # the warmup rises to the full rate
+    assert scales[10:80] == [2.0] * 70
+    assert scales[80] == 2.0 and math.isclose(scales[99], 0.1)  # one step above 0
+    assert all(a >= b for a, b in itertools.pairwise(scales[79:]))
+    assert min(scales) > 0
+
+
+def test_schedule_final_fraction():
+    assert math.isclose(lr_scale(Schedule(warmdown=1.0, final=0.5), 99, 100), 0.505)
+
+
+# ---------------------------------------------------------------------------- the gradient
+
+
+def test_micro_batches_of_unequal_masks_give_the_gradient_of_one_batch(tmp_path, random_model, cpu):
+    """Sum first, divide once: masks differ from row to row, so means per micro-batch would not."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 299, 33) for _ in range(4)]
+    masks = [rng.random(33) < share for share in (0.9, 0.1, 0.5, 0.02)]
+    whole = batch_of_rows(rows, masks, 32, BOS)
+    parts = [batch_of_rows([row], [mask], 32, BOS) for row, mask in zip(rows, masks, strict=True)]
+    model = random_model()
+    logits = model(whole.inputs_BT)
+    loss = F.cross_entropy(logits.flatten(0, 1), whole.targets_BT.flatten(), ignore_index=-1)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    trainer = _trainer(tmp_path, model, cpu)
+    count = sum(CrossEntropy().count(part) for part in parts)
+    found = trainer.forward_backward(parts, count)
+    assert math.isclose(found, float(loss.detach()), rel_tol=1e-6)
+    for weight, grad in zip(model.parameters(), expected, strict=True):
+        assert_close(weight.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fully_masked_row_is_no_nan(tmp_path, random_model, cpu):
+    ids = [[BOS, *range(20)], [BOS, *range(30)]]
+    masks = [[False] * 21, [False] * 10 + [True] * 21]
+    source = ConversationSource(ids, masks, length=32, batch_rows=2, bos=BOS, seed=1)
+    trainer = _trainer(tmp_path, random_model(), cpu, source=source)
+    row, _ = trainer.train_step()
+    assert math.isfinite(row["loss"]) and row["tokens"] == 21
+
+
+def test_a_step_without_targets_is_an_error(tmp_path, random_model, cpu):
+    source = ConversationSource(
+        [[BOS, 1, 2]], [[False] * 3], length=32, batch_rows=1, bos=BOS, seed=1
+    )
+    with pytest.raises(ValueError, match="step 0 of base has no token to learn from"):
+        _trainer(tmp_path, random_model(), cpu, source=source).train_step()
+
+
+def test_a_loss_that_is_not_finite_names_step_and_remedy(tmp_path, random_model, cpu):
+    model = random_model()
+    model.head.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"nan at step 0 of base; lower base\.lr"):
+        _trainer(tmp_path, model, cpu).train_step()
+
+
+def test_it_learns(tmp_path, random_model, cpu):
+    """Loss on one repeated row falls far below chance: all the parts turn the right way."""
+    row = np.random.default_rng(0).integers(0, 299, 33).astype(np.uint16)
+    source = TextSource([row], length=32, batch_rows=1, bos=BOS, seed=1)
+    trainer = _trainer(tmp_path, random_model(), cpu, steps=40, source=source)
+    trainer.fit()
+    losses = [row["loss"] for row in trainer.stage.metrics.rows()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# ---------------------------------------------------------------------------- stop and resume
+
+
+def test_resumed_equals_straight(tmp_path, random_model, cpu):
+    straight = _trainer(tmp_path / "a", random_model(), cpu, hooks=[_evaluation])
+    straight.fit()
+    guard = Guard()
+
+    def stop_after_three(trainer):
+        if trainer.step == 3:
+            guard.request_stop()
+
+    first = _trainer(
+        tmp_path / "b", random_model(), cpu, guard=guard, hooks=[_evaluation, stop_after_three]
+    )
+    with pytest.raises(Stopped, match="saved after step 4 of 6"):
+        first.fit()
+    second = _trainer(tmp_path / "b", random_model(seed=9), cpu, hooks=[_evaluation])
+    second.fit()
+    for one, two in zip(straight.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert _without_time(straight.stage.metrics.rows()) == _without_time(
+        second.stage.metrics.rows()
+    )
+
+
+def _evaluation(trainer):
+    probe = float(next(trainer.model.parameters()).detach().sum())
+    trainer.stage.metrics.append(kind="eval", step=trainer.step, probe=probe)
+
+
+def test_killed_after_the_checkpoint_drops_and_repeats_the_lost_steps(tmp_path, random_model, cpu):
+    trainer = _trainer(tmp_path, random_model(), cpu, steps=6, save_every=100)
+    trainer.steps = 3
+    trainer.fit()  # the checkpoint of step 3
+    trainer.stage.metrics.append(kind="train", step=4, loss=0.0)  # then a step that was lost
+    again = _trainer(tmp_path, random_model(seed=9), cpu)
+    again.fit()
+    steps = [row["step"] for row in again.stage.metrics.rows()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert again.stage.metrics.rows()[3]["loss"] > 0
+
+
+def test_a_step_is_an_optimizer_update_not_a_micro_batch(tmp_path, random_model, cpu):
+    """The schedule counts steps whatever the accumulation, and tokens count once."""
+    rows = {}
+    for device_batch in (None, 1):
+        folder = tmp_path / str(device_batch)
+        source = _text_source(device_batch=device_batch)
+        trainer = _trainer(folder, random_model(), cpu, source=source)
+        trainer.fit()
+        rows[device_batch] = trainer.stage.metrics.rows()
+    for one, many in zip(rows[None], rows[1], strict=True):
+        assert one["lr"] == many["lr"] and one["tokens"] == many["tokens"]
+        assert math.isclose(one["loss"], many["loss"], rel_tol=1e-4)
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def _saved(folder, random_model, cpu, steps=(2, 4)):
+    trainer = _trainer(folder, random_model(), cpu)
+    for step in steps:
+        trainer.step = step
+        trainer.save()
+    return trainer
+
+
+def test_the_last_two_are_kept(tmp_path, random_model, cpu):
+    trainer = _saved(tmp_path, random_model, cpu, steps=(2, 4, 6))
+    names = sorted(path.name for path in trainer.stage.checkpoints.iterdir())
+    assert names == ["step_00000004", "step_00000006"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "index"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
+    damage, tmp_path, random_model, cpu, capsys
+):
+    trainer = _saved(tmp_path, random_model, cpu)
+    newest = trainer.stage.checkpoints / "step_00000004"
+    _damage(newest, damage)
+    found = checkpoint.latest(trainer.stage.checkpoints)
+    assert found is not None and found.step == 2
+    assert "step_00000004" in capsys.readouterr().err
+    _damage(trainer.stage.checkpoints / "step_00000002", damage)
+    with pytest.raises(ValueError, match=r"no usable checkpoint.*step_00000004.*step_00000002"):
+        checkpoint.latest(trainer.stage.checkpoints)
+
+
+def _damage(folder, kind):
+    file = folder / "rank_0.safetensors"
+    data = bytearray(file.read_bytes())
+    if kind == "flip":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif kind == "cut":
+        file.write_bytes(data[:-100])
+    elif kind == "missing":
+        file.unlink()
+    else:
+        (folder / "index.json").write_text('{"version": 1, "st')
+
+
+def test_a_half_written_checkpoint_is_never_seen(tmp_path, random_model, cpu):
+    trainer = _saved(tmp_path, random_model, cpu)
+    (trainer.stage.checkpoints / "step_00000006.partial").mkdir()
+    found = checkpoint.latest(trainer.stage.checkpoints)
+    assert found is not None and found.step == 4
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path, random_model, cpu):
+    trainer = _saved(tmp_path, random_model, cpu)
+    index = trainer.stage.checkpoints / "step_00000004" / "index.json"
+    content = json.loads(index.read_text())
+    content["recipe"]["model.depth"] = 3
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"belongs to another run.*model\.depth 3 != 20"):
+        _trainer(tmp_path, random_model(), cpu).fit()
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, random_model, cpu, monkeypatch):
+    trainer = _saved(tmp_path, random_model, cpu)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    trainer.step = 6
+    with pytest.raises(ValueError, match="disk is full"):
+        trainer.save()
+    monkeypatch.undo()
+    found = checkpoint.latest(trainer.stage.checkpoints)
+    assert found is not None and found.step == 4
