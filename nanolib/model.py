@@ -52,6 +52,7 @@ def rotate(x_BTHK: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 class KVCache:
     """Keys and values of everything seen, at fixed addresses: it never grows or moves.
 
+    Stored by head, then by position: a query then reads each head's keys in one stretch.
     Row b holds `used_B[b]` positions; rows may differ. New tokens go to the positions that follow,
     and count once the caller has advanced the cache: what lies beyond (a shorter row's padding) is
     overwritten before anything looks at it.
@@ -60,15 +61,15 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
     ):
-        shape = (config.depth, rows, length, config.num_kv_heads, config.head_dim)
-        self.keys_LBSGK = torch.zeros(shape, device=device, dtype=dtype)
-        self.values_LBSGK = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.depth, rows, config.num_kv_heads, length, config.head_dim)
+        self.keys_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.used_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0  # the largest of used_B, known without asking the device
 
     @property
     def length(self) -> int:
-        return self.keys_LBSGK.shape[2]
+        return self.keys_LBGSK.shape[3]
 
     def positions(self, new_tokens: int) -> Tensor:
         """Positions [B, T] of the next `new_tokens` tokens of every row."""
@@ -87,9 +88,20 @@ class KVCache:
 
     def write(self, layer: int, positions_BT: Tensor, key_BTGK: Tensor, value_BTGK: Tensor) -> None:
         """Store the new keys and values of one layer at their positions."""
-        index = positions_BT[..., None, None].expand_as(key_BTGK)
-        self.keys_LBSGK[layer].scatter_(1, index, key_BTGK.to(self.keys_LBSGK.dtype))
-        self.values_LBSGK[layer].scatter_(1, index, value_BTGK.to(self.values_LBSGK.dtype))
+        index = positions_BT[:, None, :, None].expand_as(key_BTGK.transpose(1, 2))
+        for store_BGSK, new_BTGK in (
+            (self.keys_LBGSK[layer], key_BTGK),
+            (self.values_LBGSK[layer], value_BTGK),
+        ):
+            store_BGSK.scatter_(2, index, new_BTGK.transpose(1, 2).to(store_BGSK.dtype))
+
+    def read(self, layer: int, reach: int) -> tuple[Tensor, Tensor]:
+        """The first `reach` keys and values [B, S, G, K] of one layer."""
+        keys_BGSK, values_BGSK = self.keys_LBGSK[layer], self.values_LBGSK[layer]
+        return (
+            keys_BGSK[:, :, :reach].transpose(1, 2),
+            values_BGSK[:, :, :reach].transpose(1, 2),
+        )
 
     def advance(self, lengths: Sequence[int] | int) -> None:
         """Count the tokens just written, of each row or of all alike; padding is forgotten."""
@@ -105,8 +117,9 @@ class KVCache:
         index = torch.tensor(rows, device=self.used_B.device)
         self.used_B.copy_(other.used_B[index])
         self.longest = int(self.used_B.max())
-        self.keys_LBSGK[:, :, : self.longest] = other.keys_LBSGK[:, index, : self.longest]
-        self.values_LBSGK[:, :, : self.longest] = other.values_LBSGK[:, index, : self.longest]
+        reach = slice(self.longest)
+        self.keys_LBGSK[:, :, :, reach] = other.keys_LBGSK[:, index, :, reach]
+        self.values_LBGSK[:, :, :, reach] = other.values_LBGSK[:, index, :, reach]
 
 
 class Attention(nn.Module):
@@ -137,9 +150,7 @@ class Attention(nn.Module):
             assert positions_BT is not None
             cache.write(self.layer, positions_BT, key_BTGK, value_BTGK)
         if cache is not None and mask_BTS is not None:
-            reach = mask_BTS.shape[-1]
-            key_BTGK = cache.keys_LBSGK[self.layer, :, :reach]
-            value_BTGK = cache.values_LBSGK[self.layer, :, :reach]
+            key_BTGK, value_BTGK = cache.read(self.layer, mask_BTS.shape[-1])
             query_BTHK = query_BTHK.to(key_BTGK.dtype)
         mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK, mask_BTS)
         return self.out(mixed_BTHK.flatten(2))
