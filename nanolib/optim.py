@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanolib.config import OptimConfig
-from nanolib.model import GPT
 from nanolib.runtime import Runtime
 
 # Quintic Newton–Schulz coefficients of Muon (Keller Jordan, 2024): they maximise the slope at 0,
@@ -141,7 +140,7 @@ class MuonAdamW:
     sums them over ranks, clips by the global norm and updates the model in place.
     """
 
-    def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime):
+    def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
         self.groups = self._groups(model)
         self.steps = 0  # updates made: AdamW's bias correction and Muon's momentum count them
@@ -153,8 +152,9 @@ class MuonAdamW:
                 for slot in SLOTS[group.rule]
             }
 
-    def _groups(self, model: GPT) -> list[Group]:
-        scale = (model.config.width / 768) ** -0.5
+    def _groups(self, model: nn.Module) -> list[Group]:
+        width = model.get_parameter("embedding.weight").shape[1]
+        scale = (width / 768) ** -0.5
         lrs = {
             "embedding.weight": self.config.embedding_lr * scale,
             "head.weight": self.config.head_lr * scale,

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from nanolib import checkpoint, hub, report, tasks
-from nanolib.config import STAGES, BaseConfig, SFTConfig, flatten
+from nanolib.config import STAGES, BaseConfig, SFTConfig, TokenizerConfig, flatten
 from nanolib.data import shards as token_shards
 from nanolib.data import toyworld
 from nanolib.data.sources import ConversationSource, RowSource, TextSource
@@ -45,7 +45,7 @@ TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
 SAMPLE_PROMPTS = 4  # openings of validation documents that the base model continues
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Context:
     """What every stage is given."""
 
@@ -55,12 +55,15 @@ class Context:
     guard: Guard
     of: str | None = None  # whose model an evaluation is of
 
+    _told: float = 0.0  # when the last progress row was written
+
     def progress(self, done: int, total: int, message: str) -> None:
-        """One progress row; raises Stopped when the guard asks for it."""
-        if self.runtime.is_lead:
-            self.stage.metrics.append(kind="progress", step=done, steps=total, message=message)
+        """A progress row at most twice a second; raises Stopped when the guard asks for it."""
         if self.guard.stop_requested:
             raise Stopped(f"stopped at {message} ({done} of {total})")
+        if self.runtime.is_lead and time.monotonic() - self._told > 0.5:
+            self._told = time.monotonic()
+            self.stage.metrics.append(kind="progress", step=done, steps=total, message=message)
 
 
 # ---------------------------------------------------------------------------- data
@@ -113,10 +116,10 @@ def tokenizer(context: Context) -> dict[str, Any]:
     config = context.run.config.recipe.tokenizer
     files = _text_files(context.run)
 
-    def stop_or_go(done: int, total: int) -> None:
-        context.progress(done, total, "merges")
+    def stop_or_go(phase: str, done: int, total: int | None) -> None:
+        context.progress(done, total or config.max_chars, phase)
 
-    texts = _training_text(context, files.train)
+    texts = _training_text(files.train, config)
     trained = Tokenizer.train(texts, config.vocab_size, progress=stop_or_go)
     trained.save(context.stage.path / "tokenizer.json")
     sample = _head(hub.documents(files.validation), 1_000_000)
@@ -129,17 +132,13 @@ def tokenizer(context: Context) -> dict[str, Any]:
     }
 
 
-def _training_text(context: Context, files: Iterable[Path]) -> Iterator[str]:
+def _training_text(files: Iterable[Path], config: TokenizerConfig) -> Iterator[str]:
     """Documents cut at max_document_chars until max_chars are reached."""
-    config = context.run.config.recipe.tokenizer
-    left, read = config.max_chars, 0
+    left = config.max_chars
     for path in files:
         for text in hub.documents(path):
             text = text[: min(left, config.max_document_chars)]
             left -= len(text)
-            read += 1
-            if read % 5000 == 0:
-                context.progress(config.max_chars - left, config.max_chars, "characters read")
             yield text
             if left <= 0:
                 return

@@ -87,8 +87,8 @@ class Trigram:
         for _ in range(iterations):
             joint = self.weights[bucket] * probabilities
             shares = joint / joint.sum(axis=1, keepdims=True)
-            sums = np.stack([np.bincount(bucket, s, self.BUCKETS) for s in shares.T], axis=1)
-            sums += 1e-3  # buckets that were never seen stay a mixture
+            counts = [np.bincount(bucket, share, self.BUCKETS) for share in shares.T]
+            sums = np.stack(counts, axis=1) + 1e-3  # a bucket never seen stays a mixture
             self.weights = sums / sums.sum(axis=1, keepdims=True)
 
     def _count(self, tokens: np.ndarray) -> None:
