@@ -53,7 +53,8 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
     process runs it, follow that one, and take over if it ends without finishing.
 
     of: whose model ``eval`` looks at; None: the last one of the run.
-    watch: called with a stage's directory and its metric rows whenever they have grown.
+    watch: called with a stage's directory and its metric rows whenever they have grown, and once
+    more when the stage is done.
     Raises ValueError for a user's mistake (here or in the worker), WorkerError when the worker
     fails, KeyboardInterrupt after the worker has saved.
     """
@@ -62,7 +63,7 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
         if run.stage(needed).done() is None:
             stage(needed, run, watch=watch)
     place = run.stage(name, of)
-    follower = _Follower(place, watch)
+    follower = Follower(place, watch)
     while place.done() is None:
         with _locked(place.log) as log:
             if log is None:
@@ -70,7 +71,7 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
                 time.sleep(POLL)
             elif place.done() is None:
                 _work(run, place, of, log, follower)
-    follower.look()
+    follower.look(last=True)
     record = place.done()
     assert record is not None
     return record["result"]
@@ -109,7 +110,7 @@ def _enabled(run: Run, model: str) -> bool:
 # ---------------------------------------------------------------------------- the worker
 
 
-def _work(run: Run, place: StageDir, of: str | None, log: BinaryIO, follower: _Follower) -> None:
+def _work(run: Run, place: StageDir, of: str | None, log: BinaryIO, follower: Follower) -> None:
     """Start the worker, follow it to its end, and raise what went wrong."""
     ranks = _ranks(run) if place.name in SHARED else 1
     command, environment = _command(run, place, of, ranks)
@@ -242,19 +243,23 @@ def is_running(place: StageDir) -> bool:
         return log is None
 
 
-class _Follower:
+class Follower:
     """Calls `watch` with a stage's rows when there are new ones."""
 
     def __init__(self, place: StageDir, watch: Watch | None) -> None:
         self.place, self.watch = place, watch
         self._seen: tuple[int, int] | None = None
 
-    def look(self) -> None:
-        metrics = self.place.metrics
-        if self.watch is None or not metrics.path.exists():
-            return
-        status = metrics.path.stat()
-        now = (status.st_size, status.st_mtime_ns)
-        if now != self._seen:
-            self._seen = now
-            self.watch(self.place, metrics.rows())
+    def look(self, last: bool = False) -> None:
+        news = self.skip()
+        if self.watch is not None and (news or last):
+            self.watch(self.place, self.place.metrics.rows())
+
+    def skip(self) -> bool:
+        """Count the rows so far as seen; whether any were new."""
+        path = self.place.metrics.path
+        if not path.exists():
+            return False
+        status, seen = path.stat(), self._seen
+        self._seen = (status.st_size, status.st_mtime_ns)
+        return self._seen != seen
