@@ -1,0 +1,354 @@
+"""What the chapters share: opening a run, the live figure, pictures of tokens, exercise checks.
+
+Everything has a plain-text twin for where no notebook is: a terminal, a test, a script.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanolib.progress import Line, clock, describe
+from nanolib.rundir import Run, StageDir
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+BLUE, ORANGE, GREEN, RED, VIOLET, GREY = (
+    "#2b6cb0",
+    "#dd6b20",
+    "#2f855a",
+    "#c53030",
+    "#6b46c1",
+    "#a0aec0",
+)
+PASTELS = ("#dbeafe", "#fde7c8", "#d3f2df", "#fbd9e0", "#e6dcfb", "#e5e7eb")
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (7.2, 2.9),
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "grid.color": "#e8ecf1",
+    "font.size": 9.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def begin(profile: str, run: str | Run | None, overrides: Mapping[str, Any]) -> Run:
+    """Open the chapter's run (`Run.open`), set the style of pictures, and say which run it is.
+
+    A cell that is executed twice hands back the run it made: then `run` is a Run and is kept.
+    """
+    import matplotlib as mpl
+    from cycler import cycler
+
+    mpl.rcParams.update(STYLE)
+    mpl.rcParams["axes.prop_cycle"] = cycler(color=[BLUE, ORANGE, GREEN, RED, VIOLET, GREY])
+    opened = run if isinstance(run, Run) else Run.open(profile, run, overrides)
+    model, vocab = opened.config.recipe.model, opened.config.recipe.tokenizer.vocab_size
+    print(
+        f"run {opened.id}: depth {model.depth}, width {model.width}, vocabulary {vocab:,}, "
+        f"{model.parameters(vocab):,} parameters"
+    )
+    return opened
+
+
+def in_notebook() -> bool:
+    """Whether a notebook's kernel runs us (so that rich output has somewhere to go)."""
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
+
+
+def _show(plain: str, **rich: Any) -> None:
+    """One output with a text twin: ``_show("a b", html="<b>a</b> b")``."""
+    if not in_notebook():
+        print(plain)
+        return
+    from IPython.display import display
+
+    kinds = {"html": "text/html", "markdown": "text/markdown"}
+    display({"text/plain": plain} | {kinds[kind]: value for kind, value in rich.items()}, raw=True)
+
+
+def markdown(text: str) -> None:
+    """Show Markdown rendered."""
+    _show(text, markdown=text)
+
+
+# ---------------------------------------------------------------------------- the live figure
+
+
+class Live:
+    """The `watch` of `launch.stage`: one figure a stage, redrawn in place as its metrics grow.
+
+    A training stage shows its loss and what it scores on held-out data; other stages one line.
+    Redrawn every `every` seconds at most, and at the end. Outside a notebook it prints lines.
+    """
+
+    def __init__(self, every: float = 2.0) -> None:
+        self.every = every
+        self._line = None if in_notebook() else Line()
+        self._handles: dict[Path, DisplayHandle] = {}
+        self._drawn_at = -math.inf
+
+    def __call__(self, stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._line is not None:
+            self._line(stage, rows)
+            return
+        finished = stage.done() is not None
+        known = stage.path in self._handles
+        if known and not finished and time.monotonic() - self._drawn_at < self.every:
+            return
+        picture = _picture(stage, rows)
+        if known:
+            self._handles[stage.path].update(picture, raw=True)
+        else:
+            from IPython.display import DisplayHandle
+
+            self._handles[stage.path] = DisplayHandle()
+            self._handles[stage.path].display(picture, raw=True)
+        self._drawn_at = time.monotonic()
+
+
+def _picture(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A stage's progress as a mime bundle: text, and a PNG where it trains."""
+    text = _headline(stage, rows)
+    if not any(row["kind"] == "train" for row in rows):
+        return {"text/plain": text}
+    return {"text/plain": text, "image/png": png(curves(rows, text))}
+
+
+def _headline(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Like `progress.describe`, but a finished stage says how long it took."""
+    record = stage.done()
+    if record is None:
+        return describe(stage, rows)
+    name = stage.name if stage.path.name == stage.name else f"{stage.name} of {stage.path.name}"
+    words = [f"{name} finished in {clock(record['seconds'])}"]
+    result = record["result"]
+    if "tokens" in result:
+        words.append(f"{result['tokens']:,} tokens")
+    if "tokens_per_second" in result:
+        words.append(f"{result['tokens_per_second']:,.0f} tokens/s")
+    return "  ·  ".join(words)
+
+
+def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Training loss (each step, and smoothed) beside the score on held-out data."""
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if row["kind"] == "train"]
+    figure = Figure(figsize=(7.6, 2.7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, family="monospace")
+    steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
+    left.plot(steps, losses, color=GREY, linewidth=0.8, alpha=0.7)
+    left.plot(steps, smooth(losses), color=BLUE)
+    left.set_title("training loss (nats a token)")
+    name, points = _scores(rows)
+    right.plot([step for step, _ in points], [value for _, value in points], "o-", color=ORANGE)
+    if points:
+        right.annotate(f"{points[-1][1]:.3f}", points[-1], (0, 8), textcoords="offset points")
+    right.set_title(f"held-out {name}" if name else "held-out score (not yet)")
+    for axes in (left, right):
+        axes.set_xlim(0, train[-1]["steps"] * 1.03)
+        axes.set_xlabel("step")
+        axes.margins(y=0.15)
+    return figure
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, float]]]:
+    """The first score of the evaluation rows: its name and (step, value) pairs."""
+    scored = [row for row in rows if row["kind"] == "eval"]
+    names = [key for row in scored for key in row if key not in ("kind", "step", "steps")]
+    if not names:
+        return "", []
+    label = {"bpb": "bits per byte", "loss": "loss (nats a token)"}.get(names[0], names[0])
+    return label, [(row["step"], row[names[0]]) for row in scored]
+
+
+def smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """An exponential moving average whose start is not pulled towards zero.
+
+    >>> smooth([2.0, 2.0, 2.0])
+    [2.0, 2.0, 2.0]
+    """
+    total = weight = 0.0
+    averages = []
+    for value in values:
+        total = keep * total + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        averages.append(total / weight)
+    return averages
+
+
+def png(figure: Figure) -> bytes:
+    """A figure's picture, without pyplot and its open windows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def tokens(
+    pieces: Sequence[str],
+    groups: Sequence[int] | None = None,
+    shades: Sequence[float] | None = None,
+    legend: Sequence[str] = (),
+) -> None:
+    """Show tokens as coloured boxes in a line of text.
+
+    groups: a colour for each token (0 … 5), named by `legend`; shades: 0 … 1, white to red;
+    neither: colours in turn, so that borders show. The text twin puts a bar between tokens.
+    """
+    if shades is not None:
+        colours = [f"rgba(221, 80, 60, {min(1.0, max(0.0, s)):.2f})" for s in shades]
+    else:
+        cycle = range(len(pieces)) if groups is None else groups
+        colours = [PASTELS[group % len(PASTELS)] for group in cycle]
+    boxes = "".join(map(_box, pieces, colours))
+    keys = " ".join(_box(name, PASTELS[i]) for i, name in enumerate(legend))
+    style = "font-family:monospace;font-size:13px;line-height:2;max-width:60em;margin:4px 0"
+    picture = f'<div style="{style}">{boxes}</div>'
+    if keys:
+        picture += f'<div style="font-size:12px;margin:4px 0">{keys}</div>'
+    _show("|".join(pieces), html=picture)
+
+
+def _box(piece: str, colour: str) -> str:
+    text = html.escape(piece.replace(" ", "·")).replace("\n", "↵<br>")
+    style = f"background:{colour};color:#1a202c;border-radius:3px;padding:2px 1px;margin:0 1px"
+    return f'<span style="{style}">{text}</span>'
+
+
+def heatmap(
+    axes: Axes,
+    values: Any,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    limits: tuple[float, float] | None = None,
+    colours: str = "Blues",
+) -> AxesImage:
+    """A matrix as colours, with a name on every row and column."""
+    low, high = limits or (None, None)
+    image = axes.imshow(values, cmap=colours, aspect="auto", vmin=low, vmax=high)
+    axes.grid(False)
+    if len(rows):
+        axes.set_yticks(range(len(rows)), [_label(name) for name in rows])
+    if len(columns):
+        turn = 90 if max(map(len, columns)) > 2 else 0
+        axes.set_xticks(range(len(columns)), [_label(name) for name in columns], rotation=turn)
+    return image
+
+
+def _label(piece: str) -> str:
+    """A token as a tick label: spaces visible, and no dollar that matplotlib takes for maths."""
+    return piece.replace(" ", "·").replace("\n", "↵").replace("$", r"\$")
+
+
+def tree(path: Path, depth: int = 2) -> None:
+    """Print a directory: what is in it, and how large."""
+    print(f"{path.name}/")
+    _branch(path, 1, depth)
+
+
+def _branch(path: Path, level: int, depth: int) -> None:
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    for entry in entries:
+        if entry.is_dir():
+            print(f"{'    ' * level}{entry.name}/")
+            if level < depth:
+                _branch(entry, level + 1, depth)
+        else:
+            print(f"{'    ' * level}{entry.name:<{28 - 4 * level}}{_size(entry):>10}")
+
+
+def _size(path: Path) -> str:
+    size = float(path.stat().st_size)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+# ---------------------------------------------------------------------------- exercises
+
+
+def check(answer: Any, *cases: Any, tolerance: float = 1e-4) -> bool:
+    """Check an exercise and print what came out; never raises, so that a chapter runs to its end.
+
+    A value is compared with one case, the right value. A function is called: each case is a tuple
+    of its arguments and, last, what it should return. Numbers, lists, arrays and tensors count as
+    right within `tolerance`.
+    """
+    if not callable(answer):
+        (expected,) = cases
+        if answer is ...:
+            return _verdict(None, "not answered yet: put your answer in place of the ...")
+        right = _same(answer, expected, tolerance)
+        return _verdict(right, "right" if right else f"{_brief(answer)} is not it, try again")
+    for *arguments, expected in cases:
+        call = f"{answer.__name__}({', '.join(map(_brief, arguments))})"
+        try:
+            got = answer(*arguments)
+        except Exception as error:
+            return _verdict(False, f"{call} raises {type(error).__name__}: {error}")
+        if got is None or got is ...:
+            return _verdict(None, f"not answered yet: {call} returns nothing")
+        if not _same(got, expected, tolerance):
+            return _verdict(False, f"{call} should be {_brief(expected)}, but it is {_brief(got)}")
+    return _verdict(True, f"right, in {len(cases)} of {len(cases)} cases")
+
+
+def _verdict(right: bool | None, text: str) -> bool:
+    print(f"{'○' if right is None else '✓' if right else '✗'} {text}")
+    return bool(right)
+
+
+def _brief(value: Any) -> str:
+    text = str(_plain(value)) if hasattr(value, "tolist") else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as nested lists."""
+    if hasattr(value, "detach"):
+        value = value.detach()
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _same(got: Any, expected: Any, tolerance: float) -> bool:
+    got, expected = _plain(got), _plain(expected)
+    if isinstance(expected, list | tuple):
+        return (
+            isinstance(got, list | tuple)
+            and len(got) == len(expected)
+            and all(_same(g, e, tolerance) for g, e in zip(got, expected, strict=True))
+        )
+    if isinstance(expected, float) and isinstance(got, int | float):
+        return math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance)
+    return type(got) is type(expected) and got == expected
