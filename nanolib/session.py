@@ -57,7 +57,7 @@ class Session:
             raise ValueError(f"stage {of!r} leaves no model to talk to; try {' or '.join(MODELS)}")
         for name in MODELS if of is None else (of,):
             folder = run.stage(name).checkpoints
-            if any(folder.glob("step_*")):
+            if any(folder.glob("step_????????")):
                 runtime = Runtime.start(run.config.machine)
                 model = checkpoint.load_model(folder, runtime.device)
                 tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")

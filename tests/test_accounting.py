@@ -1,0 +1,110 @@
+"""Accounting against counting: real parameters, torch's FLOP counter, tensors kept by autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_model import CPU, VOCAB, random_ids, tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanolib import accounting
+from nanolib.config import ModelConfig, OptimConfig
+from nanolib.data.packing import Batch
+from nanolib.model import GPT, KVCache
+from nanolib.optim import MuonAdamW
+
+D20 = ModelConfig(depth=20)
+
+
+def batch(config: ModelConfig, rows: int) -> Batch:
+    ids = random_ids(rows, config.sequence_len)
+    return Batch(inputs_BT=ids, targets_BT=ids)
+
+
+def test_parameters_of_the_original():
+    counts = accounting.parameters(D20, 65_536)
+    assert sum(counts.values()) == D20.parameters(65_536) == 560_988_160
+    assert counts["embedding"] == counts["head"] == 65_536 * 1280
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_parameters_by_part_are_the_models(kv_heads):
+    config = tiny(kv_heads=kv_heads)
+    counts = dict.fromkeys(accounting.parameters(config, VOCAB), 0)
+    for name, weight in GPT.build(config, VOCAB, CPU, 0).named_parameters():
+        counts[next(part for part in counts if part in name)] += weight.numel()
+    assert counts == accounting.parameters(config, VOCAB)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_flops_equal_torchs_counter(kv_heads):
+    config = tiny(kv_heads=kv_heads)
+    model, rows = GPT.build(config, VOCAB, CPU, 0), 3
+    tokens = rows * config.sequence_len
+    # torch counts the plain products of the MATH backend; its CPU flash kernel it does not know
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model.nll(batch(config, rows)).sum()
+        assert counter.get_total_flops() == tokens * accounting.forward_flops(config, VOCAB)
+        loss.backward()
+    assert counter.get_total_flops() == tokens * accounting.training_flops(config, VOCAB)
+
+
+def test_flops_of_the_original():
+    """Six a weight that multiplies, and 12 L H K T of attention."""
+    by_hand = 6 * (560_988_160 - 65_536 * 1280) + 12 * 20 * 10 * 128 * 2048
+    assert accounting.training_flops(D20, 65_536) == by_hand
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_activations_are_about_what_autograd_keeps(kv_heads, depth):
+    config = tiny(depth=depth, aspect=96 // depth, kv_heads=kv_heads)
+    model, kept = GPT.build(config, VOCAB, CPU, 0), {}
+    weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.nll(batch(config, 4)).sum()
+    counted = sum(size for size, _ in kept.values())
+    assert accounting.activation_bytes(config, VOCAB, 4) == pytest.approx(counted, rel=0.05)
+    loss.backward()
+
+
+def test_training_memory(cpu):
+    config = tiny(kv_heads=2)
+    model = GPT.build(config, VOCAB, CPU, 0)
+    memory = accounting.memory(config, VOCAB, rows=2)
+    size = 4 * sum(w.numel() for w in model.parameters())
+    assert memory.weights == memory.gradients == size
+    optimizer = MuonAdamW(model, OptimConfig(), cpu)
+    state = [slot for group in optimizer.groups for slot in group.state.values()]
+    assert memory.optimizer == sum(4 * tensor.numel() for tensor in state)
+    assert memory.total == 2 * size + memory.optimizer + accounting.activation_bytes(
+        config, VOCAB, 2
+    )
+    shared = accounting.memory(config, VOCAB, rows=2, ranks=4)
+    assert (shared.optimizer, shared.weights) == (memory.optimizer // 4, memory.weights)
+
+
+def test_cache_bytes():
+    config = tiny(kv_heads=2)
+    cache = KVCache(config, 3, 17, CPU, torch.bfloat16)
+    stored = [t for t in vars(cache).values() if torch.is_tensor(t) and t.dtype == torch.bfloat16]
+    assert accounting.cache_bytes(config, 3, 17) == sum(t.nbytes for t in stored)
+
+
+def test_mfu_and_cost():
+    """The original's run: 11.2 billion tokens on eight H100 in about three hours."""
+    rate = {"tokens_per_second": 11.2e9 / (3 * 3600), "ranks": 8}
+    share = accounting.mfu(D20, 65_536, device="NVIDIA H100 80GB HBM3", **rate)
+    assert share == pytest.approx(0.46, abs=0.02)
+    assert accounting.mfu(D20, 65_536, device="cpu", **rate) is None
+    assert accounting.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert accounting.dollars(3 * 3600 + 51 * 60, 24.0) == pytest.approx(92.4)
+    assert accounting.dollars(60, None) is None
