@@ -6,9 +6,13 @@ import pytest
 import torch
 from test_model import CPU, tiny
 
+from nanolib import checkpoint
+from nanolib.config import flatten
 from nanolib.conversation import Message, Part, answer_parts
 from nanolib.engine import Engine, end_tokens
 from nanolib.model import GPT
+from nanolib.optim import MuonAdamW
+from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 from nanolib.session import Session
 from nanolib.tokenizer import Tokenizer
@@ -17,6 +21,29 @@ from nanolib.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(["the cat sat on the mat, the rat on the hat"] * 4, 280)
+
+
+@pytest.fixture
+def run_with_models(tokenizer, cpu):
+    """Makes a run whose named stages have a checkpoint: (the run, the models by stage)."""
+
+    def make(*stages: str) -> tuple[Run, dict[str, GPT]]:
+        size = {"tokenizer.vocab_size": tokenizer.vocab_size, "model.sequence_len": 64}
+        run = Run.open("smoke", "-".join(["run", *stages]), size)
+        (run.path / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(run.path / "tokenizer" / "tokenizer.json")
+        models = {}
+        for number, stage in enumerate(stages):
+            recipe = run.config.recipe
+            models[stage] = model = GPT.build(recipe.model, tokenizer.vocab_size, CPU, seed=number)
+            with torch.no_grad():
+                torch.nn.init.normal_(model.head.weight)
+            about = {"recipe": flatten(recipe), "vocab_size": tokenizer.vocab_size}
+            optimizer = MuonAdamW(model, recipe.optim, cpu)
+            checkpoint.save(run.stage(stage).checkpoints, 7, model, optimizer, about, cpu)
+        return run, models
+
+    return make
 
 
 class Scripted:
@@ -208,3 +235,21 @@ def test_the_same_seed_gives_the_same_conversation(tokenizer):
     assert first == conversation(1)
     assert first != conversation(2)
     assert first[0] != first[1], "each turn draws anew"
+
+
+def test_open_finds_the_newest_model_of_a_run(run_with_models):
+    run, models = run_with_models("base", "sft")
+    for of, expected in ((None, "sft"), ("sft", "sft"), ("base", "base")):
+        talk = Session.open(run, of, temperature=0.0)
+        assert talk.engine.model.head.weight.equal(models[expected].head.weight)
+        assert talk.temperature == 0.0
+    assert talk.ask("hello") == talk.messages[1].text.strip()
+    run, _ = run_with_models("base")
+    assert Session.open(run).engine.model
+    with pytest.raises(ValueError, match="no sft model to talk to yet; finish it first: nanolib"):
+        Session.open(run, "sft")
+    with pytest.raises(ValueError, match="stage 'shards' leaves no model to talk to"):
+        Session.open(run, "shards")
+    run, _ = run_with_models()
+    with pytest.raises(ValueError, match="no trained model to talk to yet"):
+        Session.open(run)
