@@ -76,8 +76,9 @@ def write_atomic(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file whole or not at all."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------- metrics
@@ -154,7 +155,7 @@ class StageDir:
     def finish(self, result: Mapping[str, Any], **about: Any) -> None:
         """Write the done record: `result`, what `about` says (seconds, started, machine, cost)."""
         record = {"result": dict(result), **about, "finished": now()}
-        write_atomic(self.path / "done.json", _json(record))
+        write_json(self.path / "done.json", record)
 
 
 # ---------------------------------------------------------------------------- the run
@@ -202,7 +203,7 @@ class Run:
         """An existing run by id or path, or the one opened last; the recipe is the manifest's.
 
         machine: settings ("machine.ranks": 2, …) on top of the profile's. Raises ValueError where
-        there is no such run.
+        there is no such run, and for a recipe's setting that differs from the run's.
         """
         path = _locate(run or LATEST).resolve()
         if not (path / "manifest.json").exists():
@@ -214,8 +215,14 @@ class Run:
         manifest = _read_manifest(path)
         profile, given = manifest["profile"], settings.check_overrides(machine or {})
         flat = settings.load_profile(profile) if profile in settings.profiles() else {}
-        flat = {key: value for key, value in flat.items() if key.startswith("machine.")}
-        return cls(path, settings.from_flat(profile, manifest["recipe"] | flat | given))
+        flat = {key: value for key, value in (flat | given).items() if key.startswith("machine.")}
+        loaded = cls(path, settings.from_flat(profile, manifest["recipe"] | flat))
+        recipe = settings.flatten(loaded.config.recipe)
+        for key in given.keys() & recipe.keys():
+            asked = list(given[key]) if isinstance(given[key], tuple) else given[key]
+            if asked != recipe[key]:
+                raise _refusal(path, key, recipe[key], asked)
+        return loaded
 
     def manifest(self) -> dict[str, Any]:
         return _read_manifest(self.path)
@@ -287,7 +294,7 @@ def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> None:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path, prefix=".") as folder:
             draft = Path(folder) / "manifest.json"
-            write_atomic(draft, _json(manifest))
+            write_json(draft, manifest)
             with contextlib.suppress(FileExistsError):
                 os.link(draft, path / "manifest.json")
 
@@ -310,21 +317,21 @@ def _check_same_recipe(
     path: Path, manifest: Mapping[str, Any], profile: str, overrides: Mapping[str, Any]
 ) -> None:
     """The recipe asked for now must be the run's; overrides it was made with are inherited."""
-
-    def refuse(key: str, saved: Any, asked: Any) -> ValueError:
-        return ValueError(
-            f"run {path.name!r} was made with {key} = {saved}, not {asked}; leave it out to go on "
-            f"with that run, or start a new one with --run NAME (this one is {path})"
-        )
-
     if manifest["profile"] != profile:
-        raise refuse("profile", manifest["profile"], profile)
+        raise _refusal(path, "profile", manifest["profile"], profile)
     saved = settings.flatten(settings.from_flat(profile, manifest["recipe"]).recipe)
     asked = settings.resolve(profile, {**manifest["overrides"], **overrides}).recipe
     differences = settings.recipe_difference(asked, saved)
     given_first = sorted(differences, key=lambda difference: difference[0] not in overrides)
     for key, now_asked, before in given_first[:1]:
-        raise refuse(key, before, now_asked)
+        raise _refusal(path, key, before, now_asked)
+
+
+def _refusal(path: Path, key: str, saved: Any, asked: Any) -> ValueError:
+    return ValueError(
+        f"run {path.name!r} was made with {key} = {saved}, not {asked}; leave it out to go on "
+        f"with that run, or start a new one with --run NAME (this one is {path})"
+    )
 
 
 def _remember(path: Path) -> None:

@@ -67,6 +67,14 @@ def test_a_profile_edited_since_is_noticed(folder):
     assert Run.load("tiny").config.recipe.seed == 1
 
 
+def test_loading_takes_machine_settings_and_refuses_another_recipe():
+    Run.open("tiny")
+    same = {"base.steps": 10, "eval.tasks": "arc_easy,arc_challenge,mmlu", "machine.ranks": 2}
+    assert Run.load("tiny", same).config.machine.ranks == 2
+    with pytest.raises(ValueError, match=r"base\.steps = 10, not 11"):
+        Run.load("tiny", {"base.steps": 11})
+
+
 def test_a_manifest_of_an_older_version_opens(folder):
     path = Run.open("tiny").path / "manifest.json"
     manifest = json.loads(path.read_text())

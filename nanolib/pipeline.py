@@ -1,0 +1,238 @@
+"""The chain: every chapter of the course, executed in order, is the training run.
+
+papermill executes ``notebooks/NN_topic.py`` with the parameters ``profile``, ``run`` and
+``overrides``; the chapters launch the stages. A chapter finished with the same source and recipe
+is skipped, an interrupted one is executed again, and finished stages return at once, so the same
+command goes on wherever the last one ended.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanolib import config, launch, rundir
+from nanolib.progress import Line, clock
+from nanolib.rundir import Run, StageDir
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+NOTEBOOKS = config.REPOSITORY / "notebooks"
+PARAMETERS = ("profile", "run", "overrides")
+
+
+class ChapterError(RuntimeError):
+    """A chapter ended early; the message says where to look."""
+
+
+def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None) -> Run:
+    """Execute all chapters for a run, making it if there is none, and say where things are.
+
+    Raises ValueError for a user's mistake, ChapterError when a chapter fails, KeyboardInterrupt
+    once everything that was running has saved and ended.
+    """
+    this = Run.open(profile, run, overrides)
+    parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
+    line = Line()
+    with _only_one(this):
+        line.say(f"run {this.name}: {this.path}")
+        try:
+            for source in chapters():
+                _chapter(source, this, parameters, line)
+        except KeyboardInterrupt:
+            line.say("stopping: what is running saves its last step")
+            wait_until_idle(this)
+            line.say("stopped; run the same command to go on")
+            raise
+    line.say(_where(this))
+    return this
+
+
+def chapters() -> list[Path]:
+    """The chapters' sources in order: ``notebooks/NN_topic.py``."""
+    found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
+    if not found:
+        raise ValueError(f"there are no chapters in {NOTEBOOKS}; is this a whole checkout?")
+    return found
+
+
+def read(source: Path) -> NotebookNode:
+    """A chapter as a notebook; ValueError unless its parameters cell is the agreed one."""
+    import jupytext
+
+    notebook = jupytext.read(source)
+    cells = [c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    names = [
+        target.id
+        for cell in cells
+        for statement in ast.parse(cell).body
+        for target in ast.walk(statement)
+        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+    ]
+    if len(cells) != 1 or tuple(names) != PARAMETERS:
+        raise ValueError(
+            f"{source} needs one cell tagged 'parameters' that sets {', '.join(PARAMETERS)}; "
+            f"found {len(cells)} that set {', '.join(names) or 'nothing'}"
+        )
+    return notebook
+
+
+# ---------------------------------------------------------------------------- one chapter
+
+
+def _chapter(source: Path, run: Run, parameters: Mapping[str, Any], line: Line) -> None:
+    """Execute one chapter unless it is finished, and keep its notebook, HTML and done record."""
+    target = run.path / "chapters" / f"{source.stem}.ipynb"
+    record, fingerprint = target.with_suffix(".done.json"), _fingerprint(source, run)
+    if _finished(record, target, fingerprint):
+        line.say(f"chapter {source.stem}: finished before")
+        return
+    line.say(f"chapter {source.stem}")
+    started = time.monotonic()
+    with rundir.saving(target), _terminal_follows(run, line):
+        _execute(source, target, parameters)
+        _write_html(target)
+    seconds = time.monotonic() - started
+    rundir.write_json(
+        record, {"fingerprint": fingerprint, "seconds": seconds, "finished": rundir.now()}
+    )
+    line.say(f"chapter {source.stem}: done in {clock(seconds)}")
+
+
+def _fingerprint(source: Path, run: Run) -> str:
+    """What a finished chapter depends on: its source and the recipe."""
+    recipe = json.dumps(config.flatten(run.config.recipe), sort_keys=True)
+    return hashlib.sha256(source.read_bytes() + recipe.encode()).hexdigest()
+
+
+def _finished(record: Path, notebook: Path, fingerprint: str) -> bool:
+    try:
+        known = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return known["fingerprint"] == fingerprint and notebook.exists()
+
+
+def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
+    """papermill one chapter into `target`, in the notebooks' folder, with a kernel of its own."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            read(source),
+            target,
+            parameters=dict(parameters),
+            kernel_name="python3",
+            language="python",
+            cwd=NOTEBOOKS,
+            progress_bar=False,
+            shutdown_kernel="immediate",
+            extra_arguments=["--log-level=40"],  # errors only
+        )
+    except papermill.PapermillExecutionError as error:
+        raise _chapter_error(source, target, error) from None
+    except DeadKernelError:
+        raise ChapterError(
+            f"the kernel of chapter {source.stem} died (killed, or out of memory?); what its "
+            "stages saved is kept: run the same command to go on"
+        ) from None
+
+
+def _chapter_error(source: Path, target: Path, error: Any) -> Exception:
+    """What a cell's exception means to the one who typed the command."""
+    where = f"chapter {source.stem}"
+    if error.ename == "ValueError":
+        return ValueError(f"{error.evalue} ({where}, see {target})")
+    if error.ename == "WorkerError":
+        return ChapterError(f"{where}: {error.evalue}")
+    return ChapterError(f"{where}: {error.ename}: {error.evalue}\nThe traceback is in {target}")
+
+
+def _write_html(notebook: Path) -> None:
+    from nbconvert import HTMLExporter
+
+    body, _ = HTMLExporter().from_filename(str(notebook))
+    rundir.write_atomic(notebook.with_suffix(".html"), body)
+
+
+# ---------------------------------------------------------------------------- around them
+
+
+@contextlib.contextmanager
+def _only_one(run: Run) -> Generator[None, None, None]:
+    """Two commands must not execute the same run's chapters at once."""
+    path = run.path / "chapters" / ".lock"
+    with rundir.saving(path):
+        path.parent.mkdir(exist_ok=True)
+        lock = path.open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another command is executing run {run.id!r}; wait for it, or start another "
+                "with --run NAME"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _terminal_follows(run: Run, line: Line) -> Generator[None, None, None]:
+    """Show the running stages' progress while the body waits for a chapter."""
+    over = threading.Event()
+    followers: dict[Path, launch.Follower] = {}
+    for place in places(run):
+        followers[place.path] = launch.Follower(place, line)
+        if place.done():
+            followers[place.path].skip()
+
+    def follow() -> None:
+        last = False
+        while not last:
+            last = over.wait(0.3)
+            for place in places(run):
+                followers.setdefault(place.path, launch.Follower(place, line)).look()
+
+    thread = threading.Thread(target=follow, name="terminal", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        line.close()
+
+
+def places(run: Run) -> list[StageDir]:
+    """The directories of all stages that were ever started, the latest last."""
+    logs = sorted(
+        [*run.path.glob("*/log.txt"), *run.path.glob("*/*/log.txt")],
+        key=lambda log: log.stat().st_mtime,
+    )
+    parents = [log.parent for log in logs]
+    return [StageDir(p.parent.name if p.parent != run.path else p.name, p) for p in parents]
+
+
+def wait_until_idle(run: Run) -> None:
+    """Return when no process works on any of the run's stages."""
+    while any(launch.is_running(place) for place in places(run)):
+        time.sleep(0.1)
+
+
+def _where(run: Run) -> str:
+    report = run.path / "report.md"
+    lines = [f"run {run.name} is finished", f"  chapters  {run.path / 'chapters'}"]
+    if report.exists():
+        lines.append(f"  report    {report}")
+    return "\n".join([*lines, f"  chat      uv run nanolib chat --run {run.name}"])

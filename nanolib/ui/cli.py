@@ -1,0 +1,213 @@
+"""The command line: ``nanolib run demo``, ``nanolib chat``, …
+
+Any setting may be given by its dotted path (``--base.steps 100``), which is why those words are
+taken out of the command line before tyro reads the rest. A user's mistake is one line and exit
+code 2. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from nanolib import config, launch, pipeline
+from nanolib.progress import Line
+from nanolib.rundir import Run
+
+FAILED, USERS_MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
+
+ProfileName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROFILE")]
+RunName = Annotated[
+    str | None,
+    tyro.conf.arg(metavar="NAME", help="A run's name, or its path with a slash. [last opened]"),
+]
+ModelName = Annotated[
+    str | None, tyro.conf.arg(metavar="STAGE", help="The stage whose model is meant. [the last]")
+]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit code."""
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    try:
+        words, overrides = split_settings(arguments)
+        _dispatch(words, overrides)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # such as `nanolib settings | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USERS_MISTAKE
+    except (launch.WorkerError, pipeline.ChapterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _as_ctrl_c(number: int, frame: object) -> None:
+    """A polite kill is treated as Ctrl-C: what is running saves first."""
+    raise KeyboardInterrupt
+
+
+def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Separate ``--dotted.path VALUE`` (or an alias) from a command's own words.
+
+    Paths on the command line are relative to the shell, so a mirror is made absolute here.
+
+    >>> split_settings(["run", "demo", "--base.steps", "9", "--nproc=2", "--run", "x"])
+    (['run', 'demo', '--run', 'x'], {'base.steps': 9, 'machine.ranks': 2})
+    """
+    words, overrides, known = [], {}, config.settings()
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        path = name.replace("-", "_")
+        is_setting = "." in path or path in known or path in config.ALIASES
+        if not word.startswith("--") or not is_setting:
+            words.append(word)
+            continue
+        value = value if equals else next(rest, "--")
+        if value.startswith("--"):
+            raise ValueError(f"--{name} needs a value")
+        overrides |= config.check_overrides({path: value})
+    if mirror := overrides.get("machine.mirror"):
+        overrides["machine.mirror"] = str(Path(mirror).expanduser().absolute())
+    return words, overrides
+
+
+def _dispatch(words: Sequence[str], overrides: dict[str, Any]) -> None:
+    """Let tyro match the words to a method of `Commands` and call it."""
+    commands = Commands(overrides)
+    names = ("run", "stage", "chat", "report", "export", "notebooks", "settings")
+    tyro.extras.subcommand_cli_from_dict(
+        {name: getattr(commands, name) for name in names},
+        prog="nanolib",
+        description="Build a small ChatGPT from end to end. Begin with: nanolib run demo",
+        args=list(words),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+@dataclass(frozen=True)
+class Commands:
+    """One method a command; settings given by their dotted paths are in `overrides`."""
+
+    overrides: dict[str, Any]
+
+    def run(self, profile: ProfileName, run: RunName = None) -> None:
+        """Go the whole road of a profile, from text to chat, chapter by chapter.
+
+        The same command goes on where the last one ended. Any setting may follow by its dotted
+        path (--base.steps 100); --mirror FOLDER and --nproc RANKS are short for two of them.
+
+        Args:
+            profile: A file in runs/, such as demo.
+        """
+        pipeline.run(profile, _place(run), self.overrides)
+
+    def stage(
+        self,
+        name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")],
+        run: RunName = None,
+        of: ModelName = None,
+        profile: Annotated[str | None, tyro.conf.arg(metavar="PROFILE")] = None,
+    ) -> None:
+        """Bring one stage, and what is missing before it, to its end, without notebooks.
+
+        Args:
+            name: One of data, tokenizer, shards, base, sft, eval, report.
+            profile: Open a run of this profile, making it if there is none.
+        """
+        opened = Run.open(profile, _place(run), self.overrides) if profile else self._open(run)
+        line = Line()
+        try:
+            result = launch.stage(name, opened, of, watch=line)
+        except KeyboardInterrupt:
+            line.say("stopped and saved; run the same command to go on")
+            raise
+        finally:
+            line.close()
+        for key, value in result.items():
+            print(f"{key}: {value}")
+
+    def chat(
+        self,
+        run: RunName = None,
+        of: ModelName = None,
+        prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="QUESTION")] = None,
+        temperature: float = 0.6,
+    ) -> None:
+        """Talk with a run's model: Ctrl-C stops an answer, Ctrl-D leaves.
+
+        Args:
+            prompt: Ask this one question, print the answer and leave.
+            temperature: 0 takes the likeliest word every time, 1 draws as the model learned.
+        """
+        from nanolib.session import Session
+        from nanolib.ui import terminal
+
+        session = Session.open(self._open(run), of, temperature=temperature)
+        if prompt is None:
+            terminal.talk(session)
+        else:
+            terminal.answer(session, prompt)
+
+    def report(self, run: RunName = None) -> None:
+        """Write a run's report card again, from its directory alone."""
+        from nanolib import report
+
+        opened = self._open(run)
+        report.build(opened)
+        print(opened.path / "report.md")
+
+    def export(self, run: RunName = None, of: ModelName = None, out: Path | None = None) -> None:
+        """Write a model in the format of Hugging Face's transformers.
+
+        Args:
+            out: The folder to write. [export/ in the run]
+        """
+        from nanolib import export
+
+        print(export.export(self._open(run), of, out))
+
+    def notebooks(self, refresh: bool = False, check: bool = False) -> None:
+        """Keep notebooks/NN_*.py and their .ipynb twins the same.
+
+        Args:
+            refresh: Execute profile demo and renew every .ipynb with its outputs.
+            check: Name the twins that differ; the exit code is 2 if any do.
+        """
+        from nanolib import pairs
+
+        if refresh == check:
+            raise ValueError("nanolib notebooks needs one of --refresh and --check")
+        if refresh:
+            pairs.refresh(self.overrides)
+        else:
+            pairs.check()
+
+    def settings(self, profile: ProfileName = "demo") -> None:
+        """List every setting's dotted path with its value in a profile."""
+        resolved = config.resolve(profile, self.overrides)
+        flat = config.flatten(resolved.recipe)
+        flat |= {f"machine.{key}": value for key, value in config.flatten(resolved.machine).items()}
+        for path, value in flat.items():
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            print(f"{path:<28} {'none' if text is None else text}")
+
+    def _open(self, run: str | None) -> Run:
+        return Run.load(_place(run), self.overrides)
+
+
+def _place(run: str | None) -> str | None:
+    """A run's path, relative to the shell, made absolute; a name stays as it is."""
+    return str(Path(run).expanduser().absolute()) if run and "/" in run else run

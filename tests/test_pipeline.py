@@ -1,0 +1,194 @@
+"""The chain of chapters: skipped, executed again, interrupted, killed.
+
+Chapters here are two small files, and stages count instead of training (`fake_stages`).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nanolib import pipeline
+from nanolib.config import REPOSITORY
+from nanolib.rundir import Run
+
+CHAPTER = """# %% tags=["parameters"]
+profile = "demo"
+run = None
+overrides = {}
+
+# %%
+from nanolib import launch
+from nanolib.rundir import Run
+
+launch.WORKER = "tests.fake_stages"
+this = Run.open(profile, run, overrides)
+
+# %%
+"""
+COMMAND = """
+import sys
+from pathlib import Path
+from nanolib import pipeline
+from nanolib.ui import cli
+pipeline.NOTEBOOKS = Path(sys.argv[1])
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    (folder / "00_first.py").write_text(CHAPTER + 'launch.stage("shards", this)\n')
+    (folder / "01_second.py").write_text(CHAPTER + 'launch.stage("base", this)\n')
+    monkeypatch.setattr(pipeline, "NOTEBOOKS", folder)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    return folder
+
+
+def command(notebooks: Path, *words: str, **environment: str) -> subprocess.Popen:
+    """`nanolib …` over our chapters."""
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(notebooks), *words],
+        env=os.environ | {"FAKE_SLEEP": "0.1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def alive(processes: list[psutil.Process]) -> bool:
+    """Whether any still runs; where nobody reaps orphans they stay as zombies."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return any(map(runs, processes))
+
+
+def wait(condition, seconds: float = 30.0):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+    return value
+
+
+def steps(run: Run, stage: str) -> list[int]:
+    return [row["step"] for row in run.stage(stage).metrics.rows()]
+
+
+def test_the_chain_and_what_it_skips(notebooks, capfd):
+    run = pipeline.run("smoke")
+    out = capfd.readouterr().out
+    assert run.stage("base").done() and f"{run.path / 'chapters'}" in out
+    assert "nanolib chat --run smoke" in out and "base       20/20  loss 0.050" in out
+    folder = run.path / "chapters"
+    assert "<html" in (folder / "00_first.html").read_text()
+    before = (folder / "00_first.ipynb").read_bytes()
+    text = (notebooks / "01_second.py").read_text()
+    (notebooks / "01_second.py").write_text(text + "print('edited', run)\n")
+    pipeline.run("smoke")
+    out = capfd.readouterr().out
+    assert "00_first: finished before" in out and "01_second: done" in out
+    assert (folder / "00_first.ipynb").read_bytes() == before
+    assert "edited smoke" in (folder / "01_second.ipynb").read_text()
+    (folder / "00_first.ipynb").unlink()
+    pipeline.run("smoke")
+    assert "00_first: done" in capfd.readouterr().out
+
+
+def test_overrides_reach_the_chapters(notebooks):
+    (notebooks / "01_second.py").unlink()
+    (notebooks / "00_first.py").write_text(CHAPTER + "assert this.config.recipe.seed == 5\n")
+    run = pipeline.run("smoke", None, {"seed": 5, "machine.threads": 1})
+    assert run.id.startswith("smoke-")
+
+
+@pytest.mark.parametrize(
+    "cells, found",
+    [
+        ("# %%\nprofile = 1", "found 0 that set nothing"),
+        ('# %% tags=["parameters"]\nprofile = run = 1', "found 1 that set profile, run"),
+        ('# %% tags=["parameters"]\nrun = profile = overrides = extra = 1', "extra"),
+    ],
+)
+def test_a_chapter_without_the_agreed_parameters_is_refused(notebooks, cells, found):
+    (notebooks / "00_first.py").write_text(cells)
+    with pytest.raises(ValueError, match=f"00_first.py needs one cell tagged .*{found}"):
+        pipeline.run("smoke")
+
+
+def test_a_failing_cell_says_where(notebooks):
+    (notebooks / "00_first.py").write_text(CHAPTER + "1 / 0\n")
+    with pytest.raises(pipeline.ChapterError, match=r"00_first: ZeroDivisionError.*\n.*ipynb"):
+        pipeline.run("smoke")
+    (notebooks / "00_first.py").write_text(CHAPTER + "raise ValueError('depth 0')\n")
+    with pytest.raises(ValueError, match=r"^depth 0 \(chapter 00_first"):
+        pipeline.run("smoke")
+
+
+def test_a_failing_worker_reaches_the_terminal(notebooks):
+    process = command(notebooks, "run", "smoke", FAKE="tokenizer:crash")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "something broke here" in errors
+    assert "Traceback" not in errors.split("The end of")[0]
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "kernel", "command"])
+def test_interrupted_the_same_command_goes_on(notebooks, how):
+    """Ctrl-C, a polite kill, `kill -9` of the kernel and of the command."""
+    (notebooks / "00_first.py").unlink()
+    process = command(notebooks, "run", "smoke")
+    run = Run.load(str(wait(lambda: next(Path(os.environ["NANOLIB_RUNS"]).glob("smoke"), None))))
+    wait(lambda: len(steps(run, "base")) >= 3)
+    members = family(process.pid)
+    assert len(members) == 2
+    if how == "kernel":
+        next(p for p in members if "ipykernel" in " ".join(p.cmdline())).kill()
+    elif how == "command":
+        process.kill()
+    else:
+        process.send_signal(getattr(signal, how))
+    started = time.monotonic()
+    out, errors = process.communicate(timeout=30)
+    assert time.monotonic() - started < 20
+    if how.startswith("SIG"):
+        assert process.returncode == 130 and "run the same command to go on" in out
+        assert not alive(members) and "Traceback" not in errors
+    elif how == "kernel":
+        assert process.returncode == 1 and "kernel of chapter 01_second died" in errors
+    wait(lambda: not alive(members), 10)
+    shards = (run.stage("shards").path / "done.json").read_bytes()
+
+    process = command(notebooks, "run", "smoke")
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert (run.stage("shards").path / "done.json").read_bytes() == shards
+    assert run.stage("base").done()["result"]["started"] >= 3
+    assert steps(run, "base") == list(range(1, 21))
+
+
+def test_two_commands_at_once(notebooks):
+    first = command(notebooks, "run", "smoke")
+    wait(lambda: list(Path(os.environ["NANOLIB_RUNS"]).glob("smoke/base/metrics.jsonl")))
+    second = command(notebooks, "run", "smoke")
+    _, errors = second.communicate(timeout=30)
+    assert second.returncode == 2 and "another command is executing run 'smoke'" in errors
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=30)
+    json.loads(Path(os.environ["NANOLIB_RUNS"], "smoke", "manifest.json").read_text())
