@@ -189,7 +189,10 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.embedding = nn.Embedding(vocab_size, config.width)
+        # From an empty table: nn.Embedding's own normal_() would import torch's compiler on the
+        # meta device, which takes seconds in every process that builds a model.
+        table_VD = torch.empty(vocab_size, config.width)
+        self.embedding = nn.Embedding.from_pretrained(table_VD, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head = nn.Linear(config.width, vocab_size, bias=False)
 
