@@ -45,7 +45,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "grid.color": "#e8ecf1",
     "font.size": 9.5,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "lines.linewidth": 1.8,
 }
 
@@ -253,9 +254,13 @@ def heatmap(
     colours: str = "Blues",
 ) -> AxesImage:
     """A matrix as colours, with a name on every row and column."""
+    from matplotlib.ticker import MaxNLocator
+
     low, high = limits or (None, None)
     image = axes.imshow(values, cmap=colours, aspect="auto", vmin=low, vmax=high)
     axes.grid(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     if len(rows):
         axes.set_yticks(range(len(rows)), [_label(name) for name in rows])
     if len(columns):
@@ -298,35 +303,37 @@ def _size(path: Path) -> str:
 # ---------------------------------------------------------------------------- exercises
 
 
-def check(answer: Any, *cases: Any, tolerance: float = 1e-4) -> bool:
+def check(answer: Any, *cases: Any, tolerance: float = 1e-4) -> None:
     """Check an exercise and print what came out; never raises, so that a chapter runs to its end.
 
     A value is compared with one case, the right value. A function is called: each case is a tuple
     of its arguments and, last, what it should return. Numbers, lists, arrays and tensors count as
     right within `tolerance`.
     """
+    right, text = _judge(answer, cases, tolerance)
+    print(f"{'○' if right is None else '✓' if right else '✗'} {text}")
+
+
+def _judge(answer: Any, cases: Sequence[Any], tolerance: float) -> tuple[bool | None, str]:
+    """Whether an answer is right (None: there is none yet), and what to say."""
     if not callable(answer):
         (expected,) = cases
         if answer is ...:
-            return _verdict(None, "not answered yet: put your answer in place of the ...")
-        right = _same(answer, expected, tolerance)
-        return _verdict(right, "right" if right else f"{_brief(answer)} is not it, try again")
+            return None, "not answered yet: put your answer in place of the ..."
+        if _same(answer, expected, tolerance):
+            return True, "right"
+        return False, f"{_brief(answer)} is not it, try again"
     for *arguments, expected in cases:
         call = f"{answer.__name__}({', '.join(map(_brief, arguments))})"
         try:
             got = answer(*arguments)
         except Exception as error:
-            return _verdict(False, f"{call} raises {type(error).__name__}: {error}")
+            return False, f"{call} raises {type(error).__name__}: {error}"
         if got is None or got is ...:
-            return _verdict(None, f"not answered yet: {call} returns nothing")
+            return None, f"not answered yet: {call} returns nothing"
         if not _same(got, expected, tolerance):
-            return _verdict(False, f"{call} should be {_brief(expected)}, but it is {_brief(got)}")
-    return _verdict(True, f"right, in {len(cases)} of {len(cases)} cases")
-
-
-def _verdict(right: bool | None, text: str) -> bool:
-    print(f"{'○' if right is None else '✓' if right else '✗'} {text}")
-    return bool(right)
+            return False, f"{call} should be {_brief(expected)}, but it is {_brief(got)}"
+    return True, f"right, in {len(cases)} of {len(cases)} cases"
 
 
 def _brief(value: Any) -> str:
