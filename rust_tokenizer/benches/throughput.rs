@@ -1,0 +1,117 @@
+//! Where the time of counting goes, in GB/s on one thread and two: `cargo bench` for made-up text,
+//! `CORPUS=file cargo bench` for the documents of a file, separated by NUL bytes.
+
+use std::hint::black_box;
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+use rust_tokenizer::bpe;
+use rust_tokenizer::count::{Batch, Watch, WordCounts};
+use rust_tokenizer::pretokenize::Splitter;
+
+const PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+const BATCH: usize = 1 << 18;
+
+fn batches(corpus: &str) -> Vec<Mutex<Batch>> {
+    let mut batches = Vec::new();
+    let mut batch = Batch::default();
+    for document in corpus.split('\0') {
+        batch.push(document);
+        batch.end_text();
+        if batch.len() >= BATCH {
+            batches.push(Mutex::new(std::mem::take(&mut batch)));
+        }
+    }
+    batches.push(Mutex::new(batch));
+    batches
+}
+
+/// Zipf-like words of a made-up language; a real corpus has more ways to surprise the caches.
+fn made_up() -> String {
+    let mut state = 1u64;
+    let mut random = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 33) as usize
+    };
+    let words: Vec<String> = (0..200_000)
+        .map(|_| (0..2 + random() % 9).map(|_| (b'a' + (random() % 26) as u8) as char).collect())
+        .collect();
+    let mut text = String::new();
+    while text.len() < 50 << 20 {
+        let rank = (1.0 - random() as f64 / (1u64 << 31) as f64).powi(4) * words.len() as f64;
+        text.push_str(&words[(rank as usize).min(words.len() - 1)]);
+        text.push_str([" ", " ", " ", " ", " ", ", ", ". ", "\n\n", "\0", "'s "][random() % 10]);
+    }
+    text
+}
+
+/// Best of five, in GB/s; each thread's share is every `threads`-th batch.
+fn measure(
+    name: &str,
+    batches: &[Mutex<Batch>],
+    threads: usize,
+    work: impl Fn(&mut dyn Iterator<Item = MutexGuard<Batch>>) + Sync,
+) {
+    let bytes: usize = batches.iter().map(|batch| batch.lock().unwrap().len()).sum();
+    let run = || {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for first in 0..threads {
+                let mine = batches.iter().skip(first).step_by(threads);
+                let work = &work;
+                scope.spawn(move || work(&mut mine.map(|batch| batch.lock().unwrap())));
+            }
+        });
+        start.elapsed().as_secs_f64()
+    };
+    let best = (0..5).map(|_| run()).fold(f64::MAX, f64::min);
+    println!("{name:<14}{threads} threads{:8.3} GB/s{best:8.3} s", bytes as f64 / best / 1e9);
+}
+
+fn main() {
+    let corpus = match std::env::var("CORPUS") {
+        Ok(path) => std::fs::read_to_string(path).expect("CORPUS is a readable UTF-8 file"),
+        Err(_) => made_up(),
+    };
+    let batches = batches(&corpus);
+    drop(corpus);
+    let splitter = Splitter::new(PATTERN).expect("the pattern compiles");
+    for threads in [1, 2] {
+        measure("read", &batches, threads, |batches| {
+            for batch in batches {
+                black_box(batch.checksum());
+            }
+        });
+        measure("scan", &batches, threads, |batches| {
+            for mut batch in batches {
+                let mut words = 0;
+                let split = batch.split(&splitter, |_, length| {
+                    words += length;
+                    true
+                });
+                black_box((split.is_ok(), words));
+            }
+        });
+        measure("scan + count", &batches, threads, |batches| {
+            let mut counts = WordCounts::default();
+            for mut batch in batches {
+                black_box(counts.add_batch(&splitter, &mut batch, &Watch::default()).is_ok());
+            }
+            black_box(counts.len());
+        });
+    }
+    let mut counts = WordCounts::default();
+    for batch in &batches {
+        let counted = counts.add_batch(&splitter, &mut batch.lock().unwrap(), &Watch::default());
+        counted.expect("the scanner does not fail");
+    }
+    println!("{} different words", counts.len());
+    let start = Instant::now();
+    let merges = bpe::train(counts, 32_503, &Watch::default()).expect("few enough words");
+    let seconds = start.elapsed().as_secs_f64();
+    println!(
+        "{} merges in {seconds:.3} s, the last {:?} times",
+        merges.pairs.len(),
+        merges.counts.last()
+    );
+}

@@ -1,0 +1,438 @@
+//! How often each word occurs: the table that training starts from.
+//!
+//! What was tried (see `bpe` for the merging). Nearly all the time of training is here, and nearly
+//! all of that is waiting for memory, so the table is built around cache lines:
+//! * Nine words in ten have at most 15 bytes. They are packed, with their length, into a `u128`:
+//!   comparing is one instruction, and no word is ever allocated. Longer ones go to `LongWords`.
+//! * Open addressing with linear probing in 32-byte slots: a word costs one cache line.
+//! * Words are queued by 32 and their slots prefetched before the first is counted.
+//! * One table a thread, added up at the end: a shared table with atomics or partitions by hash
+//!   loses more to traffic between cores than the addition costs.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{spawn, JoinHandle};
+use std::time::Duration;
+
+use crate::pretokenize::{PatternError, Splitter, PADDING};
+
+const PACKED: usize = 15;
+const QUEUE: usize = 32;
+
+/// How counting and training in other threads are watched and ended.
+#[derive(Debug, Default)]
+pub struct Watch {
+    /// Set to end the work within milliseconds, with what it has.
+    pub stop: AtomicBool,
+    /// Bytes of text counted.
+    pub bytes: AtomicUsize,
+    /// Merges done.
+    pub merges: AtomicUsize,
+}
+
+impl Watch {
+    pub fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Texts back to back.
+#[derive(Debug, Default)]
+pub struct Batch {
+    text: String,
+    ends: Vec<usize>,
+}
+
+impl Batch {
+    /// Adds a part of a text; `end_text` finishes the text.
+    pub fn push(&mut self, part: &str) {
+        self.text.push_str(part);
+    }
+
+    pub fn end_text(&mut self) {
+        self.ends.push(self.text.len());
+    }
+
+    /// Bytes of text.
+    pub fn len(&self) -> usize {
+        self.text.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty()
+    }
+
+    /// Calls `emit` with the bytes from each word's start on, at least `PADDING` more than it has,
+    /// and its length, until it returns false.
+    pub fn split(
+        &mut self,
+        splitter: &Splitter,
+        mut emit: impl FnMut(&[u8], usize) -> bool,
+    ) -> Result<(), PatternError> {
+        self.text.push_str(&"\0".repeat(PADDING));
+        let bytes = self.text.as_bytes();
+        splitter.split(&self.text, &self.ends, |start, end| emit(&bytes[start..], end - start))?;
+        self.text.truncate(self.text.len() - PADDING);
+        Ok(())
+    }
+
+    /// Reads everything once: what reading alone costs.
+    pub fn checksum(&self) -> u64 {
+        let words = self.text.as_bytes().chunks_exact(8);
+        words.fold(0, |sum: u64, eight| {
+            sum.wrapping_add(u64::from_le_bytes(eight.try_into().unwrap_or_default()))
+        })
+    }
+
+    fn clear(&mut self) {
+        self.text.clear();
+        self.ends.clear();
+    }
+}
+
+/// Why counting failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CountError {
+    Pattern(PatternError),
+    /// A worker panicked: a bug.
+    Panicked,
+}
+
+impl fmt::Display for CountError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CountError::Pattern(error) => error.fmt(f),
+            CountError::Panicked => write!(f, "a counting thread panicked"),
+        }
+    }
+}
+
+impl std::error::Error for CountError {}
+
+/// Threads that count batches. A fixed number of batches goes round: `empty` lends one, `count`
+/// sends it off, a worker empties it.
+pub struct Pool {
+    full: Sender<Batch>,
+    empty: Receiver<Batch>,
+    workers: Vec<JoinHandle<Result<WordCounts, PatternError>>>,
+    watch: Arc<Watch>,
+}
+
+impl Pool {
+    pub fn start(splitter: Splitter, threads: usize, watch: Arc<Watch>) -> Pool {
+        let (full, to_count) = channel();
+        let (counted, empty) = channel();
+        for _ in 0..2 * threads {
+            let _ = counted.send(Batch::default()); // `empty` is right here
+        }
+        let to_count = Arc::new(Mutex::new(to_count));
+        let splitter = Arc::new(splitter);
+        let workers = (0..threads)
+            .map(|_| {
+                let (splitter, watch) = (splitter.clone(), watch.clone());
+                let (to_count, counted) = (to_count.clone(), counted.clone());
+                spawn(move || work(&splitter, &to_count, &counted, &watch))
+            })
+            .collect();
+        Pool { full, empty, workers, watch }
+    }
+
+    /// An empty batch, or None if there was none for `patience`. An error means that the workers
+    /// are gone; `finish` says why.
+    pub fn empty(&mut self, patience: Duration) -> Result<Option<Batch>, CountError> {
+        match self.empty.recv_timeout(patience) {
+            Ok(batch) => Ok(Some(batch)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(CountError::Panicked),
+        }
+    }
+
+    pub fn count(&self, batch: Batch) {
+        let _ = self.full.send(batch); // fails when all workers are gone; `finish` says why
+    }
+
+    /// Waits for the workers and adds up their tables.
+    pub fn finish(self) -> Result<WordCounts, CountError> {
+        drop(self.full);
+        let mut total = WordCounts::default();
+        for worker in self.workers {
+            let counts = worker.join().map_err(|_| CountError::Panicked)?;
+            total.merge(counts.map_err(CountError::Pattern)?, &self.watch);
+        }
+        Ok(total)
+    }
+}
+
+fn work(
+    splitter: &Splitter,
+    to_count: &Mutex<Receiver<Batch>>,
+    counted: &Sender<Batch>,
+    watch: &Watch,
+) -> Result<WordCounts, PatternError> {
+    let mut counts = WordCounts::default();
+    loop {
+        let next = to_count.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(mut batch) = next else {
+            return Ok(counts);
+        };
+        counts.add_batch(splitter, &mut batch, watch)?;
+        watch.bytes.fetch_add(batch.len(), Ordering::Relaxed);
+        batch.clear();
+        let _ = counted.send(batch); // fails when nobody wants batches any more
+    }
+}
+
+/// The words of the texts counted so far.
+pub struct WordCounts {
+    slots: Vec<Slot>,
+    used: usize,
+    long: LongWords,
+}
+
+/// An empty slot has key 0: a word has at least one byte, so its key never is.
+#[derive(Clone, Copy, Default)]
+struct Slot {
+    key: u128,
+    count: u64,
+}
+
+/// A word of at most 15 bytes in the low bytes of a key, its length in the highest.
+fn unpack(key: &[u8; 16]) -> &[u8] {
+    &key[..key[PACKED] as usize]
+}
+
+fn hash(key: u128) -> u64 {
+    let low = key as u64 ^ 0x9E37_79B9_7F4A_7C15;
+    let high = (key >> 64) as u64 ^ 0xD1B5_4A32_D192_ED03;
+    let product = u128::from(low) * u128::from(high);
+    product as u64 ^ (product >> 64) as u64
+}
+
+/// The masks that keep the first n bytes of 16.
+const KEEP: [u128; PACKED + 1] = {
+    let mut masks = [0; PACKED + 1];
+    let mut length = 1;
+    while length <= PACKED {
+        masks[length] = (1 << (8 * length)) - 1;
+        length += 1;
+    }
+    masks
+};
+
+impl Default for WordCounts {
+    fn default() -> Self {
+        WordCounts { slots: vec![Slot::default(); 1 << 12], used: 0, long: LongWords::default() }
+    }
+}
+
+impl WordCounts {
+    /// Counts the words of a batch. Returns early when `watch` is stopped.
+    pub fn add_batch(
+        &mut self,
+        splitter: &Splitter,
+        batch: &mut Batch,
+        watch: &Watch,
+    ) -> Result<(), PatternError> {
+        let mut queue = [0u128; QUEUE];
+        let mut queued = 0;
+        batch.split(splitter, |bytes, length| {
+            if length > PACKED {
+                self.long.add(&bytes[..length], 1);
+                return !watch.stopped();
+            }
+            let mut word = [0; 16];
+            word.copy_from_slice(&bytes[..16]);
+            let key = u128::from_le_bytes(word) & KEEP[length] | (length as u128) << 120;
+            queue[queued] = key;
+            self.prefetch(key);
+            queued += 1;
+            if queued < QUEUE {
+                return true;
+            }
+            queued = 0;
+            for key in queue {
+                self.add_packed(key, 1);
+            }
+            !watch.stopped()
+        })?;
+        for &key in &queue[..queued] {
+            self.add_packed(key, 1);
+        }
+        Ok(())
+    }
+
+    /// Adds one word; for tests and for words counted elsewhere.
+    pub fn add(&mut self, word: &[u8], count: u64) {
+        if word.len() > PACKED {
+            return self.long.add(word, count);
+        }
+        if word.is_empty() {
+            return;
+        }
+        let mut key = [0; 16];
+        key[..word.len()].copy_from_slice(word);
+        key[PACKED] = word.len() as u8;
+        self.add_packed(u128::from_le_bytes(key), count);
+    }
+
+    /// Adds another table to this one.
+    pub fn merge(&mut self, other: WordCounts, watch: &Watch) {
+        let (mut small, large) = if self.used < other.used {
+            (std::mem::replace(self, other), self)
+        } else {
+            (other, self)
+        };
+        for chunk in small.slots.chunks(QUEUE) {
+            for slot in chunk {
+                large.prefetch(slot.key);
+            }
+            for slot in chunk.iter().filter(|slot| slot.key != 0) {
+                large.add_packed(slot.key, slot.count);
+            }
+            if watch.stopped() {
+                return;
+            }
+        }
+        small.slots = Vec::new();
+        for (word, count) in small.long.iter() {
+            large.long.add(word, count);
+        }
+    }
+
+    /// Number of different words.
+    pub fn len(&self) -> usize {
+        self.used + self.long.entries.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Calls `visit` with every word and its count, in no particular order.
+    pub fn for_each(&self, mut visit: impl FnMut(&[u8], u64)) {
+        for slot in self.slots.iter().filter(|slot| slot.key != 0) {
+            visit(unpack(&slot.key.to_le_bytes()), slot.count);
+        }
+        for (word, count) in self.long.iter() {
+            visit(word, count);
+        }
+    }
+
+    fn prefetch(&self, key: u128) {
+        let slot = hash(key) as usize & (self.slots.len() - 1);
+        prefetch(&self.slots, slot);
+    }
+
+    fn add_packed(&mut self, key: u128, count: u64) {
+        let mask = self.slots.len() - 1;
+        let mut at = hash(key) as usize & mask;
+        loop {
+            let slot = &mut self.slots[at];
+            if slot.key == key {
+                slot.count += count;
+                return;
+            }
+            if slot.key == 0 {
+                *slot = Slot { key, count };
+                self.used += 1;
+                if self.used > self.slots.len() / 8 * 5 {
+                    self.grow();
+                }
+                return;
+            }
+            at = (at + 1) & mask;
+        }
+    }
+
+    #[cold]
+    fn grow(&mut self) {
+        let doubled = vec![Slot::default(); self.slots.len() * 2];
+        let mask = doubled.len() - 1;
+        for old in std::mem::replace(&mut self.slots, doubled) {
+            if old.key != 0 {
+                let mut at = hash(old.key) as usize & mask;
+                while self.slots[at].key != 0 {
+                    at = (at + 1) & mask;
+                }
+                self.slots[at] = old;
+            }
+        }
+    }
+}
+
+/// Asks for a cache line that is needed soon; a hint, and nothing where there is no such thing.
+pub(crate) fn prefetch<T>(items: &[T], index: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: prefetching never faults, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>(items.as_ptr().wrapping_add(index).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (items, index);
+}
+
+/// Words of 16 bytes and more: bytes in one arena, an index of entry numbers by hash.
+#[derive(Default)]
+struct LongWords {
+    bytes: Vec<u8>,
+    entries: Vec<LongWord>,
+    index: Vec<u32>,
+}
+
+struct LongWord {
+    hash: u64,
+    start: usize,
+    length: usize,
+    count: u64,
+}
+
+impl LongWords {
+    fn iter(&self) -> impl Iterator<Item = (&[u8], u64)> {
+        self.entries.iter().map(|word| (self.bytes_of(word), word.count))
+    }
+
+    fn bytes_of(&self, word: &LongWord) -> &[u8] {
+        &self.bytes[word.start..word.start + word.length]
+    }
+
+    fn add(&mut self, word: &[u8], count: u64) {
+        if self.entries.len() >= self.index.len() / 2 {
+            self.grow();
+        }
+        let hash = word.chunks(PACKED).fold(word.len() as u64, |seed, chunk| {
+            let mut key = [0; 16];
+            key[..chunk.len()].copy_from_slice(chunk);
+            hash(u128::from_le_bytes(key) ^ u128::from(seed) << 61)
+        });
+        let mask = self.index.len() - 1;
+        let mut at = hash as usize & mask;
+        while self.index[at] != u32::MAX {
+            let found = &self.entries[self.index[at] as usize];
+            if found.hash == hash && self.bytes_of(found) == word {
+                self.entries[self.index[at] as usize].count += count;
+                return;
+            }
+            at = (at + 1) & mask;
+        }
+        self.index[at] = self.entries.len() as u32;
+        let start = self.bytes.len();
+        self.entries.push(LongWord { hash, start, length: word.len(), count });
+        self.bytes.extend_from_slice(word);
+    }
+
+    #[cold]
+    fn grow(&mut self) {
+        let mask = (self.index.len() * 2).max(1 << 10) - 1;
+        self.index = vec![u32::MAX; mask + 1];
+        for (number, word) in self.entries.iter().enumerate() {
+            let mut at = word.hash as usize & mask;
+            while self.index[at] != u32::MAX {
+                at = (at + 1) & mask;
+            }
+            self.index[at] = number as u32;
+        }
+    }
+}
