@@ -1,0 +1,434 @@
+"""The report card: one Markdown file that says what a run did, from its directory alone.
+
+Every number stands under the name of the file it was read from; what is missing is said to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from nanolib import accounting
+from nanolib.progress import clock
+from nanolib.rundir import Run, StageDir, write_atomic
+
+Scores = dict[str, dict[str, Any]]  # task -> what was measured
+
+MODELS = ("base", "sft")
+SAMPLES = 8  # shown of each evaluation
+BARS = " ▁▂▃▄▅▆▇█"
+DASH = "—"
+
+# The system this course rebuilds, at depth 20 (its own report of October 2025): column, task.
+ORIGINAL = {
+    "base": {"core": 0.2219},
+    "sft": {
+        "arc_challenge": 0.2807,
+        "arc_easy": 0.3876,
+        "gsm8k": 0.0455,
+        "humaneval": 0.0854,
+        "mmlu": 0.3151,
+        "chatcore": 0.0884,
+    },
+}
+LABELS = {
+    "arc_challenge": "ARC-Challenge",
+    "arc_easy": "ARC-Easy",
+    "chatcore": "ChatCORE",
+    "core": "CORE",
+    "gsm8k": "GSM8K",
+    "humaneval": "HumanEval",
+    "mmlu": "MMLU",
+    "bpb": "bits per byte",
+    "trigram_bpb": "bits per byte of a token trigram",
+}
+
+
+def build(run: Run) -> str:
+    """Write ``report.md`` into the run's directory and return its text.
+
+    The same directory always gives the same text.
+    """
+    sections = [_head, _summary, _costs, _machine, _model, _data, _training, _evaluations, _samples]
+    lines = [line for section in sections for line in [*section(run), ""]]
+    text = "\n".join(lines).rstrip() + "\n"
+    write_atomic(run.path / "report.md", text)
+    return text
+
+
+# ---------------------------------------------------------------------------- what there is
+
+
+def _stages(run: Run) -> list[StageDir]:
+    """Every stage the run should have, in order; evaluations once a model."""
+    recipe = run.config.recipe
+    models = [name for name in MODELS if getattr(recipe, name).enabled]
+    names = ["data", "tokenizer", "shards", *models]
+    return [run.stage(name) for name in names] + [run.stage("eval", of=name) for name in models]
+
+
+def _title(stage: StageDir) -> str:
+    return stage.name if stage.path.name == stage.name else f"{stage.name}/{stage.path.name}"
+
+
+def _state(stage: StageDir) -> str:
+    """Whether a stage is finished, and how far it came if not."""
+    if stage.done():
+        return "finished"
+    last = next((row for row in reversed(stage.metrics.rows()) if "steps" in row), None)
+    if last is None:
+        return "not begun"
+    return f"unfinished, at {last['step']:,} of {last['steps']:,}"
+
+
+def _result(stage: StageDir) -> dict[str, Any]:
+    record = stage.done()
+    return record["result"] if record else {}
+
+
+# ---------------------------------------------------------------------------- sections
+
+
+def _head(run: Run) -> Iterator[str]:
+    recipe, manifest = run.config.recipe, run.manifest()
+    yield f"# Report card of run `{run.id}`"
+    yield ""
+    model, vocab = recipe.model, recipe.tokenizer.vocab_size
+    data = "the toy world" if recipe.data.source == "toyworld" else "real text"
+    yield (
+        f"Profile `{run.config.profile}`, made {manifest['created']}: depth {model.depth}, width "
+        f"{model.width}, vocabulary {vocab:,}, {model.parameters(vocab):,} parameters, trained on "
+        f"{data}. Source: `manifest.json`."
+    )
+    changed = manifest.get("overrides") or {}
+    if changed:
+        yield ""
+        yield "Set by hand: " + ", ".join(f"`{key} = {value}`" for key, value in changed.items())
+    states = [(_title(stage), _state(stage)) for stage in _stages(run)]
+    missing = [f"{title} ({state})" for title, state in states if state != "finished"]
+    if missing:
+        yield ""
+        yield f"**Not finished:** {', '.join(missing)}. What follows is what there is."
+
+
+def _summary(run: Run) -> Iterator[str]:
+    """BASE and SFT side by side, and the original beside them."""
+    yield "## Summary"
+    yield ""
+    found = {
+        f"{name} {measure}": number
+        for name in MODELS
+        for task, scores in _scores(run, name).items()
+        for measure, number in _measures(task, scores)
+    }
+    measures = dict.fromkeys(key.split(" ", 1)[1] for key in found)
+    if not measures:
+        yield "No evaluation is finished."
+        return
+    rows = []
+    for measure in measures:
+        task = measure.split(", ")[0]
+        ours = [found.get(f"{name} {measure}") for name in MODELS]
+        asked_alike = measure == task or measure.endswith("letters") or task == "gsm8k"
+        theirs = [ORIGINAL[name].get(task) if asked_alike else None for name in MODELS]
+        rows.append([_measure_label(measure), *map(_score, [*ours, *theirs])])
+    header = ["", *(name.upper() for name in MODELS), *(f"original {n.upper()}" for n in MODELS)]
+    yield from _table(header, rows)
+    yield ""
+    yield (
+        "Source: `eval/*/done.json`. The original is the system this course rebuilds, at depth 20 "
+        "with 561 M parameters on the real tasks (its report of October 2025)."
+    )
+    if run.config.recipe.data.source == "toyworld":
+        yield "This run's tasks are the toy world's: only their form is the original's."
+
+
+def _costs(run: Run) -> Iterator[str]:
+    """Time, speed and money of each stage."""
+    yield "## Time and cost"
+    yield ""
+    recipe, records = run.config.recipe, [(stage, stage.done()) for stage in _stages(run)]
+    rows, seconds, money = [], 0.0, []
+    for stage, record in records:
+        if record is None:
+            rows.append([_title(stage), _state(stage), DASH, DASH, DASH, DASH])
+            continue
+        result, machine = record["result"], record.get("machine", {})
+        speed = result.get("tokens_per_second")
+        share = speed and accounting.mfu(
+            recipe.model,
+            recipe.tokenizer.vocab_size,
+            tokens_per_second=speed,
+            device=str(machine.get("device")),
+            ranks=machine.get("ranks", 1),
+        )
+        seconds += record["seconds"]
+        money.append(record.get("dollars"))
+        rows.append(
+            [
+                _title(stage),
+                clock(record["seconds"]),
+                _number(result.get("tokens")),
+                DASH if speed is None else f"{speed:,.0f}",
+                f"{share:.1%}" if share else DASH,
+                _dollars(money[-1]),
+            ]
+        )
+    priced = [m for m in money if m is not None]
+    total = _dollars(sum(priced) if priced else None)
+    rows.append(["**all**", f"**{clock(seconds)}**", "", "", "", f"**{total}**"])
+    yield from _table(["stage", "time", "tokens", "tokens/s", "MFU", "cost"], rows)
+    yield ""
+    yield "Source: each stage's `done.json`. MFU: share of the device's bfloat16 peak, where known;"
+    yield "cost: time x `machine.dollars_per_hour`, where given."
+
+
+def _machine(run: Run) -> Iterator[str]:
+    """What it was computed on; once if all stages agree."""
+    yield "## Environment"
+    yield ""
+    records = [(_title(stage), stage.done()) for stage in _stages(run)]
+    machines = {title: record.get("machine", {}) for title, record in records if record}
+    keys = dict.fromkeys(key for machine in machines.values() for key in machine)
+    rows = []
+    for key in keys:
+        values = {title: machine.get(key) for title, machine in machines.items()}
+        if all(value is None for value in values.values()):
+            continue
+        alike = len(set(map(str, values.values()))) == 1
+        one = next(iter(values.values()))
+        shown = one if alike else ", ".join(f"{title}: {value}" for title, value in values.items())
+        rows.append([key, str(shown)])
+    yield from _table(["", ""], rows) if rows else ["No stage is finished."]
+    if rows:
+        yield ""
+        yield "Source: `machine` in each stage's `done.json`."
+
+
+def _model(run: Run) -> Iterator[str]:
+    yield "## Model"
+    yield ""
+    model, vocab = run.config.recipe.model, run.config.recipe.tokenizer.vocab_size
+    counts = accounting.parameters(model, vocab)
+    flops = accounting.training_flops(model, vocab)
+    rows = [
+        ["depth x width", f"{model.depth} x {model.width}"],
+        ["heads (key/value heads)", f"{model.heads} ({model.num_kv_heads})"],
+        ["context", f"{model.sequence_len:,} tokens"],
+        *([f"parameters, {part}", f"{count:,}"] for part, count in counts.items()),
+        ["parameters", f"{sum(counts.values()):,}"],
+        ["training FLOPs a token", f"{flops:.3g}"],
+    ]
+    tokens = _result(run.stage("base")).get("tokens")
+    if tokens:
+        rows.append(["base: tokens a parameter", f"{tokens / sum(counts.values()):.2f}"])
+        rows.append(["base: training FLOPs", f"{flops * tokens:.3g}"])
+    yield from _table(["", ""], rows)
+    yield ""
+    yield "Source: counted by `nanolib.accounting` from the recipe in `manifest.json`"
+    yield "and the tokens in `base/done.json`."
+
+
+def _data(run: Run) -> Iterator[str]:
+    yield "## Data and tokenizer"
+    for name in ("data", "tokenizer", "shards"):
+        yield from ["", f"### {name}", ""]
+        yield from _result_table(run.stage(name))
+
+
+def _training(run: Run) -> Iterator[str]:
+    """Each training stage: its result, its loss as a curve, its scores along the way."""
+    yield "## Training"
+    for stage in _stages(run):
+        if stage.name not in MODELS:
+            continue
+        yield from ["", f"### {stage.name}", ""]
+        yield from _result_table(stage)
+        rows = stage.metrics.rows()
+        losses = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+        if losses:
+            yield from ["", "Training loss, nats a token, by step:", "", "```text"]
+            yield from chart(losses)
+            yield "```"
+        scores = [row for row in rows if row["kind"] == "eval"]
+        if scores:
+            names = [key for key in scores[-1] if key not in ("kind", "step", "steps", "time")]
+            shown = _thinned(scores, 12)
+            yield from ["", "On held-out data:", ""]
+            yield from _table(
+                ["step", *(LABELS.get(name, name) for name in names)],
+                [[f"{row['step']:,}", *(_score(row.get(n)) for n in names)] for row in shown],
+            )
+        if losses or scores:
+            yield from ["", f"Source: `{stage.name}/metrics.jsonl`."]
+
+
+def _evaluations(run: Run) -> Iterator[str]:
+    yield "## Evaluations"
+    for stage in _stages(run):
+        if stage.name != "eval":
+            continue
+        yield from ["", f"### {stage.path.name}", ""]
+        scores = _scores(run, stage.path.name)
+        columns = dict.fromkeys(key for task in scores.values() for key in task)
+        if not columns:
+            yield f"{_state(stage).capitalize()}."
+            continue
+        rows = [
+            [LABELS.get(task, task), *(_score(values.get(key)) for key in columns)]
+            for task, values in scores.items()
+        ]
+        yield from _table(["task", *columns], rows)
+        yield from ["", f"Source: `{_title(stage)}/done.json`."]
+
+
+def _samples(run: Run) -> Iterator[str]:
+    """What the models say, verbatim."""
+    yield "## Samples"
+    found = False
+    for stage in _stages(run):
+        for said in list(_texts(_result(stage)))[:SAMPLES]:
+            if not found or found != _title(stage):
+                found = _title(stage)
+                yield from ["", f"From `{found}/done.json`: what was given, then what came."]
+            yield from ["", *(_quoted(said))]
+    if not found:
+        yield from ["", "No samples were recorded."]
+
+
+# ---------------------------------------------------------------------------- reading results
+
+
+def _scores(run: Run, model: str) -> Scores:
+    """Task -> flat scalars of the evaluation of one stage's model."""
+    result = _result(run.stage("eval", of=model))
+    tasks = {task: _flat(values) for task, values in result.items() if isinstance(values, dict)}
+    return {task: values for task, values in tasks.items() if values}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Numbers and words of a nested dictionary; lists (samples) are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key} ")
+        elif isinstance(value, int | float | str):
+            flat[prefix + key] = value
+    return flat
+
+
+def _measures(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(measure, number) of a task for the summary: what is a score, not a count or chance."""
+    for key, value in scores.items():
+        words = key.split()
+        if isinstance(value, float) and not {"chance", "seconds"} & set(words):
+            how = " ".join(word for word in words if word != "accuracy")
+            name = task if not how else how if task == "compression" else f"{task}, {how}"
+            yield name, value
+
+
+def _measure_label(measure: str) -> str:
+    task, *how = measure.split(", ")
+    return ", ".join([LABELS.get(task, task), *how])
+
+
+def _texts(result: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    """Every sample (a list of texts) anywhere in a result."""
+    for key, value in result.items():
+        if key == "samples" and isinstance(value, list):
+            yield from ([said] if isinstance(said, str) else said for said in value)
+        elif isinstance(value, Mapping):
+            yield from _texts(value)
+
+
+# ---------------------------------------------------------------------------- Markdown
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'---|' * len(header)}"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |"
+
+
+def _result_table(stage: StageDir) -> Iterator[str]:
+    """The scalars of a stage's result, or how far it came."""
+    result = _flat(_result(stage))
+    if not result:
+        yield f"{_state(stage).capitalize()}."
+        return
+    rows = [[key.replace("_", " "), _number(value)] for key, value in result.items()]
+    yield from _table(["", ""], rows)
+    yield ""
+    yield f"Source: `{_title(stage)}/done.json`."
+
+
+def _quoted(said: Sequence[str]) -> Iterator[str]:
+    """Texts in a fence that nothing in them can close."""
+    body = "\n".join(f"{'>' if number == 0 else ' '} {text!r}" for number, text in enumerate(said))
+    fence = "`" * max(3, 1 + max((len(run) for run in _runs_of_backticks(body)), default=0))
+    yield f"{fence}text"
+    yield from body.split("\n")
+    yield fence
+
+
+def _runs_of_backticks(text: str) -> list[str]:
+    return [run for run in "".join(c if c == "`" else " " for c in text).split() if run]
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return DASH
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def _score(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else _number(value)
+
+
+def _dollars(value: float | None) -> str:
+    return DASH if value is None else f"${value:,.2f}"
+
+
+def _thinned(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the rows, evenly, the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+
+
+# ---------------------------------------------------------------------------- a curve as text
+
+
+def chart(points: Sequence[tuple[float, float]], width: int = 64, height: int = 8) -> list[str]:
+    """A curve as lines of text: columns of block characters, with the extremes named.
+
+    Each column is the mean of the points that fall into it; x grows evenly from left to right.
+    """
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if not points:
+        return ["(nothing to draw)"]
+    first, last = points[0][0], points[-1][0]
+    bins: list[list[float]] = [[] for _ in range(min(width, len(points)))]
+    for x, y in points:
+        place = (x - first) / (last - first) if last > first else 0.0
+        bins[min(int(place * len(bins)), len(bins) - 1)].append(y)
+    means = [sum(column) / len(column) if column else math.nan for column in bins]
+    known = [mean for mean in means if not math.isnan(mean)]
+    low, high = min(known), max(known)
+    steps = 8 * height - 1  # a column is at least an eighth of a line high
+    levels = [
+        0 if math.isnan(m) else 1 + round((m - low) / ((high - low) or 1) * steps) for m in means
+    ]
+    lines = []
+    for line in reversed(range(height)):
+        blocks = "".join(BARS[min(8, max(0, level - 8 * line))] for level in levels)
+        name = _number(high) if line == height - 1 else _number(low) if line == 0 else ""
+        lines.append(f"{name:>8} │{blocks}".rstrip())
+    ends = f"{_number(first)}{_number(last):>{max(1, len(bins) - len(_number(first)))}}"
+    return [*lines, f"{'':>8} └{'─' * len(bins)}", f"{'':>10}{ends}"]

@@ -1,0 +1,178 @@
+"""Report cards of run directories that were written by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+
+import pytest
+
+from nanolib import report
+from nanolib.rundir import Run
+
+MACHINE = {"device": "NVIDIA H100 80GB HBM3", "ranks": 1, "dtype": "bfloat16", "torch": "2.11.0"}
+
+
+def finish(run: Run, name: str, result: dict, of: str | None = None, **about) -> None:
+    about = {"seconds": 90.0, "dollars": 0.25, "machine": MACHINE, "started": "then", **about}
+    run.stage(name, of).finish(result, **about)
+
+
+@pytest.fixture
+def run() -> Run:
+    """Everything finished."""
+    run = Run.open("smoke", "card", {"base.steps": 40})
+    finish(run, "data", {"fingerprint": "abc123", "train_files": ["a", "b"], "text_bytes": 1234567})
+    finish(run, "tokenizer", {"vocab_size": 512, "compression": {"nanolib": 2.71, "GPT-2": 3.25}})
+    finish(run, "shards", {"train_tokens": 987654})
+    for stage in ("base", "sft"):
+        metrics = run.stage(stage).metrics
+        for step in range(1, 41):
+            loss = 6.2 * math.exp(-step / 12) + 1
+            metrics.append(kind="train", step=step, steps=40, loss=loss, lr=1.0)
+            if step % 2 == 0:
+                metrics.append(kind="eval", step=step, bpb=loss / 3)
+        result = {"steps": 40, "tokens": 40_960, "train_loss": 1.22, "tokens_per_second": 250_000.0}
+        finish(run, stage, result)
+    compression = {"bpb": 0.3131, "trigram_bpb": 0.6262}
+    finish(run, "eval", {"compression": compression, "samples": {"samples": [["Ada has", " a cat. ```\n# Hi | x"]]}}, of="base")  # fmt: skip
+    finish(
+        run,
+        "eval",
+        {
+            "mmlu": {"letters": {"accuracy": 0.2625}, "text": {"accuracy": 0.9375}, "chance": 0.25, "n": 240},
+            "facts": {"accuracy": 0.8812, "n": 160, "samples": [["Who?", "Ada", "right"]]},
+        },
+        of="sft",
+    )  # fmt: skip
+    return run
+
+
+def section(text: str, title: str) -> str:
+    """From a heading to the next of its level."""
+    return re.split(r"(?m)^#{1,2} ", text[text.index(f"## {title}") + 3 :])[0]
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the table row that begins with `first`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_summary_has_our_columns_and_the_originals(run):
+    summary = section(report.build(run), "Summary")
+    assert cells(summary, "") == ["BASE", "SFT", "original BASE", "original SFT"]
+    assert cells(summary, "MMLU, letters") == ["—", "0.2625", "—", "0.3151"]
+    assert cells(summary, "MMLU, text") == ["—", "0.9375", "—", "—"]
+    assert cells(summary, "facts") == ["—", "0.8812", "—", "—"]
+    assert cells(summary, "bits per byte") == ["0.3131", "—", "—", "—"]
+    assert cells(summary, "bits per byte of a token trigram")[0] == "0.6262"
+    assert "chance" not in summary
+    assert "the toy world's: only their form is the original's" in summary
+
+
+def test_every_stage_is_there_with_time_cost_and_results(run):
+    text = report.build(run)
+    assert "Not finished" not in text
+    costs = section(text, "Time and cost")
+    assert cells(costs, "data") == ["1:30", "—", "—", "—", "$0.25"]
+    assert cells(costs, "**all**") == ["**10:30**", "", "", "", "**$1.75**"]
+    speed = cells(costs, "base")
+    assert speed[:3] == ["1:30", "40,960", "250,000"]
+    assert re.fullmatch(r"\d+\.\d%", speed[3])
+    assert cells(section(text, "Environment"), "device") == ["NVIDIA H100 80GB HBM3"]
+    assert cells(section(text, "Model"), "parameters")[0] == f"{run.config.recipe.model.parameters(512):,}"  # fmt: skip
+    data = section(text, "Data and tokenizer")
+    assert cells(data, "fingerprint") == ["abc123"]
+    assert cells(data, "compression GPT-2") == ["3.25"]
+    assert cells(data, "train tokens") == ["987,654"]
+    assert cells(section(text, "Training"), "train loss") == ["1.22"]
+    assert cells(section(text, "Evaluations"), "MMLU")[:3] == ["0.2625", "0.9375", "0.2500"]
+
+
+def test_every_table_names_its_source(run):
+    """No number without the file it came from."""
+    text = report.build(run)
+    parts = re.split(r"(?m)^#{2,3} .*$", text)[1:]
+    for part in parts:
+        if "\n| " in part:
+            assert "Source: " in part, part
+    for name in re.findall(r"`([a-z/]+\.(?:jsonl?|md))`", text):
+        assert name == "done.json" or (run.path / name).exists(), name
+
+
+def test_samples_cannot_break_out_of_their_fence(run):
+    text = report.build(run)
+    assert "````text\n> 'Ada has'\n  ' a cat. ```\\n# Hi | x'\n````" in text
+    assert "> 'Who?'\n  'Ada'\n  'right'" in text
+    assert "\n# Hi" not in text
+
+
+def test_the_card_comes_from_the_directory_alone(run, tmp_path):
+    first = report.build(run)
+    assert (run.path / "report.md").read_text() == first
+    assert report.build(run) == first, "nothing in it depends on the clock"
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(run.path, moved)
+    (moved / "report.md").unlink()
+    again = report.build(Run.load(f"{moved}"))
+    assert again == first.replace("run `card`", "run `elsewhere`")
+
+
+def test_missing_stages_are_said_to_be():
+    run = Run.open("smoke", "young")
+    text = report.build(run)
+    assert text.count("not begun") >= 7
+    assert "No evaluation is finished." in text
+    assert "No samples were recorded." in text
+
+    finish(run, "data", {"text_bytes": 5}, dollars=None, machine={"device": "cpu"})
+    run.stage("base").metrics.append(kind="train", step=3, steps=20, loss=2.5)
+    with (run.stage("base").path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # a writer was killed here
+    text = report.build(run)
+    assert "**Not finished:** tokenizer (not begun), shards (not begun), base (unfinished, at 3 of 20)" in text  # fmt: skip
+    assert cells(section(text, "Time and cost"), "data") == ["1:30", "—", "—", "—", "—"]
+    assert "Unfinished, at 3 of 20." in section(text, "Training")
+
+
+def test_a_stage_that_is_off_is_not_missing():
+    text = report.build(Run.open("smoke", "direct", {"base.enabled": False}))
+    assert "base (" not in text.split("## Summary")[0]
+    assert "eval/base" not in text
+    assert "### base" not in text
+
+
+def test_machines_that_differ_are_told_apart(run):
+    finish(run, "sft", {"tokens": 1}, machine=MACHINE | {"ranks": 8})
+    ranks = cells(section(report.build(run), "Environment"), "ranks")[0]
+    assert "base: 1" in ranks
+    assert "sft: 8" in ranks
+
+
+# ---------------------------------------------------------------------------- the curve
+
+
+def heights(lines: list[str]) -> list[int]:
+    """Eighths of each column of a chart."""
+    rows = [line.split("│")[1] for line in lines if "│" in line]
+    width = max(map(len, rows))
+    rows = [row.ljust(width) for row in rows]
+    return [sum(report.BARS.index(row[column]) for row in rows) for column in range(width)]
+
+
+def test_chart_columns_are_means_scaled_to_the_extremes():
+    points = [(x, y) for x, y in enumerate([9, 7, 5, 5, 4, 2, 1, 1])]
+    lines = report.chart(points, width=4, height=2)
+    assert heights(lines) == [16, round(1 + (5 - 1) / 7 * 15), round(1 + 2 / 7 * 15), 1]
+    assert lines[0].split("│")[0].strip() == "8"
+    assert lines[1].split("│")[0].strip() == "1"
+    assert lines[-1].split() == ["0", "7"]
+
+
+def test_chart_survives_few_equal_and_infinite_points():
+    assert heights(report.chart([(5, 2.0)])) == [1]
+    assert heights(report.chart([(1, 2.0), (2, 2.0)])) == [1, 1]
+    assert heights(report.chart([(1, 1.0), (2, math.inf), (3, 2.0)], height=1)) == [1, 8]
+    assert report.chart([(1, math.nan)]) == ["(nothing to draw)"]
