@@ -264,7 +264,8 @@ def _coerce_one(option: Any, value: Any) -> Any:
     elif option is bool:
         if isinstance(value, bool):
             return value
-        return {"true": True, "false": False}.get(value.lower()) or _raise_unless_false(value)
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
     elif option in (int, float) and not isinstance(value, bool):
         number = float(value.replace("_", "")) if isinstance(value, str) else float(value)
         if math.isfinite(number) and (option is float or number == int(number)):
@@ -272,12 +273,6 @@ def _coerce_one(option: Any, value: Any) -> Any:
     elif option is str and isinstance(value, str | Path):
         return str(value)
     raise ValueError
-
-
-def _raise_unless_false(value: str) -> bool:
-    if value.lower() != "false":
-        raise ValueError
-    return False
 
 
 def _describe(hint: Any) -> str:
@@ -353,18 +348,53 @@ def _derive(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, base=base)
 
 
-def _validate(recipe: Recipe, machine: MachineConfig) -> None:
-    model, ranks = recipe.model, machine.ranks or 1
-    positive = {
-        path: value
-        for path, value in (flatten(recipe) | {"machine.ranks": ranks}).items()
-        if path.split(".")[-1]
-        in ("depth", "aspect", "head_dim", "kv_heads", "sequence_len", "batch_tokens", "steps")
-        or path in ("machine.ranks", "eval.max_new_tokens")
-    }
-    for path, value in positive.items():
-        if value is not None and value < 1:
+AT_LEAST_ONE = frozenset(  # last parts of the paths of settings that count something
+    [
+        "depth",
+        "aspect",
+        "head_dim",
+        "kv_heads",
+        "sequence_len",
+        "batch_tokens",
+        "steps",
+        "eval_every",
+        "save_every",
+        "eval_documents",
+        "text_shards",
+        "max_chars",
+        "max_document_chars",
+        "max_problems",
+        "max_new_tokens",
+        "momentum_warmup",
+        "newton_schulz_steps",
+        "ranks",
+        "device_batch",
+        "threads",
+    ]
+)
+ABOVE_ZERO = frozenset(["tokens_per_parameter", "epochs", "lr", "clip"])
+
+
+def _check_ranges(flat: Mapping[str, Any]) -> None:
+    """Each setting by itself."""
+    for path, value in flat.items():
+        name = path.split(".")[-1]
+        if value is None:
+            continue
+        if name in AT_LEAST_ONE and value < 1:
             raise ValueError(f"{path} must be at least 1, got {value}")
+        if name in ABOVE_ZERO and value <= 0:
+            raise ValueError(f"{path} must be more than 0, got {value}")
+        if path.startswith("sft.rows.") and value < 0:
+            raise ValueError(f"{path} must be 0 or more, or none for all, got {value}")
+        if name in ("warmup", "warmdown", "final") and not 0 <= value <= 1:
+            raise ValueError(f"{path} is a fraction from 0 to 1, got {value}")
+
+
+def _validate(recipe: Recipe, machine: MachineConfig) -> None:
+    """Settings by themselves and together; ValueError names the value and what would do."""
+    model, ranks = recipe.model, machine.ranks or 1
+    _check_ranges(flatten(recipe) | flatten(machine, "machine."))
     if recipe.tokenizer.vocab_size < 256 + NUM_SPECIAL_TOKENS:
         raise ValueError(
             f"tokenizer.vocab_size must be at least {256 + NUM_SPECIAL_TOKENS} (256 bytes and "
@@ -376,10 +406,13 @@ def _validate(recipe: Recipe, machine: MachineConfig) -> None:
         raise ValueError(
             f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
         )
-    for stage, batch_tokens in (
-        ("base", recipe.base.batch_tokens),
-        ("sft", recipe.sft.batch_tokens),
-    ):
+    for stage, settings_of in (("base", recipe.base), ("sft", recipe.sft)):
+        if settings_of.warmup + settings_of.warmdown > 1:
+            raise ValueError(
+                f"{stage}.warmup + {stage}.warmdown must be at most 1, got "
+                f"{settings_of.warmup} + {settings_of.warmdown}"
+            )
+        batch_tokens = settings_of.batch_tokens
         rows, rest = divmod(batch_tokens, model.sequence_len)
         if rest:
             raise ValueError(

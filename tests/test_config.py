@@ -1,0 +1,151 @@
+"""Settings: one name everywhere, checked on the way in, complete on the way out."""
+
+import dataclasses
+import doctest
+import json
+
+import pytest
+
+from nanolib import config
+from nanolib.config import ModelConfig, Recipe, flatten, resolve
+
+
+def test_the_original_at_depth_20():
+    model = ModelConfig(depth=20)
+    assert (model.width, model.heads, model.num_kv_heads) == (1280, 10, 10)
+    assert model.parameters(65_536) == 560_988_160
+    base = config.from_flat("d20", {}).recipe.base
+    assert base.steps == -(-20 * 560_988_160 // 524_288)  # 11.2 billion tokens
+
+
+@pytest.mark.parametrize(
+    "depth, aspect, head_dim, width, heads",
+    [(12, 64, 128, 768, 6), (11, 64, 128, 768, 6), (1, 64, 128, 128, 1), (4, 32, 32, 128, 4)],
+)
+def test_the_dial_rounds_the_width_up_to_whole_heads(depth, aspect, head_dim, width, heads):
+    model = ModelConfig(depth=depth, aspect=aspect, head_dim=head_dim)
+    assert (model.width, model.heads) == (width, heads)
+
+
+@pytest.mark.parametrize("profile", config.profiles())
+def test_every_profile_resolves_and_survives_the_manifest(profile):
+    resolved = resolve(profile)
+    saved = json.loads(json.dumps(flatten(resolved.recipe)))
+    assert config.from_flat(profile, config.check_overrides(saved)).recipe == resolved.recipe
+    assert not config.recipe_difference(resolved.recipe, saved)
+    assert resolved.recipe.base.steps and resolved.recipe.base.eval_every
+
+
+def test_flat_names_cover_everything_and_no_stage_is_optional():
+    paths = set(flatten(Recipe())) | {
+        f"machine.{f.name}" for f in dataclasses.fields(config.MachineConfig)
+    }
+    assert paths == set(config.settings())
+
+
+# ---------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    "path, given, value",
+    [
+        ("base.steps", "1_000", 1000),
+        ("base.steps", 10.0, 10),
+        ("base.steps", "1e3", 1000),
+        ("base.steps", "none", None),
+        ("base.lr", "0.5", 0.5),
+        ("base.lr", 1, 1.0),
+        ("base.enabled", "false", False),
+        ("base.enabled", "True", True),
+        ("data.source", "toyworld", "toyworld"),
+        ("machine.mirror", "/a b", "/a b"),
+        ("mirror", "x", "x"),
+        ("nproc", "2", 2),
+        ("eval.tasks", "mmlu, facts", ("mmlu", "facts")),
+        ("eval.tasks", ["mmlu"], ("mmlu",)),
+    ],
+)
+def test_values_are_coerced(path, given, value):
+    (coerced,) = config.check_overrides({path: given}).values()
+    assert coerced == value and type(coerced) is type(value)
+
+
+@pytest.mark.parametrize(
+    "path, given, message",
+    [
+        ("base.steps", "many", r"base\.steps must be a whole number or none, got 'many'"),
+        ("base.steps", 1.5, r"base\.steps must be a whole number or none, got 1\.5"),
+        ("base.steps", True, r"base\.steps must be a whole number or none, got True"),
+        ("base.lr", "nan", r"base\.lr must be a number, got 'nan'"),
+        ("seed", None, r"seed must be a whole number, got none"),
+        ("base.enabled", "maybe", r"base\.enabled must be true or false, got 'maybe'"),
+        ("base.enabled", 1, r"base\.enabled must be true or false, got 1"),
+        ("data.source", "web", r"data\.source must be one of toyworld, hub, got 'web'"),
+        ("base.step", 1, r"no setting 'base\.step'; did you mean base\.steps"),
+        ("xyzzy", 1, r"no setting 'xyzzy' \(`nanolib settings`"),
+    ],
+)
+def test_other_values_and_names_are_refused(path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config.check_overrides({path: given})
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"model.depth": 0}, r"model\.depth must be at least 1, got 0"),
+        ({"base.steps": 0}, r"base\.steps must be at least 1, got 0"),
+        ({"base.batch_tokens": -256}, r"base\.batch_tokens must be at least 1"),
+        ({"machine.ranks": 0}, r"machine\.ranks must be at least 1, got 0"),
+        ({"tokenizer.vocab_size": 264}, r"vocab_size must be at least 265 .* got 264"),
+        ({"model.head_dim": 15}, r"head_dim must be even .* got 15"),
+        ({"model.kv_heads": 3}, r"kv_heads must divide the 2 query heads, got 3"),
+        ({"base.batch_tokens": 1000}, r"multiple of model\.sequence_len \(128\), got 1000"),
+        ({"sft.batch_tokens": 64}, r"sft\.batch_tokens must be a multiple"),
+        ({"base.save_every": 0}, r"base\.save_every must be at least 1, got 0"),
+        ({"machine.threads": 0}, r"machine\.threads must be at least 1, got 0"),
+        ({"sft.epochs": 0}, r"sft\.epochs must be more than 0"),
+        ({"sft.rows.mmlu": -1}, r"sft\.rows\.mmlu must be 0 or more"),
+        ({"base.warmdown": 1.5}, r"base\.warmdown is a fraction"),
+        ({"base.warmup": 0.7, "base.warmdown": 0.7}, r"warmup \+ base\.warmdown must be at most 1"),
+        ({"machine.ranks": 3}, r"1024 makes 8 rows, which 3 ranks cannot .* machine\.ranks or"),
+    ],
+)
+def test_settings_that_contradict_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        resolve("smoke", overrides)
+
+
+# ---------------------------------------------------------------------------- profiles
+
+
+def test_unknown_and_broken_profiles(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no profile 'dmeo'; there are .*demo.*smoke"):
+        resolve("dmeo")
+    with pytest.raises(ValueError, match="no profile"):
+        resolve("../runs/demo")
+    monkeypatch.setattr(config, "PROFILES", tmp_path)
+    (tmp_path / "a.toml").write_text("[base\n")
+    (tmp_path / "b.toml").write_text("[base]\nstep = 1\n")
+    for name in "ab":
+        with pytest.raises(ValueError, match=rf"{name}\.toml"):
+            resolve(name)
+
+
+def test_overrides_win_and_derive():
+    assert resolve("smoke", {"base.steps": 300}).recipe.base.eval_every == 30
+    derived = resolve("smoke", {"base.steps": None, "base.tokens_per_parameter": 1}).recipe
+    parameters = derived.model.parameters(derived.tokenizer.vocab_size)
+    assert derived.base.steps == -(-parameters // derived.base.batch_tokens)
+
+
+def test_differences_and_names():
+    assert config.recipe_difference(Recipe(), flatten(Recipe())) == []
+    theirs = flatten(Recipe(seed=2))
+    assert config.recipe_difference(Recipe(seed=3), theirs) == [("seed", 3, 2)]
+    assert config.short_hash({"a": 1, "b": 2}) == config.short_hash({"b": 2, "a": 1})
+    assert len({config.short_hash({"a": n}) for n in range(50)}) == 50
+
+
+def test_doctests():
+    assert doctest.testmod(config).failed == 0
