@@ -186,7 +186,7 @@ class Commands:
             refresh: Execute profile demo and renew every .ipynb with its outputs.
             check: Name the twins that differ; the exit code is 2 if any do.
         """
-        from nanolib import pairs
+        from nanolib.ui import pairs
 
         if refresh == check:
             raise ValueError("nanolib notebooks needs one of --refresh and --check")

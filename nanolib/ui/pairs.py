@@ -1,0 +1,117 @@
+"""Chapters are kept twice: ``NN_topic.py`` to edit and compare, ``NN_topic.ipynb`` to look at.
+
+The twin in .ipynb is committed with the outputs of profile ``demo``, so that it can be read on
+the web. What differs from one execution to the next and says nothing (ids, metadata, paths,
+addresses, dates) is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbformat import NotebookNode
+
+from nanolib import config, pipeline
+from nanolib.rundir import Run, write_atomic
+
+MAX_BYTES = 400_000  # of one .ipynb
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+VOLATILE = (
+    (re.compile(r"0x[0-9a-f]{8,}"), "0x…"),
+    (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+00:00)?"), "(date)"),
+)
+
+
+def refresh(overrides: Mapping[str, Any] | None = None) -> None:
+    """Execute profile demo and renew every twin with its outputs.
+
+    Chapters that a demo run has finished with the same source are not executed again.
+    """
+    run = pipeline.run("demo", None, overrides)
+    for source in pipeline.chapters():
+        executed = nbformat.read(run.path / "chapters" / f"{source.stem}.ipynb", as_version=4)
+        text = nbformat.writes(_twin(source, executed, run)) + "\n"
+        if len(text.encode()) > MAX_BYTES:
+            raise ValueError(
+                f"{source.stem}.ipynb would have {len(text.encode()):,} bytes, more than "
+                f"{MAX_BYTES:,}; make its figures smaller or fewer"
+            )
+        write_atomic(source.with_suffix(".ipynb"), text)
+        print(f"{source.with_suffix('.ipynb')}: {len(text.encode()):,} bytes")
+
+
+def check() -> None:
+    """Raise ValueError that names every chapter whose twins differ, and how."""
+    sources = pipeline.chapters()
+    lonely = {p.stem for p in pipeline.NOTEBOOKS.glob("*.ipynb")} - {p.stem for p in sources}
+    found = [f"{name}.ipynb has no .py" for name in sorted(lonely)]
+    for source in sources:
+        if problem := _difference(source, source.with_suffix(".ipynb")):
+            found.append(f"{source.stem}: {problem}")
+    if found:
+        raise ValueError("; ".join(found) + " (renew with: nanolib notebooks --refresh)")
+
+
+def _difference(source: Path, twin: Path) -> str | None:
+    if not twin.exists():
+        return "it has no .ipynb"
+    if twin.stat().st_size > MAX_BYTES:
+        return f"its .ipynb has {twin.stat().st_size:,} bytes, more than {MAX_BYTES:,}"
+    mine, theirs = _cells(pipeline.read(source)), _cells(nbformat.read(twin, as_version=4))
+    for number, (a, b) in enumerate(zip(mine, theirs, strict=False)):
+        if a != b:
+            return f"cell {number} differs"
+    if len(mine) != len(theirs):
+        return f"the .py has {len(mine)} cells, the .ipynb {len(theirs)}"
+    return None
+
+
+def _cells(notebook: NotebookNode) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What twins must share: each cell's type, text and tags."""
+    return [(c.cell_type, c.source, tuple(c.metadata.get("tags", ()))) for c in notebook.cells]
+
+
+def _twin(source: Path, executed: NotebookNode, run: Run) -> NotebookNode:
+    """The chapter's cells as written, with the outputs of an execution."""
+    twin = jupytext.read(source)
+    twin.metadata = nbformat.from_dict({"kernelspec": KERNEL})
+    done = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    count = 0
+    for number, (cell, ran) in enumerate(zip(twin.cells, done, strict=True)):
+        cell.id = f"cell-{number:03}"
+        cell.metadata = {key: cell.metadata[key] for key in ("tags",) if key in cell.metadata}
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
+            cell.outputs = [o for output in ran.outputs if (o := _output(output, count, run))]
+    return twin
+
+
+def _output(output: NotebookNode, count: int, run: Run) -> NotebookNode | None:
+    """One output without what is volatile, or None for a widget, which needs a live kernel."""
+    output.pop("metadata", None)
+    if output.output_type == "stream":
+        output.text = _steady(output.text, run)
+        return output
+    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+        return None
+    output.metadata = {}
+    if output.output_type == "execute_result":
+        output.execution_count = count
+    for kind, data in output.get("data", {}).items():
+        if kind.startswith("text/"):
+            output.data[kind] = _steady(data, run)
+    return output
+
+
+def _steady(text: str, run: Run) -> str:
+    text = text.replace(str(run.path), f"runs/out/{run.id}")
+    text = text.replace(f"{config.REPOSITORY}/", "")
+    for pattern, replacement in VOLATILE:
+        text = pattern.sub(replacement, text)
+    return text
