@@ -348,30 +348,13 @@ def _derive(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, base=base)
 
 
-AT_LEAST_ONE = frozenset(  # last parts of the paths of settings that count something
-    [
-        "depth",
-        "aspect",
-        "head_dim",
-        "kv_heads",
-        "sequence_len",
-        "batch_tokens",
-        "steps",
-        "eval_every",
-        "save_every",
-        "eval_documents",
-        "text_shards",
-        "max_chars",
-        "max_document_chars",
-        "max_problems",
-        "max_new_tokens",
-        "momentum_warmup",
-        "newton_schulz_steps",
-        "ranks",
-        "device_batch",
-        "threads",
-    ]
-)
+# Last parts of the paths of settings that count something.
+AT_LEAST_ONE = frozenset([
+    "depth", "aspect", "head_dim", "kv_heads", "sequence_len", "batch_tokens", "steps",
+    "eval_every", "save_every", "eval_documents", "text_shards", "max_chars",
+    "max_document_chars", "max_problems", "max_new_tokens", "momentum_warmup",
+    "newton_schulz_steps", "ranks", "device_batch", "threads",
+])  # fmt: skip
 ABOVE_ZERO = frozenset(["tokens_per_parameter", "epochs", "lr", "clip"])
 
 
