@@ -240,9 +240,12 @@ def tokens(
 
 
 def _box(piece: str, colour: str) -> str:
-    text = html.escape(piece.replace(" ", "·")).replace("\n", "↵<br>")
-    style = f"background:{colour};color:#1a202c;border-radius:3px;padding:2px 1px;margin:0 1px"
-    return f'<span style="{style}">{text}</span>'
+    text = html.escape(piece.replace(" ", "·").replace("\n", "↵"))
+    style = (
+        f"display:inline-block;line-height:1.4;background:{colour};color:#1a202c;"
+        "border-radius:3px;padding:0 1px;margin:0 1px"
+    )
+    return f'<span style="{style}">{text}</span>' + "<br>" * ("\n" in piece)
 
 
 def heatmap(

@@ -351,7 +351,8 @@ lesson.check(cache_bytes, 209_715_200)
 
 
 # %% tags=["exercise"]
-def first_loss(V): ...
+def first_loss(V):
+    return ...
 
 
 lesson.check(first_loss, (50, 3.912023), (65_536, 11.090355))
@@ -376,7 +377,8 @@ lesson.check(first_loss, (50, 3.912023), (65_536, 11.090355))
 
 
 # %% tags=["exercise"]
-def key_heads(H, G): ...
+def key_heads(H, G):
+    return ...
 
 
 lesson.check(key_heads, (4, 4, [0, 1, 2, 3]), (4, 2, [0, 0, 1, 1]), (6, 1, [0] * 6))

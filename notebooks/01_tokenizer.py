@@ -1,0 +1,358 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 01 · Text becomes numbers
+#
+# A model reads and writes whole numbers. This chapter takes the run's text, learns which pieces of it
+# deserve a number of their own, and stores all of it as one long list of numbers.
+#
+# **You will learn** how byte pair encoding finds its tokens, why text is split into words first, what
+# a larger vocabulary buys, and what a token shard is.
+#
+# **Takes** ten minutes to read and about half a minute to run in profile `demo`, on any CPU. Stages:
+# `data`, `tokenizer`, `shards`.
+
+# %% tags=["parameters"]
+profile = "demo"
+run = None
+overrides = {}
+
+# %%
+from collections import Counter
+from itertools import islice, pairwise
+
+import matplotlib.pyplot as plt
+import numpy as np
+import regex
+
+from nanolib import hub, launch, lesson
+from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, StreamDecoder, Tokenizer
+
+run = lesson.begin(profile, run, overrides)
+
+# %% [markdown]
+# ## The text
+#
+# The `data` stage writes the toy world, or finds the text you pointed it to. From here on nothing
+# knows which of the two it was: text is a folder of parquet files with one column, `text`. The last
+# file is never trained on. It is there to measure.
+
+# %%
+launch.stage("data", run, watch=lesson.Live())
+files = hub.text_files(run.config, run.mirror())
+documents = list(islice(hub.documents(files.train[0]), 300))
+for document in documents[:3]:
+    print(document[:240], end="\n---\n")
+
+# %% [markdown]
+# ## Bytes: numbers that are already there
+#
+# On disk, text is bytes: numbers from 0 to 255. English letters take one byte, others two to four. So
+# 256 tokens are enough to write anything, in any script, emoji included. Nothing is ever unknown.
+
+# %%
+for text in ("cat", "naïve", "€", "😀"):
+    print(f"{text}: {list(text.encode())}")
+
+# %% [markdown]
+# But bytes are many, and every token costs a pass through the model. Pieces that occur often should
+# have a number of their own. Which ones? **Byte pair encoding** asks the text: find the pair of
+# neighbours that occurs most often, make it a new token, start over.
+#
+# First, text is cut into words by a pattern, and pairs never reach across a cut. Otherwise `dog.`,
+# `dog,` and `dog!` would each take a number. Digits go in groups of at most two.
+
+# %%
+sentence = "Don't count 12345 sheep,\nplease!  They're asleep."
+words = regex.findall(PATTERN, sentence)
+lesson.tokens(words)
+assert "".join(words) == sentence  # nothing is lost
+
+# %% [markdown]
+# ## Byte pair encoding in 25 lines
+#
+# Count pairs, take the most frequent (of equals the smallest), replace it everywhere, repeat.
+
+
+# %%
+def merge(ids, pair, new):
+    """Replace each occurrence of a pair, from left to right, by a new id."""
+    merged, i = [], 0
+    while i < len(ids):
+        if tuple(ids[i : i + 2]) == pair:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+print(merge([5, 6, 7, 5, 6], (5, 6), 256))
+
+
+# %%
+def train(texts, number_of_merges):
+    counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    words = {word: list(word.encode()) for word in counts}
+    merges = []
+    for new in range(256, 256 + number_of_merges):
+        pairs = Counter()
+        for word, ids in words.items():
+            for pair in pairwise(ids):
+                pairs[pair] += counts[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        words = {word: merge(ids, best, new) for word, ids in words.items()}
+        merges.append(best)
+    return merges
+
+
+merges = train(documents, 100)
+print(len(merges), "merges; the first three:", merges[:3])
+
+# %% [markdown]
+# The real trainer is written in Rust. It keeps the counts up to date instead of counting again after
+# every merge, so it manages gigabytes where ours manages pages. The result must be the same, to the
+# last tie:
+
+# %%
+small = Tokenizer.train(documents, vocab_size=256 + 100 + len(SPECIAL_TOKENS))
+assert list(small.merges) == merges
+for number, (left, right) in enumerate(merges[:6], start=256):
+    parts = [small.decode([id]) for id in (left, right, number)]
+    print(f"{number}: {parts[0]!r} + {parts[1]!r} = {parts[2]!r}")
+
+# %% [markdown]
+# ## Encoding: replay the merges
+#
+# To encode a new text, apply the merges in the order in which they were learned. nanolib leaves that
+# to `tiktoken`, which does the same faster.
+
+
+# %%
+def encode(text, merges):
+    ids = []
+    for word in regex.findall(PATTERN, text):
+        piece = list(word.encode())
+        for new, pair in enumerate(merges, start=256):
+            piece = merge(piece, pair, new)
+        ids += piece
+    return ids
+
+
+assert encode(documents[0], merges) == small.encode(documents[0])
+print(len(documents[0].encode()), "bytes are", len(small.encode(documents[0])), "tokens")
+
+# %% [markdown]
+# ## The real stage
+#
+# Now the run's own tokenizer, on the run's own training text. A process of its own does the work;
+# this cell watches.
+
+# %%
+result = launch.stage("tokenizer", run, watch=lesson.Live())
+tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
+print(f"{tokenizer.vocab_size:,} tokens, {result['validation_bytes_per_token']:.2f} bytes a token")
+
+# %% [markdown]
+# A document as the model will see it. A dot is a space; colours only show where tokens end.
+
+# %%
+example = next(hub.documents(files.validation))[:300]
+pieces = [tokenizer.decode([id]) for id in tokenizer.encode(example)]
+lesson.tokens(pieces)
+
+# %% [markdown]
+# ## What does a larger vocabulary buy?
+#
+# A tokenizer with fewer merges is the same list, cut short. Left: what each doubling of the vocabulary
+# buys. It also doubles the model's two tables, so at some point it no longer pays. Right: long tokens
+# fill the *vocabulary*, but most of the *text* is written with short and frequent ones.
+
+# %%
+sample = list(islice(hub.documents(files.validation), 60))
+size = sum(len(text.encode()) for text in sample)
+kept = [0, *(2**n for n in range(4, 17) if 2**n < len(tokenizer.merges)), len(tokenizer.merges)]
+shorter = [Tokenizer(tokenizer.merges[:number]) for number in kept]
+lengths = [sum(map(len, cut.encode_batch(sample))) for cut in shorter]
+figure, (left, right) = plt.subplots(1, 2)
+left.plot([256 + number for number in kept], [size / length for length in lengths], "o-")
+left.set_xscale("log", base=2)
+left.set(xlabel="vocabulary", title="bytes a token")
+used = np.concatenate(tokenizer.encode_batch(sample))
+bins = np.arange(0.5, 17)
+everything = tokenizer.byte_lengths[256 : -len(SPECIAL_TOKENS)]
+right.hist(everything, bins, density=True, alpha=0.6, label="in the vocabulary")
+right.hist(tokenizer.byte_lengths[used], bins, density=True, alpha=0.6, label="in the text")
+right.set(xlabel="bytes", title="how long tokens are (share)")
+right.legend()
+plt.show()
+
+# %% [markdown]
+# Where the files of GPT-2's and GPT-4's tokenizers are at hand (in a mirror's `encodings/`), here is
+# how they do on the same text. Theirs are much larger and know the whole web; ours knows this text.
+
+# %%
+mirror = run.mirror()
+compared = tokenizer.compression(sample, mirror / "encodings" if mirror else None)
+for name, bytes_per_token in compared.items():
+    print(f"{name:8} {bytes_per_token:.2f} bytes a token")
+assert abs(compared["nanolib"] - size / lengths[-1]) < 1e-9
+
+# %% [markdown]
+# ## Special tokens are not text
+#
+# Nine more numbers mark structure: where a document begins, who speaks. They stand for no bytes. If a
+# user *types* `<|bos|>`, that is ordinary text, seven characters, and must never become the marker:
+# otherwise anybody could forge a conversation.
+
+# %%
+typed = tokenizer.encode("<|bos|>")
+lesson.tokens([tokenizer.decode([id]) for id in typed])
+assert tokenizer.bos not in typed
+print("the marker itself:", tokenizer.bos, " specials:", *SPECIAL_TOKENS[:4], "…")
+
+# %% [markdown]
+# ## A token may be part of a character
+#
+# A character outside the vocabulary is several tokens, and none of them can be printed alone. Who
+# streams an answer must wait until a character is complete:
+
+# %%
+ids = tokenizer.encode("a € 😀")
+print("one by one:", [tokenizer.decode([id]) for id in ids])
+decoder = StreamDecoder(tokenizer)
+print("streamed:  ", [decoder.push(id) for id in ids])
+
+# %% [markdown]
+# ## Shards: the text as one long list
+#
+# The last stage of this chapter encodes everything once. Each parquet file becomes one flat array of
+# 16-bit numbers, every document with a `<|bos|>` in front. Training maps the file into memory and
+# takes slices: no queue, no loader, no waiting.
+
+# %%
+result = launch.stage("shards", run, watch=lesson.Live())
+print(f"{result['train_tokens']:,} tokens in {result['train_documents']:,} documents to train on")
+print(f"{result['validation_tokens']:,} tokens to measure on")
+
+# %%
+shard = np.load(run.stage("shards").path / f"{files.train[0].stem}.npy", mmap_mode="r")
+starts = np.flatnonzero(shard == tokenizer.bos)
+assert tokenizer.decode(shard[starts[0] + 1 : starts[1]]) == documents[0]
+print(
+    f"{len(shard):,} numbers of {shard.dtype}; the first document is",
+    shard[: starts[1]].tolist()[:12],
+)
+
+# %% [markdown]
+# How long are documents, and how often is each token used? In natural text, frequencies fall like a
+# power of the rank (Zipf's law), which on these axes is a straight line. A toy world has few rare
+# words: its line is short and ends abruptly.
+
+# %%
+figure, (left, right) = plt.subplots(1, 2)
+left.hist(np.diff(starts), bins=40)
+left.set(xlabel="tokens in a document", title="documents")
+counts = np.sort(np.bincount(shard, minlength=tokenizer.vocab_size))[::-1]
+right.loglog(np.arange(1, len(counts) + 1), np.maximum(counts, 0.5))
+right.set(xlabel="rank of the token", title="times used")
+plt.show()
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** Decoding needs nothing but the merges. Write it: from ids and merges to bytes. (Id 256 is the
+# first merge, and its two halves may be merges themselves.)
+
+
+# %% tags=["exercise"]
+def to_bytes(ids, merges):
+    return ...
+
+
+lesson.check(to_bytes, ([104, 105], [], b"hi"), (small.encode("sheep"), merges, b"sheep"))
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def to_bytes(ids, merges):
+#     pieces = [bytes([byte]) for byte in range(256)]
+#     for left, right in merges:
+#         pieces.append(pieces[left] + pieces[right])
+#     return b"".join(pieces[id] for id in ids)
+# ```
+#
+# </details>
+#
+# **2.** How many bytes does each token stand for? Somebody measured it as
+# `len(tokenizer.decode([id]).encode())`. For some tokens that is wrong. Write it right. Your function
+# gets the bytes of a token, as `tokenizer.token_bytes(id)` gives them, and what a decoder makes of
+# them; it says by how many bytes the wrong way is off.
+
+
+# %% tags=["exercise"]
+def off_by(token_bytes):
+    return ...
+
+
+lesson.check(off_by, (b"sheep", 0), (b"\xe2", 2), (b"\xe2\x82", 1), ("é".encode(), 0))
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def off_by(token_bytes):
+#     wrong = len(token_bytes.decode(errors="replace").encode())
+#     return wrong - len(token_bytes)
+# ```
+#
+# A part of a character decodes to `�`, which is three bytes in UTF-8. Scores "per byte" that count
+# this way are flattered. nanolib measures on bytes (`Tokenizer.byte_lengths`).
+#
+# </details>
+#
+# **3.** By hand: a text has the words `hug` (10 times), `pug` (5), `pun` (12), `bun` (4) and `hugs`
+# (5). Which pair is merged first? Answer with two letters, such as `("p", "u")`.
+
+# %% tags=["exercise"]
+first = ...
+
+lesson.check(first, ("u", "g"))
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# `u`+`g` occurs 10 + 5 + 5 = 20 times, `p`+`u` 17 times, `u`+`n` 16, `h`+`u` 15.
+#
+# ```python
+# first = ("u", "g")
+# ```
+#
+# </details>
+#
+# ## To read
+#
+# - Sennrich, Haddow & Birch, *Neural Machine Translation of Rare Words with Subword Units* (byte pair
+#   encoding for models), [arXiv:1508.07909](https://arxiv.org/abs/1508.07909)
+# - Wang, Cho & Gu, *Neural Machine Translation with Byte-Level Subwords*,
+#   [arXiv:1909.03341](https://arxiv.org/abs/1909.03341)
+# - Dagan, Synnaeve & Rozière, *Getting the most out of your tokenizer*,
+#   [arXiv:2402.01035](https://arxiv.org/abs/2402.01035)
+#
+# In the code: `rust_tokenizer/src/bpe.rs`, `nanolib/tokenizer.py`, `nanolib/data/shards.py`.
+# **Next:** 02, the function that reads these numbers.
