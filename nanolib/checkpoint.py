@@ -209,9 +209,7 @@ def load_model(folder: Path, device: torch.device) -> GPT:
     if checkpoint is None:
         raise ValueError(f"there is no checkpoint in {folder}: run that stage first")
     config = from_flat("checkpoint", checkpoint.index["recipe"]).recipe.model
-    with torch.device("meta"):
-        model = GPT(config, checkpoint.index["vocab_size"])
-    model.to_empty(device=device)
+    model = GPT.empty(config, checkpoint.index["vocab_size"], device)
     restore_model(checkpoint, model)
     return model
 
