@@ -1,0 +1,114 @@
+"""Does the demo learn what it should? Several seeds, beside baselines that learn nothing.
+
+``python -m nanolib.bench.demo --seeds 1 2 3 [--at-once N]`` trains the demo's stages (no notebooks)
+once a seed, and once a seed without pretraining, and prints a table of their scores. The bars are
+those the toy world was made for; each must hold in every seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from nanolib import launch, tasks
+from nanolib.rundir import Run
+
+CHOICE_TASKS = ("mmlu", "arc_easy")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One figure, and what it must reach."""
+
+    name: str
+    holds: Callable[[float], bool]
+    wanted: str
+    value: Callable[[dict[str, Any]], float]
+
+
+def _text_accuracy(scores: dict[str, Any]) -> float:
+    """Of all four-choice questions together, scored by the choices' text."""
+    parts = [scores[name] for name in CHOICE_TASKS]
+    return sum(p["text"] * p["questions"] for p in parts) / sum(p["questions"] for p in parts)
+
+
+BARS = (
+    Bar("base bpb / trigram bpb", lambda x: x <= 2 / 3, "≤ 0.667", lambda s: s["bpb_ratio"]),
+    Bar("four choices by text", lambda x: x >= 0.9, "≥ 0.90", _text_accuracy),
+    Bar("facts in words", lambda x: x >= 0.8, "≥ 0.80", lambda s: s["facts"]["accuracy"]),
+    Bar("without base", lambda x: x <= 0.35, "≤ 0.35", lambda s: s["without_base"]),
+    Bar("always the first", lambda x: x <= 0.35, "≤ 0.35", lambda s: s["first"]),
+    Bar("always the longest", lambda x: x <= 0.35, "≤ 0.35", lambda s: s["longest"]),
+)
+
+
+def scores_of(seed: int, profile: str = "demo") -> dict[str, Any]:
+    """Train one seed's demo with and without base, and everything its bars need."""
+    run = Run.open(profile, f"{profile}-seed-{seed}", {"seed": seed})
+    base = launch.stage("eval", run, of="base")["compression"]
+    scores = launch.stage("eval", run, of="sft")
+    bare = Run.open(profile, f"{profile}-seed-{seed}-bare", {"seed": seed, "base.enabled": False})
+    without_base = launch.stage("eval", bare, of="sft")
+    first, longest = _blind(run)
+    return {
+        **scores,
+        "bpb": base["bpb"],
+        "bpb_ratio": base["bpb"] / base["trigram_bpb"],
+        "without_base": _text_accuracy(without_base),
+        "first": first,
+        "longest": longest,
+    }
+
+
+def _blind(run: Run) -> tuple[float, float]:
+    """Accuracy of always taking the first choice, and the longest, on the same questions."""
+    limit = run.config.recipe.eval.max_problems
+    first, longest = [], []
+    for name in CHOICE_TASKS:
+        task = tasks.load(name, "test", run.mirror())
+        for i in range(min(len(task), limit or len(task))):
+            choices, answer = task.choices(i), task.answer(i)
+            first.append(answer == 0)
+            longest.append(max(range(len(choices)), key=lambda c: len(choices[c])) == answer)
+    return sum(first) / len(first), sum(longest) / len(longest)
+
+
+def table(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> str:
+    """The scores as Markdown, a column a seed."""
+    lines = [
+        "| figure | wanted | " + " | ".join(f"seed {seed}" for seed in seeds) + " | holds |",
+        "|---|---|" + "---|" * (len(seeds) + 1),
+    ]
+    for bar in BARS:
+        values = [bar.value(result) for result in results]
+        holds = "yes" if all(map(bar.holds, values)) else "**no**"
+        cells = " | ".join(f"{value:.3f}" for value in values)
+        lines.append(f"| {bar.name} | {bar.wanted} | {cells} | {holds} |")
+    letters = [[r[name]["letters"] for name in CHOICE_TASKS] for r in results]
+    cells = " | ".join(" · ".join(f"{x:.3f}" for x in row) for row in letters)
+    lines.append(f"| letters ({' · '.join(CHOICE_TASKS)}; chance 0.25) | as it is | {cells} | |")
+    cells = " | ".join(f"{result['bpb']:.3f}" for result in results)
+    lines.append(f"| base bits per byte | as it is | {cells} | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--at-once", type=int, default=1, help="seeds that train side by side")
+    given = parser.parse_args()
+    with ThreadPoolExecutor(given.at_once) as pool:
+        results = list(pool.map(scores_of, given.seeds))
+    today = datetime.datetime.now(datetime.UTC).date()
+    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {given.at_once} run(s) at once"
+    print(f"\n{today}, {machine}\n\n{table(given.seeds, results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Scores of a talking model: four choices, by letter and by text, and answers in words.
+
+By letter, as MMLU and ARC are scored in the original: the question with its choices is asked and
+the letters' logits compared. By text: the bare question is asked and each choice's text scored as
+the answer by its log-probability, ``<|assistant_end|>`` included. Work is shared among the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanolib.conversation import LETTERS, Conversation, choice_question
+from nanolib.data.packing import batch_of_rows
+from nanolib.engine import Engine
+from nanolib.runtime import Runtime
+from nanolib.tasks import ChoiceTask, Task
+
+TOKENS_AT_ONCE = 16_384
+SHOWN = 8  # answers kept to be looked at
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    runtime: Runtime,
+    limit: int | None = None,
+    max_new_tokens: int = 256,
+) -> dict[str, Any]:
+    """All scores of one task on its first `limit` rows (None: all)."""
+    count = len(task) if limit is None else min(limit, len(task))
+    mine = range(runtime.rank, count, runtime.ranks)
+    if isinstance(task, ChoiceTask):
+        letters = sum(by_letter(engine, task, mine))
+        text = sum(by_text(engine, task, mine))
+        letters, text = _summed([letters, text], runtime)
+        chance = float(np.mean([1 / len(task.choices(i)) for i in range(count)]))
+        return {
+            "text": text / count,
+            "letters": letters / count,
+            "chance": chance,
+            "questions": count,
+        }
+    graded = in_words(engine, task, mine, max_new_tokens)
+    every = sorted(entry for part in runtime.gather(graded) for entry in part)
+    return {
+        "accuracy": sum(right for *_, right in every) / count,
+        "questions": count,
+        "samples": [list(entry[1:]) for entry in every[:SHOWN]],
+    }
+
+
+def _summed(values: Sequence[float], runtime: Runtime) -> list[float]:
+    return runtime.sum(torch.tensor(values, dtype=torch.float64, device=runtime.device)).tolist()
+
+
+@torch.inference_mode()
+def by_letter(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]:
+    """For each row whether the right choice's letter has the largest logit of its letters."""
+    encoder = engine.tokenizer
+    letter_ids = [encoder.encode(letter)[0] for letter in LETTERS]
+    prompts = [
+        Conversation.ask(choice_question(task.question(i), task.choices(i))).prompt(encoder)
+        for i in rows
+    ]
+    best: dict[int, int] = {}
+    for group in _groups(prompts):
+        ids_BT, last_B = _padded([prompts[g] for g in group], encoder.bos, engine.runtime)
+        with engine.runtime.autocast():
+            hidden_BTD = engine.model.hidden(ids_BT)
+            logits_BV = engine.model.logits(hidden_BTD[torch.arange(len(group)), last_B])
+        for g, scores in zip(group, logits_BV, strict=True):
+            best[g] = int(scores[letter_ids[: len(task.choices(rows[g]))]].argmax())
+    return [best[g] == task.answer(i) for g, i in enumerate(rows)]
+
+
+@torch.inference_mode()
+def by_text(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]:
+    """For each row whether the right choice's text is the likeliest answer to the bare question."""
+    encoder, runtime = engine.tokenizer, engine.runtime
+    rendered = [
+        Conversation.ask(task.question(i), choice).render(encoder, engine.context + 1)
+        for i in rows
+        for choice in task.choices(i)
+    ]
+    scores = np.zeros(len(rendered))
+    for group in _groups([r.ids for r in rendered]):
+        ids = [np.array(rendered[g].ids) for g in group]
+        masks = [np.array(rendered[g].mask) for g in group]
+        batch = batch_of_rows(ids, masks, max(map(len, ids)) - 1, encoder.bos)
+        with runtime.autocast():
+            nll_BT = engine.model.nll(batch.to(runtime.device))
+        scores[group] = -nll_BT.sum(1).double().cpu().numpy()
+    right, at = [], 0
+    for i in rows:
+        count = len(task.choices(i))
+        right.append(int(scores[at : at + count].argmax()) == task.answer(i))
+        at += count
+    return right
+
+
+def in_words(
+    engine: Engine, task: Task, rows: Sequence[int], max_new_tokens: int
+) -> list[tuple[int, str, str, bool]]:
+    """(row, question, greedy answer, whether it is right) of each row."""
+    encoder = engine.tokenizer
+    asked = [Conversation(task.conversation(i).messages[:1]) for i in rows]
+    prompts = [conversation.prompt(encoder) for conversation in asked]
+    said = engine.complete(prompts, max_new_tokens=max_new_tokens) if prompts else []
+    graded = []
+    for i, question, ids in zip(rows, asked, said, strict=True):
+        answer = encoder.decode(ids)
+        graded.append((i, question.messages[0].text, answer, task.grade(i, answer)))
+    return graded
+
+
+def _groups(items: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of items of similar length, at most TOKENS_AT_ONCE padded tokens a group."""
+    groups: list[list[int]] = [[]]
+    for place in sorted(range(len(items)), key=lambda i: len(items[i])):
+        if groups[-1] and (len(groups[-1]) + 1) * len(items[place]) > TOKENS_AT_ONCE:
+            groups.append([])
+        groups[-1].append(place)
+    return [group for group in groups if group]
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], bos: int, runtime: Runtime
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as one tensor [B, T], padded at the end, and the place [B] of each one's last id."""
+    ids_BT = torch.full((len(rows), max(map(len, rows))), bos)
+    for b, row in enumerate(rows):
+        ids_BT[b, : len(row)] = torch.tensor(row)
+    last_B = torch.tensor([len(row) - 1 for row in rows])
+    return ids_BT.to(runtime.device), last_B.to(runtime.device)
