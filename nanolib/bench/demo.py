@@ -72,6 +72,7 @@ def _blind(run: Run) -> tuple[float, float]:
     first, longest = [], []
     for name in CHOICE_TASKS:
         task = tasks.load(name, "test", run.mirror())
+        assert isinstance(task, tasks.ChoiceTask)
         for i in range(min(len(task), limit or len(task))):
             choices, answer = task.choices(i), task.answer(i)
             first.append(answer == 0)

@@ -17,7 +17,7 @@ from nanolib.conversation import LETTERS, Conversation, choice_question
 from nanolib.data.packing import batch_of_rows
 from nanolib.engine import Engine
 from nanolib.runtime import Runtime
-from nanolib.tasks import ChoiceTask, Task
+from nanolib.tasks import ChoiceTask, GradedTask, Task
 
 TOKENS_AT_ONCE = 16_384
 SHOWN = 8  # answers kept to be looked at
@@ -30,7 +30,10 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int = 256,
 ) -> dict[str, Any]:
-    """All scores of one task on its first `limit` rows (None: all)."""
+    """All scores of one task on its first `limit` rows (None: all).
+
+    Raises ValueError for a task that cannot be graded.
+    """
     count = len(task) if limit is None else min(limit, len(task))
     mine = range(runtime.rank, count, runtime.ranks)
     if isinstance(task, ChoiceTask):
@@ -44,6 +47,8 @@ def evaluate(
             "chance": chance,
             "questions": count,
         }
+    if not isinstance(task, GradedTask):
+        raise ValueError(f"task {task.name!r} has nothing to grade answers by; leave it out")
     graded = in_words(engine, task, mine, max_new_tokens)
     every = sorted(entry for part in runtime.gather(graded) for entry in part)
     return {
@@ -103,7 +108,7 @@ def by_text(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]
 
 
 def in_words(
-    engine: Engine, task: Task, rows: Sequence[int], max_new_tokens: int
+    engine: Engine, task: GradedTask, rows: Sequence[int], max_new_tokens: int
 ) -> list[tuple[int, str, str, bool]]:
     """(row, question, greedy answer, whether it is right) of each row."""
     encoder = engine.tokenizer

@@ -23,11 +23,11 @@ class Task:
     name: str
     repository: str
     config: str | None = None
-    splits: dict[str, str] = {}  # our split -> the repository's, where they differ
+    train_split = "train"  # the repository's name for what we train on
     columns: tuple[str, ...]
 
     def __init__(self, split: str, mirror: Path | None):
-        self.split = self.splits.get(split, split)
+        self.split = self.train_split if split == "train" else split
         table = hub.table(self.repository, self.split, self.config, mirror)
         missing = [column for column in self.columns if column not in table.column_names]
         if missing:
@@ -45,6 +45,14 @@ class Task:
 
     def conversation(self, i: int) -> Conversation:
         """Row i with its reference answer."""
+        raise NotImplementedError
+
+
+class GradedTask(Task):
+    """Questions answered in words."""
+
+    def grade(self, i: int, answer: str) -> bool:
+        """Whether a generated answer to row i is right."""
         raise NotImplementedError
 
 
@@ -70,7 +78,7 @@ class MMLU(ChoiceTask):
     """Massive multitask language understanding (arXiv:2009.03300)."""
 
     name, repository, config = "mmlu", "cais/mmlu", "all"
-    splits = {"train": "auxiliary_train"}  # noqa: RUF012
+    train_split = "auxiliary_train"
     columns = ("question", "choices", "answer")
 
 
@@ -106,7 +114,7 @@ class SmolTalk(Task):
         return Conversation.from_messages(self.row(i)["messages"])
 
 
-class GSM8K(Task):
+class GSM8K(GradedTask):
     """Grade-school word problems (arXiv:2110.14168); ``<<a+b=c>>`` becomes a tool call."""
 
     name, repository, config = "gsm8k", "openai/gsm8k", "main"
@@ -154,7 +162,7 @@ class HumanEval(Task):
         return Conversation.ask(row["prompt"], row["prompt"] + row["canonical_solution"])
 
 
-class Facts(Task):
+class Facts(GradedTask):
     """The toy world's held-out facts, asked in words and answered in words."""
 
     name, repository = "facts", "nanolib/toy-facts"
