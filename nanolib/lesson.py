@@ -163,15 +163,17 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, family="monospace")
     steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
     left.plot(steps, losses, color=GREY, linewidth=0.8, alpha=0.7)
-    left.plot(steps, smooth(losses), color=BLUE)
+    left.plot(steps, smooth(losses, keep=1 - 20 / max(40, train[-1]["steps"])), color=BLUE)
     left.set_title("training loss (nats a token)")
     name, points = _scores(rows)
     right.plot([step for step, _ in points], [value for _, value in points], "o-", color=ORANGE)
     if points:
-        right.annotate(f"{points[-1][1]:.3f}", points[-1], (0, 8), textcoords="offset points")
+        right.annotate(
+            f"{points[-1][1]:.3f}", points[-1], (0, 8), textcoords="offset points", ha="right"
+        )
     right.set_title(f"held-out {name}" if name else "held-out score (not yet)")
     for axes in (left, right):
-        axes.set_xlim(0, train[-1]["steps"] * 1.03)
+        axes.set_xlim(0, train[-1]["steps"] * 1.05)
         axes.set_xlabel("step")
         axes.margins(y=0.15)
     return figure
@@ -275,6 +277,35 @@ def heatmap(
 def _label(piece: str) -> str:
     """A token as a tick label: spaces visible, and no dollar that matplotlib takes for maths."""
     return piece.replace(" ", "·").replace("\n", "↵").replace("$", r"\$")
+
+
+ROAD = (  # what is done, in which chapter, and what comes out
+    ("data", "01", "text"),
+    ("tokenizer", "01", "a vocabulary"),
+    ("shards", "01", "token ids"),
+    ("base", "04", "a reader"),
+    ("sft", "07", "a talker"),
+    ("eval", "04 07", "scores"),
+    ("report", "09", "a card"),
+)
+
+
+def road(run: Run) -> Figure:
+    """The stages as boxes in their order: green where this run has finished them."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8.4, 1.5))
+    axes.set(xlim=(-0.5, len(ROAD) - 0.5), ylim=(-0.75, 0.6))
+    axes.axis("off")
+    for place, (name, chapters, product) in enumerate(ROAD):
+        done = any(True for _ in (run.path / name).glob("**/done.json"))
+        box = {"boxstyle": "round,pad=0.5", "fc": PASTELS[2] if done else "white", "ec": GREY}
+        axes.text(place, 0.1, name, ha="center", va="center", fontsize=11, bbox=box)
+        axes.text(place, -0.6, f"{product}\nchapter {chapters}", ha="center", fontsize=8)
+        if place:
+            arrow = {"arrowstyle": "->", "color": GREY}
+            axes.annotate("", (place - 0.42, 0.1), (place - 0.58, 0.1), arrowprops=arrow)
+    return figure
 
 
 def tree(path: Path, depth: int = 2) -> None:
