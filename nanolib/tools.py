@@ -1,0 +1,236 @@
+"""The sandboxed Python tool: the only place where code that a model wrote ever runs.
+
+`Sandbox` keeps worker processes of pydantic-monty, a Python interpreter written in Rust without
+files, network or environment. Each call gets a fresh session with limits on time, memory,
+recursion and output; what goes wrong comes back as text. Only printed text leaves a worker: the
+host converts values outside every limit, so a source is evaluated *inside* and its repr printed.
+
+Gaps against CPython: no generators, inheritance or `del`, 25 standard modules, some builtins and
+methods as values (``key=d.get``). `Sandbox.check` calls a program that needs one "unsupported".
+"""
+
+import builtins
+import math
+import os
+import re
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import pydantic_monty as monty
+from pydantic_monty._binary import find_monty_binary
+
+SOURCE_BYTES = 16 * 1024
+OUTPUT_BYTES = 4 * 1024
+MEMORY_BYTES = 32 * 1024 * 1024
+ERROR_CHARACTERS = 200
+# A worker serves this many calls, or one slow one: so its whole life is worth a few CPU seconds,
+# and a limit on those ends even one that a killed host left in the middle of a long operation.
+CALLS_PER_WORKER = 50
+SLOW_SECONDS = 0.05
+_LIMITS: monty.ResourceLimits = {
+    "max_memory": MEMORY_BYTES,
+    "max_recursion_depth": 200,
+    "max_suspensions": 100,
+    "max_total_sleep_secs": 0,
+}
+
+# Runs in the sandbox before the source, which sees `names` alone. Monty's own `round` multiplies
+# and divides (wrong for 5 % of halves); Python rounds the exact decimal expansion, as `:.2f` does.
+_PRELUDE = """
+builtin_round = round
+def exact_round(number, ndigits=None):
+    if isinstance(number, float) and ndigits is not None and 0 < ndigits < 23:
+        return float(f"{number:.{ndigits}f}")
+    return builtin_round(number, ndigits)
+names = {"round": exact_round}
+value = None
+"""
+# Both end in None: a snippet's last value would travel to the host.
+_RUN = f"""{_PRELUDE}
+try:
+    value = eval(source, names)
+except SyntaxError:
+    exec(source, names)
+if value is not None:
+    print(repr(value))
+None"""
+_CHECK = f"""{_PRELUDE}
+exec(source, names)
+if mark not in names:
+    raise RuntimeError("the program ended before its last line")
+None"""
+# How Monty says that it lacks something. A program may forge such words, and gains nothing by it.
+_LACKING = re.compile(
+    r"ModuleNotFoundError: |ImportError: cannot import name |AttributeError: module "
+    r"|NotImplementedError: .*not (?:yet )?support"
+    r"|NameError: name '(?P<name>\w+)' is not defined"
+    r"|AttributeError: (?:type object )?'(?P<type>\w+)' (?:object )?has no attribute '(?P<method>\w+)'"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a program printed (or its value's repr), and its error as one short line, if any."""
+
+    output: str
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What the model is shown: the output, then the error on a line of its own."""
+        return "\n".join(part for part in (self.output, self.error) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a program with its tests ran through; `reason` is the error when it did not."""
+
+    outcome: Literal["passed", "failed", "unsupported"]
+    reason: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "passed"
+
+
+class Sandbox:
+    """Sandbox workers, usable from several threads: ``with Sandbox() as sandbox: …``.
+
+    `seconds` is the time a call may take, `workers` how many calls run at once (None: one a CPU;
+    more calls wait). All workers end when the sandbox is closed; when the host is killed, by
+    themselves: at once, or a few seconds later when they are busy.
+    """
+
+    def __init__(self, *, seconds: float = 2.0, workers: int | None = None) -> None:
+        self.seconds = seconds
+        self.workers = workers
+        self._stack = ExitStack()
+        self._pool: monty.Monty | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanolib-sandbox-"))
+            pool = monty.Monty(
+                binary_path=_write_launcher(Path(folder), self.seconds),
+                max_processes=self.workers or os.cpu_count(),
+                request_timeout=self.seconds + 0.5,
+                feed_duration_limit_grace=0.25,
+                max_checkouts_per_worker=CALLS_PER_WORKER,
+            )
+            self._pool = stack.enter_context(pool)
+            self._stack = stack.pop_all()
+        probe = self.run("6*7")  # a worker that cannot start must not look like a wrong program
+        if probe.output != "42":
+            self.close()
+            raise RuntimeError(f"no sandbox worker starts here (`{find_monty_binary()}`): {probe}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers. Closing twice is fine; a call afterwards is a RuntimeError."""
+        self._pool = None
+        self._stack.close()
+
+    def run(self, source: str) -> ToolResult:
+        """Run what stands between ``<|python_start|>`` and ``<|python_end|>``: "12*7" gives "84".
+
+        An expression gives its repr (None gives nothing), statements what they print. Nothing
+        that the source does raises here. A flood of more than `OUTPUT_BYTES` is an error.
+        """
+        output = monty.CollectString(max_bytes=OUTPUT_BYTES)
+        error = self._feed(_RUN, {"source": source.strip()}, output)
+        return ToolResult(output.output.rstrip("\n"), error)
+
+    def check(self, program: str) -> Verdict:
+        """Grade a program that ends with its own tests: HumanEval's prompt + completion + tests
+        + ``check(entry_point)``.
+
+        It passed only if its last line was reached: a ``return`` or an exit on the way fails. It
+        is "unsupported" if it stopped at something that CPython has and the sandbox lacks.
+        """
+        mark = f"reached_{secrets.token_hex(8)}"  # set last, and not to be guessed
+        inputs = {"source": f"{program}\n{mark} = True\n", "mark": mark}
+        error = self._feed(_CHECK, inputs, monty.CollectString(max_bytes=OUTPUT_BYTES))
+        if error is None:
+            return Verdict("passed")
+        return Verdict("unsupported" if _is_lacking(error) else "failed", error)
+
+    def _feed(self, code: str, inputs: dict[str, str], output: monty.CollectString) -> str | None:
+        """Run our `code` on the inputs in a fresh session; its error as text, or None."""
+        pool = self._pool  # another thread may close the sandbox meanwhile
+        if pool is None:
+            raise RuntimeError("the sandbox is closed: use it inside `with Sandbox() as sandbox:`")
+        if len(inputs["source"].encode(errors="replace")) > SOURCE_BYTES:
+            return f"ValueError: the program is longer than {SOURCE_BYTES} bytes"
+        session = pool.checkout(
+            limits={"max_feed_duration_secs": self.seconds, **_LIMITS},
+            os_policy={"sleep": "zero"},
+            assert_message_annotations=False,
+        )
+        try:
+            with session:
+                started = time.monotonic()
+                try:
+                    session.feed_run(code, inputs=inputs, print_callback=output)
+                finally:
+                    worker = session.worker_pid  # None where it crashed
+                    if worker is not None and time.monotonic() - started > SLOW_SECONDS:
+                        os.kill(worker, signal.SIGKILL)  # the pool starts another
+        except monty.MontyCrashedError as error:
+            crash = "feed time limit exceeded" if error.timed_out else "the sandbox crashed"
+            return self._plain(f"RuntimeError: {crash}")
+        except (monty.MontyRuntimeError, monty.MontySyntaxError) as error:
+            return self._plain(error.display("type-msg"))
+        except (monty.MontyError, TypeError, ValueError, RecursionError) as error:
+            return self._plain(f"{type(error).__name__}: {error}")
+        return None
+
+    def _plain(self, error: str) -> str:
+        """One line of at most `ERROR_CHARACTERS`, without figures that vary from run to run."""
+        if "feed time limit exceeded" in error:
+            return f"TimeoutError: the program took longer than {self.seconds:g} s"
+        if "memory limit exceeded" in error or "exceeded its memory limit" in error:
+            if f"> {OUTPUT_BYTES} bytes" in error:
+                return f"MemoryError: the program printed more than {OUTPUT_BYTES} bytes"
+            return f"MemoryError: the program needed more than {MEMORY_BYTES >> 20} MiB"
+        line = " ".join(error.split())
+        return line if len(line) <= ERROR_CHARACTERS else line[: ERROR_CHARACTERS - 1] + "…"
+
+
+def _write_launcher(folder: Path, seconds: float) -> Path:
+    """A script that lowers its rlimits and becomes the worker.
+
+    One `ulimit` a line (dash takes one option at a time); ``set -e`` stops at a refused one.
+    """
+    worker_seconds = math.ceil(CALLS_PER_WORKER * SLOW_SECONDS + seconds + 0.5)
+    limits = ["-c 0", "-f 0", "-n 16", f"-t {worker_seconds}"]
+    if sys.platform == "linux":  # macOS refuses to limit the address space
+        limits.append(f"-v {512 * 1024}")
+    # What a worker says on stderr about its memory comes back as an error too.
+    run = f"exec '{find_monty_binary()}' \"$@\" 2>/dev/null"
+    launcher = folder / "launch.sh"
+    launcher.write_text("\n".join(["#!/bin/sh", "set -e", *(f"ulimit {x}" for x in limits), run]))
+    launcher.chmod(0o700)
+    return launcher
+
+
+def _is_lacking(error: str) -> bool:
+    """Whether an error names a builtin or method that CPython has and the sandbox lacks, or a
+    module (or something in one) that CPython may have."""
+    found = _LACKING.match(error)
+    if found is None:
+        return False
+    if found["name"]:
+        return hasattr(builtins, found["name"])
+    if found["type"]:
+        return hasattr(getattr(builtins, found["type"], object), found["method"])
+    return True
