@@ -54,11 +54,14 @@ STYLE: dict[Any, Any] = {
 def begin(profile: str, run: str | Run | None, overrides: Mapping[str, Any]) -> Run:
     """Open the chapter's run (`Run.open`), set the style of pictures, and say which run it is.
 
+    One CPU thread from here on: on tensors as small as a lesson's, several wait for each other.
     A cell that is executed twice hands back the run it made: then `run` is a Run and is kept.
     """
     import matplotlib as mpl
+    import torch
     from cycler import cycler
 
+    torch.set_num_threads(1)
     mpl.rcParams.update(STYLE)
     mpl.rcParams["axes.prop_cycle"] = cycler(color=[BLUE, ORANGE, GREEN, RED, VIOLET, GREY])
     opened = run if isinstance(run, Run) else Run.open(profile, run, overrides)
@@ -232,8 +235,10 @@ def tokens(
     else:
         cycle = range(len(pieces)) if groups is None else groups
         colours = [PASTELS[group % len(PASTELS)] for group in cycle]
-    boxes = "".join(map(_box, pieces, colours))
-    keys = " ".join(_box(name, PASTELS[i]) for i, name in enumerate(legend))
+    visible = [piece.replace(" ", "·").replace("\n", "↵") for piece in pieces]
+    breaks = ["<br>" if "\n" in piece else "" for piece in pieces]
+    boxes = "".join(map("".join, zip(map(_box, visible, colours), breaks, strict=True)))
+    keys = " ".join(map(_box, legend, PASTELS))
     style = "font-family:monospace;font-size:13px;line-height:2;max-width:60em;margin:4px 0"
     picture = f'<div style="{style}">{boxes}</div>'
     if keys:
@@ -241,13 +246,12 @@ def tokens(
     _show("|".join(pieces), html=picture)
 
 
-def _box(piece: str, colour: str) -> str:
-    text = html.escape(piece.replace(" ", "·").replace("\n", "↵"))
+def _box(text: str, colour: str) -> str:
     style = (
         f"display:inline-block;line-height:1.4;background:{colour};color:#1a202c;"
         "border-radius:3px;padding:0 1px;margin:0 1px"
     )
-    return f'<span style="{style}">{text}</span>' + "<br>" * ("\n" in piece)
+    return f'<span style="{style}">{html.escape(text)}</span>'
 
 
 def heatmap(

@@ -1,0 +1,263 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 09 · The card and the chat
+#
+# The road is behind us. This chapter reads the report card of the run, looks at how a model picks its
+# words, and talks to it.
+#
+# **You will learn** where the time went, what temperature and top-k do, how sure the model was of each
+# word, and how a conversation is kept.
+#
+# **Takes** ten minutes to read and half a minute to run, on any CPU. Stage: `report`. What is not there
+# yet is made first.
+
+# %% tags=["parameters"]
+profile = "demo"
+run = None
+overrides = {}
+
+# %%
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.testing import assert_close
+
+from nanolib import launch, lesson
+from nanolib.conversation import Conversation
+from nanolib.engine import inverse_cdf, probabilities
+from nanolib.session import Session
+
+run = lesson.begin(profile, run, overrides)
+launch.stage("eval", run, of="base", watch=lesson.Live())  # chapters 04 and 07, if not there yet
+launch.stage("eval", run, of="sft", watch=lesson.Live())
+launch.stage("report", run, watch=lesson.Live())
+lesson.road(run)
+plt.show()
+
+# %% [markdown]
+# ## Where did the time go?
+#
+# Every stage left a record when it was done. The work itself, and what surrounds it: starting a process
+# and importing torch takes some seconds each time, which only matters when the run is small.
+
+# %%
+names = ["data", "tokenizer", "shards", "base", "eval of base", "sft", "eval of sft"]
+records = [run.stage(*name.split(" of ")).done() for name in names]
+seconds = [record["seconds"] for record in records]
+figure, axes = plt.subplots(figsize=(7.2, 2.4))
+axes.bar_label(axes.barh(names, seconds, color=lesson.BLUE), fmt="%.0f s", padding=3)
+axes.set_title(f"{sum(seconds) / 60:.1f} minutes of work on {records[3]['machine']['device']}")
+axes.set_xlabel("seconds")
+axes.invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# ## The report card
+#
+# Built from the run's directory alone: every number stands beside the file it came from. Here is its
+# beginning. All of it is `report.md` in the run's directory.
+
+# %%
+card = (run.path / "report.md").read_text()
+beginning, _, rest = card.partition("\n## Environment")
+lesson.markdown(re.sub("^#", "###", beginning, flags=re.MULTILINE))
+print(f"… and {len(rest.splitlines())} lines more")
+
+# %% [markdown]
+# ## Talk to it
+#
+# A `Session` is one conversation: it keeps what was said, turns it into a prompt (chapter 07), and
+# streams the answer. The terminal's `nanolib chat` and this notebook use the same one.
+
+# %%
+session = Session.open(run, temperature=0.0, max_new_tokens=48)
+answer = session.ask("Hello!")
+
+# %% [markdown]
+# The model sees the whole conversation at each turn. That is all the memory it has: the text.
+
+# %%
+answer = session.ask("Who are you?")
+tokens = len(Conversation(tuple(session.messages)).render(session.engine.tokenizer).ids)
+print(f"\nUp to here: {tokens} tokens. The model can read {session.engine.context}.")
+
+# %% [markdown]
+# Now ask it what you like: change the text, execute the cell again.
+
+# %%
+session.clear()
+answer = session.ask("Tell me about Ada.")
+
+# %% [markdown]
+# An answer comes token by token, so it can be shown while it is written. `stream` gives the pieces:
+
+# %%
+print(list(session.stream("Where does she live?")))
+
+# %% [markdown]
+# ## How sure was it?
+#
+# At each step the model gives a probability to every token of its vocabulary. Here is one answer again,
+# step by step: the five likeliest tokens, and how likely. Where one bar fills the height, there was
+# nothing to choose. Where the colours share it, the next word was open.
+
+
+# %%
+@torch.no_grad()
+def step_by_step(question, most=12):
+    engine = session.engine
+    prompt = Conversation.ask(question).prompt(engine.tokenizer)
+    (answer,) = engine.complete([prompt], max_new_tokens=most)
+    ids = torch.tensor([[*prompt, *answer]], device=engine.runtime.device)
+    p_TV = engine.model(ids)[0, len(prompt) - 1 :].softmax(dim=-1).cpu()
+    assert p_TV.argmax(dim=-1)[: len(answer)].tolist() == answer
+    return p_TV
+
+
+p_TV = step_by_step("What is your name?")
+names = [session.engine.tokenizer.decode([id]) for id in p_TV.argmax(dim=-1)]
+assert_close(p_TV.sum(dim=-1), torch.ones(len(p_TV)))
+print("the answer:", "".join(names))
+
+# %%
+top_T5 = p_TV.topk(5, dim=-1).values.numpy()
+figure, axes = plt.subplots(figsize=(7.6, 2.6))
+floor = np.zeros(len(top_T5))
+for rank in range(5):
+    axes.bar(range(len(top_T5)), top_T5[:, rank], bottom=floor, label=f"{rank + 1}.")
+    floor += top_T5[:, rank]
+axes.set_xticks(range(len(names)), [name.replace(" ", "·") for name in names], rotation=45)
+axes.set(ylim=(0, 1), title="probability of the five likeliest tokens at each step")
+axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## Temperature and top-k
+#
+# Always taking the likeliest token is safe and dull. To draw one instead, the scores are divided by a
+# **temperature** first: below 1 makes the likely more likely, above 1 evens out. **Top-k** throws away
+# all but the k likeliest before drawing.
+
+
+# %%
+def soften(logits_V, temperature, top_k=None):
+    logits_V = logits_V / temperature
+    if top_k is not None:
+        smallest_kept = logits_V.sort(descending=True).values[top_k - 1]
+        logits_V = torch.where(logits_V < smallest_kept, -torch.inf, logits_V)
+    return logits_V.exp() / logits_V.exp().sum()
+
+
+with torch.no_grad():
+    prompt = Conversation.ask("Who are you?").prompt(session.engine.tokenizer)
+    ids = torch.tensor([prompt], device=session.engine.runtime.device)
+    logits_V = session.engine.model(ids)[0, -1].cpu()
+for temperature, top_k in ((1.0, None), (0.5, None), (1.5, 8)):
+    ours = soften(logits_V, temperature, top_k)
+    assert_close(ours, probabilities(logits_V[None], temperature, top_k)[0], atol=1e-6, rtol=1e-4)
+print("ours equals nanolib.engine.probabilities")
+
+# %% [markdown]
+# To draw: line the probabilities up from 0 to 1, throw a dart, see whose stretch it hits. nanolib takes
+# the dart from a seed of the row's own, so a seed gives the same answer whatever else is computed.
+
+# %%
+figure, panels = plt.subplots(1, 3, sharey=True, figsize=(7.6, 2.4))
+for temperature, axes in zip((0.5, 1.0, 2.0), panels, strict=True):
+    p_V = soften(logits_V, temperature).sort(descending=True).values[:15]
+    axes.bar(range(15), p_V, color=lesson.ORANGE)
+    axes.set(title=f"temperature {temperature}", xlabel="rank of the token")
+panels[0].set_ylabel("probability")
+plt.show()
+p_V, dart = soften(logits_V, 1.0), 0.7
+ours = int((p_V.cumsum(dim=0) > dart).nonzero()[0])
+assert ours == int(inverse_cdf(p_V[None], [dart])[0])
+
+# %% [markdown]
+# The same question five times, with five seeds, at a high temperature:
+
+# %%
+for seed in range(5):
+    warm = Session(session.engine, temperature=1.2, top_k=50, seed=seed, max_new_tokens=40)
+    print("·", "".join(warm.stream("What can you do?")).strip())
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** Temperature near zero is the same as always taking the likeliest. What is the probability of
+# the first of two tokens with scores 2 and 1, at a given temperature?
+
+
+# %% tags=["exercise"]
+def first_of_two(temperature):
+    return ...
+
+
+lesson.check(first_of_two, (1.0, 0.731059), (0.1, 0.999955), (100.0, 0.5025))
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def first_of_two(temperature):
+#     return (1 / (1 + torch.tensor(-1 / temperature).exp())).item()
+# ```
+#
+# </details>
+#
+# **2.** Draw a token: from a list of probabilities and a dart between 0 and 1 to the place it hits.
+
+
+# %% tags=["exercise"]
+def draw(probabilities, dart):
+    return ...
+
+
+lesson.check(draw, ([0.5, 0.3, 0.2], 0.4, 0), ([0.5, 0.3, 0.2], 0.79, 1), ([0.0, 1.0], 0.0, 1))
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def draw(probabilities, dart):
+#     reached = 0.0
+#     for place, probability in enumerate(probabilities):
+#         reached += probability
+#         if dart < reached:
+#             return place
+# ```
+#
+# A token of probability zero has no stretch and is never hit, not even by a dart at exactly 0.
+#
+# </details>
+#
+# **3.** Open a terminal and run `uv run nanolib chat`. Ask for people, towns and pets of the toy world.
+# Then ask for somebody who does not exist. What does the model do, and could it know better?
+#
+# ## To read
+#
+# - Holtzman et al., *The Curious Case of Neural Text Degeneration* (why not always the likeliest),
+#   [arXiv:1904.09751](https://arxiv.org/abs/1904.09751)
+# - Fan, Lewis & Dauphin, *Hierarchical Neural Story Generation* (top-k),
+#   [arXiv:1805.04833](https://arxiv.org/abs/1805.04833)
+# - Kadavath et al., *Language Models (Mostly) Know What They Know*,
+#   [arXiv:2207.05221](https://arxiv.org/abs/2207.05221)
+#
+# In the code: `nanolib/engine.py`, `nanolib/session.py`, `nanolib/report.py`. That was the road: now
+# make it wider. `runs/` has larger profiles, and every setting of theirs is a line you can change.
