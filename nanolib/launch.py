@@ -243,6 +243,22 @@ def is_running(place: StageDir) -> bool:
         return log is None
 
 
+def places(run: Run) -> list[StageDir]:
+    """The directories of all stages that were ever started, the latest last."""
+    logs = sorted(
+        [*run.path.glob("*/log.txt"), *run.path.glob("*/*/log.txt")],
+        key=lambda log: log.stat().st_mtime,
+    )
+    parents = [log.parent for log in logs]
+    return [StageDir(p.parent.name if p.parent != run.path else p.name, p) for p in parents]
+
+
+def wait_until_idle(run: Run) -> None:
+    """Return when no process works on any of the run's stages."""
+    while any(is_running(place) for place in places(run)):
+        time.sleep(0.1)
+
+
 class Follower:
     """Calls `watch` with a stage's rows when there are new ones."""
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanolib import config, launch, rundir
 from nanolib.progress import Line, clock
-from nanolib.rundir import Run, StageDir
+from nanolib.rundir import Run
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -50,7 +50,7 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
                 _chapter(source, this, parameters, line)
         except KeyboardInterrupt:
             line.say("stopping: what is running saves its last step")
-            wait_until_idle(this)
+            launch.wait_until_idle(this)
             line.say("stopped; run the same command to go on")
             raise
     line.say(_where(this))
@@ -192,7 +192,7 @@ def _terminal_follows(run: Run, line: Line) -> Generator[None, None, None]:
     """Show the running stages' progress while the body waits for a chapter."""
     over = threading.Event()
     followers: dict[Path, launch.Follower] = {}
-    for place in places(run):
+    for place in launch.places(run):
         followers[place.path] = launch.Follower(place, line)
         if place.done():
             followers[place.path].skip()
@@ -201,7 +201,7 @@ def _terminal_follows(run: Run, line: Line) -> Generator[None, None, None]:
         last = False
         while not last:
             last = over.wait(0.3)
-            for place in places(run):
+            for place in launch.places(run):
                 followers.setdefault(place.path, launch.Follower(place, line)).look()
 
     thread = threading.Thread(target=follow, name="terminal", daemon=True)
@@ -212,22 +212,6 @@ def _terminal_follows(run: Run, line: Line) -> Generator[None, None, None]:
         over.set()
         thread.join()
         line.close()
-
-
-def places(run: Run) -> list[StageDir]:
-    """The directories of all stages that were ever started, the latest last."""
-    logs = sorted(
-        [*run.path.glob("*/log.txt"), *run.path.glob("*/*/log.txt")],
-        key=lambda log: log.stat().st_mtime,
-    )
-    parents = [log.parent for log in logs]
-    return [StageDir(p.parent.name if p.parent != run.path else p.name, p) for p in parents]
-
-
-def wait_until_idle(run: Run) -> None:
-    """Return when no process works on any of the run's stages."""
-    while any(launch.is_running(place) for place in places(run)):
-        time.sleep(0.1)
 
 
 def _where(run: Run) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import json
 import os
 import re
@@ -52,8 +51,8 @@ def saving(path: Path) -> Generator[None, None, None]:
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "no space left on device" in str(error).lower():
+        # The same words come from OSError, safetensors and torch.
+        if re.search("no space left on device|quota exceeded", str(error), re.IGNORECASE):
             raise ValueError(
                 f"the disk is full: {path} could not be written. What was saved before is intact; "
                 "free some space and run the same command to go on"

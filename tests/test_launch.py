@@ -63,6 +63,7 @@ def start(run, name, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -223,7 +224,7 @@ def test_interrupting_waits_for_the_save_and_goes_on_from_there(run):
     place = run.stage("report")
     launcher = start(run, "report")
     wait(training(place))
-    launcher.send_signal(signal.SIGINT)
+    os.killpg(launcher.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the whole group
     assert "KeyboardInterrupt" in launcher.communicate(timeout=20)[1]
     assert not processes(run.path) and not launch.is_running(place)
     saved = json.loads((place.path / "saved.json").read_text())

@@ -1,5 +1,6 @@
 """A run's directory: made once, opened again with the same recipe, never half a file."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -121,6 +122,21 @@ def test_a_path_is_a_run_too_and_the_last_one_opened_is_found(folder):
     assert Run.load() == inside  # reading is not opening
 
 
+def test_the_manifest_is_written_once(folder):
+    """What happens when two processes find no manifest at the same moment."""
+    path = Run.open("tiny").path
+    before = (path / "manifest.json").read_bytes()
+    rundir._create(path, config.resolve("tiny", {"seed": 9}), {"seed": 9})
+    assert (path / "manifest.json").read_bytes() == before
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
+    rundir.write_atomic(tmp_path / "x", "old")
+    with (tmp_path / "x").open() as reader:
+        rundir.write_atomic(tmp_path / "x", "new")
+        assert reader.read() == "old" and (tmp_path / "x").read_text() == "new"
+
+
 def _open(barrier, results):
     barrier.wait()
     results.put(Run.open("tiny").manifest()["created"])
@@ -203,5 +219,7 @@ def test_a_full_disk_is_a_message_and_keeps_what_was_saved(tmp_path):
 def test_saving_understands_other_libraries_and_hides_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="disk is full"), rundir.saving(tmp_path):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(ValueError, match="disk is full"), rundir.saving(tmp_path):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
     with pytest.raises(RuntimeError, match="other"), rundir.saving(tmp_path):
         raise RuntimeError("other")

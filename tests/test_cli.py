@@ -1,0 +1,202 @@
+"""The command line, and above all what it says to those who mistype."""
+
+import doctest
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanolib import launch
+from nanolib.config import REPOSITORY
+from nanolib.conversation import Part
+from nanolib.rundir import Run
+from nanolib.ui import cli, terminal
+
+
+@pytest.fixture(autouse=True)
+def _restore_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def nanolib(capfd):
+    """Runs a command here; returns (exit code, stdout, stderr)."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(words)
+        except SystemExit as exit:  # tyro's own
+            code = int(exit.code or 0)
+        return (code, *capfd.readouterr())
+
+    return call
+
+
+# ---------------------------------------------------------------------------- words
+
+
+def test_settings_are_told_apart_from_words(tmp_path, monkeypatch):
+    assert doctest.testmod(cli).failed == 0
+    monkeypatch.chdir(tmp_path)
+    words, overrides = cli.split_settings(
+        ["stage", "--base.batch-tokens=1024", "sft", "--seed", "-1", "--mirror", "pack"]
+    )
+    assert words == ["stage", "sft"]
+    assert overrides == {
+        "base.batch_tokens": 1024,
+        "seed": -1,
+        "machine.mirror": str(tmp_path / "pack"),
+    }
+
+
+def test_settings_lists_every_path_with_its_value(nanolib):
+    code, out, _ = nanolib("settings", "smoke", "--base.steps", "7")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert code == 0 and lines["base.steps"] == "7" and lines["machine.device"] == "cpu"
+    assert lines["model.kv_heads"] == "none" and lines["eval.tasks"].startswith("mmlu,")
+
+
+def test_help_is_quick():
+    """No torch, no papermill, no plotting to say what the commands are."""
+    script = (
+        "import sys\nfrom nanolib.ui import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'papermill', 'matplotlib', 'jupytext', 'pyarrow', 'numpy'}\n"
+        "sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in ("run", "stage", "chat", "export", "settings"))
+
+
+def test_the_command_and_the_module_are_the_same():
+    script = Path(sys.executable).with_name("nanolib")
+    for command in ([script], [sys.executable, "-m", "nanolib"]):
+        result = subprocess.run([*command, "settings", "nix"], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: there is no profile 'nix'")
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("run dmeo", r"no profile 'dmeo'; there are .*demo"),
+        ("run smoke --base.step 3", r"no setting 'base.step'; did you mean base.steps"),
+        ("run smoke --base.steps many", r"base.steps must be a whole number or none, got 'many'"),
+        ("run smoke --base.steps", r"--base.steps needs a value"),
+        ("run smoke --base.steps --nproc 2", r"--base.steps needs a value"),
+        ("run smoke --model.depth 0", r"model.depth must be at least 1, got 0"),
+        ("run smoke --nproc 3", r"8 rows, which 3 ranks cannot .* choose machine.ranks or"),
+        ("run smoke --run a,b", r"a run's name is letters.*got 'a,b'"),
+        ("stage base", r"no run yet .* nanolib run demo"),
+        ("stage base --run nix", r"no run 'nix'"),
+        ("stage pretrain --profile smoke", r"no stage 'pretrain'; there are data, .*report"),
+        ("stage sft --of base --profile smoke", r"only eval takes `of`"),
+        ("stage eval --of data --profile smoke", r"no model 'data'; it has base, sft"),
+        ("chat", r"no run yet"),
+        ("report --run nix", r"no run 'nix'"),
+        ("notebooks", r"needs one of --refresh and --check"),
+    ],
+)
+def test_a_mistake_is_one_line_that_helps(nanolib, words, message):
+    code, out, errors = nanolib(*words.split())
+    assert code == 2 and not out
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert re.search(message, errors), errors
+
+
+@pytest.mark.parametrize("words", ["", "fly", "run", "run smoke extra", "stage", "chat --fast"])
+def test_words_that_no_command_takes(nanolib, words):
+    code, _, errors = nanolib(*words.split())
+    assert code == 2 and errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", ["run smoke --run mine", "stage data --run mine", "chat --run mine"])
+def test_a_setting_that_differs_from_the_runs_recipe(nanolib, command):
+    run = Run.open("smoke", "mine", {"base.steps": 9})
+    code, _, errors = nanolib(*command.split(), "--base.steps", "10")
+    assert code == 2 and "'mine' was made with base.steps = 9, not 10" in errors
+    assert "--run NAME" in errors and [p.name for p in run.path.iterdir()] == ["manifest.json"]
+
+
+def test_a_directory_of_another_configuration(nanolib, tmp_path):
+    Run.open("demo", "mine")
+    code, _, errors = nanolib("run", "smoke", "--run", "mine")
+    assert code == 2 and "made with profile = demo, not smoke" in errors
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    code, _, errors = nanolib("run", "smoke", "--run", str(tmp_path / "photos"))
+    assert code == 2 and "holds files but no manifest.json" in errors
+
+
+def test_a_run_given_by_path_is_relative_to_the_shell(nanolib, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nanolib("stage", "pretrain", "--profile", "smoke", "--run", "./here")
+    assert (tmp_path / "here" / "manifest.json").exists()
+
+
+# ---------------------------------------------------------------------------- talking
+
+
+class FakeSession:
+    """Says the words of a list, slowly enough to be interrupted."""
+
+    notice = None
+
+    def __init__(self, *words: str, interrupt_after: int | None = None) -> None:
+        self.words, self.interrupt_after = words, interrupt_after
+        self.asked: list[str] = []
+        self.cleared = 0
+
+    def stream(self, text):
+        if text == "too long":
+            raise ValueError("the message is too long")
+        self.asked.append(text)
+        for number, word in enumerate(self.words):
+            if number == self.interrupt_after:
+                raise KeyboardInterrupt
+            yield word
+
+    def clear(self):
+        self.cleared += 1
+
+
+def test_talking_until_the_end_of_input(monkeypatch, capsys):
+    session = FakeSession("Good ", "day.")
+    lines = iter(["hello", "", "/clear", "too long", "again"])
+    monkeypatch.setattr("builtins.input", lambda prompt: read(lines))
+    terminal.talk(session)
+    out, errors = capsys.readouterr()
+    assert session.asked == ["hello", "again"] and session.cleared == 1
+    assert out.count("Good day.\n") == 2 and errors == "error: the message is too long\n"
+
+
+def read(lines):
+    """input() over a list of lines: EOFError at its end."""
+    for line in lines:
+        return line
+    raise EOFError
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_talk(monkeypatch, capsys):
+    session = FakeSession("Good ", "day.", interrupt_after=1)
+    lines = iter(["one", "two"])
+    monkeypatch.setattr("builtins.input", lambda prompt: read(lines))
+    terminal.talk(session)
+    out, errors = capsys.readouterr()
+    assert session.asked == ["one", "two"] and out == "Good \nGood \n"
+    assert errors == "(stopped)\n" * 2
