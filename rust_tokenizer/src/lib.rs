@@ -5,6 +5,7 @@
 pub mod bpe;
 pub mod count;
 pub mod pretokenize;
+mod window;
 
 #[cfg(feature = "python")]
 #[pyo3::pymodule]

@@ -9,8 +9,10 @@ use std::sync::OnceLock;
 
 use regex_syntax::hir::{Class, HirKind};
 
-/// Bytes that must follow the last text, so that words can be read 16 bytes at a time.
-pub const PADDING: usize = 16;
+use crate::window::{self, Starts, WINDOW};
+
+/// Bytes that must follow the last text, so that a window or a packed word can be read anywhere.
+pub const PADDING: usize = WINDOW;
 
 /// What the scanner needs to know about a character.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -162,39 +164,18 @@ fn family(digits: usize) -> [String; 3] {
 
 /// The family's scanner: one pass, no backtracking.
 ///
-/// Most words are ASCII letters behind a space, and a scanner that looks at them byte by byte
-/// mispredicts the end of each. So `scan` finds the end of up to eight letters at a time with
-/// arithmetic on one `u64`, and leaves everything else to `word_end`.
+/// `window` finds the starts of plain ASCII words 64 bytes at a time; what it does not tell,
+/// `word_end` finds character by character.
 pub struct Scanner {
     digits: usize,
     kinds: &'static Kinds,
-    lead: [Lead; 256],
-}
-
-/// What the fast path of `scan` may do with a word's first byte.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Lead {
-    /// Leave the word to `word_end`.
-    Slow,
-    /// An ASCII letter: a word by itself.
-    Letter,
-    /// ASCII that belongs to letters that follow it.
-    Prefix,
 }
 
 impl Scanner {
     fn new(digits: usize) -> Result<Scanner, PatternError> {
         static KINDS: OnceLock<Result<Kinds, PatternError>> = OnceLock::new();
         let kinds = KINDS.get_or_init(Kinds::build).as_ref().map_err(Clone::clone)?;
-        let mut lead = [Lead::Slow; 256];
-        for byte in 0..128u8 {
-            lead[byte as usize] = match kinds.of(byte as char) {
-                Kind::Letter => Lead::Letter,
-                Kind::Space | Kind::Other if byte != b'\'' => Lead::Prefix,
-                _ => Lead::Slow,
-            };
-        }
-        Ok(Scanner { digits, kinds, lead })
+        Ok(Scanner { digits, kinds })
     }
 
     /// Emits the words of `text[start..end]`; false when `emit` wants no more.
@@ -206,29 +187,38 @@ impl Scanner {
         end: usize,
         emit: &mut impl FnMut(usize, usize) -> bool,
     ) -> bool {
-        let (whole, bytes) = (&text[..end], text.as_bytes());
-        let mut at = start;
-        while at < end {
-            let lead = self.lead[bytes[at] as usize];
-            let mut letters = ascii_letters(bytes, at + 1);
-            let mut next = at + 1 + letters;
-            if lead == Lead::Slow || (lead == Lead::Prefix && letters == 0) || next > end {
-                next = self.word_end(whole, at);
-            } else {
-                while letters == 8 && next < end {
-                    letters = ascii_letters(bytes, next);
-                    next += letters;
+        let whole = &text[..end];
+        let mut base = start;
+        while base < end {
+            let mut window = [0; WINDOW];
+            window.copy_from_slice(&text.as_bytes()[base..base + WINDOW]);
+            let Starts { mut starts, doubt } = window::starts(&window, end - base, self.digits);
+            let mut at = base;
+            starts &= !1;
+            loop {
+                let known = (doubt & (!0 << (at - base))).trailing_zeros();
+                while starts.trailing_zeros() < known {
+                    let next = base + starts.trailing_zeros() as usize;
+                    starts &= starts - 1;
+                    if !emit(at, next) {
+                        return false;
+                    }
+                    at = next;
                 }
-                if next >= end {
-                    next = end;
-                } else if !bytes[next].is_ascii() {
-                    next = self.run(whole, next, |kind| kind == Kind::Letter);
+                if at >= end || at - base > WINDOW / 2 {
+                    break;
                 }
+                let next = self.word_end(whole, at);
+                if !emit(at, next) {
+                    return false;
+                }
+                at = next;
+                if at >= end || at - base >= WINDOW {
+                    break;
+                }
+                starts &= (!0 << 1) << (at - base);
             }
-            if !emit(at, next) {
-                return false;
-            }
-            at = next;
+            base = at;
         }
         true
     }
@@ -313,23 +303,6 @@ impl Scanner {
     }
 }
 
-/// How many of the (up to eight) bytes from `at` are ASCII letters before the first that is not.
-///
-/// Eight bytes at once: with the high bits out of the way, adding 31 or 5 carries into a byte's
-/// high bit exactly when the lower-cased byte is at least `a`, or above `z`.
-#[inline]
-fn ascii_letters(bytes: &[u8], at: usize) -> usize {
-    const ONES: u64 = u64::from_ne_bytes([1; 8]);
-    let mut eight = [0; 8];
-    eight.copy_from_slice(&bytes[at..at + 8]);
-    let word = u64::from_le_bytes(eight);
-    let lower = (word | (ONES * 0x20)) & (ONES * 0x7F);
-    let from_a = lower + ONES * 31;
-    let above_z = lower + ONES * 5;
-    let others = (!from_a | above_z | word) & (ONES * 0x80);
-    others.trailing_zeros() as usize / 8
-}
-
 /// The end of `(?i:[sdmt]|ll|ve|re)` at byte `at`. Case folding lets `ſ` (U+017F) stand for `s`.
 fn contraction(text: &str, at: usize) -> Option<usize> {
     let rest = &text.as_bytes()[at..];
@@ -345,6 +318,8 @@ fn contraction(text: &str, at: usize) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn words(splitter: &Splitter, text: &str) -> Vec<String> {
@@ -364,9 +339,14 @@ mod tests {
         }
     }
 
-    fn pairs(digits: std::ops::RangeInclusive<usize>) -> (Vec<Splitter>, Vec<Splitter>) {
-        let patterns: Vec<String> = digits.flat_map(family).collect();
-        patterns.iter().map(|p| (Splitter::new(p).unwrap(), Splitter::regex(p).unwrap())).unzip()
+    /// Scanners of the whole family and their referees, compiled once.
+    fn pairs() -> (&'static [Splitter], &'static [Splitter]) {
+        static PAIRS: OnceLock<(Vec<Splitter>, Vec<Splitter>)> = OnceLock::new();
+        let (scanners, referees) = PAIRS.get_or_init(|| {
+            let patterns = (1..=3).flat_map(family);
+            patterns.map(|p| (Splitter::new(&p).unwrap(), Splitter::regex(&p).unwrap())).unzip()
+        });
+        (scanners, referees)
     }
 
     #[test]
@@ -380,22 +360,24 @@ mod tests {
 
     #[test]
     fn every_code_point_alone_and_in_company() {
-        let (scanners, referees) = pairs(2..=2);
-        for c in (0..=0x10_FFFF).filter_map(char::from_u32) {
+        let (scanners, referees) = pairs();
+        let (scanners, referees) = (&scanners[3..4], &referees[3..4]); // ours
+        let all: Vec<char> = (0..=0x10_FFFF).filter_map(char::from_u32).collect();
+        for some in all.chunks(256) {
             let mut text = String::new();
-            for neighbour in ["", "a", "7", " ", "\n", "'"] {
-                text.clear();
-                text.extend([neighbour, c.encode_utf8(&mut [0; 4])]);
-                check(&text, &scanners[..1], &referees[..1]);
-                text.push_str(neighbour);
-                check(&text, &scanners[..1], &referees[..1]);
+            for &c in some {
+                check(c.encode_utf8(&mut [0; 4]), scanners, referees);
+                for n in ['a', '7', ' ', '\n', '\''] {
+                    text.extend([n, c, n, '"', '"', n, c, 'z', '.', 'z', c, n, '\r', 'z', c, '\t']);
+                }
             }
+            check(&text, scanners, referees);
         }
     }
 
     #[test]
     fn short_texts_over_a_telling_alphabet() {
-        let (scanners, referees) = pairs(1..=3);
+        let (scanners, referees) = pairs();
         let alphabet: Vec<char> = "aſ7' \t\n\r.\u{301}\u{a0}é".chars().collect();
         let mut texts = vec![String::new()];
         for _ in 0..4 {
@@ -404,8 +386,69 @@ mod tests {
                 .flat_map(|text| alphabet.iter().map(move |c| format!("{text}{c}")))
                 .collect();
             for text in &texts {
-                check(text, &scanners, &referees);
+                check(text, scanners, referees);
             }
         }
     }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn any_text(text in "\\PC{0,100}") {
+            let (scanners, referees) = pairs();
+            check(&text, &scanners[2..7], &referees[2..7]);
+        }
+
+        #[test]
+        fn long_texts_of_telling_pieces(
+            pieces in prop::collection::vec(prop::sample::select(PIECES), 0..120),
+        ) {
+            let (scanners, referees) = pairs();
+            check(&pieces.concat(), &scanners[2..7], &referees[2..7]);
+        }
+    }
+
+    const PIECES: &[&str] = &[
+        " ",
+        " ",
+        " ",
+        " ",
+        "  ",
+        "   ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u{a0}",
+        "\u{2028}",
+        "a",
+        "the",
+        "The",
+        "Word",
+        "internationalization",
+        "é",
+        "ſ",
+        "日本",
+        "\u{301}",
+        "7",
+        "42",
+        "1984",
+        "٣",
+        "½",
+        "123456789",
+        "'",
+        "''",
+        "'s",
+        "'ll",
+        "'VE",
+        ".",
+        ",",
+        "-",
+        "--",
+        "—",
+        "(",
+        "\0",
+        "🙂",
+        "\u{ff07}",
+    ];
 }
