@@ -14,7 +14,7 @@ from nanolib.conversation import (
 )
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-TOKENIZER = Tokenizer.train(["the cat sat on the mat, the cat sat (A) (B)"] * 3, 280)
+TOKENIZER = Tokenizer.train(["the cat sat on the mat, the cat sat (A) (B)"] * 3, 270)
 
 # Text as people write it, with special tokens typed out and with anything else Unicode has.
 texts = st.lists(

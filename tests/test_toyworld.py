@@ -1,0 +1,258 @@
+"""The held-out split, proved on the files themselves: read as plain text, not as we made them."""
+
+import io
+import itertools
+import json
+import re
+import zipfile
+
+import pyarrow.parquet as pq
+import pytest
+
+from nanolib import hub, tasks
+from nanolib.config import from_flat
+from nanolib.data import toyworld
+from nanolib.data.toywords import RELATIONS
+
+SEED = 7
+TRAINING = {
+    "smoltalk": "HuggingFaceTB/smol-smoltalk/train",
+    "mmlu": "cais/mmlu/all/auxiliary_train",
+    "mmlu few-shot": "cais/mmlu/all/dev",
+    "arc_easy": "allenai/ai2_arc/ARC-Easy/train",
+    "arc_challenge": "allenai/ai2_arc/ARC-Challenge/train",
+    "gsm8k": "openai/gsm8k/main/train",
+}
+CHOICE_SETS = [
+    (name, split) for name in ("mmlu", "arc_easy", "arc_challenge") for split in ("train", "test")
+]
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    return toyworld.write(tmp_path_factory.mktemp("toy") / "mirror", SEED, shards=2, rows=3000)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return toyworld.world(SEED)
+
+
+def read(mirror, path):
+    return pq.read_table(mirror / "hub" / f"{path}.parquet").to_pylist()
+
+
+def training_texts(mirror):
+    """Every question with its answer, or choices, as one text."""
+    for path in TRAINING.values():
+        for row in read(mirror, path):
+            messages = [m["content"] for m in row.get("messages", []) if m["role"] != "system"]
+            if messages:
+                yield from map(" ".join, zip(messages[::2], messages[1::2], strict=True))
+            else:
+                yield json.dumps(row)
+
+
+def documents(mirror):
+    return [text for file in sorted((mirror / "text").glob("*")) for text in hub.documents(file)]
+
+
+def words(text):
+    return set(re.findall(r"\w+", text))
+
+
+def test_a_world_of_120_people_shares_its_values_evenly(world):
+    assert len({person.name for person in world.people}) == len(world.people) == 120
+    for relation, kind in RELATIONS.items():
+        values = [person.facts[relation] for person in world.people]
+        assert {value: values.count(value) for value in kind.values} == dict.fromkeys(
+            kind.values, 10
+        )
+        assert all(len(kind.asks) == len(kind.chats) == 3 for kind in RELATIONS.values())
+    every = [value for kind in RELATIONS.values() for value in kind.values]
+    assert len(set(every)) == len(every), "one word must not be two facts"
+
+
+def test_held_out_facts_are_read_about_and_never_asked_about_in_training(mirror, world):
+    held = {(fact.person.name, fact.value) for fact in world.held_out}
+    told = {(fact.person.name, fact.value) for fact in world.told}
+    assert len(held) == 288
+    assert not held & told
+    asked, read_of = set(), set()
+    for found, texts in ((asked, training_texts(mirror)), (read_of, documents(mirror))):
+        for text in texts:
+            seen = words(text)
+            found.update(fact for fact in held | told if seen.issuperset(fact))
+    assert not asked & held
+    assert asked >= told
+    assert read_of >= held | told
+
+
+def test_no_training_question_has_the_person_and_the_relation_of_a_held_out_fact(mirror, world):
+    banned = {
+        question.format(n=fact.person.name)
+        for fact in world.held_out
+        for question in RELATIONS[fact.relation].asks + RELATIONS[fact.relation].chats
+    }
+    training = "\n".join(training_texts(mirror))
+    assert not [question for question in banned if question in training]
+    assert not [q for text in documents(mirror) for q in banned if q in text]
+    for path in ("cais/mmlu/all/test", "nanolib/toy-facts/test"):
+        assert {row["question"] for row in read(mirror, path)} <= banned
+
+
+def test_word_problems_are_held_out_by_their_numbers(mirror):
+    def first_sums(rows):
+        return {re.search(r"<<(\d+[-+*]\d+)=", row["answer"])[1] for row in rows}
+
+    test, train = read(mirror, "openai/gsm8k/main/test"), read(mirror, TRAINING["gsm8k"])
+    assert len(test) == 400
+    assert not first_sums(test) & first_sums(train)
+    assert {s for text in documents(mirror) for s in re.findall(r"\d+[-+*]\d+", text)}.isdisjoint(
+        first_sums(test)
+    )
+
+
+def test_the_sums_of_word_problems_are_right(mirror):
+    for row in read(mirror, "openai/gsm8k/main/test") + read(mirror, TRAINING["gsm8k"]):
+        steps = re.findall(r"<<(\d+)([-+*])(\d+)=(\d+)>>(\d+)", row["answer"])
+        for left, sign, right, result, shown in steps:
+            left, right = int(left), int(right)
+            value = {"+": left + right, "-": left - right, "*": left * right}[sign]
+            assert value == int(result) == int(shown) >= 0
+        assert row["answer"].endswith(f"\n#### {steps[-1][3]}")
+
+
+def test_functions_are_held_out_by_their_numbers_and_pass_their_tests(mirror):
+    training = "\n".join([*training_texts(mirror), *documents(mirror)])
+    rows = read(mirror, "openai/openai_humaneval/test")
+    assert len(rows) >= 100
+    for row in rows:
+        assert row["prompt"] not in training
+        assert row["canonical_solution"] not in training
+        space = {}
+        exec(row["prompt"] + row["canonical_solution"] + row["test"], space)
+        space["check"](space[row["entry_point"]])
+        exec(row["prompt"] + "    return None\n" + row["test"], space)
+        with pytest.raises(AssertionError):
+            space["check"](space[row["entry_point"]])
+
+
+@pytest.mark.parametrize(("name", "split"), CHOICE_SETS)
+def test_whatever_ignores_the_name_is_right_once_in_four(mirror, name, split):
+    task = tasks.load(name, split, mirror)
+    rows = [(task.choices(i), task.answer(i)) for i in range(len(task))]
+    assert len(rows) % 4 == 0
+    assert all(len(set(choices)) == 4 for choices, _ in rows)
+    blind = {
+        "first": lambda choices: 0,
+        "last": lambda choices: 3,
+        "longest": lambda choices: max(range(4), key=lambda c: len(choices[c])),
+        "shortest": lambda choices: min(range(4), key=lambda c: len(choices[c])),
+        "alphabet": lambda choices: choices.index(min(choices)),
+    }
+    for rule, choose in blind.items():
+        right = sum(choose(choices) == answer for choices, answer in rows) / len(rows)
+        if rule in ("first", "last", "alphabet"):
+            assert right == 0.25, rule
+        assert right <= 0.35, rule
+
+
+def test_the_answers_of_choice_questions_are_true(mirror, world):
+    facts = {person.name: person.facts for person in world.people}
+    for name, split in CHOICE_SETS:
+        task = tasks.load(name, split, mirror)
+        for i in range(len(task)):
+            (person,) = words(task.question(i)) & facts.keys()
+            (right,) = set(task.choices(i)) & set(facts[person].values())
+            assert task.choices(i)[task.answer(i)] == right
+
+
+def test_sheets_and_registers_are_true(mirror, world):
+    facts = {person.name: person.facts for person in world.people}
+    checked = 0
+    for text in documents(mirror):
+        first, *lines = text.split("\n")
+        if first.startswith("About "):
+            pairs = [(first[6:], *line.split(": ")) for line in lines]
+        elif first == "The town book says":
+            pairs = [
+                (*reversed(head.removesuffix(":").split(" of ")), value)
+                for head, value in zip(lines[::2], lines[1::2], strict=True)
+            ]
+        else:
+            continue
+        for person, relation, value in pairs:
+            assert facts[person][relation] == value
+            checked += 1
+    assert checked > 1000
+
+
+def test_validation_text_is_not_in_the_training_text(mirror):
+    files = hub.text_files(from_flat("test", {}), mirror)
+    training = {text for file in files.train for text in hub.documents(file)}
+    assert len(training) == 6000
+    assert training.isdisjoint(hub.documents(files.validation))
+
+
+def test_every_task_loads_and_converses(mirror):
+    for name, split in [*itertools.product(tasks.TASKS, ["test"]), *CHOICE_SETS]:
+        task = tasks.load(name, split, mirror)
+        assert [task.conversation(i).turns[-1].role for i in range(3)] == ["assistant"] * 3
+
+
+def test_the_bundle_has_cores_layout_and_a_balanced_task_of_each_type(mirror):
+    bundle = zipfile.ZipFile(mirror / "eval_bundle.zip")
+    core = bundle.read("eval_bundle/core.yaml").decode()
+    kinds = dict(re.findall(r"- label: (\w+)\n(?:.*\n)*?  icl_task_type: (\w+)\n", core))
+    assert sorted(kinds.values()) == ["language_modeling", "multiple_choice", "schema"]
+    meta = bundle.read("eval_bundle/eval_meta_data.csv").decode().splitlines()
+    assert meta[0] == "Eval Task,Random baseline"
+    assert [line.split(",")[0] for line in meta[1:]] == list(kinds)
+    for label, uri in re.findall(r"- label: (\w+)\n  dataset_uri: (\S+)\n", core):
+        rows = [
+            json.loads(line)
+            for line in io.TextIOWrapper(bundle.open(f"eval_bundle/eval_data/{uri}"))
+        ]
+        fields = {
+            "language_modeling": {"context", "continuation"},
+            "multiple_choice": {"query", "choices", "gold"},
+            "schema": {"context_options", "continuation", "gold"},
+        }[kinds[label]]
+        assert all(row.keys() == fields for row in rows)
+        if "gold" in fields:
+            golds = [row["gold"] for row in rows]
+            assert len({golds.count(gold) for gold in set(golds)}) == 1
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
+    small = {"shards": 1, "rows": 50}
+    one, two, other = (
+        files_of(toyworld.write(tmp_path / name, seed, **small))
+        for name, seed in (("one", 1), ("two", 1), ("other", 2))
+    )
+    assert one == two
+    assert one.keys() == other.keys()
+    different = [name for name in one if one[name] != other[name]]
+    assert len(different) == len(one) - 1  # the functions are the same in every world
+
+
+def test_an_interrupted_writing_leaves_what_was_there(tmp_path, monkeypatch):
+    toyworld.write(tmp_path / "mirror", 1, shards=1, rows=20)
+    before = files_of(tmp_path / "mirror")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(toyworld, "core_bundle", fail)
+        with pytest.raises(OSError, match="disk full"):
+            toyworld.write(tmp_path / "mirror", 2, shards=1, rows=20)
+    assert files_of(tmp_path / "mirror") == before
+    toyworld.write(tmp_path / "mirror", 2, shards=1, rows=20)
+    assert files_of(tmp_path / "mirror") != before
+    assert [path.name for path in tmp_path.iterdir()] == ["mirror"]
