@@ -333,8 +333,8 @@ def _measure_label(measure: str) -> str:
     return ", ".join([LABELS.get(task, task), *how])
 
 
-def _texts(result: Mapping[str, Any]) -> Iterator[Sequence[str]]:
-    """Every sample (a list of texts) anywhere in a result."""
+def _texts(result: Mapping[str, Any]) -> Iterator[Sequence[str | bool]]:
+    """Every sample anywhere in a result: a list of texts, and perhaps whether the last is right."""
     for key, value in result.items():
         if key == "samples" and isinstance(value, list):
             yield from ([said] if isinstance(said, str) else said for said in value)
@@ -364,9 +364,14 @@ def _result_table(stage: StageDir) -> Iterator[str]:
     yield f"Source: `{_title(stage)}/done.json`."
 
 
-def _quoted(said: Sequence[str]) -> Iterator[str]:
-    """Texts in a fence that nothing in them can close."""
-    body = "\n".join(f"{'>' if number == 0 else ' '} {text!r}" for number, text in enumerate(said))
+def _quoted(said: Sequence[str | bool]) -> Iterator[str]:
+    """A sample in a fence that nothing in it can close."""
+    body = ""
+    for number, text in enumerate(said):
+        if isinstance(text, bool):
+            body += " (right)" if text else " (wrong)"
+        else:
+            body += f"\n  {text!r}" if number else f"> {text!r}"
     fence = "`" * max(3, 1 + max((len(run) for run in _runs_of_backticks(body)), default=0))
     yield f"{fence}text"
     yield from body.split("\n")

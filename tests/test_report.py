@@ -41,8 +41,12 @@ def run() -> Run:
         run,
         "eval",
         {
-            "mmlu": {"letters": {"accuracy": 0.2625}, "text": {"accuracy": 0.9375}, "chance": 0.25, "n": 240},
-            "facts": {"accuracy": 0.8812, "n": 160, "samples": [["Who?", "Ada", "right"]]},
+            "mmlu": {"text": 0.9375, "letters": 0.2625, "chance": 0.25, "questions": 240},
+            "facts": {
+                "accuracy": 0.8812,
+                "questions": 160,
+                "samples": [["Who?", "Ada", True], ["Where?", "There", False]],
+            },
         },
         of="sft",
     )  # fmt: skip
@@ -88,7 +92,7 @@ def test_every_stage_is_there_with_time_cost_and_results(run):
     assert cells(data, "compression GPT-2") == ["3.25"]
     assert cells(data, "train tokens") == ["987,654"]
     assert cells(section(text, "Training"), "train loss") == ["1.22"]
-    assert cells(section(text, "Evaluations"), "MMLU")[:3] == ["0.2625", "0.9375", "0.2500"]
+    assert cells(section(text, "Evaluations"), "MMLU")[:3] == ["0.9375", "0.2625", "0.2500"]
 
 
 def test_every_table_names_its_source(run):
@@ -105,7 +109,8 @@ def test_every_table_names_its_source(run):
 def test_samples_cannot_break_out_of_their_fence(run):
     text = report.build(run)
     assert "````text\n> 'Ada has'\n  ' a cat. ```\\n# Hi | x'\n````" in text
-    assert "> 'Who?'\n  'Ada'\n  'right'" in text
+    assert "> 'Who?'\n  'Ada' (right)\n```" in text
+    assert "> 'Where?'\n  'There' (wrong)\n```" in text
     assert "\n# Hi" not in text
 
 
