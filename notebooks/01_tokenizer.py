@@ -188,14 +188,17 @@ size = sum(len(text.encode()) for text in sample)
 kept = [0, *(2**n for n in range(4, 17) if 2**n < len(tokenizer.merges)), len(tokenizer.merges)]
 shorter = [Tokenizer(tokenizer.merges[:number]) for number in kept]
 lengths = [sum(map(len, cut.encode_batch(sample))) for cut in shorter]
+print(f"{size:,} bytes are from {lengths[0]:,} down to {lengths[-1]:,} tokens")
+
+# %%
 figure, (left, right) = plt.subplots(1, 2)
 left.plot([256 + number for number in kept], [size / length for length in lengths], "o-")
 left.set_xscale("log", base=2)
 left.set(xlabel="vocabulary", title="bytes a token")
 used = np.concatenate(tokenizer.encode_batch(sample))
 bins = np.arange(0.5, 17)
-everything = tokenizer.byte_lengths[256 : -len(SPECIAL_TOKENS)]
-right.hist(everything, bins, density=True, alpha=0.6, label="in the vocabulary")
+merged = tokenizer.byte_lengths[256 : -len(SPECIAL_TOKENS)]
+right.hist(merged, bins, density=True, alpha=0.6, label="in the vocabulary")
 right.hist(tokenizer.byte_lengths[used], bins, density=True, alpha=0.6, label="in the text")
 right.set(xlabel="bytes", title="how long tokens are (share)")
 right.legend()

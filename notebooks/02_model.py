@@ -107,6 +107,7 @@ for axes, scale, title in ((left, 1.0, "without"), (right, 64**-0.5, "divided by
     axes.set_title(f"{title}: the largest weight is {weights_S.max():.2f}")
     axes.set_xlabel("position looked at")
 left.set_ylabel("weight")
+plt.show()
 
 # %% [markdown]
 # ## 3. Rotary positions: where a token stands becomes an angle
@@ -141,19 +142,18 @@ print("ours equals nanolib.model.rotate, and turning changes no length")
 # dot product is the same.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2)
-for pair, speed in enumerate(10_000.0 ** -(torch.arange(4) / 4)):
-    left.plot(torch.arange(64), torch.cos(torch.arange(64) * speed), label=f"pair {pair}")
-left.set_title("cosine of the angle")
-left.set_xlabel("position")
-left.legend(loc="lower right", fontsize=8)
 places_T = torch.arange(20)
 q_TK, k_TK = (rotate(vector.expand(1, 20, 1, K), places_T)[0, :, 0] for vector in torch.randn(2, K))
 dots_TS = q_TK @ k_TK.T
-right.set_title("query · key")
-figure.colorbar(lesson.heatmap(right, dots_TS, colours="RdBu"))
-right.set(xlabel="the key's position", ylabel="the query's position")
 assert_close(dots_TS[5, 2], dots_TS[17, 14], atol=1e-4, rtol=0)
+figure, (left, right) = plt.subplots(1, 2)
+for pair, speed in enumerate(10_000.0 ** -(torch.arange(4) / 4)):
+    left.plot(torch.arange(64), torch.cos(torch.arange(64) * speed), label=f"pair {pair}")
+left.set(title="cosine of the angle", xlabel="position")
+left.legend(loc="lower right", fontsize=8)
+figure.colorbar(lesson.heatmap(right, dots_TS, colours="RdBu"))
+right.set(title="query · key", xlabel="the key's position", ylabel="the query's position")
+plt.show()
 
 # %% [markdown]
 # ## 4. A whole attention layer
@@ -253,6 +253,7 @@ for head, axes in enumerate(panels):
     lesson.heatmap(axes, weights_TS, limits=(0, 1))
     axes.set(title=f"head {head}", xlabel="looks at position")
 panels[0].set_ylabel("position")
+plt.show()
 # %% [markdown]
 # ## 7. The cache: never compute a key twice
 #
@@ -309,6 +310,7 @@ axes.set(
 )
 axes.margins(0)
 axes.legend(loc="lower right")
+plt.show()
 # %% [markdown]
 # Small models are mostly vocabulary: the tables grow with the width, the blocks with its square and
 # the depth. That is why small profiles take a small vocabulary. And this run's model:

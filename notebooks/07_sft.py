@@ -239,10 +239,11 @@ model = checkpoint.load_model(run.stage("sft").checkpoints, cpu.device)
 quiz = tasks.load(next(iter(asked)), "test", run.mirror())
 rows = [i for i in range(min(32, len(quiz))) if len(quiz.choices(i)) == 4]
 rows.sort(key=quiz.answer)
-table_NC = torch.stack(
-    [letter_probabilities(model, quiz.question(i), quiz.choices(i)) for i in rows]
-)
-right_N = torch.tensor([quiz.answer(i) for i in rows])
+print(letter_probabilities(model, quiz.question(rows[0]), quiz.choices(rows[0])))
+
+# %%
+answers = [letter_probabilities(model, quiz.question(i), quiz.choices(i)) for i in rows]
+table_NC, right_N = torch.stack(answers), torch.tensor([quiz.answer(i) for i in rows])
 by_hand = (table_NC.argmax(dim=1) == right_N).tolist()
 assert by_hand == by_letter(Engine(model, tokenizer, cpu), quiz, rows)
 print(f"{np.mean(by_hand):.0%} right by letter")

@@ -1,0 +1,239 @@
+"""What chapters share: the live figure and its twin, pictures, exercise checks."""
+
+import io
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from nanolib import lesson
+from nanolib.rundir import Run, StageDir
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """Pretend that a kernel runs us; collects what is displayed, and what replaces it in place."""
+    shown = []
+
+    class Handle:
+        def __init__(self):
+            self.versions = []
+            shown.append(self)
+
+        def display(self, bundle, raw):
+            self.versions.append(bundle)
+
+        update = display
+
+    def display(bundle, raw):
+        Handle().display(bundle, raw)
+
+    monkeypatch.setattr(lesson, "in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.DisplayHandle", Handle)
+    monkeypatch.setattr("IPython.display.display", display)
+    return shown
+
+
+@pytest.fixture
+def stage(tmp_path) -> StageDir:
+    return StageDir("base", tmp_path / "base")
+
+
+def rows(count: int, steps: int = 50) -> list[dict]:
+    train = [
+        {"kind": "train", "step": s + 1, "steps": steps, "loss": 5 / (s + 1)} for s in range(count)
+    ]
+    return [*train, {"kind": "eval", "step": count, "bpb": 1.5}]
+
+
+def test_importing_lesson_imports_nothing_heavy():
+    code = (
+        "import sys, nanolib.lesson; "
+        "heavy = {'torch', 'matplotlib', 'IPython', 'numpy'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------------------- begin
+
+
+def test_begin_opens_the_run_and_keeps_it_when_the_cell_runs_again(capsys):
+    first = lesson.begin("smoke", None, {})
+    again = lesson.begin("smoke", first, {})
+    assert isinstance(first, Run) and again is first
+    assert "depth 2, width 32, vocabulary 512, 57,344 parameters" in capsys.readouterr().out
+
+
+def test_begin_passes_a_users_mistake_on():
+    with pytest.raises(ValueError, match=r"model\.dept"):
+        lesson.begin("smoke", None, {"model.dept": 3})
+
+
+# ---------------------------------------------------------------------------- the live figure
+
+
+def test_live_redraws_one_figure_in_place_and_seldom(notebook, stage, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(lesson, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    live = lesson.Live(every=2.0)
+    for count in range(1, 41):  # eight looks a second for five seconds
+        live(stage, rows(count))
+        now[0] += 0.125
+    (figure,) = notebook
+    assert len(figure.versions) == 3
+    pictures = [bundle["image/png"] for bundle in figure.versions]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(set(pictures)) == 3
+    assert "33/50" in figure.versions[-1]["text/plain"]
+
+
+def test_live_always_draws_the_end(notebook, stage):
+    live = lesson.Live(every=1000.0)
+    live(stage, rows(3))
+    live(stage, rows(4))
+    stage.finish({"tokens": 1234, "tokens_per_second": 10.0}, seconds=65.0)
+    live(stage, rows(5))
+    (figure,) = notebook
+    assert len(figure.versions) == 2
+    assert figure.versions[-1]["text/plain"].startswith("base finished in 1:05  ·  1,234 tokens")
+
+
+def test_live_gives_each_stage_an_output_of_its_own(notebook, stage, tmp_path):
+    other = StageDir("eval", tmp_path / "eval" / "sft")
+    live = lesson.Live()
+    live(stage, rows(2))
+    live(other, [{"kind": "progress", "step": 1, "steps": 3, "message": "mmlu"}])
+    first, second = notebook
+    assert "image/png" in first.versions[0]
+    assert second.versions[0] == {"text/plain": "eval of sft  1/3  mmlu"}
+
+
+def test_live_prints_lines_outside_a_notebook(stage, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    lesson.Live()(stage, rows(7))
+    assert "7/50" in out.getvalue() and "bpb 1.500" in out.getvalue()
+
+
+def test_curves_show_what_is_left_and_both_scores():
+    figure = lesson.curves(rows(10), "base")
+    left, right = figure.axes
+    assert left.get_xlim() == pytest.approx((0, 52.5)) == right.get_xlim()
+    assert [len(line.get_xdata()) for line in left.lines] == [10, 10]
+    assert "held-out bits per byte" in {right.get_title(loc="left"), right.get_title()}
+    assert right.lines[0].get_ydata().tolist() == [1.5]
+
+
+def test_smooth_is_a_moving_average_with_an_unbiased_start():
+    values = np.random.default_rng(0).normal(size=30).tolist()
+    for keep in (0.0, 0.5, 0.9):
+        weights = [[keep ** (t - s) for s in range(t + 1)] for t in range(30)]
+        naive = [float(np.average(values[: t + 1], weights=weights[t])) for t in range(30)]
+        assert lesson.smooth(values, keep) == pytest.approx(naive)
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def test_tokens_are_escaped_and_keep_their_text_twin(notebook):
+    lesson.tokens(["<|bos|>", "<b>hi</b>", " you\n", "$x$"], groups=[0, 1, 1, 0], legend=["a", "b"])
+    (output,) = notebook
+    bundle = output.versions[0]
+    assert bundle["text/plain"] == "<|bos|>|<b>hi</b>| you\n|$x$"
+    assert "&lt;|bos|&gt;" in bundle["text/html"] and "<b>" not in bundle["text/html"]
+    assert bundle["text/html"].count("<br>") == 1 and "·you↵" in bundle["text/html"]
+    assert bundle["text/html"].count("<span") == 6
+
+
+def test_tokens_shade_by_value(notebook):
+    lesson.tokens(["a", "b", "c"], shades=[0.0, 0.25, 7.0])
+    page = notebook[0].versions[0]["text/html"]
+    assert [f", {alpha})" in page for alpha in ("0.00", "0.25", "1.00", "7.00")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_tokens_and_markdown_print_outside_a_notebook(capsys):
+    lesson.tokens(["to", "ken"])
+    lesson.markdown("# card")
+    assert capsys.readouterr().out == "to|ken\n# card\n"
+
+
+def test_heatmap_names_rows_and_columns_whatever_is_in_them():
+    figure, axes = plt.subplots()
+    lesson.heatmap(axes, np.eye(2), rows=["$x", " a"], columns=["b\n", "long one"])
+    figure.canvas.draw()  # a stray dollar would fail here, as mathematics
+    assert [label.get_text() for label in axes.get_yticklabels()] == [r"\$x", "·a"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["b↵", "long·one"]
+
+
+def test_the_road_is_green_where_a_stage_is_finished():
+    run = lesson.begin("smoke", None, {})
+    run.stage("data").finish({}, seconds=1.0)
+    run.stage("eval", of="base").finish({}, seconds=1.0)
+    figure = lesson.road(run)
+    boxes = {t.get_text(): t.get_bbox_patch() for t in figure.axes[0].texts if t.get_bbox_patch()}
+    green = matplotlib.colors.to_rgba(lesson.PASTELS[2])
+    assert {n for n, box in boxes.items() if box.get_facecolor() == green} == {"data", "eval"}
+
+
+def test_tree_lists_what_is_there_but_nothing_hidden(tmp_path, capsys):
+    (tmp_path / "base" / "checkpoints" / "deep").mkdir(parents=True)
+    (tmp_path / "base" / "done.json").write_text("x" * 2500)
+    (tmp_path / ".lock").touch()
+    lesson.tree(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["base/"],
+        ["checkpoints/"],
+        ["done.json", "2", "KB"],
+    ]
+
+
+# ---------------------------------------------------------------------------- exercises
+
+
+@pytest.mark.parametrize(
+    ("answer", "cases", "mark"),
+    [
+        (..., (4,), "○"),
+        (4, (4,), "✓"),
+        (5, (4,), "✗"),
+        (4.00001, (4.0,), "✓"),
+        (4.1, (4.0,), "✗"),
+        (True, (1,), "✗"),
+        (("u", "g"), (("u", "g"),), "✓"),
+        (torch.tensor([1.0, 2.0]), (np.array([1.0, 2.0]),), "✓"),
+        (torch.tensor([[1.0, 2.0]]), ([1.0, 2.0],), "✗"),
+        (torch.tensor([1.0]), ([1.0, 2.0],), "✗"),
+        (lambda x: ..., ((1, 2),), "○"),
+        (lambda x: None, ((1, 2),), "○"),
+        (lambda x: x + 1, ((1, 2), (2, 3)), "✓"),
+        (lambda x: 2 * x, ((1, 2), (2, 3)), "✗"),
+        (lambda x: 1 / 0, ((1, 2),), "✗"),
+        (lambda x, y: [x, y], ((1, 2, [1, 2]),), "✓"),
+        (lambda x: torch.tensor(float(x)).log(), ((50, 3.912023),), "✓"),
+    ],
+)
+def test_check_says_whether_an_answer_is_right(answer, cases, mark, capsys):
+    lesson.check(answer, *cases)
+    assert capsys.readouterr().out.startswith(f"{mark} ")
+
+
+def test_check_shows_the_case_that_failed(capsys):
+    def double(x):
+        return x + 2
+
+    lesson.check(double, (2, 4), (3, 6))
+    assert capsys.readouterr().out == "✗ double(3) should be 6, but it is 5\n"

@@ -1,0 +1,239 @@
+"""The chapters: pairs in step, the agreed form, and all of them executed in profile smoke."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import jupytext
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+
+from nanolib import launch, lesson, pipeline, stages
+from nanolib.rundir import Run
+
+matplotlib.use("Agg")
+
+CHAPTERS = pipeline.chapters()
+PARAMETERS = 'profile = "demo"\nrun = None\noverrides = {}'
+LONGEST_CELL = 16  # lines of code, imports and blank lines not counted
+EVIDENCE = r"\b(print|assert|assert_close)\b|plt\.show|lesson\.|launch\.stage|session\.ask"
+CHAIN_SECONDS = 180
+LESSON_SECONDS = 5  # of a chapter in smoke, stages and imports not counted
+
+each_chapter = pytest.mark.parametrize("source", CHAPTERS, ids=[path.stem for path in CHAPTERS])
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+# ---------------------------------------------------------------------------- form
+
+
+def test_the_chapters_of_the_course_are_there():
+    assert {path.stem for path in CHAPTERS} >= {
+        "00_tour",
+        "01_tokenizer",
+        "02_model",
+        "04_pretraining",
+        "07_sft",
+        "09_chat",
+    }
+
+
+@each_chapter
+def test_the_pair_is_in_step(source):
+    """.py and .ipynb hold the same cells (`jupytext --diff` exits 0 on differences)."""
+    script = jupytext.reads(source.read_text(), fmt="py:percent")
+    notebook = jupytext.reads(source.with_suffix(".ipynb").read_text(), fmt="ipynb")
+    for one, other in zip(script.cells, notebook.cells, strict=True):
+        assert one.cell_type == other.cell_type
+        assert one.source == other.source
+        assert tags(one) == tags(other)
+
+
+@each_chapter
+def test_the_notebook_names_its_kernel_and_holds_no_error(source):
+    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    nbformat.validate(notebook)
+    for version in (notebook, jupytext.read(source)):
+        assert version.metadata.kernelspec.name == "python3"
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert source.with_suffix(".ipynb").stat().st_size <= 400_000
+
+
+@each_chapter
+def test_parameters_come_first_and_open_the_run(source):
+    first, second, *_ = code_cells(jupytext.read(source))
+    assert first.source == PARAMETERS and tags(first) == ["parameters"]
+    assert "run = lesson.begin(profile, run, overrides)" in second.source
+
+
+@each_chapter
+def test_a_cell_is_short_and_ends_in_evidence(source):
+    for cell in code_cells(jupytext.read(source))[1:]:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        lines = [line for line in lines if not re.match(r"(import|from)\s", line)]
+        assert len(lines) <= LONGEST_CELL, f"{len(lines)} lines:\n{cell.source}"
+        is_text = cell.source.startswith("worker =")  # 00's program in a string, run by the next
+        assert is_text or re.search(EVIDENCE, cell.source) or cell.source.startswith(("@", "def"))
+
+
+@each_chapter
+def test_a_chapter_says_what_how_long_and_what_to_read(source):
+    text = "\n".join(c.source for c in jupytext.read(source).cells if c.cell_type == "markdown")
+    for phrase in ("**You will learn**", "**Takes**", "## Exercises", "## To read", "In the code:"):
+        assert phrase in text
+    assert re.search(r"arXiv:\d{4}\.\d{5}\]\(https://arxiv\.org/abs/\d{4}\.\d{5}\)", text)
+
+
+@each_chapter
+def test_a_chapter_asserts_its_small_version_and_draws(source):
+    code = "\n".join(cell.source for cell in code_cells(jupytext.read(source)))
+    assert re.search(r"assert_close\(|assert .* == ", code)
+    assert code.count("plt.show()") + code.count('launch.stage("base"') >= 2
+
+
+# ---------------------------------------------------------------------------- the chain
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The whole chain in profile smoke through the real pipeline: (run, seconds)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOLIB_RUNS", str(tmp_path_factory.mktemp("chain")))
+        started = time.monotonic()
+        run = pipeline.run("smoke")
+        yield run, time.monotonic() - started
+
+
+@pytest.mark.slow
+def test_the_chain_makes_a_run_in_time(chain):
+    run, seconds = chain
+    assert seconds < CHAIN_SECONDS
+    for place in (
+        *(run.stage(name) for name in ("data", "tokenizer", "shards", "base", "sft", "report")),
+        *(run.stage("eval", of=model) for model in ("base", "sft")),
+    ):
+        assert place.done(), place.path
+    assert (run.path / "report.md").read_text().startswith("# Report card")
+
+
+@pytest.mark.slow
+@each_chapter
+def test_an_executed_chapter_has_pictures_and_a_page(chain, source):
+    run, _ = chain
+    executed = nbformat.read(run.path / "chapters" / f"{source.stem}.ipynb", as_version=4)
+    outputs = [output for cell in code_cells(executed) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) >= 2
+    assert (run.path / "chapters" / f"{source.stem}.html").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+@each_chapter
+def test_lesson_cells_are_quick(chain, source):
+    """Stages and imports aside. Twice the budget is allowed: tests run on busy machines."""
+    run, _ = chain
+    executed = nbformat.read(run.path / "chapters" / f"{source.stem}.ipynb", as_version=4)
+    seconds = {
+        cell.source[:50]: cell.metadata.papermill.duration
+        for cell in code_cells(executed)
+        if "launch.stage" not in cell.source and "import " not in cell.source
+    }
+    assert sum(seconds.values()) < 2 * LESSON_SECONDS, seconds
+
+
+@pytest.mark.slow
+def test_the_live_figure_is_one_output_that_ends_finished(chain):
+    run, _ = chain
+    executed = nbformat.read(run.path / "chapters" / "04_pretraining.ipynb", as_version=4)
+    (cell,) = [c for c in executed.cells if 'launch.stage("base"' in c.source]
+    pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == 1
+    assert pictures[0].data["text/plain"].startswith("base finished in")
+
+
+@pytest.mark.slow
+def test_a_finished_chain_is_not_executed_again(chain, monkeypatch, capsys):
+    run, _ = chain
+    monkeypatch.setenv("NANOLIB_RUNS", str(run.path.parent))
+    before = (run.path / "chapters" / "04_pretraining.ipynb").stat().st_mtime_ns
+    pipeline.run("smoke")
+    assert (run.path / "chapters" / "04_pretraining.ipynb").stat().st_mtime_ns == before
+    assert capsys.readouterr().out.count("finished before") == len(CHAPTERS)
+
+
+# ---------------------------------------------------------------------------- alone, and solved
+
+
+def solved(notebook) -> list[str]:
+    """The code of every cell; exercises are answered by the solution that follows them."""
+    sources, cells = [], notebook.cells
+    for number, cell in enumerate(cells):
+        if cell.cell_type != "code":
+            continue
+        source = cell.source
+        if "exercise" in tags(cell):
+            text = cells[number + 1].source
+            assert text.startswith("<details><summary>Solution</summary>")
+            (answer,) = re.findall(r"```python\n(.*?)```", text.split("</details>")[0], re.DOTALL)
+            source = answer + source[source.index("lesson.check(") :]
+        sources.append(source)
+    return sources
+
+
+@pytest.fixture
+def work_here(monkeypatch):
+    """Stages run in this process: starting workers is tested elsewhere, and takes its time."""
+
+    def work(run, place, of, log, follower):
+        stages.work(place.name, run, of)
+
+    monkeypatch.setattr(launch, "_work", work)
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+
+
+@pytest.mark.slow
+@each_chapter
+def test_a_chapter_runs_alone_in_plain_text_and_its_solutions_are_right(source, work_here, capsys):
+    """From nothing: a fresh runs folder, no notebook around."""
+    notebook = pipeline.read(source)
+    names: dict = {}
+    for code in solved(notebook):
+        code = 'profile, run, overrides = "smoke", None, {}' if code == PARAMETERS else code
+        exec(compile(code, str(source), "exec"), names)
+    out = capsys.readouterr().out
+    exercises = sum("exercise" in tags(cell) for cell in notebook.cells)
+    assert exercises >= 2
+    assert out.count("✓ right") == exercises, out
+    assert isinstance(names["run"], Run)
+
+
+def test_an_unsolved_exercise_says_so(capsys):
+    """Each stub is told from a wrong answer, so that a reader knows where to write."""
+    for source in CHAPTERS:
+        for cell in jupytext.read(source).cells:
+            if "exercise" in tags(cell):
+                stub, check = cell.source.split("lesson.check(")
+                assert "return ..." in stub or stub.rstrip().endswith("= ...")
+                assert check
+    lesson.check(..., 1)
+    assert capsys.readouterr().out.startswith("○ ")
+
+
+def test_committed_outputs_are_of_the_demo():
+    """Outputs, where there are any, come from profile demo (`nanolib notebooks --refresh`)."""
+    for source in CHAPTERS:
+        notebook = json.loads(Path(source.with_suffix(".ipynb")).read_text())
+        printed = json.dumps([cell.get("outputs", []) for cell in notebook["cells"]])
+        assert "run smoke:" not in printed and "/tmp/" not in printed
