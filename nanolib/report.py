@@ -126,14 +126,18 @@ def _summary(run: Run) -> Iterator[str]:
     if not measures:
         yield "No evaluation is finished."
         return
+    chances = {
+        task: scores.get("chance") for n in MODELS for task, scores in _scores(run, n).items()
+    }
     rows = []
     for measure in measures:
         task = measure.split(", ")[0]
-        ours = [found.get(f"{name} {measure}") for name in MODELS]
+        ours = [*(found.get(f"{name} {measure}") for name in MODELS), chances.get(task)]
         asked_alike = measure == task or measure.endswith("letters") or task == "gsm8k"
         theirs = [ORIGINAL[name].get(task) if asked_alike else None for name in MODELS]
         rows.append([_measure_label(measure), *map(_score, [*ours, *theirs])])
-    header = ["", *(name.upper() for name in MODELS), *(f"original {n.upper()}" for n in MODELS)]
+    ours, theirs = [n.upper() for n in MODELS], [f"original {n.upper()}" for n in MODELS]
+    header = ["", *ours, "chance", *theirs]
     yield from _table(header, rows)
     yield ""
     yield (
@@ -156,12 +160,16 @@ def _costs(run: Run) -> Iterator[str]:
             continue
         result, machine = record["result"], record.get("machine", {})
         speed = result.get("tokens_per_second")
-        share = speed and accounting.mfu(
-            recipe.model,
-            recipe.tokenizer.vocab_size,
-            tokens_per_second=speed,
-            device=str(machine.get("device")),
-            ranks=machine.get("ranks", 1),
+        share = (
+            stage.name == "base"
+            and speed
+            and accounting.mfu(
+                recipe.model,
+                recipe.tokenizer.vocab_size,
+                tokens_per_second=speed,
+                device=str(machine.get("device")),
+                ranks=machine.get("ranks", 1),
+            )
         )
         seconds += record["seconds"]
         money.append(record.get("dollars"))
@@ -180,8 +188,11 @@ def _costs(run: Run) -> Iterator[str]:
     rows.append(["**all**", f"**{clock(seconds)}**", "", "", "", f"**{total}**"])
     yield from _table(["stage", "time", "tokens", "tokens/s", "MFU", "cost"], rows)
     yield ""
-    yield "Source: each stage's `done.json`. MFU: share of the device's bfloat16 peak, where known;"
-    yield "cost: time x `machine.dollars_per_hour`, where given."
+    yield (
+        "Source: each stage's `done.json`. Tokens are those learned from (in SFT what the assistant "
+        "says). MFU: base's share of the device's bfloat16 peak, where known. Cost: time x "
+        "`machine.dollars_per_hour`, where given."
+    )
 
 
 def _machine(run: Run) -> Iterator[str]:
@@ -279,7 +290,7 @@ def _evaluations(run: Run) -> Iterator[str]:
             [LABELS.get(task, task), *(_score(values.get(key)) for key in columns)]
             for task, values in scores.items()
         ]
-        yield from _table(["task", *columns], rows)
+        yield from _table(["task", *(LABELS.get(column, column) for column in columns)], rows)
         yield from ["", f"Source: `{_title(stage)}/done.json`."]
 
 
@@ -288,11 +299,15 @@ def _samples(run: Run) -> Iterator[str]:
     yield "## Samples"
     found = False
     for stage in _stages(run):
-        for said in list(_texts(_result(stage)))[:SAMPLES]:
-            if not found or found != _title(stage):
-                found = _title(stage)
-                yield from ["", f"From `{found}/done.json`: what was given, then what came."]
-            yield from ["", *(_quoted(said))]
+        samples = list(_texts(_result(stage)))[:SAMPLES]
+        if samples:
+            found = True
+            yield from [
+                "",
+                f"From `{_title(stage)}/done.json`: what was given, then what came.",
+                "",
+            ]
+            yield from _fenced("\n\n".join(map(_quoted, samples)))
     if not found:
         yield from ["", "No samples were recorded."]
 
@@ -364,14 +379,19 @@ def _result_table(stage: StageDir) -> Iterator[str]:
     yield f"Source: `{_title(stage)}/done.json`."
 
 
-def _quoted(said: Sequence[str | bool]) -> Iterator[str]:
-    """A sample in a fence that nothing in it can close."""
-    body = ""
+def _quoted(said: Sequence[str | bool]) -> str:
+    """A sample: what was given, and each text that came on a line of its own."""
+    quoted = ""
     for number, text in enumerate(said):
         if isinstance(text, bool):
-            body += " (right)" if text else " (wrong)"
+            quoted += " (right)" if text else " (wrong)"
         else:
-            body += f"\n  {text!r}" if number else f"> {text!r}"
+            quoted += f"\n  {text!r}" if number else f"> {text!r}"
+    return quoted
+
+
+def _fenced(body: str) -> Iterator[str]:
+    """Text in a fence that nothing in it can close."""
     fence = "`" * max(3, 1 + max((len(run) for run in _runs_of_backticks(body)), default=0))
     yield f"{fence}text"
     yield from body.split("\n")

@@ -66,13 +66,13 @@ def cells(text: str, first: str) -> list[str]:
 
 def test_summary_has_our_columns_and_the_originals(run):
     summary = section(report.build(run), "Summary")
-    assert cells(summary, "") == ["BASE", "SFT", "original BASE", "original SFT"]
-    assert cells(summary, "MMLU, letters") == ["—", "0.2625", "—", "0.3151"]
-    assert cells(summary, "MMLU, text") == ["—", "0.9375", "—", "—"]
-    assert cells(summary, "facts") == ["—", "0.8812", "—", "—"]
-    assert cells(summary, "bits per byte") == ["0.3131", "—", "—", "—"]
+    assert cells(summary, "") == ["BASE", "SFT", "chance", "original BASE", "original SFT"]
+    assert cells(summary, "MMLU, letters") == ["—", "0.2625", "0.2500", "—", "0.3151"]
+    assert cells(summary, "MMLU, text") == ["—", "0.9375", "0.2500", "—", "—"]
+    assert cells(summary, "facts") == ["—", "0.8812", "—", "—", "—"]
+    assert cells(summary, "bits per byte") == ["0.3131", "—", "—", "—", "—"]
     assert cells(summary, "bits per byte of a token trigram")[0] == "0.6262"
-    assert "chance" not in summary
+    assert "MMLU, chance" not in summary
     assert "the toy world's: only their form is the original's" in summary
 
 
@@ -85,6 +85,7 @@ def test_every_stage_is_there_with_time_cost_and_results(run):
     speed = cells(costs, "base")
     assert speed[:3] == ["1:30", "40,960", "250,000"]
     assert re.fullmatch(r"\d+\.\d%", speed[3])
+    assert cells(costs, "sft")[3] == "—", "its tokens are only those the assistant says"
     assert cells(section(text, "Environment"), "device") == ["NVIDIA H100 80GB HBM3"]
     assert cells(section(text, "Model"), "parameters")[0] == f"{run.config.recipe.model.parameters(512):,}"  # fmt: skip
     data = section(text, "Data and tokenizer")
@@ -109,8 +110,7 @@ def test_every_table_names_its_source(run):
 def test_samples_cannot_break_out_of_their_fence(run):
     text = report.build(run)
     assert "````text\n> 'Ada has'\n  ' a cat. ```\\n# Hi | x'\n````" in text
-    assert "> 'Who?'\n  'Ada' (right)\n```" in text
-    assert "> 'Where?'\n  'There' (wrong)\n```" in text
+    assert "> 'Who?'\n  'Ada' (right)\n\n> 'Where?'\n  'There' (wrong)\n```" in text
     assert "\n# Hi" not in text
 
 
