@@ -98,6 +98,7 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".model.safetensors"
         save_file(weights, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # the library makes it private
         partial.replace(folder / "model.safetensors")
     for name, content in files.items():
         write_atomic(folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
