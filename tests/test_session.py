@@ -36,8 +36,8 @@ def run_with_models(tokenizer, cpu):
         for number, stage in enumerate(stages):
             recipe = run.config.recipe
             models[stage] = model = GPT.build(recipe.model, tokenizer.vocab_size, CPU, seed=number)
-            with torch.no_grad():
-                torch.nn.init.normal_(model.head.weight)
+            draw = torch.Generator().manual_seed(number)
+            torch.nn.init.normal_(model.head.weight, generator=draw)
             about = {"recipe": flatten(recipe), "vocab_size": tokenizer.vocab_size}
             optimizer = MuonAdamW(model, recipe.optim, cpu)
             checkpoint.save(run.stage(stage).checkpoints, 7, model, optimizer, about, cpu)
@@ -224,7 +224,8 @@ def test_an_engine_that_fails_is_heard_and_history_stays_whole(tokenizer):
 def test_the_same_seed_gives_the_same_conversation(tokenizer):
     model = GPT.build(tiny(sequence_len=120), tokenizer.vocab_size, CPU, seed=0)
     with torch.no_grad():
-        model.head.weight.copy_(torch.randn(model.head.weight.shape) / 7)
+        draw = torch.Generator().manual_seed(0)
+        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=draw) / 7)
     engine = Engine(model, tokenizer, Runtime(device=CPU, dtype=torch.float32))
 
     def conversation(seed):
@@ -243,7 +244,8 @@ def test_open_finds_the_newest_model_of_a_run(run_with_models):
         talk = Session.open(run, of, temperature=0.0)
         assert talk.engine.model.head.weight.equal(models[expected].head.weight)
         assert talk.temperature == 0.0
-    assert talk.ask("hello") == talk.messages[1].text.strip()
+    assert talk.ask("hello")
+    assert talk.messages[0] == said("hello", "user")
     run, _ = run_with_models("base")
     assert Session.open(run).engine.model
     with pytest.raises(ValueError, match="no sft model to talk to yet; finish it first: nanolib"):
