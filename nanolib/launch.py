@@ -71,7 +71,7 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
                 time.sleep(POLL)
             elif place.done() is None:
                 _work(run, place, of, log, follower)
-    follower.look(last=True)
+    follower.look()
     record = place.done()
     assert record is not None
     return record["result"]
@@ -260,22 +260,20 @@ def wait_until_idle(run: Run) -> None:
 
 
 class Follower:
-    """Calls `watch` with a stage's rows when there are new ones."""
+    """Calls `watch` with a stage's rows when there are new ones, and when it is done."""
 
     def __init__(self, place: StageDir, watch: Watch | None) -> None:
         self.place, self.watch = place, watch
-        self._seen: tuple[int, int] | None = None
+        self._seen = (0, 0, False)
 
-    def look(self, last: bool = False) -> None:
-        news = self.skip()
-        if self.watch is not None and (news or last):
+    def look(self) -> None:
+        if self.skip() and self.watch is not None:
             self.watch(self.place, self.place.metrics.rows())
 
     def skip(self) -> bool:
-        """Count the rows so far as seen; whether any were new."""
-        path = self.place.metrics.path
-        if not path.exists():
-            return False
-        status, seen = path.stat(), self._seen
-        self._seen = (status.st_size, status.st_mtime_ns)
-        return self._seen != seen
+        """Count everything so far as seen; whether any of it was new."""
+        before, done, metrics = self._seen, self.place.done(), self.place.metrics.path
+        status = metrics.stat() if metrics.exists() else None
+        size, modified = (status.st_size, status.st_mtime_ns) if status else (0, 0)
+        self._seen = (size, modified, done is not None)
+        return self._seen != before

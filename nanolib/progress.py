@@ -27,24 +27,28 @@ def clock(seconds: float) -> str:
 def describe(stage: StageDir, rows: Sequence[Row]) -> str:
     """Stage, step, loss, tokens/s, time left and the last evaluation, as far as the rows say.
 
-    "base    120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412"
+    "base    120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412"; a finished stage ends in
+    "done in 2:13" instead.
     """
     of = "" if stage.path.name == stage.name else f" of {stage.path.name}"
     last = next((row for row in reversed(rows) if row["kind"] in ("train", "progress")), {})
     evaluated = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
+    record = stage.done()
     words = [f"{stage.name + of:<9}"]
-    if "steps" in last:
+    if "steps" in last and (record is None or "loss" in last):
         words.append(f"{last['step']:,}/{last['steps']:,}")
     if "loss" in last:
         words.append(f"loss {last['loss']:.3f}")
     if last.get("tokens_per_second"):
         words.append(f"{last['tokens_per_second']:,.0f} tokens/s")
-    if "seconds_left" in last:
+    if "seconds_left" in last and record is None:
         words.append(f"{clock(last['seconds_left'])} left")
     if "bpb" in evaluated:
         words.append(f"bpb {evaluated['bpb']:.3f}")
-    if "message" in last:
+    if "message" in last and record is None:
         words.append(str(last["message"]))
+    if record is not None:
+        words.append(f"done in {clock(record['seconds'])}" if "seconds" in record else "done")
     return "  ".join(words)
 
 
@@ -60,6 +64,8 @@ class Line:
 
     def __call__(self, stage: StageDir, rows: Sequence[Row]) -> None:
         text, name = describe(stage, rows), str(stage.path)
+        if not rows and stage.done() is None:
+            return
         if self._terminal and self._shown[0] not in ("", name):
             self.stream.write("\n")
         if self._terminal:

@@ -321,9 +321,15 @@ def _check_same_recipe(
     saved = settings.flatten(settings.from_flat(profile, manifest["recipe"]).recipe)
     asked = settings.resolve(profile, {**manifest["overrides"], **overrides}).recipe
     differences = settings.recipe_difference(asked, saved)
-    given_first = sorted(differences, key=lambda difference: difference[0] not in overrides)
-    for key, now_asked, before in given_first[:1]:
-        raise _refusal(path, key, before, now_asked)
+    for key, asked_now, before in differences:
+        if key in overrides:
+            raise _refusal(path, key, before, asked_now)
+    for key, asked_now, before in differences:
+        raise ValueError(
+            f"run {path.name!r} was made with {key} = {before}, and profile {profile} now says "
+            f"{asked_now}; restore the profile to go on with that run, or start a new one with "
+            f"--run NAME (this one is {path})"
+        )
 
 
 def _refusal(path: Path, key: str, saved: Any, asked: Any) -> ValueError:

@@ -63,7 +63,9 @@ def test_a_profile_edited_since_is_noticed(folder):
     Run.open("tiny")
     text = (folder / "profiles/tiny.toml").read_text()
     (folder / "profiles/tiny.toml").write_text(text + "seed = 7\n")
-    with pytest.raises(ValueError, match=r"seed = 1, not 7"):
+    with pytest.raises(
+        ValueError, match=r"seed = 1, and profile tiny now says 7; restore .*--run NAME"
+    ):
         Run.open("tiny")
     assert Run.load("tiny").config.recipe.seed == 1
 
