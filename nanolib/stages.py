@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ def data(context: Context) -> dict[str, Any]:
         toyworld.write(context.stage.path / "mirror", run.config.recipe.seed)
     files = hub.text_files(run.config, run.mirror())
     return {
+        "mirror": run.config.machine.mirror and str(run.mirror()),
         "fingerprint": _fingerprint(run, files),
         "train_files": [path.name for path in files.train],
         "validation_file": files.validation.name,
@@ -472,8 +474,9 @@ def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
     """Do one stage in this process (one rank of it) and leave its done record."""
     stage = run.stage(name, of)
     started, clock = now(), time.perf_counter()
+    guard = Guard.start()  # first: joining ranks that are gone would wait for minutes
     runtime = Runtime.start(run.config.machine)
-    context = Context(run=run, stage=stage, runtime=runtime, guard=Guard.start(), of=of)
+    context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
     try:
         result = WORK[name](context)
         runtime.barrier()
@@ -519,6 +522,7 @@ def main() -> int:
         print(stopped, flush=True)
         return STOPPED
     except (ValueError, FloatingPointError) as error:
+        traceback.print_exc()  # for the log; the launcher shows its user the last line alone
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USERS_MISTAKE
     return 0
