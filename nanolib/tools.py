@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -184,7 +184,8 @@ class Sandbox:
                 finally:
                     worker = session.worker_pid  # None where it crashed
                     if worker is not None and time.monotonic() - started > SLOW_SECONDS:
-                        os.kill(worker, signal.SIGKILL)  # the pool starts another
+                        with suppress(ProcessLookupError):
+                            os.kill(worker, signal.SIGKILL)  # the pool starts another
         except monty.MontyCrashedError as error:
             crash = "feed time limit exceeded" if error.timed_out else "the sandbox crashed"
             return self._plain(f"RuntimeError: {crash}")
