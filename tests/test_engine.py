@@ -155,6 +155,24 @@ def test_bad_settings_are_named_before_anything_runs(settings, message):
         engine().generate([[]], max_new_tokens=4)
 
 
+def test_batches_keep_to_max_rows_and_shrink_as_rows_end():
+    speaker, asked, sizes = engine(sequence_len=64), prompts(5, 12, 3, 8), []
+    decode = speaker._decode
+
+    def recording(tokens, cache, counts):
+        sizes.append((len(tokens), sum(counts)))
+        return decode(tokens, cache, counts)
+
+    speaker._decode = recording
+    settings = {"samples": 3, "max_new_tokens": 40, "temperature": 1.0}
+    speaker.complete(asked, max_rows=7, **settings)
+    assert max(rows for rows, _ in sizes) == 6, "two prompts at a time"
+    assert all(rows < 2 * speaking for rows, speaking in sizes)
+    sizes.clear()
+    speaker.complete(asked, max_rows=1, **settings)
+    assert max(rows for rows, _ in sizes) == 3, "a prompt's samples stay together"
+
+
 def test_nothing_to_say_is_nothing_said():
     assert engine().complete([], max_new_tokens=4) == []
 
