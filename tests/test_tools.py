@@ -320,8 +320,10 @@ time.sleep(60)
 """
 
 
-def test_no_worker_outlives_a_killed_host() -> None:
-    host = subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE)
+def test_no_worker_outlives_a_killed_host(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # the launcher does outlive it
+    command = [sys.executable, "-c", HOST]
+    host = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
     left: list[psutil.Process] = []
     try:
         assert host.stdout is not None
