@@ -474,6 +474,7 @@ def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
     """Do one stage in this process (one rank of it) and leave its done record."""
     stage = run.stage(name, of)
     started, clock = now(), time.perf_counter()
+    stage.path.mkdir(parents=True, exist_ok=True)
     guard = Guard.start()  # first: joining ranks that are gone would wait for minutes
     runtime = Runtime.start(run.config.machine)
     context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
