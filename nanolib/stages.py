@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import sys
 import time
 import traceback
@@ -500,11 +501,23 @@ def _hardware(runtime: Runtime) -> dict[str, Any]:
     cuda = runtime.device.type == "cuda"
     return {
         "ranks": runtime.ranks,
-        "device": torch.cuda.get_device_name(runtime.device) if cuda else runtime.device.type,
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else _cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _cpu_name() -> str:
+    """The processor's name where Linux tells it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> int:

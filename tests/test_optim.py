@@ -80,10 +80,22 @@ def test_clips_by_the_global_norm_after_summing(random_model, cpu):
         for weight in model.parameters():
             weight.grad = size * torch.randn(weight.shape, generator=generator)
         norm = math.sqrt(sum(float(w.grad.square().sum()) for w in model.parameters()))
-        found = MuonAdamW(model, OptimConfig(clip=1.0), cpu).step(1.0)
-        assert math.isclose(found, norm, rel_tol=1e-5)
+        optimizer = MuonAdamW(model, OptimConfig(clip=1.0), cpu)
+        assert math.isclose(optimizer.step(1.0), norm, rel_tol=1e-5)
+        assert math.isclose(_norm_of_moments(optimizer), 1.0, rel_tol=1e-5)
     for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def _norm_of_moments(optimizer) -> float:
+    """The gradient's norm as the first moments after one step remember it."""
+    config, total = optimizer.config, 0.0
+    for group in optimizer.groups:
+        adam = group.rule == "adamw"
+        moment = group.state["moment1" if adam else "momentum"]
+        kept = 1 - (config.adam_beta1 if adam else config.momentum_start)
+        total += float((moment / kept).square().sum())
+    return math.sqrt(total)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(random_model, cpu):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -135,9 +136,8 @@ def test_resumed_equals_straight(tmp_path, random_model, cpu):
         if trainer.step == 3:
             guard.request_stop()
 
-    first = _trainer(
-        tmp_path / "b", random_model(), cpu, guard=guard, hooks=[_evaluation, stop_after_three]
-    )
+    hooks = [_evaluation, stop_after_three]
+    first = _trainer(tmp_path / "b", random_model(), cpu, guard=guard, hooks=hooks, save_every=5)
     with pytest.raises(Stopped, match="saved after step 4 of 6"):
         first.fit()
     second = _trainer(tmp_path / "b", random_model(seed=9), cpu, hooks=[_evaluation])
@@ -228,9 +228,10 @@ def _damage(folder, kind):
 
 def test_a_half_written_checkpoint_is_never_seen(tmp_path, random_model, cpu):
     trainer = _saved(tmp_path, random_model, cpu)
-    (trainer.stage.checkpoints / "step_00000006.partial").mkdir()
+    whole = trainer.stage.checkpoints / "step_00000004"
+    shutil.copytree(whole, trainer.stage.checkpoints / "step_00000006.partial")
     found = checkpoint.latest(trainer.stage.checkpoints)
-    assert found is not None and found.step == 4
+    assert found is not None and found.path == whole
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path, random_model, cpu):
