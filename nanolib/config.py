@@ -389,6 +389,11 @@ def _validate(recipe: Recipe, machine: MachineConfig) -> None:
         raise ValueError(
             f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
         )
+    if machine.mirror is not None and recipe.data.source == "toyworld":
+        raise ValueError(
+            f"machine.mirror is {machine.mirror}, but data.source = toyworld makes its own text; "
+            "leave the mirror out, or choose data.source = hub"
+        )
     for stage, settings_of in (("base", recipe.base), ("sft", recipe.sft)):
         if settings_of.warmup + settings_of.warmdown > 1:
             raise ValueError(

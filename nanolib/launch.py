@@ -115,8 +115,9 @@ def _work(run: Run, place: StageDir, of: str | None, log: BinaryIO, follower: Fo
     ranks = _ranks(run) if place.name in SHARED else 1
     command, environment = _command(run, place, of, ranks)
     start = log.seek(0, os.SEEK_END)
-    log.write(f"--- {rundir.now()} {place.name} on {ranks} rank(s)\n".encode())
-    log.flush()
+    with rundir.saving(place.log):
+        log.write(f"--- {rundir.now()} {place.name} on {ranks} rank(s)\n".encode())
+        log.flush()
     worker = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -244,13 +245,11 @@ def is_running(place: StageDir) -> bool:
 
 
 def places(run: Run) -> list[StageDir]:
-    """The directories of all stages that were ever started, the latest last."""
-    logs = sorted(
-        [*run.path.glob("*/log.txt"), *run.path.glob("*/*/log.txt")],
-        key=lambda log: log.stat().st_mtime,
-    )
-    parents = [log.parent for log in logs]
-    return [StageDir(p.parent.name if p.parent != run.path else p.name, p) for p in parents]
+    """The directories of all stages that were ever started, in the order of the road."""
+    folders = [("eval", path) for path in sorted((run.path / "eval").glob("*"))]
+    folders += [(name, run.path / name) for name in config.STAGES if name != "eval"]
+    folders.sort(key=lambda folder: config.STAGES.index(folder[0]))
+    return [StageDir(name, path) for name, path in folders if path.is_dir()]
 
 
 def wait_until_idle(run: Run) -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from nanolib import stages
 from nanolib.config import ModelConfig
 from nanolib.model import GPT
+from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 
 TINY = ModelConfig(depth=2, aspect=16, head_dim=16, kv_heads=1, sequence_len=32)
@@ -19,6 +21,20 @@ def _one_thread():
 def _own_runs_folder(tmp_path, monkeypatch):
     """No test writes into the checkout's runs/out."""
     monkeypatch.setenv("NANOLIB_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Run:
+    """A finished run of profile smoke, made in this process. Copy it before changing anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOLIB_RUNS", str(tmp_path_factory.mktemp("finished")))
+        run = Run.open("smoke")
+    for name in ("data", "tokenizer", "shards", "base", "sft"):
+        stages.work(name, run)
+    for model in ("base", "sft"):
+        stages.work("eval", run, of=model)
+    stages.work("report", run)
+    return run
 
 
 @pytest.fixture

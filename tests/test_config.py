@@ -108,6 +108,7 @@ def test_other_values_and_names_are_refused(path, given, message):
         ({"sft.rows.mmlu": -1}, r"sft\.rows\.mmlu must be 0 or more"),
         ({"base.warmdown": 1.5}, r"base\.warmdown is a fraction"),
         ({"base.warmup": 0.7, "base.warmdown": 0.7}, r"warmup \+ base\.warmdown must be at most 1"),
+        ({"mirror": "/there"}, r"machine\.mirror is /there, but data\.source = toyworld"),
         ({"machine.ranks": 3}, r"1024 makes 8 rows, which 3 ranks cannot .* machine\.ranks or"),
     ],
 )

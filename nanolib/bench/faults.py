@@ -90,7 +90,7 @@ def kill(kind: str, command: subprocess.Popen) -> list[psutil.Process]:
 
     family = psutil.Process(command.pid).children(recursive=True)
     words = {"kernel": "ipykernel", "worker": launch.WORKER}.get(kind)
-    victims = [p for p in family if words and words in " ".join(_command_line(p))]
+    victims = [p for p in family if words and words in " ".join(command_line(p))]
     if kind == "command":
         command.kill()
     elif victims:
@@ -100,7 +100,7 @@ def kill(kind: str, command: subprocess.Popen) -> list[psutil.Process]:
     return family
 
 
-def _command_line(process: psutil.Process) -> list[str]:
+def command_line(process: psutil.Process) -> list[str]:
     import psutil
 
     try:
@@ -122,14 +122,12 @@ def survivors(family: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in family if runs(process)]
 
 
-def wait(condition: Callable[[], Any], seconds: float, pause: float = 0.02) -> bool:
-    """Whether the condition became true in time."""
+def wait(condition: Callable[[], Any], seconds: float, pause: float = 0.02) -> Any:
+    """What the condition gives as soon as that is true, or false when time is up."""
     deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
+    while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(pause)
-    return True
+    return value
 
 
 # ---------------------------------------------------------------------------- the long one

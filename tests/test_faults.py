@@ -1,0 +1,132 @@
+"""A run killed in every stage ends with the numbers of one that was left alone.
+
+Real workers in profile smoke, started by chapters that only launch; see `nanolib.bench.faults`
+for the long version over the whole course.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nanolib import launch
+from nanolib.bench import faults
+from nanolib.config import REPOSITORY
+from nanolib.rundir import Run, StageDir
+
+CHAPTER = """# %% tags=["parameters"]
+profile = "demo"
+run = None
+overrides = {}
+
+# %%
+from nanolib import launch
+from nanolib.rundir import Run
+
+this = Run.open(profile, run, overrides)
+
+# %%
+"""
+COMMAND = """
+import sys
+from pathlib import Path
+from nanolib import pipeline
+from nanolib.ui import cli
+pipeline.NOTEBOOKS = Path(sys.argv[1])
+sys.exit(cli.main(["run", "smoke", "--run", sys.argv[2]]))
+"""
+# Each stage, the rows of metrics after which it is struck (None: while it starts), and how.
+ROAD = [
+    ("data", None, "command"),
+    ("tokenizer", None, "kernel"),
+    ("shards", 1, "ctrl-c"),
+    ("base", 9, "worker"),
+    ("eval/base", 1, "kernel"),
+    ("sft", 7, "ctrl-c"),
+    ("eval/sft", 1, "command"),
+    ("report", None, "worker"),
+]
+
+
+@pytest.fixture
+def notebooks(tmp_path) -> Path:
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name, calls in {
+        "00_data": ['"shards", this'],
+        "01_base": ['"base", this', '"eval", this, of="base"'],
+        "02_sft": ['"sft", this', '"eval", this, of="sft"', '"report", this'],
+    }.items():
+        lines = "".join(f"launch.stage({call})\n" for call in calls)
+        (folder / f"{name}.py").write_text(CHAPTER + lines)
+    return folder
+
+
+def command(notebooks: Path, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(notebooks), str(folder)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def frozen_worker(
+    process: subprocess.Popen, folder: Path, place: StageDir, rows: int | None
+) -> psutil.Process:
+    """The stage's worker, stopped in the middle of its work so that no kill comes too late."""
+
+    def find():
+        assert process.poll() is None, process.communicate()
+        if rows is not None and len(place.metrics.rows()) < rows:
+            return None
+        words = [launch.WORKER, *place.path.relative_to(folder).parts]
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if set(words) <= set(faults.command_line(child)):
+                return child
+        return None
+
+    worker = faults.wait(find, 60, 0.005)
+    worker.send_signal(signal.SIGSTOP)
+    assert place.done() is None, f"{place.path} was too quick"
+    return worker
+
+
+@pytest.mark.slow
+def test_struck_in_every_stage_the_numbers_are_the_same(notebooks, tmp_path, finished_run):
+    folder, finished = tmp_path / "struck", {}
+    for name, rows, kind in ROAD:
+        place = StageDir(name.split("/")[0], folder / name)
+        process = command(notebooks, folder)
+        worker = frozen_worker(process, folder, place, rows)
+        family = faults.kill(kind, process)
+        worker.send_signal(signal.SIGCONT)
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode != 0 and "Traceback" not in errors
+        if kind == "ctrl-c":
+            assert "run the same command to go on" in out
+        assert faults.wait(lambda f=family: not faults.survivors(f), 30), kind
+        now = {path: path.read_bytes() for path in folder.glob("**/done.json")}
+        assert finished.items() <= now.items()  # no finished stage ran again
+        finished = now
+    process = command(notebooks, folder)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    struck = Run.load(str(folder))
+    assert list(faults.differences(faults.outcome(finished_run), faults.outcome(struck))) == []
+    assert not [p for p in psutil.process_iter() if str(folder) in " ".join(faults.command_line(p))]
+
+
+def test_differences_are_found():
+    mine = {"sft": {"rows": [{"loss": 1.0}, {"loss": 2.0}], "result": None}}
+    theirs = {"sft": {"rows": [{"loss": 1.0}, {"loss": 2.5}], "result": None}, "base": {}}
+    assert list(faults.differences(mine, mine)) == []
+    assert list(faults.differences(mine, theirs)) == [
+        "base: None != {}",
+        "sft/rows/1/loss: 2.0 != 2.5",
+    ]
