@@ -24,8 +24,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nanolib import config, guard, rundir
 from nanolib.rundir import Run, StageDir
@@ -110,14 +111,13 @@ def _enabled(run: Run, model: str) -> bool:
 # ---------------------------------------------------------------------------- the worker
 
 
-def _work(run: Run, place: StageDir, of: str | None, log: BinaryIO, follower: Follower) -> None:
+def _work(run: Run, place: StageDir, of: str | None, log: FileIO, follower: Follower) -> None:
     """Start the worker, follow it to its end, and raise what went wrong."""
     ranks = _ranks(run) if place.name in SHARED else 1
     command, environment = _command(run, place, of, ranks)
     start = log.seek(0, os.SEEK_END)
     with rundir.saving(place.log):
         log.write(f"--- {rundir.now()} {place.name} on {ranks} rank(s)\n".encode())
-        log.flush()
     worker = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -222,11 +222,11 @@ def _failure(place: StageDir, code: int, start: int) -> Exception:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Generator[BinaryIO | None, None, None]:
+def _locked(path: Path) -> Generator[FileIO | None, None, None]:
     """The file open for appending and locked, or None while another process has it."""
     with rundir.saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("ab")
+        log = path.open("ab", buffering=0)
     with log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,20 +4,18 @@ import doctest
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanolib import launch
-from nanolib.config import REPOSITORY
-from nanolib.conversation import Part
+from nanolib import launch, stages
 from nanolib.rundir import Run
 from nanolib.ui import cli, terminal
 
@@ -125,7 +123,9 @@ def test_words_that_no_command_takes(nanolib, words):
     assert code == 2 and errors and "Traceback" not in errors
 
 
-@pytest.mark.parametrize("command", ["run smoke --run mine", "stage data --run mine", "chat --run mine"])
+@pytest.mark.parametrize(
+    "command", ["run smoke --run mine", "stage data --run mine", "chat --run mine"]
+)
 def test_a_setting_that_differs_from_the_runs_recipe(nanolib, command):
     run = Run.open("smoke", "mine", {"base.steps": 9})
     code, _, errors = nanolib(*command.split(), "--base.steps", "10")
@@ -200,3 +200,188 @@ def test_ctrl_c_stops_an_answer_and_not_the_talk(monkeypatch, capsys):
     out, errors = capsys.readouterr()
     assert session.asked == ["one", "two"] and out == "Good \nGood \n"
     assert errors == "(stopped)\n" * 2
+
+
+# ---------------------------------------------------------------------------- a real run
+
+
+@pytest.fixture
+def copy(finished_run) -> Run:
+    """A copy of the finished smoke run, as the run opened last."""
+    target = Path(os.environ["NANOLIB_RUNS"]) / "smoke"
+    shutil.copytree(finished_run.path, target)
+    return Run.open("smoke")
+
+
+@pytest.fixture
+def work_here(monkeypatch):
+    """Stages run in this process: starting workers is tested elsewhere, and takes its time."""
+
+    def work(run, place, of, log, follower):
+        stages.work(place.name, run, of)
+
+    monkeypatch.setattr(launch, "_work", work)
+
+
+def test_the_commands_that_read_a_run(nanolib, copy):
+    (copy.path / "report.md").unlink()
+    code, out, errors = nanolib("report")
+    assert (code, out.strip()) == (0, str(copy.path / "report.md")), errors
+    assert (copy.path / "report.md").read_text().startswith("# Report card")
+    code, out, errors = nanolib("export", "--of", "base", "--out", str(copy.path / "hf"))
+    assert code == 0 and (Path(out.strip()) / "config.json").exists(), errors
+    code, out, errors = nanolib("stage", "eval", "--of", "base")
+    assert code == 0 and "compression" in out, errors
+    question = ("chat", "-p", "What is Ada's pet?", "--temperature", "0")
+    code, out, errors = nanolib(*question)
+    assert code == 0 and out.strip(), errors
+    assert nanolib(*question, "--of", "sft") == (0, out, "")
+
+
+def test_a_talk_in_a_terminal(copy):
+    """A real pseudo-terminal: a question, its answer, Ctrl-D."""
+    master, slave = pty.openpty()
+    script = Path(sys.executable).with_name("nanolib")
+    talk = subprocess.Popen([script, "chat"], stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    seen = b""
+
+    def until(words: bytes) -> None:
+        nonlocal seen
+        while words not in seen:
+            ready, _, _ = select.select([master], [], [], 60)
+            assert ready, seen
+            seen += os.read(master, 4096)
+        seen = seen.split(words, 1)[1]
+
+    until(b"you> ")
+    os.write(master, b"What is your name?\n")
+    until(b"model> ")
+    until(b"you> ")
+    os.write(master, b"\x04")
+    assert talk.wait(20) == 0
+    os.close(master)
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    path.write_bytes(
+        data[: len(data) // 2] if how == "truncated" else bytes([data[0] ^ 1]) + data[1:]
+    )
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(nanolib, copy, how):
+    older, newest = sorted(copy.stage("sft").checkpoints.glob("step_*"))
+    (weights,) = newest.glob("*.safetensors")
+    damage(weights, how)
+    code, _, errors = nanolib("chat", "-p", "Hello")
+    assert code == 0 and f"{weights} is truncated or changed" in errors
+    damage(next(older.glob("*.safetensors")), how)
+    code, _, errors = nanolib("chat", "-p", "Hello")
+    last = errors.splitlines()[-1]
+    assert code == 2 and last.startswith("error: no usable checkpoint") and "delete" in last
+    assert "Traceback" not in errors
+
+
+def test_a_missing_checkpoint(nanolib, copy, work_here):
+    shutil.rmtree(copy.stage("sft").checkpoints)
+    code, _, errors = nanolib("chat", "--of", "sft", "-p", "Hello")
+    assert code == 2 and "has no sft model to talk to yet" in errors and "nanolib run" in errors
+    shutil.rmtree(copy.stage("base").checkpoints)
+    (copy.stage("sft").path / "done.json").unlink()
+    code, _, errors = nanolib("stage", "sft")
+    assert code == 2 and "has no base model: nanolib stage base" in errors
+
+
+def test_a_damaged_checkpoint_in_a_worker_of_its_own(nanolib, copy):
+    """The worker's message arrives as one line, and what was saved stays."""
+    for weights in copy.stage("base").checkpoints.glob("*/*.safetensors"):
+        damage(weights, "truncated")
+    (copy.stage("sft").path / "done.json").unlink()
+    shutil.rmtree(copy.stage("sft").checkpoints)
+    kept = {path: path.stat().st_mtime_ns for path in copy.stage("base").path.rglob("*")}
+    code, _, errors = nanolib("stage", "sft")
+    assert code == 2 and errors.startswith("error: no usable checkpoint") and "Trace" not in errors
+    assert "Traceback" in copy.stage("sft").log.read_text()
+    assert kept == {path: path.stat().st_mtime_ns for path in copy.stage("base").path.rglob("*")}
+
+
+# ---------------------------------------------------------------------------- bad text
+
+
+def _no_rows(path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+
+
+def _not_utf8(path: Path) -> None:
+    raw = pa.array([b"fine", b"\xff\xfe broken"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    pq.write_table(pa.table({"text": text}), path)
+
+
+SPOILT = {
+    "empty": (lambda path: path.write_bytes(b""), r"is empty \(0 bytes\)"),
+    "rows": (_no_rows, r"has no rows"),
+    "truncated": (lambda path: damage(path, "truncated"), r"not a readable parquet file"),
+    "foreign": (lambda path: pq.write_table(pa.table({"url": ["x"]}), path), r"column.*'?text"),
+    "numbers": (lambda path: pq.write_table(pa.table({"text": [1, 2]}), path), r"text.*int64"),
+    "latin-1": (_not_utf8, r"UTF-8"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_spoilt_text_shard_is_named(nanolib, copy, tmp_path, work_here, how):
+    shutil.copytree(copy.path / "data" / "mirror", tmp_path / "pack")
+    shard = sorted((tmp_path / "pack" / "text").glob("*.parquet"))[0]
+    spoil, message = SPOILT[how]
+    spoil(shard)
+    words = ("stage", "tokenizer", "--profile", "smoke", "--data.source", "hub")
+    code, _, errors = nanolib(*words, "--mirror", str(tmp_path / "pack"))
+    assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert str(shard) in errors and re.search(message, errors), errors
+
+
+@pytest.mark.parametrize("pack, message", [("nowhere", "nowhere"), ("bare", r"no folder text/")])
+def test_a_mirror_that_is_none(nanolib, tmp_path, work_here, pack, message):
+    (tmp_path / "bare").mkdir()
+    words = ("stage", "data", "--profile", "smoke", "--data.source", "hub")
+    code, _, errors = nanolib(*words, "--mirror", str(tmp_path / pack))
+    assert code == 2 and re.search(message, errors) and "--mirror" in errors
+    code, _, errors = nanolib("run", "smoke", "--mirror", str(tmp_path / pack))
+    assert code == 2 and "data.source = toyworld makes its own text" in errors
+
+
+def test_the_mirror_is_remembered(nanolib, copy, tmp_path, work_here):
+    shutil.copytree(copy.path / "data" / "mirror", tmp_path / "pack")
+    words = ("stage", "data", "--profile", "smoke", "--data.source", "hub", "--run", "packed")
+    code, _, errors = nanolib(*words, "--mirror", str(tmp_path / "pack"))
+    assert code == 0, errors
+    code, _, errors = nanolib("stage", "tokenizer", "--run", "packed")
+    assert code == 0, errors
+
+
+# ---------------------------------------------------------------------------- a full disk
+
+
+def test_a_full_disk(nanolib, copy):
+    """/dev/full answers every write with "no space left on device"."""
+    shutil.rmtree(copy.path / "eval" / "base")
+    place = copy.stage("eval", "base")
+    place.path.mkdir(parents=True)
+    place.metrics.path.symlink_to("/dev/full")
+    before = {path: path.stat().st_mtime_ns for path in copy.path.glob("*/*")}
+    code, _, errors = nanolib("stage", "eval", "--of", "base")  # the worker meets it
+    assert code == 2 and errors.startswith(f"error: the disk is full: {place.metrics.path}")
+    assert "run the same command to go on" in errors and "Traceback" not in errors
+    place.metrics.path.unlink()
+    place.log.unlink()
+    place.log.symlink_to("/dev/full")
+    code, _, errors = nanolib("stage", "eval", "--of", "base")  # the launcher meets it
+    assert code == 2 and errors.startswith(f"error: the disk is full: {place.log}")
+    place.log.unlink()
+    assert nanolib("stage", "eval", "--of", "base")[0] == 0
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items() if path.is_file())
