@@ -1,7 +1,9 @@
 """Generation: read the prompts once, then write many rows, a token a step.
 
 Rows have different lengths and end at different times. Every row draws from its own seed, so what
-it says does not depend on what else is in the batch.
+it says does not depend on what else is in the batch. With a tool, a row that writes
+``<|python_start|> source <|python_end|>`` is answered: ``<|output_start|> result <|output_end|>``
+is forced into it, a token a step, while the other rows go on.
 
 Shapes: P prompts, B rows (samples of prompts), T time, V vocabulary.
 """
@@ -9,8 +11,10 @@ Shapes: P prompts, B rows (samples of prompts), T time, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +33,11 @@ END_NAMES = (
     "<|user_end|>",
     "<|assistant_start|>",
 )
+OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # the tool's alone
+TOOL_CALLS = 16  # of one row; a further one is answered by an error
+OUTPUT_TOKENS = 128  # of one result; a longer one is cut, so that the row can go on
+
+Tool = Callable[[str], str]  # a program's source -> what it printed, or its error: any text
 
 
 def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -74,12 +83,40 @@ def choose(
 # ---------------------------------------------------------------------------- the engine
 
 
-class Engine:
-    """A model that speaks: `generate` streams, `complete` collects."""
+class Token(NamedTuple):
+    """One token of one row: the model chose it, a tool's result forced it, or it ended the row."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, runtime: Runtime):
-        self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
-        self.ends = frozenset(end_tokens(tokenizer))
+    row: int
+    id: int
+    kind: Literal["chosen", "forced", "end"]
+
+
+@dataclass(slots=True)
+class Answer:
+    """A row. `ids` leave out the end token; `chosen[i]`: the model chose ``ids[i]``.
+
+    `end` is the token that ended it; None: it met a limit.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    end: int | None = None
+
+
+class Engine:
+    """A model that speaks: `generate` streams, `answers` and `complete` collect.
+
+    `tool` runs what stands between ``<|python_start|>`` and ``<|python_end|>``; None: nothing is
+    run. With a tool an output of the model's own making ends its row, as other tokens do that no
+    assistant ever says.
+    """
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, tool: Tool | None = None
+    ):
+        self.model, self.tokenizer, self.runtime, self.tool = model, tokenizer, runtime, tool
+        own = () if tool is None else map(tokenizer.special, OUTPUT_NAMES)
+        self.ends = frozenset([*end_tokens(tokenizer), *own])
 
     @property
     def context(self) -> int:
@@ -95,12 +132,13 @@ class Engine:
         temperature: float = 0.0,
         top_k: int | None = None,
         seeds: Sequence[int] | None = None,
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Continue every prompt `samples` times; each step yields its (row, token) pairs.
+    ) -> Iterator[list[Token]]:
+        """Continue every prompt `samples` times; each step yields a token of every row in progress.
 
-        Row p · samples + s is sample s of prompt p. A row's last pair is an end token, unless it
-        had max_new_tokens or met the context's limit before. seeds: one a prompt (None: 0, 1, …);
-        a prompt, its seed and the sample's number decide a row, whatever else is in the batch.
+        Row p · samples + s is sample s of prompt p. A row's last token is of kind "end", unless it
+        had max_new_tokens (forced ones count) or met the context's limit before. seeds: one a
+        prompt (None: 0, 1, …); a prompt, its seed and the sample's number decide a row, whatever
+        else is in the batch.
         Raises ValueError for prompts that are empty or leave no room, and for bad settings.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
@@ -113,7 +151,7 @@ class Engine:
         ]
         return self._steps(prompts, rows, temperature, top_k)
 
-    def complete(
+    def answers(
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -121,13 +159,13 @@ class Engine:
         seeds: Sequence[int] | None = None,
         max_rows: int = 128,
         **settings,
-    ) -> list[list[int]]:
-        """All tokens of each row of `generate`, without the end token.
+    ) -> list[Answer]:
+        """Each row of `generate`, whole.
 
         Any number of prompts: those of like length go together, at most `max_rows` rows at a time.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
-        said: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+        said = [Answer() for _ in range(len(prompts) * samples)]
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
         at_once = max(1, max_rows // samples)
         for start in range(0, len(order), at_once):
@@ -138,12 +176,18 @@ class Engine:
                 seeds=[seeds[p] for p in group],
                 **settings,
             )
-            for step in steps:
-                for row, token in step:
-                    p, sample = group[row // samples], row % samples
-                    if token not in self.ends:
-                        said[p * samples + sample].append(token)
+            for token in (token for step in steps for token in step):
+                place = group[token.row // samples] * samples + token.row % samples
+                if token.kind == "end":
+                    said[place].end = token.id
+                else:
+                    said[place].ids.append(token.id)
+                    said[place].chosen.append(token.kind == "chosen")
         return said
+
+    def complete(self, prompts: Sequence[Sequence[int]], **settings) -> list[list[int]]:
+        """The ids of `answers`, tool results included, without the end token."""
+        return [answer.ids for answer in self.answers(prompts, **settings)]
 
     def _check(self, prompts, max_new_tokens, samples, temperature, top_k, seeds) -> None:
         for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples)):
@@ -170,7 +214,7 @@ class Engine:
         rows: list[_Row],
         temperature: float,
         top_k: int | None,
-    ) -> Iterator[list[tuple[int, int]]]:
+    ) -> Iterator[list[Token]]:
         if not rows:
             return
         logits_PV, cache = self._prefill(prompts)
@@ -180,17 +224,49 @@ class Engine:
         cache, logits_BV = self._take(cache, of_prompt, longest), logits_PV[of_prompt]
         while True:
             uniform_B = [row.dice.random() for row in rows] if temperature else []
-            tokens = choose(logits_BV, uniform_B, temperature, top_k).tolist()
-            yield [(row.number, token) for row, token in zip(rows, tokens, strict=True) if row.left]
-            for row, token in zip(rows, tokens, strict=True):
-                row.left = 0 if token in self.ends else max(0, row.left - 1)
+            drawn = choose(logits_BV, uniform_B, temperature, top_k).tolist()
+            step = [self._token(row, id) for row, id in zip(rows, drawn, strict=True)]
+            yield [token for row, token in zip(rows, step, strict=True) if row.left]
+            for row, token in zip(rows, step, strict=True):
+                self._advance(row, token)
             speaking = [b for b, row in enumerate(rows) if row.left]
             if not speaking:
                 return
             if len(speaking) <= len(rows) // 2:  # the rest would cost more than moving these
                 cache = self._take(cache, speaking, cache.length)
-                rows, tokens = [rows[b] for b in speaking], [tokens[b] for b in speaking]
-            logits_BV = self._decode(tokens, cache, [int(row.left > 0) for row in rows])
+                rows, step = [rows[b] for b in speaking], [step[b] for b in speaking]
+            counts = [int(row.left > 0) for row in rows]
+            logits_BV = self._decode([token.id for token in step], cache, counts)
+
+    def _token(self, row: _Row, drawn: int) -> Token:
+        """A row's next token: what the tool forces, else what was drawn."""
+        if row.forced:
+            return Token(row.number, row.forced.popleft(), "forced")
+        return Token(row.number, drawn, "end" if drawn in self.ends else "chosen")
+
+    def _advance(self, row: _Row, token: Token) -> None:
+        """Count the token, and run the tool if it closes a python part."""
+        row.left = 0 if token.kind == "end" else max(0, row.left - 1)
+        if self.tool is None or token.kind != "chosen" or not row.left:
+            return
+        special = self.tokenizer.special
+        if token.id == special("<|python_start|>"):
+            row.source = []
+        elif row.source is None:
+            return
+        elif token.id == special("<|python_end|>"):
+            result = self.tokenizer.encode(self._run(row))[:OUTPUT_TOKENS]
+            row.forced.extend([special(OUTPUT_NAMES[0]), *result, special(OUTPUT_NAMES[1])])
+            row.source = None
+        else:
+            row.source.append(token.id)
+
+    def _run(self, row: _Row) -> str:
+        row.calls += 1
+        if row.calls > TOOL_CALLS:
+            return f"RuntimeError: no more than {TOOL_CALLS} programs in an answer"
+        assert self.tool is not None and row.source is not None
+        return self.tool(self.tokenizer.decode(row.source))
 
     @torch.inference_mode()
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
@@ -234,4 +310,7 @@ class _Row:
 
     def __init__(self, number: int, dice: random.Random, left: int):
         self.number, self.dice = number, dice
-        self.left = left  # tokens it may still say; 0: it is over
+        self.left = left  # tokens it may still have; 0: it is over
+        self.source: list[int] | None = None  # of the open python part
+        self.forced: deque[int] = deque()  # what is still to come of a tool's result
+        self.calls = 0

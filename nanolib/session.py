@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator
 
 from nanolib import checkpoint
 from nanolib.conversation import Conversation, Message, Part, answer_parts
-from nanolib.engine import Engine
+from nanolib.engine import Engine, Token
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
@@ -134,9 +134,9 @@ class Session:
         finished = False
         try:
             for token in self._tokens(prompt):
-                if token in self.engine.ends:
+                if token.kind == "end":
                     break
-                ids.append(token)
+                ids.append(token.id)
                 before, shown = shown, _whole(answer_parts(ids, tokenizer))
                 yield from _news(before, shown)
             else:
@@ -148,7 +148,7 @@ class Session:
             if shown or finished:  # a question stopped before the first word was never asked
                 self.messages += [said, Message("assistant", shown)]
 
-    def _tokens(self, prompt: list[int]) -> Iterator[int]:
+    def _tokens(self, prompt: list[int]) -> Iterator[Token]:
         steps = self.engine.generate(
             [prompt],
             max_new_tokens=self.max_new_tokens,
@@ -156,7 +156,7 @@ class Session:
             top_k=self.top_k,
             seeds=[seed_of(self.seed, "turn", len(self.messages))],
         )
-        return (token for step in steps for _, token in step)
+        return (token for step in steps for token in step)
 
     def _tell(self, notice: str) -> None:
         self.notice = notice if self.notice is None else f"{self.notice}; {notice}"

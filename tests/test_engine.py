@@ -106,7 +106,7 @@ def test_first_tokens_of_samples_are_drawn_apart():
     with torch.no_grad():
         expected = probabilities(speaker.model(torch.tensor(prompt))[:, -1], 1.0)[0]
     steps = speaker.generate(prompt, samples=2000, max_new_tokens=1, temperature=1.0)
-    drawn = collections.Counter(token for _, token in next(steps))
+    drawn = collections.Counter(token for _, token, _ in next(steps))
     share = torch.tensor([drawn[token] / 2000 for token in range(VOCAB)])
     assert len(drawn) > 10
     assert (share - expected).abs().max() < 4 * (0.25 / 2000) ** 0.5
@@ -117,8 +117,9 @@ def test_steps_stream_rows_until_their_end_token():
     rows = collections.defaultdict(list)
     steps = list(speaker.generate(asked, samples=4, max_new_tokens=25, temperature=1.0))
     for step in steps:
-        assert [row for row, _ in step] == sorted({row for row, _ in step})
-        for row, token in step:
+        assert [row for row, *_ in step] == sorted({row for row, *_ in step})
+        for row, token, kind in step:
+            assert kind == ("end" if token in speaker.ends else "chosen")
             rows[row].append(token)
     assert sorted(rows) == list(range(8))
     assert len(steps) == max(map(len, rows.values()))

@@ -9,7 +9,7 @@ from test_model import CPU, tiny
 from nanolib import checkpoint
 from nanolib.config import flatten
 from nanolib.conversation import Message, Part, answer_parts
-from nanolib.engine import Engine, end_tokens
+from nanolib.engine import Engine, Token
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import Run
@@ -51,17 +51,16 @@ class Scripted:
 
     def __init__(self, tokenizer: Tokenizer, *answers: list[int], context: int = 200):
         self.tokenizer, self.context, self.answers = tokenizer, context, list(answers)
-        self.ends = frozenset(end_tokens(tokenizer))
         self.asked: list[list[int]] = []
         self.steps = 0
 
     def generate(self, prompts, *, max_new_tokens, **settings):
         self.asked += prompts
-        for token in [*self.answers.pop(0), self.tokenizer.special("<|assistant_end|>")][
-            :max_new_tokens
-        ]:
+        tokens = [Token(0, id, "chosen") for id in self.answers.pop(0)]
+        tokens.append(Token(0, self.tokenizer.special("<|assistant_end|>"), "end"))
+        for token in tokens[:max_new_tokens]:
             self.steps += 1
-            yield [(0, token)]
+            yield [token]
 
 
 def said(text: str, role="assistant") -> Message:
