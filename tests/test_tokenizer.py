@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
 import random
+import signal
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -106,12 +110,32 @@ def test_training_equals_the_definition_on_telling_alphabets(documents, num_merg
     )
 
 
-def test_training_does_not_depend_on_the_order_of_documents():
+def test_training_does_not_depend_on_order_threads_or_batches():
     documents = corpus(3)
-    shuffled = random.Random(1).sample(documents, len(documents))
-    assert rust_tokenizer.train(documents, 150, PATTERN) == rust_tokenizer.train(
-        iter(shuffled), 150, PATTERN
+    expected = rust_tokenizer.train(documents, 150, PATTERN)
+    for seed, (threads, batch_bytes) in enumerate([(1, 1), (2, 100), (3, 1 << 20)]):
+        shuffled = random.Random(seed).sample(documents, len(documents))
+        found = rust_tokenizer.train(
+            iter(shuffled), 150, PATTERN, threads=threads, batch_bytes=batch_bytes
+        )
+        assert found == expected
+
+
+def test_a_document_of_several_parts_is_one_document():
+    """Documents past a million characters are copied in parts: no word may be cut there."""
+    text = "né" + "abcdé 1984 " * 200_000
+    assert len(text) > 2 << 20
+    one = rust_tokenizer.train([text], 40, PATTERN)
+    assert one == rust_tokenizer.train(
+        ["néabcdé", *[" 1984 abcdé"] * 199_999, " 1984 "], 40, PATTERN
     )
+
+
+def test_another_pattern_is_honoured():
+    documents = corpus(4)
+    merges, _ = rust_tokenizer.train(documents, 40, r"\w+|\W")
+    whole, _ = rust_tokenizer.train(documents, 40, r"(?s).+")
+    assert merges != whole != rust_tokenizer.train(documents, 40, PATTERN)[0]
 
 
 def test_ties_go_to_the_smallest_pair():
@@ -156,6 +180,81 @@ def test_iterator_errors_pass_through_unchanged():
         Tokenizer.train(["a\ud800"], 300)
     with pytest.raises(ValueError, match="pattern"):
         rust_tokenizer.train(["a"], 1, "(")
+
+
+def test_errors_of_progress_pass_through_unchanged():
+    def progress(*_):
+        raise LookupError("mine")
+
+    def documents():
+        while True:
+            yield "some text " * 1000
+
+    with pytest.raises(LookupError, match="mine"):
+        rust_tokenizer.train(documents(), 300, PATTERN, progress)
+    with pytest.raises(ValueError, match="threads"):
+        rust_tokenizer.train(["a"], 1, PATTERN, threads=0)
+    with pytest.raises(TypeError, match="one str"):
+        rust_tokenizer.train("a", 1, PATTERN)
+
+
+def many_words(count: int) -> str:
+    letters = str.maketrans("0123456789", "ghijklmnop")  # numbers would be split
+    return random.Random(0).randbytes(6 * count).hex(" ", 6).translate(letters)
+
+
+@pytest.mark.parametrize("phase", ["count", "merge"])
+def test_ctrl_c_is_answered_at_once(phase):
+    """Within 100 ms; the best of three, for this machine may be busy with other things."""
+    long = ["some text " * 1000] * 100_000 if phase == "count" else [many_words(1_000_000)]
+    seconds = []
+    for _ in range(3):
+        sent = []
+
+        def progress(now, done, total, sent=sent):
+            if now == phase and not sent:
+                sent.append(time.perf_counter())
+                threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        with pytest.raises(KeyboardInterrupt):
+            rust_tokenizer.train(long, 60_000, PATTERN, progress)
+        seconds.append(time.perf_counter() - sent[0] - 0.03)
+    assert min(seconds) < 0.1
+
+
+def test_the_gil_is_let_go_and_progress_is_steady():
+    """No pause of another thread above 50 ms, a call of progress about as often: best of three."""
+    documents = [
+        "x" * 30_000_000,
+        "é" * 5_000_000,
+        *corpus(1, documents=200) * 20,
+        many_words(100_000),
+    ]
+    pauses, gaps = [], []
+    for _ in range(3):
+        ticks, calls, done = [], [], threading.Event()
+
+        def watch(ticks=ticks, done=done):
+            while not done.is_set():
+                ticks.append(time.perf_counter())
+                time.sleep(0.001)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        rust_tokenizer.train(
+            iter(documents),
+            5_000,
+            PATTERN,
+            lambda *_, calls=calls: calls.append(time.perf_counter()),
+        )
+        end = time.perf_counter()
+        done.set()
+        watcher.join()
+        pauses.append(max(b - a for a, b in itertools.pairwise(ticks)))
+        gaps.append((end - start) / (len(calls) + 1))
+    assert min(pauses) < 0.05
+    assert min(gaps) < 0.1
 
 
 @repeatable

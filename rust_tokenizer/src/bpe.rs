@@ -255,14 +255,15 @@ impl<'w, I: Id> Trainer<'w, I> {
         trainer
     }
 
-    /// Counts fall about like 1 / rank: the pairs of the text, spread over the merges.
+    /// A little less than what the last merge will count, so that one pass over the arena is
+    /// enough as a rule: on English text merge n counts about 3 / n^1.5 of the text's bytes.
     fn guess_threshold(&self) -> u64 {
-        let runs = self.arena.runs.windows(2);
-        let bytes = runs.map(|run| {
+        let bytes = self.arena.runs.windows(2).map(|run| {
             let end = (run[1].start as usize).min(self.arena.slots.len());
-            (end as u64 - u64::from(run[0].start)) * run[0].count
+            (end as u64 - u64::from(run[0].start)).saturating_mul(run[0].count)
         });
-        bytes.sum::<u64>() / (self.num_merges as u64 * 50 + 1)
+        let bytes = bytes.fold(0, u64::saturating_add);
+        (2.0 * bytes as f64 / (self.num_merges as f64).powf(1.5)) as u64
     }
 
     fn run(mut self) -> Merges {
@@ -575,6 +576,8 @@ impl Hasher for PairHasher {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// The definition: count every pair anew for each merge.
@@ -641,5 +644,53 @@ mod tests {
         check(&[(b"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", 1), (b"aaaaaaaaaaa", 5)], 30);
         check(&[], 3);
         check(&[(b"ab", 1)], 0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn equals_the_definition_on_any_words(
+            words in prop::collection::vec(("[ab]{0,9}|[a-e]{0,20}|\\PC{0,8}", 1..50u64), 0..30),
+            num_merges in 0..60usize,
+        ) {
+            let words: Vec<_> = words.iter().map(|(word, n)| (word.as_bytes(), *n)).collect();
+            check(&words, num_merges);
+        }
+    }
+
+    #[test]
+    fn a_word_of_a_megabyte() {
+        let word = b"ab".repeat(1 << 19);
+        let watch = Watch::default();
+        let merges = train(counted(&[(&word, 3)]), 20, &watch).unwrap();
+        assert_eq!((merges.pairs[0], merges.counts[0]), ((97, 98), 3 << 19));
+        for n in 1..20 {
+            // 2^(20 - n) equal tokens in a row touch one time less.
+            let (half, touches) = (255 + n as u32, (1 << (20 - n)) - 1);
+            assert_eq!((merges.pairs[n], merges.counts[n]), ((half, half), 3 * touches));
+        }
+    }
+
+    #[test]
+    fn a_whole_vocabulary_in_16_bits_and_one_more() {
+        let words: Vec<String> =
+            (0..1 << 17).map(|n: u32| format!("{:x}", n.wrapping_mul(2_654_435_769))).collect();
+        let words: Vec<_> = words.iter().map(|word| (word.as_bytes(), 1)).collect();
+        let (fits, wide) = ((1 << 16) - 256, (1 << 16) - 255);
+        let watch = Watch::default();
+        let narrow = train(counted(&words), fits, &watch).unwrap();
+        let wide = train(counted(&words), wide, &watch).unwrap();
+        assert_eq!(narrow.pairs.len(), fits);
+        assert_eq!(narrow.pairs[..], wide.pairs[..fits]);
+        assert_eq!(narrow.counts[..], wide.counts[..fits]);
+    }
+
+    #[test]
+    fn a_stopped_training_ends_early() {
+        let watch = Watch::default();
+        watch.stop.store(true, Ordering::Relaxed);
+        let merges = train(counted(&[(b"abab", 1)]), 5, &watch).unwrap();
+        assert_eq!(merges, Merges::default());
     }
 }

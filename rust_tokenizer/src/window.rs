@@ -123,7 +123,7 @@ fn classify_portably(window: &[u8; WINDOW]) -> Classes {
         // the byte is large enough.
         let at_least = |word: u64, low: u8| (word & (ONES * 0x7F)) + ONES * u64::from(0x80 - low);
         let between = |low: u8, high: u8| at_least(word, low) & !at_least(word, high + 1) & !word;
-        let lower = word | ONES * 0x20;
+        let lower = word | (ONES * 0x20);
         let letters = at_least(lower, b'a') & !at_least(lower, b'z' + 1) & !word;
         let bits = |mask: u64| {
             let gathered = ((mask >> 7) & ONES).wrapping_mul(0x0102_0408_1020_4080) >> 56;
