@@ -133,7 +133,9 @@ SHOPPING = phrases("""{p} wrote a list for {q}: {items}. {q} came back with {ite
     "Bring me {items}," said {p}. "{items}?" asked {q}. |
     {p} sent {q} to the market for {items}. At the market {q} bought {items}.""")
 
-# Word problems: the question, then steps of (before, sum, after); {x} is the result so far.
+# Word problems: the question, then steps of (before, sum, after). {a} and {b} are numbers with
+# {more} the larger, {less} the smaller and {big} their sum; of {a}, {b} and {c} {high} is the largest
+# and {low} the smallest; {few} is a small number and {x} the result so far.
 PROBLEMS = (
     (
         "{p} has {a} {things}. {q} brings {b} more. How many {things} does {p} have now?",
@@ -148,26 +150,36 @@ PROBLEMS = (
         ("That is ", "{few}*{a}", " {things}."),
     ),
     (
-        "{p} finds {a} {things} in the morning and {b} at night. How many {things} in all?",
-        ("{p} finds ", "{a}+{b}", " {things}."),
-    ),
-    (
-        "{q} has {few} times as many {things} as {p}, who has {a}. How many does {q} have?",
-        ("{q} has ", "{few}*{a}", " {things}."),
+        "{p} has {a} {things}, {q} has {b}. They find {few} more. How many {things} in all?",
+        ("They have ", "{a}+{b}", " {things}.\n"),
+        ("In all ", "{x}+{few}", " {things}."),
     ),
     (
         "{p} buys {few} bags of {a} {things} and loses {few}. How many {things} are left?",
         ("{p} buys ", "{few}*{a}", " {things}.\n"),
         ("Then ", "{x}-{few}", " are left."),
     ),
-    (
-        "{p} has {a} {things}, {q} has {b}. They find {few} more. How many {things} in all?",
-        ("They have ", "{a}+{b}", " {things}.\n"),
-        ("In all ", "{x}+{few}", " {things}."),
-    ),
     ("What is {a} plus {b}?", ("It is ", "{a}+{b}", ".")),
     ("What is {big} minus {b}?", ("It is ", "{big}-{b}", ".")),
     ("What is {few} times {a}?", ("It is ", "{few}*{a}", ".")),
+)
+HARD_PROBLEMS = (  # these need to know which number is larger, or whose it is
+    (
+        "{p} has {a} {things}, {q} has {b}. How many more has the one with more?",
+        ("The one with more has ", "{more}-{less}", " more."),
+    ),
+    (
+        "{p} counts {a} {things}, {q} {b} and {r} {c}. How many more is the most than the fewest?",
+        ("That is ", "{high}-{low}", " more."),
+    ),
+    (
+        "{p} has {a} {things}, {q} {b} and {r} {c}. How many have the two with the most?",
+        ("The two have ", "{high}+{mid}", "."),
+    ),
+    (
+        "{p} has {a} {things}, {q} {b} and {r} {c}. How many {things} have {r} and {p}?",
+        ("They have ", "{c}+{a}", " {things}."),
+    ),
 )
 
 # Functions: name, argument, what it returns in words and in Python, and arguments to try.
