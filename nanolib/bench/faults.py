@@ -171,7 +171,7 @@ def disturb(profile: str, folder: Path, faults: list[Kill], log: Path) -> Iterat
         place = StageDir(fault.place, folder / fault.place)
         before = _finished(folder)
         command = start(profile, folder, log)
-        began = wait(lambda p=place, c=command: p.log.exists() or c.poll() is not None, 3600)
+        began = wait(lambda p=place, c=command: launch.is_running(p) or c.poll() is not None, 3600)
         assert began and command.poll() is None, f"{fault} came too late, see {log}"
         time.sleep(fault.seconds)
         steps = len([row for row in place.metrics.rows() if row["kind"] == "train"])

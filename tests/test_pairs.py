@@ -1,0 +1,87 @@
+"""Chapters and their .ipynb twins: refreshed to the same bytes, compared cell by cell."""
+
+import shutil
+
+import nbformat
+import pytest
+
+from nanolib import pipeline
+from nanolib.rundir import Run
+from nanolib.ui import pairs
+
+CHAPTER = """# %% [markdown]
+# # A chapter
+
+# %% tags=["parameters"]
+profile = "demo"
+run = None
+overrides = {}
+
+# %%
+import datetime
+import ipywidgets
+from nanolib.rundir import Run
+this = Run.open(profile, run, overrides)
+print(this.path, object(), datetime.datetime.now(datetime.UTC).isoformat())
+
+# %%
+ipywidgets.IntSlider()
+
+# %%
+6 * 7
+"""
+
+
+@pytest.fixture
+def chapter(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(pipeline, "NOTEBOOKS", folder)
+    (folder / "00_only.py").write_text(CHAPTER)
+    return folder / "00_only.py"
+
+
+def test_a_refresh_twice_gives_the_same_bytes(chapter):
+    with pytest.raises(ValueError, match=r"00_only: it has no \.ipynb .*--refresh"):
+        pairs.check()
+    pairs.refresh()
+    twin = chapter.with_suffix(".ipynb")
+    first = twin.read_bytes()
+    shutil.rmtree(Run.load("demo").path)
+    pairs.refresh()
+    assert twin.read_bytes() == first
+    pairs.check()
+    notebook = nbformat.read(twin, as_version=4)
+    nbformat.validate(notebook)
+    outputs = [c.outputs for c in notebook.cells if c.cell_type == "code"]
+    assert outputs[1][0].text == "runs/out/demo <object object at 0x…> (date)\n"
+    assert outputs[2] == [] and outputs[3][0].data == {"text/plain": "42"}
+    assert notebook.metadata == {"kernelspec": pairs.KERNEL}
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("6 * 7", "6 * 8", "00_only: cell 4 differs"),
+        ("# # A chapter", "# # The chapter", "cell 0 differs"),
+        ("\n# %%\n6 * 7\n", "", r"the \.py has 4 cells, the \.ipynb 5"),
+    ],
+)
+def test_twins_that_differ_are_named(chapter, old, new, message):
+    twin = nbformat.v4.new_notebook(cells=pipeline.read(chapter).cells)
+    nbformat.write(twin, chapter.with_suffix(".ipynb"))
+    pairs.check()
+    chapter.write_text(CHAPTER.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        pairs.check()
+
+
+def test_lonely_and_heavy_twins_are_named(chapter, monkeypatch):
+    twin = nbformat.v4.new_notebook(cells=pipeline.read(chapter).cells)
+    nbformat.write(twin, chapter.with_suffix(".ipynb"))
+    nbformat.write(twin, chapter.with_name("07_lost.ipynb"))
+    with pytest.raises(ValueError, match=r"07_lost\.ipynb has no \.py"):
+        pairs.check()
+    monkeypatch.setattr(pairs, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match=r"has [\d,]+ bytes, more than 100"):
+        pairs.check()
