@@ -1,0 +1,538 @@
+"""CORE against the plain way: one text at a time, no padding, no cache; and against lm-eval."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from nanolib import export
+from nanolib.config import ModelConfig
+from nanolib.data import toyworld
+from nanolib.evals import core
+from nanolib.evals.core import CoreTask, Prompt
+from nanolib.tokenizer import Tokenizer
+
+TEXT = (
+    "The red hat is Mira's favourite. The blue boat sank. Question: Which colour?\nAnswer: red\n\n"
+    "the cat sat, the cat ran; op 17 = 34\n"
+)
+TOKENIZER = Tokenizer.train([TEXT] * 3, 310)
+CONFIG = ModelConfig(depth=2, aspect=16, head_dim=16, kv_heads=1, sequence_len=512)
+WORDS = ("red", "blue", "hat", "boat", "cat", "favourite", "Mira", "the")
+
+
+def make(kind: str, rows: list[dict], shots: int = 0, **about) -> CoreTask:
+    settings = {"label": f"made_{kind}", "delimiter": " ", "chance": 0.25} | about
+    return CoreTask(kind=kind, rows=rows, shots=shots, **settings)
+
+
+MADE = [
+    make(
+        "multiple_choice",
+        [
+            {
+                "query": f"Question: {a} {b}?",
+                "choices": [f"{c} {b}", a, "the red hat"],
+                "gold": i % 3,
+            }
+            for i, (a, b, c) in enumerate(zip(WORDS, WORDS[1:], WORDS[2:], strict=False))
+        ],
+        shots=3,
+        delimiter="\nAnswer: ",
+    ),
+    make(
+        "schema",
+        [
+            {
+                "context_options": [f"The {a} and {b}", f"The {b}"],
+                "continuation": "sat, the",
+                "gold": 1,
+            }
+            for a, b in itertools.pairwise(WORDS)
+        ],
+        shots=2,
+    ),
+    make(
+        "language_modeling",
+        [{"context": f" The {a} \n", "continuation": "red"} for a in WORDS],
+        shots=1,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def toy_tasks(tmp_path_factory) -> list[CoreTask]:
+    mirror = toyworld.write(tmp_path_factory.mktemp("toy") / "mirror", 3, shards=1, rows=10)
+    return core.load(mirror / "eval_bundle.zip")
+
+
+@pytest.fixture
+def model(random_model):
+    model = random_model(CONFIG, TOKENIZER.vocab_size)
+    with torch.no_grad():  # after about half of all contexts this model says "red"
+        model.head.weight[TOKENIZER.encode(" red")[0]] *= 100
+    return model
+
+
+# ---------------------------------------------------------------------------- the plain way
+
+
+def plain_texts(task: CoreTask, item: int) -> list[str]:
+    """The texts of a question, written out by hand; the last one of language modelling is bare."""
+    shown, row, between = "", task.rows[item], task.delimiter
+    for i in core.examples(task, item):
+        solved = task.rows[i]
+        if task.kind == "multiple_choice":
+            shown += f"{solved['query']}{between}{solved['choices'][solved['gold']]}\n\n"
+        elif task.kind == "schema":
+            context = solved["context_options"][solved["gold"]]
+            shown += f"{context}{between}{solved['continuation']}\n\n"
+        else:
+            shown += f"{solved['context'].strip()}{between}{solved['continuation']}\n\n"
+    if task.kind == "multiple_choice":
+        return [f"{shown}{row['query']}{between}{choice}" for choice in row["choices"]]
+    if task.kind == "schema":
+        return [f"{shown}{c}{between}{row['continuation']}" for c in row["context_options"]]
+    bare = f"{shown}{row['context'].strip()}{between}"
+    return [bare + row["continuation"], bare.strip()]
+
+
+def plain_logprobs(model, ids: list[int], start: int) -> list[float]:
+    """Of ids[start:], each after all before it."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    return [float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids))]
+
+
+def plain_is_right(model, task: CoreTask, item: int) -> bool:
+    rows = [[TOKENIZER.bos, *TOKENIZER.encode(text)] for text in plain_texts(task, item)]
+    if task.kind == "language_modeling":
+        ids, bare = rows
+        assert ids[: len(bare)] == bare
+        said = list(bare)
+        with torch.no_grad():
+            while len(said) < len(ids):
+                said.append(int(model(torch.tensor([said]))[0, -1].argmax()))
+        return said == ids
+    if task.kind == "schema":
+        same = next(n for n in range(99) if rows[0][-1 - n] != rows[1][-1 - n])
+        starts = [len(ids) - same for ids in rows]
+    else:
+        starts = [next(n for n in range(999) if len({row[n] for row in rows}) > 1)] * len(rows)
+    means = []
+    for ids, start in zip(rows, starts, strict=True):
+        logprobs = plain_logprobs(model, ids, start)
+        means.append(sum(logprobs) / len(logprobs))
+    return means.index(max(means)) == task.rows[item]["gold"]
+
+
+@pytest.mark.parametrize("task", MADE, ids=lambda task: task.kind)
+def test_scores_like_one_text_at_a_time(task, model, cpu):
+    right = [plain_is_right(model, task, item) for item in range(len(task.rows))]
+    assert 0 < sum(right) < len(right)
+    scores = core.evaluate(model, TOKENIZER, task, cpu)
+    assert scores["accuracy"] == sum(right) / len(right)
+    assert scores["questions"] == len(right)
+    assert scores["cut"] == 0
+
+
+def test_the_toy_bundle_like_one_text_at_a_time(toy_tasks, model, cpu):
+    assert {task.kind for task in toy_tasks} == set(core.COLUMNS)
+    for task in toy_tasks:
+        few = dataclasses.replace(task, rows=task.rows[:16])
+        right = sum(plain_is_right(model, few, item) for item in range(16))
+        assert core.evaluate(model, TOKENIZER, few, cpu)["accuracy"] == right / 16
+        assert 0.2 <= task.chance <= 0.5 or task.kind == "language_modeling"
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("task", MADE, ids=lambda task: task.kind)
+def test_a_prompt_is_its_text_with_bos_in_front(task):
+    for item in range(len(task.rows)):
+        texts = plain_texts(task, item)[: len(task.pairs(item))]
+        whole = [
+            p.context + ids for p in core.prompts(task, item, TOKENIZER) for ids in p.continuations
+        ]
+        assert [ids[0] for ids in whole] == [TOKENIZER.bos] * len(texts)
+        assert [TOKENIZER.decode(ids[1:]) for ids in whole] == texts
+
+
+def test_what_is_scored_is_what_the_kind_says():
+    choices, schema, modelling = (core.prompts(task, 0, TOKENIZER) for task in MADE)
+    assert [len(prompt.continuations) for prompt in choices] == [3]
+    assert TOKENIZER.decode(choices[0].context).endswith("red blue?\nAnswer:")
+    assert [TOKENIZER.decode(ids) for ids in choices[0].continuations] == [
+        " hat blue",
+        " red",
+        " the red hat",
+    ]
+    said = [TOKENIZER.decode(prompt.continuations[0]) for prompt in schema]
+    assert said == [" blue sat, the"] * 2  # both options end alike: scored with the continuation
+    assert [TOKENIZER.decode(ids) for ids in modelling[0].continuations] == [" red"]
+
+
+def test_choices_that_overlap_keep_something_to_score(model, cpu):
+    rows = [
+        {"query": "The", "choices": ["hat", "hat boat"], "gold": 0},  # one begins with the other
+        {"query": "The", "choices": ["hat", "hat"], "gold": 0},
+        {"query": "The", "choices": ["the hat", "the boat"], "gold": 0},  # they begin alike
+    ]
+    task = make("multiple_choice", rows)
+    hat, boat, the = (TOKENIZER.encode(f" {word}") for word in ("hat", "boat", "the"))
+    found = [core.prompts(task, item, TOKENIZER)[0] for item in range(3)]
+    assert [prompt.continuations for prompt in found] == [
+        [hat[-1:], hat[-1:] + boat],
+        [hat[-1:], hat[-1:]],
+        [hat, boat],
+    ]
+    assert found[2].context[-len(the) :] == the
+    assert core.evaluate(model, TOKENIZER, task, cpu)["questions"] == 3
+    same = make("schema", [{"context_options": ["A", "A"], "continuation": "hat", "gold": 0}])
+    assert [p.context for p in core.prompts(same, 0, TOKENIZER)] == [[TOKENIZER.bos]] * 2
+
+
+def test_a_continuation_that_joins_the_contexts_last_token():
+    """Where the delimiter is empty a token may straddle the seam: it is then scored whole."""
+    row = {"context": "The ca", "continuation": "t"}
+    prompt = core.prompts(make("language_modeling", [row], delimiter=""), 0, TOKENIZER)[0]
+    assert [TOKENIZER.encode(" cat")] == prompt.continuations
+    assert prompt.context == [TOKENIZER.bos, *TOKENIZER.encode("The")]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=2, max_size=4))
+def test_common_prefix_and_suffix(rows):
+    def naive(rows):
+        return max(
+            n
+            for n in range(7)
+            if all(row[:n] == rows[0][:n] for row in rows) and n <= min(map(len, rows))
+        )
+
+    assert core.common_prefix(rows) == naive(rows)
+    assert core.common_suffix(rows) == naive([row[::-1] for row in rows])
+
+
+# ---------------------------------------------------------------------------- solved examples
+
+
+@pytest.mark.parametrize(
+    ("rows", "shots", "shown"), [(20, 3, 3), (4, 10, 3), (1, 10, 0), (5, 0, 0)]
+)
+def test_examples_are_others_drawn_once_and_for_all(rows, shots, shown):
+    task = make("language_modeling", [{}] * rows, shots=shots)
+    drawn = [core.examples(task, item) for item in range(rows)]
+    for item, chosen in enumerate(drawn):
+        assert len(set(chosen)) == len(chosen) == shown
+        assert item not in chosen
+        assert set(chosen) <= set(range(rows))
+    assert drawn == [core.examples(task, item) for item in range(rows)]
+    if rows == 20:
+        assert len({tuple(chosen) for chosen in drawn}) > 15
+        assert {i for chosen in drawn for i in chosen} == set(range(20))
+        assert drawn != [core.examples(task, item, seed=1) for item in range(rows)]
+        other = dataclasses.replace(task, label="other")
+        assert drawn != [core.examples(other, item) for item in range(rows)]
+
+
+def test_a_limit_is_a_sample_and_leaves_the_examples_alone(model, cpu, monkeypatch):
+    task = make(
+        "language_modeling", [{"context": f"The {i}", "continuation": "red"} for i in range(60)], 2
+    )
+    asked: list[tuple[int, list[int]]] = []
+
+    def seen(task, item, seed=core.SEED):
+        asked.append((item, plain(task, item, seed)))
+        return asked[-1][1]
+
+    plain = core.examples
+    monkeypatch.setattr(core, "examples", seen)
+    core.evaluate(model, TOKENIZER, task, cpu)
+    every, asked = dict(asked), []
+    assert sorted(every) == list(range(60))
+    assert core.evaluate(model, TOKENIZER, task, cpu, limit=10)["questions"] == 10
+    some, asked = dict(asked), []
+    assert len(some) == 10
+    assert max(some) > 30  # no head of the file
+    assert some.items() <= every.items()
+    assert any(i not in some for shown in some.values() for i in shown)  # examples from all rows
+    core.evaluate(model, TOKENIZER, task, cpu, limit=20)
+    assert some.items() <= dict(asked).items()  # a larger sample holds the smaller one
+
+
+# ---------------------------------------------------------------------------- scoring
+
+
+def random_prompts(count: int, seed: int = 0) -> list[Prompt]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(fewest: int, most: int) -> list[int]:
+        length = int(torch.randint(fewest, most, (1,), generator=draw))
+        return torch.randint(0, 256, (length,), generator=draw).tolist()
+
+    return [
+        Prompt([TOKENIZER.bos, *ids(0, 30)], [ids(1, 9) for _ in range(1 + i % 4)])
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 200, 100_000])
+def test_logprobs_and_greed_like_one_forward_pass_each(model, cpu, monkeypatch, tokens_at_once):
+    monkeypatch.setattr(core, "POSITIONS_AT_ONCE", 7)
+    asked = random_prompts(12)
+    for prompt in asked[::2]:  # and some that the model would write itself
+        written = list(prompt.context)
+        for _ in range(4):
+            written.append(int(model(torch.tensor([written]))[0, -1].argmax()))
+        prompt.continuations.append(written[-4:])
+        prompt.continuations.append([*written[-4:-1], 7])
+    scores = core.score(model, asked, cpu, tokens_at_once)
+    greedy = []
+    for prompt, found in zip(asked, scores, strict=True):
+        for ids, got in zip(prompt.continuations, found, strict=True):
+            logprobs = plain_logprobs(model, prompt.context + ids, len(prompt.context))
+            best = [
+                int(model(torch.tensor([prompt.context + ids[:n]]))[0, -1].argmax())
+                for n in range(len(ids))
+            ]
+            assert_close(got.logprob, sum(logprobs), rtol=1e-5, atol=1e-4)
+            assert got.tokens == len(ids)
+            assert got.greedy == (best == ids)
+            greedy.append(got.greedy)
+    assert 6 <= sum(greedy) < len(greedy)
+    assert core.score(model, [], cpu) == []
+
+
+def test_one_context_is_read_once(model, cpu, monkeypatch):
+    read = []
+    plain = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda ids, **how: (read.append(ids.numel()), plain(ids, **how))[1]
+    )
+    context = [TOKENIZER.bos, *range(100)]
+    core.score(model, [Prompt(context, [[1], [2], [3], [4]])], cpu)
+    assert sum(read) == 100 + 4
+
+
+def test_too_long_a_prompt_loses_its_beginning(model, cpu):
+    long = Prompt([TOKENIZER.bos, *range(10, 40)], [[1, 2, 3], [4]])
+    assert long.cut_to(33) is long  # 31 + 3 - 1 inputs
+    cut = long.cut_to(32)
+    assert cut == Prompt([TOKENIZER.bos, *range(11, 40)], [[1, 2, 3], [4]])
+    assert long.cut_to(5) == Prompt([TOKENIZER.bos, 38, 39], [[1, 2, 3], [4]])
+    assert long.cut_to(2) == Prompt([TOKENIZER.bos], [[1, 2], [4]])
+    short_model = type(model)(dataclasses.replace(CONFIG, sequence_len=20), model.vocab_size)
+    short_model.load_state_dict(model.state_dict())
+    for task in MADE:
+        asked = core.prompts(task, 1, TOKENIZER)
+        for prompt in (p.cut_to(20) for p in asked):
+            for ids in prompt.continuations:
+                assert len(prompt.context + ids) <= 21
+                assert prompt.context[0] == TOKENIZER.bos
+        few = dataclasses.replace(task, shots=7)
+        assert core.evaluate(short_model, TOKENIZER, few, cpu)["cut"] == len(task.rows)
+        assert core.evaluate(model, TOKENIZER, few, cpu)["cut"] == 0
+
+
+# ---------------------------------------------------------------------------- the score
+
+
+def test_centred_and_the_mean():
+    assert core.centred(0.25, 0.25) == 0
+    assert core.centred(1.0, 0.62) == pytest.approx(1)
+    assert core.centred(0.0, 0.5) == -1
+    assert core.core({"a": {"centred": 0.5}, "b": {"centred": -0.1}}) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="mean over tasks"):
+        core.core({})
+
+
+def test_a_result_is_centred_by_its_tasks_chance(model, cpu):
+    scores = core.evaluate(model, TOKENIZER, dataclasses.replace(MADE[0], chance=0.4), cpu)
+    assert scores["centred"] == pytest.approx((scores["accuracy"] - 0.4) / 0.6)
+    assert (scores["chance"], scores["shots"]) == (0.4, 3)
+
+
+def test_ranks_share_the_questions(model, cpu):
+    for task in MADE:
+        whole = core.evaluate(model, TOKENIZER, task, cpu, limit=7)
+        right = 0.0
+        for rank in range(3):
+            part = dataclasses.replace(cpu, rank=rank, ranks=3)
+            object.__setattr__(part, "sum", lambda values: values)  # what this rank alone would add
+            right += core.evaluate(model, TOKENIZER, task, part, limit=7)["accuracy"]
+        assert right == pytest.approx(whole["accuracy"])
+
+
+def test_more_ranks_than_questions(model, cpu):
+    part = dataclasses.replace(cpu, rank=5, ranks=8)
+    object.__setattr__(part, "sum", lambda values: values)
+    assert core.evaluate(model, TOKENIZER, MADE[0], part, limit=2)["accuracy"] == 0
+
+
+def test_rounds_change_nothing_and_can_be_stopped_between(model, cpu, monkeypatch):
+    whole = core.evaluate(model, TOKENIZER, MADE[0], cpu)
+    monkeypatch.setattr(core, "QUESTIONS_AT_ONCE", 2)
+    told = []
+    assert (
+        core.evaluate(model, TOKENIZER, MADE[0], cpu, progress=lambda *at: told.append(at)) == whole
+    )
+    assert told == [(0, 6), (2, 6), (4, 6)]
+
+    def stop(done, total):
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        core.evaluate(model, TOKENIZER, MADE[0], cpu, progress=stop)
+
+
+# ---------------------------------------------------------------------------- the bundle
+
+ROWS = {
+    "multiple_choice": {"query": "The", "choices": ["hat", "boat"], "gold": 1, "category": "x"},
+    "schema": {"context_options": ["The cat", "The hat"], "continuation": "sat", "gold": 0},
+    "language_modeling": {"context": "The", "continuation": "hat"},
+}
+YAML = """icl_tasks:
+- label: first
+  dataset_uri: folder/first.jsonl
+  num_fewshot: [10]
+  icl_task_type: multiple_choice
+  continuation_delimiter: "\\nAnswer: "
+- label: second
+  dataset_uri: folder/second.jsonl
+  num_fewshot:
+  - 0
+  icl_task_type: language_modeling
+  has_categories: true
+"""
+TABLE = "Eval Task,Task Category,#shots,Random baseline\nsecond,a,0,0.0\nfirst,b,10,62\nthird,c,,\n"
+
+
+def write_bundle(path, root="eval_bundle/", **changes):
+    files = {
+        "core.yaml": YAML,
+        "eval_meta_data.csv": TABLE.replace("third,c,,\n", ""),
+        "first": json.dumps(ROWS["multiple_choice"]) + "\n\n",
+        "second": json.dumps(ROWS["language_modeling"]) * 1,
+    } | changes
+    with zipfile.ZipFile(path, "w") as bundle:
+        for name, text in files.items():
+            where = name if "." in name else f"eval_data/folder/{name}.jsonl"
+            if text is not None:
+                bundle.writestr(root + where, text)
+    return path
+
+
+@pytest.mark.parametrize("root", ["", "eval_bundle/", "a/b/"])
+def test_a_bundle_is_read_as_it_says(tmp_path, root):
+    first, second = core.load(write_bundle(tmp_path / "b.zip", root))
+    assert (first.label, first.kind, first.shots, first.chance) == (
+        "first",
+        "multiple_choice",
+        10,
+        0.62,
+    )
+    assert (first.delimiter, second.delimiter) == ("\nAnswer: ", " ")
+    assert (second.kind, second.shots, second.chance) == ("language_modeling", 0, 0)
+    assert first.rows == [ROWS["multiple_choice"]]
+    assert first.pairs(0)[first.gold(0)] == ("The", "boat")
+
+
+def change(kind: str, **values) -> str:
+    row = {k: v for k, v in (ROWS[kind] | values).items() if v is not None}
+    return json.dumps(ROWS[kind]) + "\n" + json.dumps(row)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"core.yaml": None}, "there is no core.yaml"),
+        ({"core.yaml": "icl_tasks: ["}, "core.yaml is malformed"),
+        ({"core.yaml": "tasks: []"}, "core.yaml is malformed .KeyError.'icl_tasks'"),
+        ({"core.yaml": YAML.replace("num_fewshot: [10]", "")}, "malformed .*num_fewshot"),
+        ({"core.yaml": YAML.replace("language_modeling", "poetry")}, "second is a 'poetry'; known"),
+        ({"eval_meta_data.csv": None}, "there is no eval_meta_data.csv"),
+        ({"eval_meta_data.csv": TABLE}, "columns 'Eval Task'.*of third is ''"),
+        ({"eval_meta_data.csv": "Task,Chance\nfirst,3\n"}, "columns 'Eval Task'"),
+        ({"eval_meta_data.csv": "Eval Task,Random baseline\nsecond,0\n"}, "give first .* got None"),
+        ({"eval_meta_data.csv": TABLE.replace("62", "100").replace("third,c,,\n", "")}, "got 1.0"),
+        ({"first": None}, "there is no eval_data/folder/first.jsonl"),
+        ({"first": "\n"}, "first.jsonl has no rows"),
+        ({"first": '{"query": "The'}, "first.jsonl, row 1 is not JSON"),
+        ({"first": "[]"}, "row 1 needs a str 'query'"),
+        ({"first": change("multiple_choice", query=None)}, "row 2 needs a str 'query'"),
+        ({"first": change("multiple_choice", choices="hat")}, "row 2 needs a list 'choices'"),
+        ({"first": change("multiple_choice", choices=["hat", 3])}, "row 2: options must be text"),
+        ({"first": change("multiple_choice", gold="1")}, "row 2 needs a int 'gold'"),
+        ({"first": change("multiple_choice", gold=2)}, "row 2: gold is 2, of 2 options"),
+        ({"first": change("multiple_choice", gold=-1)}, "row 2: gold is -1, of 2 options"),
+        (
+            {"second": change("language_modeling", continuation=" ")},
+            "row 2: nothing to score after",
+        ),
+        ({"second": b"\xff\xfe"}, "can't decode byte"),
+    ],
+)
+def test_a_malformed_bundle_is_named(tmp_path, changes, message):
+    path = write_bundle(tmp_path / "b.zip", **changes)
+    with pytest.raises(ValueError, match=rf"b.zip is no evaluation bundle of CORE \(.*{message}"):
+        core.load(path)
+
+
+def test_a_file_that_is_no_bundle_or_cut_short(tmp_path):
+    whole = write_bundle(tmp_path / "b.zip").read_bytes()
+    for name, content in (("empty", b""), ("text", b"hello"), ("half", whole[: len(whole) // 2])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is no evaluation bundle .*copy it again"):
+            core.load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"missing.zip is no evaluation bundle"):
+        core.load(tmp_path / "missing.zip")
+
+
+# ---------------------------------------------------------------------------- the referee
+
+
+def test_loglikelihoods_equal_lm_evals(toy_tasks, model, cpu, tmp_path):
+    """lm-eval's HFLM splits, truncates, batches and scores the exported model in its own way."""
+    pytest.importorskip("lm_eval", reason="the referee lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export.write(model, TOKENIZER, tmp_path / "model")
+    theirs = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path / "model"),
+        batch_size=8,
+    )
+    greedy = []
+    for task in [*MADE, *toy_tasks]:
+        few = dataclasses.replace(task, rows=task.rows[:8])
+        asked = [p for item in range(len(few.rows)) for p in core.prompts(few, item, TOKENIZER)]
+        ours = [score for found in core.score(model, asked, cpu) for score in found]
+        as_text = [
+            (TOKENIZER.decode(p.context), TOKENIZER.decode(ids))  # it adds no BOS by itself
+            for p in asked
+            for ids in p.continuations
+        ]
+        requests = [
+            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
+            for i, pair in enumerate(as_text)
+        ]
+        found = theirs.loglikelihood(requests, disable_tqdm=True)
+        assert_close(
+            [s.logprob for s in ours], [logprob for logprob, _ in found], rtol=1e-5, atol=1e-4
+        )
+        assert [s.greedy for s in ours] == [bool(greedy) for _, greedy in found]
+        greedy += [s.greedy for s in ours]
+    assert 0 < sum(greedy) < len(greedy)
