@@ -247,7 +247,7 @@ class Engine:
     def _advance(self, row: _Row, token: Token) -> None:
         """Count the token, and run the tool if it closes a python part."""
         row.left = 0 if token.kind == "end" else max(0, row.left - 1)
-        if self.tool is None or token.kind != "chosen" or not row.left:
+        if self.tool is None or not row.left:
             return
         special = self.tokenizer.special
         if token.id == special("<|python_start|>"):

@@ -5,20 +5,24 @@
         print(piece, end="", flush=True)
 
 The text that comes out is whole characters; what a user types is ordinary text, special tokens
-included.
+included. Python that the model writes runs in a sandbox of the session's own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Generator, Iterator
+from typing import Any, Self
 
 from nanolib import checkpoint
 from nanolib.conversation import Conversation, Message, Part, answer_parts
 from nanolib.engine import Engine, Token
+from nanolib.model import GPT
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
+from nanolib.tools import Sandbox
 
 MODELS = ("sft", "base")  # the stages whose model can be talked to, the best first
 
@@ -27,7 +31,7 @@ class Session:
     """A conversation in progress.
 
     `messages` is everything said so far, without the system message. `notice` is what a user
-    interface should say besides the present answer, or None.
+    interface should say besides the present answer, or None; complete once the answer is.
     """
 
     def __init__(
@@ -46,12 +50,14 @@ class Session:
         self.messages: list[Message] = []
         self.notice: str | None = None
         self._left_out = 0  # of the messages, as last told
+        self._close: weakref.finalize | None = None  # ends the sandbox, where `open` made one
 
     @classmethod
     def open(cls, run: Run, of: str | None = None, **settings) -> Session:
         """Talk to the model of stage `of` of a run; None: the newest kind it has.
 
-        settings: as for the constructor. Raises ValueError where there is no model yet.
+        settings: as for the constructor. The session has a sandbox: close it, or leave that to
+        ``with``. Raises ValueError where there is no model yet.
         """
         if of not in (None, *MODELS):
             raise ValueError(f"stage {of!r} leaves no model to talk to; try {' or '.join(MODELS)}")
@@ -61,12 +67,36 @@ class Session:
                 runtime = Runtime.start(run.config.machine)
                 model = checkpoint.load_model(folder, runtime.device)
                 tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
-                return cls(Engine(model, tokenizer, runtime), **settings)
+                return cls._with_sandbox(model, tokenizer, runtime, settings)
         wanted = of or "trained"
         raise ValueError(
             f"run {run.id!r} has no {wanted} model to talk to yet; finish it first: "
             f"nanolib run {run.config.profile} --run {run.name}"
         )
+
+    @classmethod
+    def _with_sandbox(
+        cls, model: GPT, tokenizer: Tokenizer, runtime: Runtime, settings: dict[str, Any]
+    ) -> Session:
+        sandbox = Sandbox(workers=1).__enter__()
+        engine = Engine(model, tokenizer, runtime, lambda source: sandbox.run(source).text)
+        session = cls(engine, **settings)
+        session._close = weakref.finalize(engine, sandbox.close)
+        return session
+
+    def close(self) -> None:
+        """End the sandbox that `open` made; a program would be an error from now on.
+
+        Where nobody closes a session, it ends with the engine or, at the latest, with Python.
+        """
+        if self._close is not None:
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # ------------------------------------------------------------------------ talking
 

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import collections
+import itertools
 
 import pytest
 import torch
 from test_model import CPU, VOCAB, random_ids, random_model, tiny
 from torch.testing import assert_close
 
-from nanolib.engine import END_NAMES, Engine, choose, end_tokens, inverse_cdf, probabilities
+from nanolib.engine import (
+    END_NAMES,
+    OUTPUT_TOKENS,
+    TOOL_CALLS,
+    Engine,
+    Token,
+    choose,
+    end_tokens,
+    inverse_cdf,
+    probabilities,
+)
+from nanolib.model import GPT
 from nanolib.runtime import Runtime
+from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanolib.tools import Sandbox
 
 
 class Specials:
@@ -180,3 +194,176 @@ def test_nothing_to_say_is_nothing_said():
 
 def test_end_tokens_begin_with_the_assistants():
     assert end_tokens(Specials())[0] == Specials().special("<|assistant_end|>")
+
+
+# ---------------------------------------------------------------------------- the tool
+
+TOKENIZER = Tokenizer.train(["no merges"], 256 + len(SPECIAL_TOKENS))
+(BOS, _, _, _, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END) = map(TOKENIZER.special, SPECIAL_TOKENS)
+
+
+def reverse(source: str) -> str:
+    """A tool whose every result differs, and some are empty."""
+    return source[:0:-1]
+
+
+def tool_engine(seed: int, sequence_len: int = 96, tool=reverse) -> Engine:
+    """Its random model often opens and closes python parts, and sometimes ends its answer."""
+    model = GPT.build(tiny(sequence_len=sequence_len), TOKENIZER.vocab_size, CPU, seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=draw) * weight.shape[-1] ** -0.5)
+        model.head.weight[[PYTHON, PYTHON_END, END]] *= 3
+        model.head.weight[[OUTPUT, OUTPUT_END]] *= 0.1
+    return Engine(model, TOKENIZER, Runtime(device=CPU, dtype=torch.float32), tool)
+
+
+def plain_with_tool(engine: Engine, prompt: list[int], limit: int) -> list[Token]:
+    """No cache, no batch, no state: after each token, look back for a python part."""
+    ids, row, waiting = list(prompt), [], []
+    while len(row) < limit and len(ids) < engine.context:
+        with torch.no_grad():
+            best = int(engine.model(torch.tensor([ids]))[0, -1].argmax())
+        kind = "forced" if waiting else "end" if best in engine.ends else "chosen"
+        row.append(Token(0, waiting.pop(0) if waiting else best, kind))
+        ids.append(row[-1].id)
+        if kind == "end":
+            break
+        said = ids[len(prompt) :]
+        marks = [i for i, id in enumerate(said) if id in (PYTHON, PYTHON_END)]
+        if said[-1] == PYTHON_END and [said[i] for i in marks[-2:]] == [PYTHON, PYTHON_END]:
+            result = reverse(TOKENIZER.decode(said[marks[-2] + 1 : -1]))
+            waiting = [OUTPUT, *TOKENIZER.encode(result)[:OUTPUT_TOKENS], OUTPUT_END]
+    return row
+
+
+def test_a_batch_with_tools_equals_the_plain_loop():
+    speaker = tool_engine(seed=4)
+    asked = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 9, 4, 17, 5, 6, 30, 11)]
+    want = [plain_with_tool(speaker, prompt, limit=60) for prompt in asked]
+    assert sum(token.kind == "forced" for row in want for token in row) > 30
+    assert len({len(row) for row in want}) > 2, "the rows should end at different times"
+    rows = collections.defaultdict(list)
+    for step in speaker.generate(asked, max_new_tokens=60):
+        for token in step:
+            rows[token.row].append(token._replace(row=0))
+    assert [rows[row] for row in range(8)] == want
+    answers = speaker.answers(asked, max_new_tokens=60, max_rows=3)
+    for answer, row in zip(answers, want, strict=True):
+        assert answer.ids == [token.id for token in row if token.kind != "end"]
+        assert answer.chosen == [token.kind == "chosen" for token in row if token.kind != "end"]
+        assert answer.end == (row[-1].id if row[-1].kind == "end" else None)
+
+
+def test_seed_decides_a_row_with_tools_too():
+    speaker = tool_engine(seed=1)
+    asked = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 9, 4)]
+    settings = {"max_new_tokens": 60, "temperature": 1.0, "samples": 3}
+    together = speaker.answers(asked, seeds=[7, 8, 9], **settings)
+    assert sum(not chosen for answer in together for chosen in answer.chosen) > 10
+    for p, prompt in enumerate(asked):
+        alone = speaker.answers([prompt], seeds=[7 + p], **settings)
+        assert alone == together[3 * p : 3 * p + 3]
+
+
+class Chain:
+    """A model that follows each token by the one its table says."""
+
+    def __init__(self, *chains: str | list[int | str]):
+        self.config, self.table = tiny(sequence_len=400), {}
+        for chain in chains:
+            ids = [ord(item) if isinstance(item, str) else item for item in chain]
+            self.table |= dict(itertools.pairwise(ids))
+
+    def hidden(self, ids_BT, cache=None):
+        return ids_BT[..., None].float()
+
+    def logits(self, hidden):
+        following = hidden[..., 0].long().apply_(lambda id: self.table.get(id, END))
+        return torch.nn.functional.one_hot(following, TOKENIZER.vocab_size).float()
+
+    def __call__(self, ids_BT, cache=None):
+        return self.logits(self.hidden(ids_BT))
+
+
+def scripted(*chains, prompts="a", tool=None, **settings):
+    """Answers of a chain to prompts of one letter each."""
+    speaker = Engine(Chain(*chains), TOKENIZER, Runtime(device=CPU, dtype=torch.float32), tool)
+    asked = [TOKENIZER.encode(prompt) for prompt in prompts]
+    return speaker.answers(asked, **{"max_new_tokens": 80, **settings})
+
+
+def test_the_result_is_forced_while_other_rows_go_on():
+    calls = []
+
+    def tool(source):
+        calls.append(source)
+        return "84 <|bos|>é"  # a special token that a tool prints is ordinary text
+
+    sums = ["a", PYTHON, *"12*7", PYTHON_END], [OUTPUT_END, "b", END]
+    first, second, third = scripted(*sums, [*"cdefghijklmn", END], prompts="acb", tool=tool)
+    forced = [OUTPUT, *TOKENIZER.encode("84 <|bos|>é"), OUTPUT_END]
+    assert BOS not in forced
+    assert calls == ["12*7"]
+    assert first.ids == [PYTHON, *b"12*7", PYTHON_END, *forced, ord("b")]
+    assert [id for id, chosen in zip(first.ids, first.chosen, strict=True) if not chosen] == forced
+    assert first.end == END
+    assert second.ids == list(b"defghijklmn") and all(second.chosen)
+    assert third.ids == [] and third.end == END
+
+
+def test_a_real_sandbox_answers_and_its_errors_are_text():
+    with Sandbox(workers=1) as sandbox:
+        for program, result in (("12*7", "84"), ("1/0", "ZeroDivisionError: division by zero")):
+            chain = [["a", PYTHON, *program, PYTHON_END], [OUTPUT_END, END]]
+            (answer,) = scripted(*chain, tool=lambda source: sandbox.run(source).text)
+            said = [PYTHON, *program.encode(), PYTHON_END, OUTPUT, *result.encode(), OUTPUT_END]
+            assert answer.ids == said
+
+
+def test_without_a_tool_nothing_is_forced():
+    (answer,) = scripted(["a", PYTHON, "1", PYTHON_END, OUTPUT, "2", OUTPUT_END, "b", END])
+    assert answer.ids == [PYTHON, ord("1"), PYTHON_END, OUTPUT, ord("2"), OUTPUT_END, ord("b")]
+    assert all(answer.chosen)
+
+
+@pytest.mark.parametrize(
+    ("chain", "ids", "end"),
+    [
+        (["a", PYTHON, "1", END], [PYTHON, ord("1")], END),  # the end inside a python part
+        (["a", PYTHON_END, "b", END], [PYTHON_END, ord("b")], END),  # nothing was opened
+        (["a", OUTPUT, "4", END], [], OUTPUT),  # an output of its own making
+        (["a", "b", OUTPUT_END, END], [ord("b")], OUTPUT_END),
+    ],
+)
+def test_what_is_no_call_runs_nothing(chain, ids, end):
+    def tool(source):
+        raise AssertionError(f"ran {source!r}")
+
+    (answer,) = scripted(chain, tool=tool)
+    assert (answer.ids, answer.end) == (ids, end)
+
+
+def test_calls_have_a_limit_that_the_model_is_told():
+    chain = [["a", PYTHON, "1", PYTHON_END], [OUTPUT_END, PYTHON]]
+    calls = []
+    (answer,) = scripted(*chain, tool=lambda s: calls.append(s) or "", max_new_tokens=390)
+    assert calls == ["1"] * TOOL_CALLS
+    assert f"RuntimeError: no more than {TOOL_CALLS} programs" in TOKENIZER.decode(answer.ids)
+    assert len(answer.ids) == 390 and answer.end is None
+
+
+def test_a_long_result_is_cut_and_limits_hold_inside_it():
+    chain = [["a", PYTHON, "1", PYTHON_END], [OUTPUT_END, "b", END]]
+    (answer,) = scripted(*chain, tool=lambda source: "x" * 1000, max_new_tokens=300)
+    assert answer.ids[3:] == [OUTPUT, *b"x" * OUTPUT_TOKENS, OUTPUT_END, ord("b")]
+    (answer,) = scripted(*chain, tool=lambda source: "x" * 1000, max_new_tokens=10)
+    assert answer.ids[3:] == [OUTPUT, *b"x" * 6] and answer.end is None
+    (answer,) = scripted(*chain, tool=lambda source: 1 / 0, max_new_tokens=3)
+    assert answer.ids == [PYTHON, ord("1"), PYTHON_END]  # no room for its result: not run
+
+
+def test_a_tool_that_fails_is_heard():
+    with pytest.raises(ZeroDivisionError):
+        scripted(["a", PYTHON, "1", PYTHON_END], tool=lambda source: 1 / 0)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from test_model import CPU, tiny
@@ -16,6 +22,7 @@ from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 from nanolib.session import Session
 from nanolib.tokenizer import Tokenizer
+from nanolib.ui import terminal
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +261,93 @@ def test_open_finds_the_newest_model_of_a_run(run_with_models):
     run, _ = run_with_models()
     with pytest.raises(ValueError, match="no trained model to talk to yet"):
         Session.open(run)
+
+
+# ---------------------------------------------------------------------------- the tool
+
+
+class Echo:
+    """A model that follows each token by the one its table says."""
+
+    def __init__(self, config, table: dict[int, int], vocab_size: int):
+        self.config, self.table, self.vocab_size = config, table, vocab_size
+
+    def hidden(self, ids_BT, cache=None):
+        return ids_BT[..., None].float()
+
+    def logits(self, hidden):
+        following = hidden[..., 0].long().apply_(lambda id: self.table.get(id, 0))
+        return torch.nn.functional.one_hot(following, self.vocab_size) * 1000.0
+
+    def __call__(self, ids_BT, cache=None):
+        return self.logits(self.hidden(ids_BT))
+
+
+def says(session: Session, program: str) -> None:
+    """Let the session's model answer everything with that program, then "!"."""
+    tokenizer, special = session.engine.tokenizer, session.engine.tokenizer.special
+    ids = [special("<|assistant_start|>"), special("<|python_start|>")]
+    ids += [*program.encode(), special("<|python_end|>")]
+    after = [special("<|output_end|>"), ord("!"), special("<|assistant_end|>")]
+    table = dict(itertools.pairwise(ids)) | dict(itertools.pairwise(after))
+    session.engine.model = Echo(session.engine.model.config, table, tokenizer.vocab_size)
+
+
+def workers() -> set[int]:
+    """Processes that this one started and that still run."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = status.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found.add(int(status.parent.name))
+    return found
+
+
+def test_an_open_session_runs_python_and_leaves_no_worker(run_with_models):
+    run, _ = run_with_models("sft")
+    before = workers()
+    with Session.open(run) as talk:
+        says(talk, "12*3")
+        assert "".join(talk.stream("hello")) == "\n[python] 12*3\n[output] 36\n!"
+        assert talk.messages[1].parts == (Part("python", "12*3"), Part("output", "36"), Part("text", "!"))  # fmt: skip
+        says(talk, "1/0")
+        assert "[output] ZeroDivisionError: division by zero\n!" in talk.ask("hello")
+        assert len(workers() - before) == 1
+    assert workers() == before
+    with pytest.raises(RuntimeError, match="the sandbox is closed"):
+        talk.ask("hello")
+    talk.close()
+
+
+def test_a_session_that_nobody_closes_ends_its_worker_with_the_engine(run_with_models):
+    run, _ = run_with_models("sft")
+    before = workers()
+    talk = Session.open(run)
+    again = Session(talk.engine, temperature=0.0)
+    says(again, "12*3")
+    del talk
+    gc.collect()
+    assert "36" in again.ask("hello"), "the engine is still in use"
+    del again
+    gc.collect()
+    assert workers() == before
+
+
+# ---------------------------------------------------------------------------- in the terminal
+
+
+def test_the_terminal_shows_tool_calls_and_an_answer_cut_short(tokenizer, capsys):
+    special = tokenizer.special
+    ids = [special("<|python_start|>"), *b"1+1", special("<|python_end|>")]
+    ids += [special("<|output_start|>"), *b"2", special("<|output_end|>"), *b"two"]
+    talk = session(tokenizer, ids, ids, max_new_tokens=8)
+    terminal.answer(talk, "add")
+    out, errors = capsys.readouterr()
+    assert out == "\n[python] 1+1\n[output] 2\n"
+    assert errors == "(the answer reached its limit of 8 tokens)\n"
+    talk.max_new_tokens = 20
+    terminal.answer(talk, "add")
+    out, errors = capsys.readouterr()
+    assert out == "\n[python] 1+1\n[output] 2\ntwo\n"
+    assert errors == ""

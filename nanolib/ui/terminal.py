@@ -17,12 +17,12 @@ def answer(session: Session, text: str) -> None:
     """
     with contextlib.closing(session.stream(text)) as pieces:
         try:
-            if session.notice:
-                print(f"({session.notice})", file=sys.stderr)
             for piece in pieces:
                 print(piece, end="", flush=True)
         finally:
             print()
+            if session.notice:  # of history left out, or of an answer that met its limit
+                print(f"({session.notice})", file=sys.stderr)
 
 
 def talk(session: Session) -> None:
