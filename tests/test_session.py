@@ -311,6 +311,7 @@ def test_an_open_session_runs_python_and_leaves_no_worker(run_with_models):
         says(talk, "12*3")
         assert "".join(talk.stream("hello")) == "\n[python] 12*3\n[output] 36\n!"
         assert talk.messages[1].parts == (Part("python", "12*3"), Part("output", "36"), Part("text", "!"))  # fmt: skip
+        talk.clear()
         says(talk, "1/0")
         assert "[output] ZeroDivisionError: division by zero\n!" in talk.ask("hello")
         assert len(workers() - before) == 1
