@@ -1,6 +1,6 @@
 """Does the demo learn what it should? Several seeds, beside baselines that learn nothing.
 
-``python -m nanolib.bench.demo --seeds 1 2 3 [--at-once N]`` trains the demo's stages (no notebooks)
+``python -m nanolib.bench.demo --seeds 1 2 3 [--at-once N] [--threads N]`` trains the demo's stages (no notebooks)
 once a seed, and once a seed without pretraining, and prints a table of their scores. The bars are
 those the toy world was made for; each must hold in every seed.
 """
@@ -48,12 +48,13 @@ BARS = (
 )
 
 
-def scores_of(seed: int, profile: str = "demo") -> dict[str, Any]:
+def scores_of(seed: int, threads: int, profile: str = "demo") -> dict[str, Any]:
     """Train one seed's demo with and without base, and everything its bars need."""
-    run = Run.open(profile, f"{profile}-seed-{seed}", {"seed": seed})
+    name, settings = f"{profile}-seed-{seed}", {"seed": seed, "machine.threads": threads}
+    run = Run.open(profile, name, settings)
     base = launch.stage("eval", run, of="base")["compression"]
     scores = launch.stage("eval", run, of="sft")
-    bare = Run.open(profile, f"{profile}-seed-{seed}-bare", {"seed": seed, "base.enabled": False})
+    bare = Run.open(profile, f"{name}-bare", settings | {"base.enabled": False})
     without_base = launch.stage("eval", bare, of="sft")
     first, longest = _blind(run)
     return {
@@ -103,11 +104,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--at-once", type=int, default=1, help="seeds that train side by side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each")
     given = parser.parse_args()
     with ThreadPoolExecutor(given.at_once) as pool:
-        results = list(pool.map(scores_of, given.seeds))
+        results = list(pool.map(lambda seed: scores_of(seed, given.threads), given.seeds))
     today = datetime.datetime.now(datetime.UTC).date()
-    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {given.at_once} run(s) at once"
+    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {given.threads} thread(s) a run"
     print(f"\n{today}, {machine}\n\n{table(given.seeds, results)}")
 
 
