@@ -170,7 +170,9 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     left.set_title("training loss (nats a token)")
     name, points = _scores(rows)
     right.plot([step for step, _ in points], [value for _, value in points], "o-", color=ORANGE)
-    if points:
+    if not points:
+        right.set_yticks([])
+    else:
         right.annotate(
             f"{points[-1][1]:.3f}", points[-1], (0, 8), textcoords="offset points", ha="right"
         )
@@ -266,7 +268,7 @@ def heatmap(
     from matplotlib.ticker import MaxNLocator
 
     low, high = limits or (None, None)
-    image = axes.imshow(values, cmap=colours, aspect="auto", vmin=low, vmax=high)
+    image = axes.imshow(_plain(values), cmap=colours, aspect="auto", vmin=low, vmax=high)
     axes.grid(False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))

@@ -103,7 +103,7 @@ scores_S = torch.randn(64) @ torch.randn(64, 24)
 figure, (left, right) = plt.subplots(1, 2, sharey=True)
 for axes, scale, title in ((left, 1.0, "without"), (right, 64**-0.5, "divided by √64")):
     weights_S = (scores_S * scale).softmax(dim=-1)
-    axes.bar(range(24), weights_S, color=lesson.BLUE)
+    axes.bar(range(24), weights_S.tolist(), color=lesson.BLUE)
     axes.set_title(f"{title}: the largest weight is {weights_S.max():.2f}")
     axes.set_xlabel("position looked at")
 left.set_ylabel("weight")
@@ -148,7 +148,7 @@ dots_TS = q_TK @ k_TK.T
 assert_close(dots_TS[5, 2], dots_TS[17, 14], atol=1e-4, rtol=0)
 figure, (left, right) = plt.subplots(1, 2)
 for pair, speed in enumerate(10_000.0 ** -(torch.arange(4) / 4)):
-    left.plot(torch.arange(64), torch.cos(torch.arange(64) * speed), label=f"pair {pair}")
+    left.plot(torch.cos(torch.arange(64) * speed).tolist(), label=f"pair {pair}")
 left.set(title="cosine of the angle", xlabel="position")
 left.legend(loc="lower right", fontsize=8)
 figure.colorbar(lesson.heatmap(right, dots_TS, colours="RdBu"))

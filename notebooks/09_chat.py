@@ -180,7 +180,7 @@ print("ours equals nanolib.engine.probabilities")
 # %%
 figure, panels = plt.subplots(1, 3, sharey=True, figsize=(7.6, 2.4))
 for temperature, axes in zip((0.5, 1.0, 2.0), panels, strict=True):
-    p_V = soften(logits_V, temperature).sort(descending=True).values[:15]
+    p_V = soften(logits_V, temperature).sort(descending=True).values[:15].tolist()
     axes.bar(range(15), p_V, color=lesson.ORANGE)
     axes.set(title=f"temperature {temperature}", xlabel="rank of the token")
 panels[0].set_ylabel("probability")
