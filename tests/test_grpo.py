@@ -1,0 +1,317 @@
+"""GRPO against the textbook: explicit log-probabilities, one answer at a time."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from test_engine import TOKENIZER, reverse, tool_engine
+from torch.testing import assert_close
+
+from nanolib.config import OptimConfig, Recipe, Schedule, flatten
+from nanolib.conversation import Conversation
+from nanolib.data.packing import IGNORED, Batch
+from nanolib.grpo import PolicyGradient, Quiz, RolloutSource, advantages, pass_at_k, passes
+from nanolib.guard import Guard
+from nanolib.optim import MuonAdamW
+from nanolib.rundir import StageDir
+from nanolib.tasks import GradedTask
+from nanolib.train import Stopped, Trainer
+
+
+class Parity(GradedTask):
+    """Right is what has an even number of characters."""
+
+    name = "parity"
+
+    def __init__(self, questions=("a", "bcd", "ef", "g", "hi", "jkl", "mn")):
+        self.questions = questions
+
+    def __len__(self):
+        return len(self.questions)
+
+    def conversation(self, i):
+        return Conversation.ask(self.questions[i], "the reference answer, never shown")
+
+    def grade(self, i, answer):
+        return len(answer) % 2 == 0
+
+
+def quiz(task=None, max_new_tokens=24, seed=7, tool=reverse) -> Quiz:
+    return Quiz(tool_engine(seed, tool=tool), task or Parity(), max_new_tokens)
+
+
+def source(asked=None, **settings) -> RolloutSource:
+    return RolloutSource(asked or quiz(), **{"questions": 3, "samples": 4, "seed": 5, **settings})
+
+
+def trainer(folder, source, steps=6, lr=0.3, guard=None, hooks=(), **settings) -> Trainer:
+    stage = StageDir("grpo", folder)
+    source.metrics = stage.metrics
+    runtime, model = source.runtime, source.engine.model
+    given = {"save_every": 2, "eval_every": 3} | settings
+    return Trainer(
+        stage=stage,
+        model=model,
+        optimizer=MuonAdamW(model, OptimConfig(), runtime),
+        source=source,
+        schedule=Schedule(lr=lr),
+        steps=steps,
+        runtime=runtime,
+        guard=guard or Guard(),
+        about={"recipe": flatten(Recipe()), "vocab_size": model.vocab_size, "tokenizer": "x"},
+        loss=PolicyGradient(),
+        hooks=hooks,
+        **given,
+    )
+
+
+# ---------------------------------------------------------------------------- the loss
+
+
+def textbook(source: RolloutSource, step: int = 0) -> tuple[torch.Tensor, int]:
+    """−Σ (reward − mean) · log p(token | all before) / tokens, each answer by itself."""
+    total, tokens = torch.zeros(()), 0
+    for rollout in source.rollouts(step):
+        mean = sum(rollout.rewards) / len(rollout.rewards)
+        for answer, reward in zip(rollout.answers, rollout.rewards, strict=True):
+            prompt = source.quiz.prompts[rollout.question]
+            said = answer.ids + ([] if answer.end is None else [answer.end])
+            logits = source.engine.model(torch.tensor([prompt + said]))[0]
+            for place, id in enumerate(said):
+                if place < len(answer.ids) and not answer.chosen[place]:
+                    continue  # the tool's
+                log_p = logits[len(prompt) + place - 1].log_softmax(-1)[id]
+                total = total - (reward - mean) * log_p
+                tokens += 1
+    return total / tokens, tokens
+
+
+@pytest.mark.parametrize("device_batch", [None, 5])
+def test_the_gradient_is_the_textbooks(device_batch, tmp_path):
+    rollouts = source(device_batch=device_batch)
+    answers = [a for rollout in rollouts.rollouts(0) for a in rollout.answers]
+    assert sum(not chosen for answer in answers for chosen in answer.chosen) > 5, "no tool was used"
+    assert {answer.end is None for answer in answers} == {True, False}
+    loss, tokens = textbook(rollouts)
+    weights = list(rollouts.engine.model.parameters())
+    expected = torch.autograd.grad(loss, weights)
+    (batches,) = rollouts.updates(0)
+    assert len(batches) == (1 if device_batch is None else 3)
+    assert sum(PolicyGradient().count(batch) for batch in batches) == tokens
+    found = trainer(tmp_path, rollouts).forward_backward(batches, tokens)
+    assert math.isclose(found, loss.item(), rel_tol=1e-4, abs_tol=1e-6)
+    for weight, grad in zip(weights, expected, strict=True):
+        assert grad.abs().max() > 1e-6
+        assert_close(weight.grad, grad, rtol=1e-3, atol=1e-6)
+
+
+def test_advantages_of_a_question_sum_to_nothing():
+    assert advantages([1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
+    assert advantages([1, 1, 1]) == [0, 0, 0]
+    assert advantages([2.5]) == [0]
+
+
+def a_batch(nll, old, advantage, targets) -> tuple[torch.Tensor, Batch]:
+    fields = {"advantage": torch.tensor([advantage]), "old_nll": torch.tensor([old])}
+    ids = torch.tensor([targets])
+    return torch.tensor([nll], requires_grad=True), Batch(
+        inputs_BT=ids, targets_BT=ids, fields=fields
+    )
+
+
+def test_the_clipped_gain_token_by_token():
+    old = [1.0, 1.0, 1.0, 1.0, 0.0]
+    nll = [1.1, 0.5, 1.5, 0.5, 0.0]  # ratios 0.90, 1.65, 0.61, 1.65; the last is ignored
+    advantage = [1.0, 1.0, -1.0, -1.0, 1.0]
+    nll_BT, batch = a_batch(nll, old, advantage, [7, 7, 7, 7, IGNORED])
+    loss = PolicyGradient(clip=0.2).sum(nll_BT, batch)
+    gains = [math.exp(-0.1), 1.2, -0.8, -math.exp(0.5)]
+    assert_close(loss.item(), -sum(gains))
+    loss.backward()
+    # Only what is not clipped still pulls: by advantage · ratio.
+    assert_close(nll_BT.grad[0], torch.tensor([math.exp(-0.1), 0, 0, -math.exp(0.5), 0]))
+
+
+def test_at_a_ratio_of_one_clipped_and_plain_pull_alike():
+    nll = [0.3, 2.0, 0.0]
+    nll_BT, batch = a_batch(nll, nll, [0.5, -0.25, 0.5], [7, 7, IGNORED])
+    clipped = torch.autograd.grad(PolicyGradient().sum(nll_BT, batch), nll_BT)[0]
+    plain = dataclasses.replace(batch, fields={"advantage": batch.fields["advantage"]})
+    expected = torch.autograd.grad(PolicyGradient().sum(nll_BT, plain), nll_BT)[0]
+    assert_close(clipped[0, :2], expected[0, :2])
+
+
+def test_several_updates_hold_on_to_the_probabilities_before_the_first(tmp_path):
+    rollouts = source(updates_each=3)
+    first, *more = updates = rollouts.updates(0)
+    assert len(updates) == 3 and all(again is first for again in more)
+    (batch,) = first
+    with torch.no_grad():
+        assert_close(batch.fields["old_nll"], rollouts.engine.model.nll(batch))
+    loop = trainer(tmp_path, rollouts, lr=2.0)
+    before = batch.fields["old_nll"].clone()
+    row, _ = loop.train_step()
+    assert row["tokens"] == 3 * PolicyGradient().count(batch)
+    with torch.no_grad():
+        assert not torch.allclose(rollouts.engine.model.nll(batch), before, atol=1e-3)
+    assert batch.fields["old_nll"].equal(before)
+
+
+# ---------------------------------------------------------------------------- rollouts
+
+
+def test_a_step_is_a_function_of_weights_seed_and_step():
+    first = source().rollouts(2)
+    assert source().rollouts(2) == first
+    assert source(seed=6).rollouts(2) != first
+    assert source().rollouts(3) != first
+    assert len({tuple(a.ids) for rollout in first for a in rollout.answers}) > 6
+
+
+def test_every_question_comes_once_an_epoch():
+    rollouts = source(questions=7, samples=1)
+    orders = [[r.question for r in rollouts.rollouts(step)] for step in range(3)]
+    assert all(sorted(order) == list(range(7)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
+
+
+def test_the_ranks_share_the_questions_with_all_their_samples():
+    whole, asked = source().rollouts(1), quiz()
+    parts = []
+    for rank in (0, 1):
+        asked.engine.runtime = dataclasses.replace(asked.engine.runtime, rank=rank, ranks=2)
+        parts.append(source(asked).rollouts(1))
+    assert [len(part) for part in parts] == [2, 1]
+    assert [parts[i % 2][i // 2] for i in range(3)] == whole
+    with pytest.raises(ValueError, match="2 ranks need at least as many questions a step, got 1"):
+        source(asked, questions=1)
+
+
+def test_the_reference_is_never_in_the_prompt():
+    asked = quiz()
+    assert TOKENIZER.decode(asked.prompts[1]) == (
+        "<|bos|><|user_start|>bcd<|user_end|><|assistant_start|>"
+    )
+
+
+def test_questions_without_room_for_an_answer_are_left_out():
+    asked = quiz(Parity(("a", "x" * 80, "b")), max_new_tokens=24)
+    assert asked.usable == [0, 2]
+    assert {r.question for r in source(asked, questions=4).rollouts(0)} == {0, 2}
+    with pytest.raises(ValueError, match="no question of parity leaves room for 24 tokens"):
+        quiz(Parity(("x" * 80,)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_named(bad):
+    rollouts = source(reward=lambda question, texts: [1.0, bad, 0.0, 1.0])
+    with pytest.raises(ValueError, match=rf"reward of question \d of parity is {bad} for the"):
+        rollouts.updates(0)
+
+
+def test_python_and_its_output_are_not_graded():
+    asked = quiz(tool=lambda source: "#### 5")
+    rollouts = source(asked).rollouts(0)
+    assert any(not all(answer.chosen) for rollout in rollouts for answer in rollout.answers)
+    for rollout in rollouts:
+        for answer, text, reward in zip(
+            rollout.answers, rollout.texts, rollout.rewards, strict=True
+        ):
+            assert "####" not in text
+            assert reward == (len(text) % 2 == 0)
+            assert ("#" in TOKENIZER.decode(answer.ids)) or all(answer.chosen)
+
+
+def test_each_step_leaves_a_row(tmp_path):
+    rollouts = source()
+    loop = trainer(tmp_path, rollouts, steps=2)
+    expected = rollouts.rollouts(0)
+    loop.fit()
+    row = loop.stage.metrics.rows()[0]
+    rewards = [reward for rollout in expected for reward in rollout.rewards]
+    answers = [answer for rollout in expected for answer in rollout.answers]
+    assert (row["kind"], row["step"]) == ("rollout", 1)
+    assert row["reward"] == pytest.approx(sum(rewards) / 12)
+    assert row["mixed"] == pytest.approx(sum(len(set(r.rewards)) > 1 for r in expected) / 3)
+    assert row["answer_tokens"] == pytest.approx(sum(len(a.ids) for a in answers) / 12)
+    assert row["cut"] == pytest.approx(sum(a.end is None for a in answers) / 12)
+    (question, best, one), (_, worst, zero) = row["samples"]
+    assert question in Parity().questions and best != worst and (one, zero) == (1, 0)
+    assert [row["step"] for row in loop.stage.metrics.rows() if row["kind"] == "rollout"] == [1, 2]
+
+
+# ---------------------------------------------------------------------------- pass@k
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    for right, k in itertools.product(range(6), range(1, 6)):
+        draws = list(itertools.combinations([1] * right + [0] * (5 - right), k))
+        assert pass_at_k(5, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_passes_counts_greedy_one_and_any(cpu):
+    asked = quiz()
+    found = passes(asked, 5, samples=4, seed=3)
+    assert list(found) == ["greedy", "pass@1", "pass@4"]
+    assert found == passes(asked, 5, samples=4, seed=3)
+    greedy = asked.answers(range(5), 1, range(5))
+    right = [Parity().grade(0, asked.text(answer)) for (answer,) in greedy]
+    assert found["greedy"] == pytest.approx(sum(right) / 5)
+    assert 0 < found["pass@1"] < found["pass@4"] <= 1
+    assert passes(asked, 500, samples=1, seed=3)["pass@1"] * 7 == pytest.approx(
+        round(passes(asked, 7, samples=1, seed=3)["pass@1"] * 7)
+    )
+
+
+# ---------------------------------------------------------------------------- as a stage
+
+
+def test_resumed_equals_straight(tmp_path):
+    def without_time(rows):
+        timed = ("seconds", "seconds_left", "tokens_per_second")
+        return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+    straight = trainer(tmp_path / "a", source())
+    straight.fit()
+    guard = Guard()
+
+    def stop_after_three(trainer):
+        if trainer.step == 3:
+            guard.request_stop()
+
+    first = trainer(tmp_path / "b", source(), guard=guard, hooks=[stop_after_three], save_every=5)
+    with pytest.raises(Stopped, match="saved after step 4 of 6"):
+        first.fit()
+    second = trainer(tmp_path / "b", source(quiz(seed=9)))  # its weights come from the checkpoint
+    second.fit()
+    for one, two in zip(straight.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    rows = without_time(straight.stage.metrics.rows())
+    assert rows == without_time(second.stage.metrics.rows())
+    assert [row["step"] for row in rows if row["kind"] == "rollout"] == [1, 2, 3, 4, 5, 6]
+
+
+def share_of_e(question, texts):
+    return [text.count("e") / max(1, len(text)) for text in texts]
+
+
+@pytest.mark.parametrize("updates_each", [1, 2])
+def test_it_learns_what_is_rewarded(updates_each, tmp_path):
+    asked = quiz(max_new_tokens=8, tool=None)
+    rollouts = source(asked, questions=3, samples=8, reward=share_of_e, updates_each=updates_each)
+    loop = trainer(tmp_path, rollouts, steps=25, lr=1.0, save_every=100)
+    loop.fit()
+    rewards = [row["reward"] for row in loop.stage.metrics.rows() if row["kind"] == "rollout"]
+    assert sum(rewards[:5]) / 5 < 0.1
+    assert sum(rewards[-5:]) / 5 > 0.5
+
+
+def test_equal_rewards_teach_nothing(tmp_path):
+    rollouts = source(reward=lambda question, texts: [1.0] * len(texts))
+    before = [weight.detach().clone() for weight in rollouts.engine.model.parameters()]
+    row, _ = trainer(tmp_path, rollouts).train_step()
+    assert row["loss"] == 0 and row["grad_norm"] == 0
+    for weight, old in zip(rollouts.engine.model.parameters(), before, strict=True):
+        assert weight.equal(old)
