@@ -34,27 +34,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanolib.data.toywords import (
-    CHALLENGE,
-    EASY,
-    ENDINGS,
-    FUNCTIONS,
-    HARD_PROBLEMS,
-    HE,
-    MIDDLES,
-    NUMBER_STORIES,
-    OPENINGS,
-    PROBLEMS,
-    RELATIONS,
-    REQUESTS,
-    SHE,
-    SHOPPING,
-    SMALL_TALK,
-    SYSTEM,
-    THINGS,
-    WEATHER,
-    phrases,
-)  # fmt: skip
+from nanolib.data import toywords as words
+from nanolib.data.toywords import RELATIONS, phrases
 
 NUMBERS = range(3, 41)
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -92,7 +73,7 @@ def draw(*purpose: str | int) -> random.Random:
 
 def world(seed: int) -> World:
     """Every value of a relation is shared by ten people, four of whom are held out with it."""
-    names = [(name, "She") for name in SHE] + [(name, "He") for name in HE]
+    names = [(name, "She") for name in words.SHE] + [(name, "He") for name in words.HE]
     facts: dict[str, dict[str, str]] = {name: {} for name, _ in names}
     people = tuple(Person(name, pronoun, facts[name]) for name, pronoun in names)
     held_out: list[Fact] = []
@@ -130,14 +111,11 @@ def say(template: str, fact: Fact, named: bool = True) -> str:
 def portrait(world: World, rng: random.Random) -> str:
     person = rng.choice(world.people)
     relations = rng.sample(list(RELATIONS), rng.randint(3, 6))
-    return " ".join(
-        say(
-            rng.choice(RELATIONS[relation].says),
-            Fact(person, relation),
-            i == 0 or rng.random() < 0.4,
-        )
-        for i, relation in enumerate(relations)
-    )
+    said = []
+    for relation in relations:
+        template, fact = rng.choice(RELATIONS[relation].says), Fact(person, relation)
+        said.append(say(template, fact, named=not said or rng.random() < 0.4))
+    return " ".join(said)
 
 
 def sheet(world: World, rng: random.Random) -> str:
@@ -149,11 +127,11 @@ def sheet(world: World, rng: random.Random) -> str:
 
 def story(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
-    slots = {"p": p.name, "q": q.name, "weather": rng.choice(WEATHER)}
+    slots = {"p": p.name, "q": q.name, "weather": rng.choice(words.WEATHER)}
     for letter, person in (("p", p), ("q", q)):
         for relation, value in person.facts.items():
             slots |= {f"{letter}_{relation}": value, f"{letter}_a_{relation}": with_article(value)}
-    scenes = (rng.choice(OPENINGS), rng.choice(MIDDLES), rng.choice(ENDINGS))
+    scenes = (rng.choice(words.OPENINGS), rng.choice(words.MIDDLES), rng.choice(words.ENDINGS))
     return " ".join(scene.format_map(slots) for scene in scenes)
 
 
@@ -173,7 +151,7 @@ def register(world: World, rng: random.Random) -> str:
 
 def number_story(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
-    story, things = rng.choice(NUMBER_STORIES), rng.choice(THINGS)
+    story, things = rng.choice(words.NUMBER_STORIES), rng.choice(words.THINGS)
     while True:
         a, b = rng.sample(NUMBERS, 2)
         text = story.format(p=p.name, q=q.name, a=a, b=b, sum=a + b, things=things)
@@ -183,9 +161,9 @@ def number_story(world: World, rng: random.Random) -> str:
 
 def shopping(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
-    things = rng.sample(THINGS, 3)
+    things = rng.sample(words.THINGS, 3)
     items = ", ".join(f"{rng.choice(NUMBERS)} {thing}" for thing in things)
-    return rng.choice(SHOPPING).format(p=p.name, q=q.name, items=items)
+    return rng.choice(words.SHOPPING).format(p=p.name, q=q.name, items=items)
 
 
 def program(world: World, rng: random.Random) -> str:
@@ -277,7 +255,7 @@ def is_held_out(text: str) -> bool:
 
 def problem(world: World, rng: random.Random, held_out: bool) -> dict:
     """A row in GSM8K's schema; half of them are hard."""
-    question, *steps = rng.choice(rng.choice((PROBLEMS, HARD_PROBLEMS)))
+    question, *steps = rng.choice(rng.choice((words.PROBLEMS, words.HARD_PROBLEMS)))
     while True:
         slots = problem_slots(world, rng)
         answer = ""
@@ -297,7 +275,7 @@ def problem_slots(world: World, rng: random.Random) -> dict:
     names = (person.name for person in rng.sample(world.people, 3))
     slots: dict = dict(zip("pqr", names, strict=True))
     a, b, c = rng.sample(NUMBERS, 3)
-    slots |= {"a": a, "b": b, "c": c, "few": rng.randint(2, 9), "things": rng.choice(THINGS)}
+    slots |= {"a": a, "b": b, "c": c, "few": rng.randint(2, 9), "things": rng.choice(words.THINGS)}
     slots |= {"big": a + b, "more": max(a, b), "less": min(a, b)}
     return slots | dict(zip(("low", "mid", "high"), sorted((a, b, c)), strict=True))
 
@@ -306,7 +284,9 @@ def problem_slots(world: World, rng: random.Random) -> dict:
 def functions(held_out: bool) -> list[dict]:
     """Rows in HumanEval's schema: ten functions, each with many numbers."""
     rows = []
-    for (name, argument, meaning, code, tries), n in itertools.product(FUNCTIONS, range(2, 62)):
+    for (name, argument, meaning, code, tries), n in itertools.product(
+        words.FUNCTIONS, range(2, 62)
+    ):
         if (n % 4 == 1) != held_out:
             continue
         meaning, code = meaning.format(n=n), code.format(n=n)
@@ -331,7 +311,7 @@ def exchange(world: World, rng: random.Random) -> list[str]:
     """One question and its answer, about facts that are not held out, or small talk."""
     kind = rng.random()
     if kind < 0.1:
-        asks, answer = rng.choice(SMALL_TALK)
+        asks, answer = rng.choice(words.SMALL_TALK)
         return [rng.choice(phrases(asks)), answer]
     fact = rng.choice(world.told)
     relation, name = RELATIONS[fact.relation], fact.person.name
@@ -348,7 +328,7 @@ def exchange(world: World, rng: random.Random) -> list[str]:
 def conversation(world: World, rng: random.Random) -> list[dict]:
     """Messages in SmolTalk's schema, one to three exchanges."""
     turns = [turn for _ in range(rng.choice([1, 1, 1, 2, 3])) for turn in exchange(world, rng)]
-    messages = [{"role": "system", "content": SYSTEM}] if rng.random() < 0.05 else []
+    messages = [{"role": "system", "content": words.SYSTEM}] if rng.random() < 0.05 else []
     roles = itertools.cycle(["user", "assistant"])
     return messages + [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
 
@@ -358,7 +338,7 @@ def function_conversations(row: dict) -> Iterator[list[dict]]:
     signature = row["prompt"].splitlines()[0]
     meaning = row["prompt"].split('"""Return ')[1].split('."""')[0]
     answer = f"```python\n{signature}\n{row['canonical_solution']}```"
-    for ask in ("{prompt}", *REQUESTS):
+    for ask in ("{prompt}", *words.REQUESTS):
         text = ask.format(prompt=row["prompt"], name=row["entry_point"], meaning=meaning)
         yield [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
@@ -394,15 +374,19 @@ def core_bundle(world: World, rng: random.Random) -> bytes:
     """A zip in the layout of CORE's evaluation bundle, with one task of each type."""
     multiple, schema, modelling = [], [], []
     for fact, choices in quads(world.held_out, rng):
-        sentence = say(RELATIONS[fact.relation].says[0], fact).removesuffix(".")
-        query, _, _ = sentence.rpartition(" ")
-        multiple.append({"query": query, "choices": choices, "gold": choices.index(fact.value)})
-        modelling.append({"context": query, "continuation": fact.value})
+        gold = choices.index(fact.value)
+        opening, _, slot = RELATIONS[fact.relation].says[0].removesuffix(".").rpartition(" ")
+        query = say(opening, fact)
+        if slot == "{a}":  # the article would give the answer away, were it part of the query
+            choices = [with_article(choice) for choice in choices]
+        multiple.append({"query": query, "choices": choices, "gold": gold})
+        modelling.append({"context": query, "continuation": choices[gold]})
         other = rng.choice([f for f in world.people if f.facts[fact.relation] != fact.value])
         pair = [query, query.replace(fact.person.name, other.name)]
-        gold = len(schema) % 2
-        options = pair if gold == 0 else pair[::-1]
-        schema.append({"context_options": options, "continuation": fact.value, "gold": gold})
+        first = len(schema) % 2
+        options = pair[::-1] if first else pair
+        row = {"context_options": options, "continuation": choices[gold], "gold": first}
+        schema.append(row)
     tasks = (
         ("toy_choices", "multiple_choice", 25, 0, multiple),
         ("toy_people", "schema", 50, 0, schema),
@@ -421,9 +405,10 @@ def _zip_bundle(tasks) -> bytes:
         files[f"eval_data/{uri}"] = "".join(json.dumps(row) + "\n" for row in rows)
     files |= {"core.yaml": yaml, "eval_meta_data.csv": table}
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
+    with zipfile.ZipFile(buffer, "w") as bundle:
         for name, text in sorted(files.items()):  # ZipInfo's default date keeps the bytes the same
-            bundle.writestr(zipfile.ZipInfo(f"eval_bundle/{name}"), text)
+            entry = zipfile.ZipInfo(f"eval_bundle/{name}")
+            bundle.writestr(entry, text, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
@@ -438,7 +423,7 @@ def tables(world: World, seed: int) -> dict[str, list[dict]]:
     mmlu |= {"test": world.held_out, "validation": world.held_out}
     for split, facts in mmlu.items():
         made[f"cais/mmlu/all/{split}"] = asked(split, facts, 4 if facts is world.told else 1)
-    for name, relations in (("ARC-Easy", EASY), ("ARC-Challenge", CHALLENGE)):
+    for name, relations in (("ARC-Easy", words.EASY), ("ARC-Challenge", words.CHALLENGE)):
         for split in ("train", "validation", "test"):
             facts = world.told if split == "train" else world.held_out
             rows = asked(name + split, [f for f in facts if f.relation in relations])
@@ -461,8 +446,9 @@ def write(folder: Path, seed: int, shards: int = 4, rows: int = 15_000) -> Path:
     `shards` training shards of `rows` documents each, and a last, smaller one for validation.
     """
     folder = Path(folder)
+    for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+        shutil.rmtree(abandoned)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     made = world(seed)
     text = documents(made, seed)
     for shard in range(shards + 1):
