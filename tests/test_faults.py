@@ -91,7 +91,7 @@ def frozen_worker(
                 return child
         return None
 
-    worker = faults.wait(find, 60, 0.005)
+    worker = faults.wait(find, 120, 0.005)
     worker.send_signal(signal.SIGSTOP)
     assert place.done() is None, f"{place.path} was too quick"
     return worker
@@ -106,7 +106,7 @@ def test_struck_in_every_stage_the_numbers_are_the_same(notebooks, tmp_path, fin
         worker = frozen_worker(process, folder, place, rows)
         family = faults.kill(kind, process)
         worker.send_signal(signal.SIGCONT)
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=120)
         assert process.returncode != 0 and "Traceback" not in errors
         if kind == "ctrl-c":
             assert "run the same command to go on" in out

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ ModelName = Annotated[
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
     signal.signal(signal.SIGTERM, _as_ctrl_c)
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:
+        threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
         words, overrides = split_settings(arguments)
         _dispatch(words, overrides)
@@ -56,6 +60,13 @@ def main(arguments: Sequence[str]) -> int:
 def _as_ctrl_c(number: int, frame: object) -> None:
     """A polite kill is treated as Ctrl-C: what is running saves first."""
     raise KeyboardInterrupt
+
+
+def _end_with(parent: int) -> None:
+    """Stop when `uv run` is gone: who kills that means us, and uv cannot tell us of a kill -9."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
