@@ -181,6 +181,15 @@ def test_what_is_scored_is_what_the_kind_says():
     assert [TOKENIZER.decode(ids) for ids in modelling[0].continuations] == [" red"]
 
 
+def test_a_space_of_its_own_belongs_to_the_continuation():
+    """Digits do not join the delimiter's space: it is left off the bare context, and scored."""
+    row = {"context": "op 17 =", "continuation": "34"}
+    prompt = core.prompts(make("language_modeling", [row]), 0, TOKENIZER)[0]
+    assert prompt.context == [TOKENIZER.bos, *TOKENIZER.encode("op 17 =")]
+    assert prompt.continuations == [TOKENIZER.encode(" 34")]
+    assert TOKENIZER.decode(prompt.continuations[0][:1]) == " "
+
+
 def test_choices_that_overlap_keep_something_to_score(model, cpu):
     rows = [
         {"query": "The", "choices": ["hat", "hat boat"], "gold": 0},  # one begins with the other
@@ -329,6 +338,8 @@ def test_too_long_a_prompt_loses_its_beginning(model, cpu):
     cut = long.cut_to(32)
     assert cut == Prompt([TOKENIZER.bos, *range(11, 40)], [[1, 2, 3], [4]])
     assert long.cut_to(5) == Prompt([TOKENIZER.bos, 38, 39], [[1, 2, 3], [4]])
+    turned = Prompt(long.context, long.continuations[::-1])  # the longest is not the first
+    assert turned.cut_to(5) == Prompt([TOKENIZER.bos, 38, 39], [[4], [1, 2, 3]])
     assert long.cut_to(2) == Prompt([TOKENIZER.bos], [[1, 2], [4]])
     short_model = type(model)(dataclasses.replace(CONFIG, sequence_len=20), model.vocab_size)
     short_model.load_state_dict(model.state_dict())
@@ -364,12 +375,18 @@ def test_a_result_is_centred_by_its_tasks_chance(model, cpu):
 def test_ranks_share_the_questions(model, cpu):
     for task in MADE:
         whole = core.evaluate(model, TOKENIZER, task, cpu, limit=7)
-        right = 0.0
+        told: list[torch.Tensor] = []
+
+        def add(counts, told=told):
+            told.append(counts)
+            return sum(told)
+
         for rank in range(3):
             part = dataclasses.replace(cpu, rank=rank, ranks=3)
-            object.__setattr__(part, "sum", lambda values: values)  # what this rank alone would add
-            right += core.evaluate(model, TOKENIZER, task, part, limit=7)["accuracy"]
-        assert right == pytest.approx(whole["accuracy"])
+            object.__setattr__(part, "sum", add)
+            last = core.evaluate(model, TOKENIZER, task, part, limit=7)
+        assert last == whole
+        assert 0 < told[-1][0] < 7 * whole["accuracy"]
 
 
 def test_more_ranks_than_questions(model, cpu):
