@@ -183,24 +183,28 @@ def test_interrupted_the_same_command_goes_on(notebooks, how):
     assert steps(run, "base") == list(range(1, 21))
 
 
-def test_killing_uv_kills_what_it_started(notebooks):
+def test_killing_uv_kills_what_it_started():
     """`kill -9` of `uv run nanolib …` hits uv alone; the command must notice."""
-    (notebooks / "00_first.py").unlink()
     uv = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-    words = [sys.executable, "-c", COMMAND, str(notebooks), "run", "smoke"]
+    script = (
+        "import sys\nfrom nanolib import launch\nfrom nanolib.ui import cli\n"
+        "launch.WORKER = 'tests.fake_stages'\n"
+        "sys.exit(cli.main(['stage', 'report', '--profile', 'smoke']))"
+    )
     parent = subprocess.Popen(
-        [sys.executable, "-c", uv, *words],
-        env=os.environ | {"FAKE_SLEEP": "0.1", "UV_RUN_RECURSION_DEPTH": "1"},
+        [sys.executable, "-c", uv, sys.executable, "-c", script],
+        env=os.environ | {"FAKE_SLEEP": "0.5", "UV_RUN_RECURSION_DEPTH": "1"},
+        cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
     )
-    metrics = Path(os.environ["NANOLIB_RUNS"]) / "smoke" / "base" / "metrics.jsonl"
-    wait(metrics.exists)
+    place = Path(os.environ["NANOLIB_RUNS"]) / "smoke" / "report"
+    wait((place / "metrics.jsonl").exists)
     members = family(parent.pid)
-    assert len(members) == 3
+    assert len(members) == 2
     parent.kill()
     parent.wait()
-    wait(lambda: not alive(members), 20)
-    assert (metrics.parent / "saved.json").exists()
+    wait(lambda: not alive(members))
+    assert (place / "saved.json").exists() and not (place / "done.json").exists()
 
 
 def test_two_commands_at_once(notebooks):
