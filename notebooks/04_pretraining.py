@@ -191,8 +191,11 @@ plt.show()
 #
 # Now the real thing. A process of its own trains; this cell only watches, redraws the figure every two
 # seconds, and returns when the stage is finished. If you **interrupt the kernel**, the process finishes
-# its step, saves and ends. Execute the cell again and it goes on from there. Close the browser tab and
-# nothing happens at all. A stage that is finished returns at once.
+# its step, saves and ends. Execute the cell again and it goes on from there. A stage that is finished
+# returns at once.
+#
+# Close the browser tab and it goes on training. A tab opened again finds the kernel busy and shows no
+# figure; to see one, restart the kernel and run all cells. The stage saves, ends, and goes on.
 
 # %%
 result = launch.stage("base", run, watch=lesson.Live())
