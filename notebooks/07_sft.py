@@ -206,12 +206,11 @@ for shift, way, colour in ((-0.2, "text", lesson.BLUE), (0.2, "letters", lesson.
     heights = [100 * found[way] for found in asked.values()]
     bars = axes.bar(places + shift, heights, 0.36, label=f"by {way}", color=colour)
     axes.bar_label(bars, fmt="%.0f")
-axes.axhline(
-    100 * np.mean([found["chance"] for found in asked.values()]), color="black", ls="--", zorder=0
-)
+chance = np.mean([found["chance"] for found in asked.values()])
+axes.axhline(100 * chance, color="black", ls="--", zorder=0)
 axes.set_xticks(places, list(asked))
-axes.set(title="% right", ylim=(0, 112))
-axes.legend(loc="upper right", ncols=2)
+axes.set(title="% right", ylim=(0, 108))
+axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 plt.show()
 
 # %% [markdown]
@@ -223,7 +222,7 @@ plt.show()
 # shortcut, namely how often each letter is right.
 #
 # Here are the letter probabilities for some thirty questions, sorted by the right answer. A model that
-# could bind letters would light up the dots. This one shows nearly the same column for all of them.
+# could bind letters would light up the dots. Here the columns hardly depend on which letter is right.
 
 
 # %%
