@@ -222,7 +222,7 @@ plt.show()
 # shortcut, namely how often each letter is right.
 #
 # Here are the letter probabilities for some thirty questions, sorted by the right answer. A model that
-# could bind letters would light up the dots. Here the columns hardly depend on which letter is right.
+# could bind letters would light up the dots. How much do these columns depend on them?
 
 
 # %%
