@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+import rust_tokenizer
+
 SPECIAL_TOKENS = (
     "<|bos|>",
     "<|user_start|>",
@@ -71,8 +73,6 @@ class Tokenizer:
         read (total None), then "merge" with the merges done. Raises ValueError when `vocab_size`
         has no room for bytes and specials or the text has too few pairs for it.
         """
-        import rust_tokenizer
-
         fewest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < fewest:
             raise ValueError(
@@ -142,6 +142,28 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """`encode` of each text, on several threads."""
         return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+    def encode_flat(
+        self, texts: Iterable[str], threads: int = 1, bos: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode` of every text into one array: (ids [N], offsets [texts + 1] int64).
+
+        Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if asked for; ids are uint16
+        while the vocabulary fits, else uint32. The crate does this, many times faster than
+        tiktoken, which stays the referee. Text with lone surrogates raises ValueError.
+        """
+        ids, offsets = self._flat_encoder.encode_batch(
+            texts,
+            threads=threads,
+            prefix=self.bos if bos else None,
+            wide=self.vocab_size > 2**16,
+        )
+        dtype = np.uint32 if self.vocab_size > 2**16 else np.uint16
+        return np.frombuffer(ids, dtype=dtype), np.frombuffer(offsets, dtype=np.int64)
+
+    @cached_property
+    def _flat_encoder(self) -> rust_tokenizer.Encoder:
+        return rust_tokenizer.Encoder(self.merges, self.pattern)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are no UTF-8 come out as U+FFFD; specials as their names."""

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 def train(
@@ -26,3 +26,25 @@ def train(
     through unchanged. ValueError: a pattern that does not compile, a document with lone surrogates
     (UnicodeEncodeError), 0 threads; TypeError: a document that is no str.
     """
+
+class Encoder:
+    """Encodes many texts into one array.
+
+    `merges` in order: merge n makes id 256 + n. ValueError for a pattern that does not compile.
+    """
+
+    def __init__(self, merges: Sequence[tuple[int, int]], pattern: str) -> None: ...
+    def encode_batch(
+        self,
+        texts: Iterable[str],
+        *,
+        threads: int = 1,
+        prefix: int | None = None,
+        wide: bool = False,
+    ) -> tuple[bytearray, bytearray]:
+        """All texts' ids back to back (uint16, or uint32 if `wide`) and offsets (uint64).
+
+        Text i has the ids from offset i up to offset i + 1; `prefix`, if given, comes before each
+        text's ids. Byte order is the machine's. ValueError: an id that needs `wide`, a text with
+        lone surrogates (UnicodeEncodeError), 0 threads; TypeError: a text that is no str.
+        """

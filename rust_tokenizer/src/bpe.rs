@@ -555,7 +555,7 @@ fn hash((left, right): Pair) -> u64 {
 
 /// One multiplication; the keys are two `u32`.
 #[derive(Default)]
-struct PairHasher(u64);
+pub(crate) struct PairHasher(u64);
 
 impl Hasher for PairHasher {
     fn write(&mut self, bytes: &[u8]) {

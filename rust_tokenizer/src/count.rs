@@ -55,27 +55,20 @@ impl Batch {
         self.ends.push(self.text.len());
     }
 
-    /// Bytes of text.
+    /// Bytes of the texts that have ended.
     pub fn len(&self) -> usize {
-        self.text.len()
+        self.ends.last().copied().unwrap_or(0)
     }
 
     pub fn is_empty(&self) -> bool {
-        self.text.is_empty()
+        self.ends.is_empty()
     }
 
-    /// Calls `emit` with the bytes from each word's start on, at least `PADDING` more than it has,
-    /// and its length, until it returns false.
-    pub fn split(
-        &mut self,
-        splitter: &Splitter,
-        mut emit: impl FnMut(&[u8], usize) -> bool,
-    ) -> Result<(), PatternError> {
+    /// All texts, padded, and where each ends.
+    pub fn close(&mut self) -> (&str, &[usize]) {
+        self.text.truncate(self.len());
         self.text.push_str(&"\0".repeat(PADDING));
-        let bytes = self.text.as_bytes();
-        splitter.split(&self.text, &self.ends, |start, end| emit(&bytes[start..], end - start))?;
-        self.text.truncate(self.text.len() - PADDING);
-        Ok(())
+        (&self.text, &self.ends)
     }
 
     /// Reads everything once: what reading alone costs.
@@ -198,12 +191,23 @@ struct Slot {
     count: u64,
 }
 
-/// A word of at most 15 bytes in the low bytes of a key, its length in the highest.
+/// The word `bytes[..length]` in the low bytes of a key and its length in the highest, if it fits.
+/// There are at least 16 bytes.
+#[inline]
+pub(crate) fn pack(bytes: &[u8], length: usize) -> Option<u128> {
+    if length > PACKED {
+        return None;
+    }
+    let mut word = [0; 16];
+    word.copy_from_slice(&bytes[..16]);
+    Some((u128::from_le_bytes(word) & KEEP[length]) | (length as u128) << 120)
+}
+
 fn unpack(key: &[u8; 16]) -> &[u8] {
     &key[..key[PACKED] as usize]
 }
 
-fn hash(key: u128) -> u64 {
+pub(crate) fn hash(key: u128) -> u64 {
     let low = key as u64 ^ 0x9E37_79B9_7F4A_7C15;
     let high = (key >> 64) as u64 ^ 0xD1B5_4A32_D192_ED03;
     let product = u128::from(low) * u128::from(high);
@@ -235,16 +239,14 @@ impl WordCounts {
         batch: &mut Batch,
         watch: &Watch,
     ) -> Result<(), PatternError> {
-        let mut queue = [0u128; QUEUE];
+        let mut queue = [0; QUEUE];
         let mut queued = 0;
-        batch.split(splitter, |bytes, length| {
-            if length > PACKED {
-                self.long.add(&bytes[..length], 1);
+        let (text, ends) = batch.close();
+        splitter.split(text, ends, |start, end| {
+            let Some(key) = pack(&text.as_bytes()[start..], end - start) else {
+                self.long.add(&text.as_bytes()[start..end], 1);
                 return !watch.stopped();
-            }
-            let mut word = [0; 16];
-            word.copy_from_slice(&bytes[..16]);
-            let key = u128::from_le_bytes(word) & KEEP[length] | (length as u128) << 120;
+            };
             queue[queued] = key;
             self.prefetch(key);
             queued += 1;
@@ -268,13 +270,11 @@ impl WordCounts {
         if word.len() > PACKED {
             return self.long.add(word, count);
         }
-        if word.is_empty() {
-            return;
+        let mut padded = [0; 16];
+        padded[..word.len()].copy_from_slice(word);
+        if let Some(key) = pack(&padded, word.len()).filter(|&key| key != 0) {
+            self.add_packed(key, count);
         }
-        let mut key = [0; 16];
-        key[..word.len()].copy_from_slice(word);
-        key[PACKED] = word.len() as u8;
-        self.add_packed(u128::from_le_bytes(key), count);
     }
 
     /// Adds another table to this one.

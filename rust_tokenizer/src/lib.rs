@@ -1,9 +1,10 @@
-//! A fast, exact byte-level BPE trainer: `pretokenize` splits text into words, `count` counts
-//! them, `bpe` merges their bytes. This file is glue only: it converts, releases the GIL and maps
+//! A fast, exact byte-level BPE trainer and encoder: `pretokenize` splits text into words, `count` counts
+//! them, `bpe` merges their bytes, `encode` applies the merges. This file is glue only: it converts, releases the GIL and maps
 //! errors.
 
 pub mod bpe;
 pub mod count;
+pub mod encode;
 pub mod pretokenize;
 mod window;
 
@@ -12,16 +13,17 @@ mod window;
 mod rust_tokenizer {
     use std::sync::atomic::Ordering;
     use std::sync::mpsc::{channel, RecvTimeoutError};
-    use std::sync::Arc;
+    use std::sync::{Arc, Mutex};
     use std::time::{Duration, Instant};
 
     use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
     use pyo3::intern;
     use pyo3::prelude::*;
-    use pyo3::types::{PySlice, PyString};
+    use pyo3::types::{PyByteArray, PySlice, PyString};
 
     use crate::bpe::{self, Merges};
     use crate::count::{Batch, CountError, Pool, Watch};
+    use crate::encode::{self, Encoded};
     use crate::pretokenize::Splitter;
 
     /// The longest the GIL is held, and the longest that Ctrl-C waits for us, each with a margin.
@@ -29,6 +31,8 @@ mod rust_tokenizer {
     const PROGRESS: Duration = Duration::from_millis(50);
     /// Characters converted at a time: a few milliseconds.
     const PART: usize = 1 << 20;
+    /// Bytes of text that an encoding thread takes at a time.
+    const ENCODED_AT_ONCE: usize = 1 << 16;
 
     fn value_error(error: impl ToString) -> PyErr {
         PyValueError::new_err(error.to_string())
@@ -48,6 +52,10 @@ mod rust_tokenizer {
     }
 
     impl Ticker {
+        fn silent() -> Ticker {
+            Ticker { progress: None, last: Instant::now() }
+        }
+
         fn tick(
             &mut self,
             py: Python<'_>,
@@ -196,5 +204,81 @@ mod rust_tokenizer {
                 },
             }
         }
+    }
+
+    /// See rust_tokenizer.pyi.
+    #[pyclass(frozen)]
+    struct Encoder(encode::Encoder);
+
+    #[pymethods]
+    impl Encoder {
+        #[new]
+        fn new(merges: Vec<bpe::Pair>, pattern: &str) -> PyResult<Encoder> {
+            encode::Encoder::new(pattern, &merges).map(Encoder).map_err(value_error)
+        }
+
+        #[pyo3(signature = (texts, *, threads=1, prefix=None, wide=false))]
+        fn encode_batch<'py>(
+            &self,
+            py: Python<'py>,
+            texts: &Bound<'py, PyAny>,
+            threads: usize,
+            prefix: Option<u32>,
+            wide: bool,
+        ) -> PyResult<(Bound<'py, PyByteArray>, Bound<'py, PyByteArray>)> {
+            if threads == 0 {
+                return Err(value_error("threads must be at least 1, got 0"));
+            }
+            let (watch, mut ticker) = (Watch::default(), Ticker::silent());
+            let mut batches = vec![Batch::default()];
+            for text in texts.try_iter()? {
+                if batches[batches.len() - 1].len() >= ENCODED_AT_ONCE {
+                    batches.push(Batch::default());
+                }
+                let last = batches.len() - 1;
+                append(&text?, &mut batches[last], &mut ticker, &watch)?;
+            }
+            let batches: Vec<Mutex<Batch>> = batches.into_iter().map(Mutex::new).collect();
+            let encoded = py.detach(|| self.0.encode(&batches, prefix, threads));
+            let encoded = encoded.map_err(count_error)?;
+            Ok((ids_of(py, &encoded, wide)?, offsets_of(py, &encoded)?))
+        }
+    }
+
+    fn ids_of<'py>(
+        py: Python<'py>,
+        encoded: &[Encoded],
+        wide: bool,
+    ) -> PyResult<Bound<'py, PyByteArray>> {
+        let ids = encoded.iter().flat_map(|part| &part.ids);
+        let length = encoded.iter().map(|part| part.ids.len()).sum::<usize>();
+        PyByteArray::new_with(py, length * if wide { 4 } else { 2 }, |bytes| {
+            if wide {
+                let slots = bytes.chunks_exact_mut(4);
+                slots.zip(ids).for_each(|(slot, id)| slot.copy_from_slice(&id.to_ne_bytes()));
+                return Ok(());
+            }
+            for (slot, &id) in bytes.chunks_exact_mut(2).zip(ids) {
+                let id = u16::try_from(id).map_err(|_| {
+                    value_error(format!("id {id} does not fit into 16 bits: set wide=True"))
+                })?;
+                slot.copy_from_slice(&id.to_ne_bytes());
+            }
+            Ok(())
+        })
+    }
+
+    fn offsets_of<'py>(py: Python<'py>, encoded: &[Encoded]) -> PyResult<Bound<'py, PyByteArray>> {
+        let mut offsets = vec![0];
+        let mut before = 0;
+        for part in encoded {
+            offsets.extend(part.ends.iter().map(|end| before + *end as u64));
+            before += part.ids.len() as u64;
+        }
+        PyByteArray::new_with(py, offsets.len() * 8, |bytes| {
+            let slots = bytes.chunks_exact_mut(8).zip(&offsets);
+            slots.for_each(|(slot, offset)| slot.copy_from_slice(&offset.to_ne_bytes()));
+            Ok(())
+        })
     }
 }

@@ -125,23 +125,40 @@ impl Splitter {
         mut emit: impl FnMut(usize, usize) -> bool,
     ) -> Result<(), PatternError> {
         let mut start = 0;
+        let mut go_on = true;
         for &end in ends {
-            match self {
-                Splitter::Scanner(scanner) => {
-                    if !scanner.scan(text, start, end, &mut emit) {
-                        return Ok(());
-                    }
-                }
-                Splitter::Regex(regex) => {
-                    for found in regex.find_iter(&text[start..end]) {
-                        let word = found.map_err(|error| PatternError(error.to_string()))?;
-                        if !emit(start + word.start(), start + word.end()) {
-                            return Ok(());
-                        }
+            let mut emit = |start, end| {
+                go_on = emit(start, end);
+                go_on
+            };
+            self.split_text(text, start, end, &mut emit)?;
+            if !go_on {
+                break;
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// `split` for the one text `text[start..end]`.
+    #[inline]
+    pub fn split_text(
+        &self,
+        text: &str,
+        start: usize,
+        end: usize,
+        emit: &mut impl FnMut(usize, usize) -> bool,
+    ) -> Result<(), PatternError> {
+        match self {
+            Splitter::Scanner(scanner) => scanner.scan(text, start, end, emit),
+            Splitter::Regex(regex) => {
+                for found in regex.find_iter(&text[start..end]) {
+                    let word = found.map_err(|error| PatternError(error.to_string()))?;
+                    if !emit(start + word.start(), start + word.end()) {
+                        break;
                     }
                 }
             }
-            start = end;
         }
         Ok(())
     }
@@ -178,7 +195,7 @@ impl Scanner {
         Ok(Scanner { digits, kinds })
     }
 
-    /// Emits the words of `text[start..end]`; false when `emit` wants no more.
+    /// Emits the words of `text[start..end]` until `emit` wants no more.
     #[inline]
     fn scan(
         &self,
@@ -186,7 +203,7 @@ impl Scanner {
         start: usize,
         end: usize,
         emit: &mut impl FnMut(usize, usize) -> bool,
-    ) -> bool {
+    ) {
         let whole = &text[..end];
         let mut base = start;
         while base < end {
@@ -201,7 +218,7 @@ impl Scanner {
                     let next = base + starts.trailing_zeros() as usize;
                     starts &= starts - 1;
                     if !emit(at, next) {
-                        return false;
+                        return;
                     }
                     at = next;
                 }
@@ -210,7 +227,7 @@ impl Scanner {
                 }
                 let next = self.word_end(whole, at);
                 if !emit(at, next) {
-                    return false;
+                    return;
                 }
                 at = next;
                 if at >= end || at - base >= WINDOW {
@@ -220,7 +237,6 @@ impl Scanner {
             }
             base = at;
         }
-        true
     }
 
     fn peek(&self, text: &str, at: usize) -> Option<(Kind, char, usize)> {

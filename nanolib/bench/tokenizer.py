@@ -1,0 +1,364 @@
+"""The race of the BPE trainers: `python -m nanolib.bench.tokenizer --mirror FOLDER`.
+
+Every measurement is a process of its own, and ours runs right before each of its peers, so that
+both see the same machine. Peers come from PyPI into a throwaway environment; one that cannot be
+had is left out. A measurement prints one JSON line; at the end stands a Markdown table.
+
+This file is also the program of the measuring processes, which know nothing of nanolib: at import
+it needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+PEERS = {
+    "rustbpe": "rustbpe==0.1.0",
+    "tokenizers": "tokenizers==0.23.3",
+    "gigabpe": "gigabpe==0.1.0",
+}
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+# --- one measurement, in a process of its own ------------------------------------------------
+
+
+def train_nanolib(documents: Iterable[str], files: Path, job: dict) -> list[str]:
+    import rust_tokenizer
+
+    merges, _ = rust_tokenizer.train(
+        documents, job["vocab_size"] - 256, job["pattern"], threads=job["threads"]
+    )
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    return [token.hex() for token in tokens]
+
+
+def train_rustbpe(documents: Iterable[str], files: Path, job: dict) -> list[str]:
+    import rustbpe  # ty: ignore[import-not-found]
+
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(documents, job["vocab_size"], pattern=job["pattern"])
+    ranks = sorted(tokenizer.get_mergeable_ranks(), key=lambda ranked: ranked[1])
+    return [bytes(token).hex() for token, _ in ranks]
+
+
+def train_tokenizers(documents: Iterable[str], files: Path, job: dict) -> list[str]:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(job["pattern"]), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=job["vocab_size"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return []  # breaks ties its own way
+
+
+def train_gigabpe(documents: Iterable[str], files: Path, job: dict) -> list[str]:
+    import gigabpe  # ty: ignore[import-not-found]
+
+    paths = sorted(map(str, files.glob("*.txt")))  # files are all it takes, split as GPT-2 does
+    gigabpe.train_bpe(paths, job["vocab_size"], threads=job["threads"])
+    return []
+
+
+TRAINERS = {
+    "nanolib": train_nanolib,
+    "rustbpe": train_rustbpe,
+    "tokenizers": train_tokenizers,
+    "gigabpe": train_gigabpe,
+}
+
+
+def read_documents(corpus: Path) -> list[str]:
+    """Documents are separated by NUL; read bit by bit, so that no second copy is in memory."""
+    documents, rest = [], ""
+    with corpus.open(encoding="utf-8", newline="") as file:
+        while part := file.read(1 << 20):
+            *whole, rest = (rest + part).split("\0")
+            documents += whole
+    return [*documents, rest]
+
+
+def memory(field: str) -> float:
+    """A field of this process's /proc status in MB; nan where there is no such thing."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(field))
+
+
+def measure(job: dict) -> dict:
+    """Train once. Memory is the peak above what is in use after draining the same iterator."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: job["threads"]]))
+    corpus = Path(job["corpus"])
+    # gigabpe reads files: a list of documents would only stand in its way
+    documents = [] if job["trainer"] == "gigabpe" else read_documents(corpus)
+    for _ in (document for document in documents):
+        pass
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    used, cpu, start = memory("VmRSS"), time.process_time(), time.perf_counter()
+    tokens = TRAINERS[job["trainer"]]((d for d in documents), corpus.parent / "files", job)
+    return {
+        "trainer": job["trainer"],
+        "threads": job["threads"],
+        "vocab_size": job["vocab_size"],
+        "seconds": round(time.perf_counter() - start, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+        "peak_mb": round(memory("VmHWM") - used),
+        "tokens": hash_of(tokens),
+    }
+
+
+def hash_of(tokens: list[str]) -> str:
+    import hashlib
+
+    return hashlib.sha256(" ".join(tokens).encode()).hexdigest()[:16] if tokens else ""
+
+
+# --- the corpus -----------------------------------------------------------------------------
+
+
+def permuted(text: str, shift: int) -> str:
+    """Vowels and consonants moved on among themselves: another language of the same build."""
+    table = {}
+    for letters in ("aeiou", "bcdfghjklmnpqrstvwxyz"):
+        for kind in (letters, letters.upper()):
+            table |= {ord(a): kind[(i + shift) % len(kind)] for i, a in enumerate(kind)}
+    return text.translate(table)
+
+
+def corpus_documents(mirror: Path, num_bytes: int) -> Iterator[str]:
+    """The mirror's training text, then permuted copies of it, up to `num_bytes`."""
+    import pyarrow.parquet as pq
+
+    shards = sorted((mirror / "text").glob("*.parquet"))[:-1]
+    if not shards:
+        raise ValueError(f"{mirror}/text has no training shards: give a mirror with --mirror")
+    left = num_bytes
+    for shift in range(100):
+        for shard in shards:
+            for document in pq.read_table(shard, columns=["text"])["text"].to_pylist():
+                text = permuted(document, shift) if shift else document
+                yield text.replace("\0", " ")
+                left -= len(text.encode())
+                if left <= 0:
+                    return
+
+
+def write_corpus(mirror: Path, folder: Path, num_bytes: int) -> tuple[int, int]:
+    """``corpus`` for iterators and ``files/*.txt`` for readers of files; (bytes, documents)."""
+    (folder / "files").mkdir()
+    total = documents = 0
+    corpus = (folder / "corpus").open("w", encoding="utf-8", newline="")
+    texts = (folder / "files" / "corpus.txt").open("w", encoding="utf-8", newline="")
+    with corpus, texts:
+        for text in corpus_documents(mirror, num_bytes):
+            corpus.write("\0" + text if documents else text)
+            texts.write(text + "\n")
+            total += len(text.encode())
+            documents += 1
+    return total, documents
+
+
+# --- the race -------------------------------------------------------------------------------
+
+
+def peer_python(folder: Path, wanted: list[str]) -> tuple[Path, list[str]]:
+    """A throwaway environment with the wanted peers that can be had."""
+    python = folder / "peers" / "bin" / "python"
+    subprocess.run(["uv", "venv", "-q", "--python", sys.executable, folder / "peers"], check=True)
+    found = []
+    for name in wanted:
+        requirement = PEERS[name]
+        command = ["uv", "pip", "install", "-q", "--python", python, requirement]
+        if subprocess.run(command, cwd=folder).returncode == 0:
+            found.append(name)
+        else:
+            print(f"{requirement} cannot be installed: left out", file=sys.stderr)
+    return python, found
+
+
+def run(python: Path | str, **job: object) -> dict:
+    threads = str(job["threads"])
+    environment = os.environ | {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}
+    command = [python, __file__, "--job", json.dumps(job)]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def race(python: Path, peers: list[str], threads: list[int], rounds: int, job: dict) -> list[dict]:
+    """Rows of peers carry ours of the moment before as `ours`, and the ratios to it."""
+    rows = []
+    for _ in range(rounds):
+        for count in threads:
+            for peer in peers or [None]:
+                ours = run(sys.executable, **job, trainer="nanolib", threads=count)
+                rows.append(ours)
+                if peer is not None:
+                    rows.append(run(python, **job, trainer=peer, threads=count) | {"ours": ours})
+    return rows
+
+
+def best(rows: list[dict], trainer: str, threads: int, field: str = "seconds") -> float:
+    return min(r[field] for r in rows if (r["trainer"], r["threads"]) == (trainer, threads))
+
+
+def table(rows: list[dict], threads: list[int]) -> str:
+    """One line a trainer: best seconds, peak memory, and how many times ours it is, paired."""
+    lines = [
+        "| trainer | "
+        + " | ".join(
+            f"{n} thread{'s' * (n > 1)}: s | CPU s | MB | × ours: s | × ours: MB" for n in threads
+        )
+        + " |",
+        "|---|" + "---|" * (5 * len(threads)),
+    ]
+    for trainer in dict.fromkeys(row["trainer"] for row in rows):
+        cells = []
+        for count in threads:
+            mine = [r for r in rows if (r["trainer"], r["threads"]) == (trainer, count)]
+            cells += [
+                f"{best(rows, trainer, count, f):g}" for f in ("seconds", "cpu_seconds", "peak_mb")
+            ]
+            for field in ("seconds", "peak_mb"):
+                ratios = sorted(r[field] / max(r["ours"][field], 1e-9) for r in mine if "ours" in r)
+                cells.append(f"{ratios[len(ratios) // 2]:.1f}" if ratios else "1")
+        lines.append(f"| {trainer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def more(rows: list[dict], threads: list[int], job: dict) -> list[str]:
+    """What the table does not show: same merges, counting alone, a vocabulary twice as large."""
+    lines = []
+    hashes = {row["tokens"] for row in rows if row["tokens"]}
+    if any(row["trainer"] == "rustbpe" for row in rows):
+        same = "the same" if len(hashes) == 1 else "DIFFERENT"
+        lines.append(f"rustbpe and nanolib trained {same} tokens in the same order.")
+    counting = {}
+    for count in threads:
+        runs = [
+            run(sys.executable, **job | {"vocab_size": 256}, trainer="nanolib", threads=count)
+            for _ in range(3)
+        ]
+        counting[count] = min(row["seconds"] for row in runs)
+    shown = ", ".join(f"{n} threads {s:.2f} s" for n, s in counting.items())
+    lines.append(f"Splitting and counting alone: {shown}.")
+    double = job | {"vocab_size": 2 * job["vocab_size"]}
+    for count in threads:
+        pairs = [
+            [
+                run(sys.executable, **j, trainer="nanolib", threads=count)["seconds"]
+                for j in (job, double)
+            ]
+            for _ in range(3)
+        ]
+        once, twice = (min(seconds) for seconds in zip(*pairs, strict=True))
+        lines.append(
+            f"Vocabulary {double['vocab_size']:,} on {count} threads: {twice:.2f} s, "
+            f"{twice / once:.2f} × that of {job['vocab_size']:,}."
+        )
+    return lines
+
+
+def microbenchmark(corpus: Path) -> str | None:
+    """The crate's own benchmark of reading, scanning and counting, where cargo is at hand."""
+    command = ["cargo", "bench", "--quiet", "--bench", "throughput"]
+    environment = os.environ | {"CORPUS": str(corpus)}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY / "rust_tokenizer",
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((li.split(":")[1].strip() for li in lines if li.startswith("model name")), "")
+
+
+def report(folder: Path, options: argparse.Namespace) -> str:
+    from nanolib.tokenizer import PATTERN
+
+    total, documents = write_corpus(options.mirror, folder, round(options.megabytes * 1e6))
+    job = {"corpus": str(folder / "corpus"), "vocab_size": options.vocab_size, "pattern": PATTERN}
+    python, peers = peer_python(folder, options.peers) if options.peers else (Path(), [])
+    load = os.getloadavg()[0]
+    rows = race(python, peers, options.threads, options.rounds, job)
+    extra = more(rows, options.threads, job)
+    micro = microbenchmark(folder / "corpus")
+    when = datetime.now(UTC).strftime("%Y-%m-%d")
+    parts = [
+        "# BPE trainers",
+        f"{when}, {processor()}, {os.cpu_count()} cores, load {load:.1f} at the start. "
+        f"{total / 1e6:.0f} MB, {documents:,} documents: the training text of the mirror once, then "
+        "copies of it with vowels and consonants moved on among themselves, so that the words are "
+        f"new and as long and as frequent as real ones. Vocabulary {options.vocab_size:,}, the "
+        "course's split pattern, from a Python generator over documents in memory; gigabpe reads "
+        "one file and splits as GPT-2 does. Each trainer is a process of its own on as many cores "
+        f"as threads; best of {options.rounds}; × ours is the median over pairs, ours run right "
+        "before. MB is the peak above memory in use after draining the same generator.",
+        table(rows, options.threads),
+        *extra,
+    ]
+    if micro:
+        parts += ["The crate's microbenchmark on the same corpus:", f"```\n{micro}\n```"]
+    command = "uv run python -m nanolib.bench.tokenizer --mirror FOLDER"
+    return "\n\n".join([*parts, f"Made by `{command}`."]) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="nanolib bench tokenizer", description=__doc__)
+    parser.add_argument("--mirror", type=Path, help="folder with text/*.parquet")
+    parser.add_argument("--megabytes", type=float, default=200.0)
+    parser.add_argument("--vocab-size", type=int, default=32_768)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=1, help="races to take the best of")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--out", type=Path, help="write the table here, too")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.job:
+        print(json.dumps(measure(json.loads(options.job))))
+        return
+    if options.mirror is None:
+        raise ValueError("no corpus: give a folder with text/*.parquet as --mirror")
+    with tempfile.TemporaryDirectory() as folder:
+        text = report(Path(folder), options)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
