@@ -114,6 +114,60 @@ def test_words_are_graded_as_the_engine_says_them(engine, mirror, monkeypatch):
     assert said["limit"] == 5
 
 
+def saying(monkeypatch, engine, *answers):
+    """Let the engine give these answers, whatever is asked; returns the list of prompts asked."""
+    asked = []
+
+    def complete(prompts, max_new_tokens):
+        asked.extend(prompts)
+        return [
+            TOKENIZER.encode(answer) if isinstance(answer, str) else answer
+            for answer in answers[: len(prompts)]
+        ]
+
+    monkeypatch.setattr(engine, "complete", complete)
+    return asked
+
+
+def test_a_question_that_fills_the_context_is_wrong_and_the_others_count(
+    engine, mirror, monkeypatch
+):
+    task = tasks.load("facts", "test", mirror)
+    rows = [task.row(i) for i in range(4)]
+    rows[1]["question"] = "red " * 200
+    monkeypatch.setattr(task, "row", lambda i: rows[i])
+    asked = saying(monkeypatch, engine, *(rows[i]["answer"] for i in (0, 2, 3)))
+    scores = choices.evaluate(engine, task, engine.runtime, limit=4)
+    assert len(asked) == 3
+    assert (scores["accuracy"], scores["questions"], scores["too long"]) == (3 / 4, 4, 1)
+    assert scores["samples"][1] == [rows[1]["question"], "", False]
+
+
+def test_word_problems_are_graded_by_what_is_said_not_by_the_tool(engine, mirror, monkeypatch):
+    task = tasks.load("gsm8k", "test", mirror)
+    special = TOKENIZER.special
+    right = task.row(0)["answer"].split("#### ")[1]
+    tool = [special("<|output_start|>"), *TOKENIZER.encode("#### 1"), special("<|output_end|>")]
+    said = [[*TOKENIZER.encode(f"so #### {right}"), *tool], tool]
+    saying(monkeypatch, engine, *said)
+    scores = choices.evaluate(engine, task, engine.runtime, limit=2)
+    assert [right for *_, right in scores["samples"]] == [True, False]
+    assert "<|output_start|>#### 1<|output_end|>" in scores["samples"][1][1]
+    assert "too long" not in scores
+
+
+def test_functions_are_run_and_what_the_sandbox_lacks_is_counted_apart(engine, mirror, monkeypatch):
+    task = tasks.load("humaneval", "test", mirror)
+    rows = [task.row(i) for i in range(4)]
+    fenced = f"```python\n{rows[0]['prompt']}{rows[0]['canonical_solution']}```"
+    answers = fenced, rows[1]["canonical_solution"], "    return None", "    import numpy"
+    asked = saying(monkeypatch, engine, *answers)
+    scores = choices.evaluate(engine, task, engine.runtime, limit=4)
+    assert asked[1] == Conversation.ask(rows[1]["prompt"]).prompt(TOKENIZER)
+    assert (scores["accuracy"], scores["questions"], scores["unsupported"]) == (2 / 4, 4, 1)
+    assert [right for *_, right in scores["samples"]] == [True, True, False, False]
+
+
 def test_ranks_share_the_questions_and_agree(engine, mirror):
     """Two runtimes that stand for two ranks: their parts make the whole."""
     task = tasks.load("mmlu", "test", mirror)

@@ -2,25 +2,30 @@
 
 By letter, as MMLU and ARC are scored in the original: the question with its choices is asked and
 the letters' logits compared. By text: the bare question is asked and each choice's text scored as
-the answer by its log-probability, ``<|assistant_end|>`` included. Work is shared among the ranks.
+the answer by its log-probability, ``<|assistant_end|>`` included. In words: what the engine says is
+graded, with the tool it has. Work is shared among the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanolib.conversation import LETTERS, Conversation, choice_question
+from nanolib.conversation import LETTERS, Conversation, Message, answer_parts, choice_question
 from nanolib.data.packing import batch_of_rows
 from nanolib.engine import Engine
+from nanolib.evals import programs
 from nanolib.runtime import Runtime
-from nanolib.tasks import ChoiceTask, GradedTask, Task
+from nanolib.tasks import ChoiceTask, GradedTask, HumanEval, Task
+from nanolib.tools import Sandbox
 
 TOKENS_AT_ONCE = 16_384
 SHOWN = 8  # answers kept to be looked at
+RIGHT = (True, "passed")  # outcomes of grading
+TOO_LONG = "too long"
 
 
 def evaluate(
@@ -47,14 +52,34 @@ def evaluate(
             "chance": chance,
             "questions": count,
         }
-    if not isinstance(task, GradedTask):
+    if isinstance(task, HumanEval):
+        with Sandbox() as sandbox:
+            graded = in_words(
+                engine,
+                task,
+                mine,
+                max_new_tokens,
+                lambda i, answer: programs.check(task.row(i), answer, sandbox).outcome,
+            )
+    elif isinstance(task, GradedTask):
+        graded = in_words(engine, task, mine, max_new_tokens, task.grade)
+    else:
         raise ValueError(f"task {task.name!r} has nothing to grade answers by; leave it out")
-    graded = in_words(engine, task, mine, max_new_tokens)
-    every = sorted(entry for part in runtime.gather(graded) for entry in part)
+    return _of_words([entry for part in runtime.gather(graded) for entry in part])
+
+
+def _of_words(graded: list[tuple[int, str, str, bool | str]]) -> dict[str, Any]:
+    """Scores of all ranks' answers in words; what is neither right nor wrong is counted apart."""
+    graded = sorted(graded, key=lambda entry: entry[0])
+    outcomes = [outcome for *_, outcome in graded]
+    apart = {name: outcomes.count(name) for name in ("unsupported", TOO_LONG)}
     return {
-        "accuracy": sum(right for *_, right in every) / count,
-        "questions": count,
-        "samples": [list(entry[1:]) for entry in every[:SHOWN]],
+        "accuracy": sum(outcome in RIGHT for outcome in outcomes) / len(graded),
+        "questions": len(graded),
+        **{name: count for name, count in apart.items() if count},
+        "samples": [
+            [question, said, outcome in RIGHT] for _, question, said, outcome in graded[:SHOWN]
+        ],
     }
 
 
@@ -108,17 +133,29 @@ def by_text(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]
 
 
 def in_words(
-    engine: Engine, task: GradedTask, rows: Sequence[int], max_new_tokens: int
-) -> list[tuple[int, str, str, bool]]:
-    """(row, question, greedy answer, whether it is right) of each row."""
+    engine: Engine,
+    task: Task,
+    rows: Sequence[int],
+    max_new_tokens: int,
+    grade: Callable[[int, str], bool | str],
+) -> list[tuple[int, str, str, bool | str]]:
+    """(row, question, greedy answer as it was said, outcome) of each row.
+
+    The outcome is what `grade` says of the row's number and the answer's text parts. A question
+    that fills the context is not asked: it is TOO_LONG.
+    """
     encoder = engine.tokenizer
-    asked = [Conversation(task.conversation(i).messages[:1]) for i in rows]
+    asked = [Conversation(task.conversation(i).messages[:-1]) for i in rows]
     prompts = [conversation.prompt(encoder) for conversation in asked]
-    said = engine.complete(prompts, max_new_tokens=max_new_tokens) if prompts else []
+    fitting = [at for at, prompt in enumerate(prompts) if len(prompt) < engine.context]
+    said = engine.complete([prompts[at] for at in fitting], max_new_tokens=max_new_tokens)
+    answers = dict(zip(fitting, said, strict=True))
     graded = []
-    for i, question, ids in zip(rows, asked, said, strict=True):
-        answer = encoder.decode(ids)
-        graded.append((i, question.messages[0].text, answer, task.grade(i, answer)))
+    for at, i in enumerate(rows):
+        ids, question = answers.get(at, []), asked[at].turns[0].text
+        text = Message("assistant", answer_parts(ids, encoder)).text
+        outcome = grade(i, text) if at in answers else TOO_LONG
+        graded.append((i, question, encoder.decode(ids), outcome))
     return graded
 
 
