@@ -166,7 +166,9 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, family="monospace")
     steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
     left.plot(steps, losses, color=GREY, linewidth=0.8, alpha=0.7)
-    left.plot(steps, smooth(losses, keep=1 - 20 / max(40, train[-1]["steps"])), color=BLUE)
+    left.plot(
+        steps, smooth(losses, keep=1 - 20 / min(400, max(40, train[-1]["steps"]))), color=BLUE
+    )
     left.set_title("training loss (nats a token)")
     name, points = _scores(rows)
     right.plot([step for step, _ in points], [value for _, value in points], "o-", color=ORANGE)

@@ -251,8 +251,8 @@ print(f"{bits_T.sum():.0f} bits for {sum(map(len, pieces))} characters, at most 
 # ## Where does it look?
 #
 # Chapter 02 drew the attention of a model with random weights: an even triangle. Here is the last
-# layer of the trained one, reading the beginning of the same text. Some heads look at the token
-# before, some at the start, some for the name that the sentence is about.
+# layer of the trained one, reading the beginning of the same text. Look for heads that prefer the
+# token before, the start, or the name that the sentence is about.
 
 
 # %%
@@ -274,7 +274,7 @@ def look(gpt, ids_T, layer):
 
 
 # %%
-ids_T = torch.from_numpy(document[:24].astype(np.int64))
+ids_T = torch.from_numpy(document[:16].astype(np.int64))
 weights_HTS = look(gpt, ids_T, layer=len(gpt.blocks) - 1)
 assert_close(weights_HTS.sum(dim=-1), torch.ones(weights_HTS.shape[:2]))
 names = [tokenizer.decode([id]) for id in ids_T]
@@ -283,7 +283,7 @@ figure, panels = plt.subplots(1, shown, figsize=(2.4 * shown + 1, 3.2), sharey=T
 for head, axes in enumerate(panels[0]):
     lesson.heatmap(axes, weights_HTS[head], rows=names, columns=names, limits=(0, 1))
     axes.set_title(f"head {head}")
-    axes.tick_params(labelsize=6)
+    axes.tick_params(labelsize=7)
 plt.show()
 
 # %% [markdown]

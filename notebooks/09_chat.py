@@ -120,7 +120,7 @@ print(list(session.stream("Where does she live?")))
 
 # %%
 @torch.no_grad()
-def step_by_step(question, most=12):
+def step_by_step(question, most=20):
     engine = session.engine
     prompt = Conversation.ask(question).prompt(engine.tokenizer)
     (answer,) = engine.complete([prompt], max_new_tokens=most)
@@ -130,7 +130,7 @@ def step_by_step(question, most=12):
     return p_TV
 
 
-p_TV = step_by_step("What is your name?")
+p_TV = step_by_step("Tell me about Ada.")
 names = [session.engine.tokenizer.decode([id]) for id in p_TV.argmax(dim=-1)]
 assert_close(p_TV.sum(dim=-1), torch.ones(len(p_TV)))
 print("the answer:", "".join(names))
@@ -193,8 +193,10 @@ assert ours == int(inverse_cdf(p_V[None], [dart])[0])
 # The same question five times, with five seeds, at a high temperature:
 
 # %%
+warm = Session(session.engine, temperature=1.2, top_k=50, max_new_tokens=40)
 for seed in range(5):
-    warm = Session(session.engine, temperature=1.2, top_k=50, seed=seed, max_new_tokens=40)
+    warm.clear()
+    warm.seed = seed
     print("·", "".join(warm.stream("What can you do?")).strip())
 
 # %% [markdown]
