@@ -537,19 +537,18 @@ def test_loglikelihoods_equal_lm_evals(toy_tasks, model, cpu, tmp_path):
         few = dataclasses.replace(task, rows=task.rows[:8])
         asked = [p for item in range(len(few.rows)) for p in core.prompts(few, item, TOKENIZER)]
         ours = [score for found in core.score(model, asked, cpu) for score in found]
-        as_text = [
-            (TOKENIZER.decode(p.context), TOKENIZER.decode(ids))  # it adds no BOS by itself
-            for p in asked
-            for ids in p.continuations
-        ]
+        pairs = [(p.context, ids) for p in asked for ids in p.continuations]
+        found = theirs._loglikelihood_tokens([(("", ""), *p) for p in pairs], disable_tqdm=True)
+        assert_close([s.logprob for s in ours], [f[0] for f in found], rtol=1e-5, atol=1e-4)
+        assert [s.greedy for s in ours] == [bool(f[1]) for f in found]
+        # As text too, but where all choices share a space of its own: lm-eval would score it.
+        texts = [(TOKENIZER.decode(context), TOKENIZER.decode(ids)) for context, ids in pairs]
+        same = [n for n, (context, _) in enumerate(texts) if not context.endswith(" ")]
         requests = [
-            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
-            for i, pair in enumerate(as_text)
+            Instance(request_type="loglikelihood", doc={}, arguments=texts[n], idx=n) for n in same
         ]
         found = theirs.loglikelihood(requests, disable_tqdm=True)
-        assert_close(
-            [s.logprob for s in ours], [logprob for logprob, _ in found], rtol=1e-5, atol=1e-4
-        )
-        assert [s.greedy for s in ours] == [bool(greedy) for _, greedy in found]
+        assert_close([ours[n].logprob for n in same], [f[0] for f in found], rtol=1e-5, atol=1e-4)
+        assert len(same) > 0
         greedy += [s.greedy for s in ours]
     assert 0 < sum(greedy) < len(greedy)
