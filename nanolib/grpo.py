@@ -160,8 +160,9 @@ class RolloutSource:
 
     `questions` a step (over all ranks; question i goes to rank i mod ranks with all its `samples`)
     in a new order every epoch. `updates_each` > 1: so many updates on the same rollouts, clipped;
-    `nll` is then the training forward that gives the old log-probabilities. `reward` None: the
-    task's own grade. Each step leaves a row of kind "rollout" in `metrics`.
+    `nll` is then the training forward that gives the old log-probabilities. A micro-batch has at
+    most the tokens of `device_batch` rows of the whole context (None: it is this rank's share).
+    `reward` None: the task's own grade. Each step leaves a row of kind "rollout" in `metrics`.
     Raises ValueError for a reward that is not finite, and where the ranks outnumber the questions.
     """
 
@@ -184,7 +185,7 @@ class RolloutSource:
         self.engine, self.runtime = quiz.engine, quiz.engine.runtime
         self.settings = {"temperature": temperature, "top_k": top_k}
         self.updates_each = updates_each
-        self.device_batch = device_batch or questions * samples
+        self.device_tokens = (device_batch or questions * samples) * self.engine.context
         self.reward = reward or quiz.grade
         self.nll = nll or quiz.engine.model.nll
         self.metrics = metrics
@@ -237,9 +238,13 @@ class RolloutSource:
                 mask = [False] * len(prompt) + answer.chosen + [True] * len(ends)
                 rows.append((np.array(prompt + answer.ids + ends), np.array(mask), value))
         rows.sort(key=lambda row: len(row[0]))
-        for start in range(0, len(rows), self.device_batch):
-            ids, masks, values = zip(*rows[start : start + self.device_batch], strict=True)
-            length = math.ceil((len(ids[-1]) - 1) / PADDING) * PADDING
+        while rows:
+            most = 1
+            while most < len(rows) and (most + 1) * _padded(rows[most][0]) <= self.device_tokens:
+                most += 1
+            ids, masks, values = zip(*rows[:most], strict=True)
+            rows = rows[most:]
+            length = _padded(ids[-1])
             batch = batch_of_rows(ids, masks, length, self.engine.tokenizer.bos)
             advantage_BT = torch.tensor(values)[:, None].expand(-1, length).contiguous()
             yield replace(batch, fields={"advantage": advantage_BT})
@@ -285,3 +290,8 @@ class RolloutSource:
         for place in dict.fromkeys([order[-1], order[0]]):
             answer = self.engine.tokenizer.decode(rollout.answers[place].ids)
             yield [question, answer, rollout.rewards[place]]
+
+
+def _padded(ids: np.ndarray) -> int:
+    """The length of a batch for a row of so many ids."""
+    return math.ceil((len(ids) - 1) / PADDING) * PADDING
