@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -221,65 +222,40 @@ def race(python: Path, peers: list[str], threads: list[int], rounds: int, job: d
     return rows
 
 
-def best(rows: list[dict], trainer: str, threads: int, field: str = "seconds") -> float:
-    return min(r[field] for r in rows if (r["trainer"], r["threads"]) == (trainer, threads))
+COLUMNS = {"seconds": "s", "cpu_seconds": "CPU s", "peak_mb": "MB"}
 
 
 def table(rows: list[dict], threads: list[int]) -> str:
-    """One line a trainer: best seconds, peak memory, and how many times ours it is, paired."""
-    lines = [
-        "| trainer | "
-        + " | ".join(
-            f"{n} thread{'s' * (n > 1)}: s | CPU s | MB | × ours: s | × ours: MB" for n in threads
-        )
-        + " |",
-        "|---|" + "---|" * (5 * len(threads)),
-    ]
-    for trainer in dict.fromkeys(row["trainer"] for row in rows):
-        cells = []
-        for count in threads:
+    """One line a trainer and number of threads: the best of each, and in brackets how many times
+    ours it is, the median over pairs."""
+    lines = [f"| trainer | threads | {' | '.join(COLUMNS.values())} |", "|---|---|---|---|---|"]
+    for count in threads:
+        for trainer in dict.fromkeys(row["trainer"] for row in rows):
             mine = [r for r in rows if (r["trainer"], r["threads"]) == (trainer, count)]
-            cells += [
-                f"{best(rows, trainer, count, f):g}" for f in ("seconds", "cpu_seconds", "peak_mb")
-            ]
-            for field in ("seconds", "peak_mb"):
-                ratios = sorted(r[field] / max(r["ours"][field], 1e-9) for r in mine if "ours" in r)
-                cells.append(f"{ratios[len(ratios) // 2]:.1f}" if ratios else "1")
-        lines.append(f"| {trainer} | " + " | ".join(cells) + " |")
+            cells = []
+            for field in COLUMNS:
+                ratios = [r[field] / max(r["ours"][field], 1e-9) for r in mine if "ours" in r]
+                times = f" ({statistics.median(ratios):.1f} ×)" if ratios else ""
+                cells.append(f"{min(r[field] for r in mine):g}{times}")
+            lines.append(f"| {trainer} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def more(rows: list[dict], threads: list[int], job: dict) -> list[str]:
     """What the table does not show: same merges, counting alone, a vocabulary twice as large."""
     lines = []
-    hashes = {row["tokens"] for row in rows if row["tokens"]}
     if any(row["trainer"] == "rustbpe" for row in rows):
+        hashes = {row["tokens"] for row in rows if row["tokens"]}
         same = "the same" if len(hashes) == 1 else "DIFFERENT"
-        lines.append(f"rustbpe and nanolib trained {same} tokens in the same order.")
-    counting = {}
+        lines.append(f"rustbpe and nanolib trained {same} tokens in the same order.\n")
     for count in threads:
-        runs = [
-            run(sys.executable, **job | {"vocab_size": 256}, trainer="nanolib", threads=count)
-            for _ in range(3)
-        ]
-        counting[count] = min(row["seconds"] for row in runs)
-    shown = ", ".join(f"{n} threads {s:.2f} s" for n, s in counting.items())
-    lines.append(f"Splitting and counting alone: {shown}.")
-    double = job | {"vocab_size": 2 * job["vocab_size"]}
-    for count in threads:
-        pairs = [
-            [
-                run(sys.executable, **j, trainer="nanolib", threads=count)["seconds"]
-                for j in (job, double)
-            ]
-            for _ in range(3)
-        ]
-        once, twice = (min(seconds) for seconds in zip(*pairs, strict=True))
-        lines.append(
-            f"Vocabulary {double['vocab_size']:,} on {count} threads: {twice:.2f} s, "
-            f"{twice / once:.2f} × that of {job['vocab_size']:,}."
-        )
-    return lines
+        for vocab_size in (256, job["vocab_size"], 2 * job["vocab_size"]):
+            again = job | {"vocab_size": vocab_size}
+            runs = [run(sys.executable, **again, trainer="nanolib", threads=count) for _ in "123"]
+            seconds, cpu = (min(row[field] for row in runs) for field in ("seconds", "cpu_seconds"))
+            what = "counting alone" if vocab_size == 256 else f"vocabulary {vocab_size:,}"
+            lines.append(f"- nanolib, {what}, threads {count}: {seconds:.2f} s, CPU {cpu:.2f} s")
+    return ["\n".join(lines)]
 
 
 def microbenchmark(corpus: Path) -> str | None:
@@ -320,14 +296,16 @@ def report(folder: Path, options: argparse.Namespace) -> str:
     when = datetime.now(UTC).strftime("%Y-%m-%d")
     parts = [
         "# BPE trainers",
-        f"{when}, {processor()}, {os.cpu_count()} cores, load {load:.1f} at the start. "
-        f"{total / 1e6:.0f} MB, {documents:,} documents: the training text of the mirror once, then "
-        "copies of it with vowels and consonants moved on among themselves, so that the words are "
-        f"new and as long and as frequent as real ones. Vocabulary {options.vocab_size:,}, the "
-        "course's split pattern, from a Python generator over documents in memory; gigabpe reads "
-        "one file and splits as GPT-2 does. Each trainer is a process of its own on as many cores "
-        f"as threads; best of {options.rounds}; × ours is the median over pairs, ours run right "
-        "before. MB is the peak above memory in use after draining the same generator.",
+        f"{when}, {processor()}, {os.cpu_count()} cores, load {load:.1f} at the start and "
+        f"{os.getloadavg()[0]:.1f} at the end. {total / 1e6:.0f} MB, {documents:,} documents: the "
+        "training text of the mirror once, then copies of it with vowels and consonants moved on "
+        "among themselves, so that the words are new and as long and as frequent as real ones. "
+        f"Vocabulary {options.vocab_size:,}, the course's split pattern, from a Python generator "
+        "over documents in memory; gigabpe reads one file and splits as GPT-2 does. Each trainer "
+        f"is a process of its own on as many cores as threads, best of {options.rounds}; in "
+        "brackets how many times ours, which ran right before. CPU s is processor time, which "
+        "other programs disturb less than s, the time on the clock. MB is the peak above the "
+        "memory in use after draining the same generator.",
         table(rows, options.threads),
         *extra,
     ]

@@ -270,7 +270,7 @@ mod tests {
     fn texts_keep_their_order_and_their_ends() {
         let merges = trained(&["hello", "hello", "world"], 6);
         let encoder = Encoder::new(r"\S+|\s+", &merges).unwrap();
-        let texts: Vec<String> = (0..500).map(|n| format!("hello {n} world")).collect();
+        let texts: Vec<String> = (0..2000).map(|n| format!("hello {n} samestart{n}")).collect();
         let batches: Vec<Mutex<Batch>> = texts
             .chunks(7)
             .map(|texts| {

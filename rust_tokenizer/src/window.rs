@@ -43,11 +43,10 @@ pub fn starts(window: &[u8; WINDOW], length: usize, digits: usize) -> Starts {
     let spaces = white & !newlines;
     let others = inside & !(letters | numbers | white | wide);
 
-    // A symbol starts a word unless symbols or a blank stand before it. Alone it may be the
-    // prefix of letters.
+    // A symbol starts a word unless symbols or a blank stand before it. Letters right behind such
+    // a start belong to it.
     let symbols = others & !(others << 1) & !(blanks << 1);
-    let lone = symbols & !(others >> 1);
-    let words = letters & !(letters << 1) & !(spaces << 1) & !(lone << 1);
+    let words = letters & !(letters << 1) & !(spaces << 1) & !(symbols << 1);
     // A white run goes up to its last newline; newlines behind symbols belong to those; what is
     // left of the run is one word but for its last space, which belongs to what follows.
     let gaps = (white & !(white << 1) & !(newlines & (others << 1)))
@@ -64,7 +63,7 @@ pub fn starts(window: &[u8; WINDOW], length: usize, digits: usize) -> Starts {
     let unknown = ((second << digits) & full) | (numbers & (wide << 1));
     let unknown = numbers & !numbers.wrapping_add(unknown);
 
-    let contractions = (quotes & lone) << 1 & (letters | wide);
+    let contractions = (quotes & symbols) << 1 & (letters | wide);
     let mut doubt = contractions | unknown | (spaces & (end >> 1));
     // Whether a newline comes later in a white run is unknown or takes looking for.
     let mut later = (spaces & (newlines >> 1)) | (wide & inside) | (1 << (WINDOW - 1)) & inside;
