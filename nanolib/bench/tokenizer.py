@@ -109,7 +109,7 @@ def memory(field: str) -> float:
 def measure(job: dict) -> dict:
     """Train once. Memory is the peak above what is in use after draining the same iterator."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: job["threads"]]))
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[-job["threads"] :]))
     corpus = Path(job["corpus"])
     # gigabpe reads files: a list of documents would only stand in its way
     documents = [] if job["trainer"] == "gigabpe" else read_documents(corpus)
