@@ -72,6 +72,9 @@ pub fn train_from(
     threshold: Option<u64>,
     watch: &Watch,
 ) -> Result<Merges, TooManyWords> {
+    if num_merges == 0 {
+        return Ok(Merges::default());
+    }
     // The last merge is never written into the arena, and one id stands for "nothing".
     if 256 + num_merges <= 1 << 16 {
         let arena = Arena::<u16>::lay_out(words, watch)?;
