@@ -154,7 +154,8 @@ def test_interrupted_the_same_command_goes_on(notebooks, how):
     """Ctrl-C, a polite kill, `kill -9` of the kernel and of the command."""
     (notebooks / "00_first.py").unlink()
     process = command(notebooks, "run", "smoke")
-    run = Run.load(str(wait(lambda: next(Path(os.environ["NANOLIB_RUNS"]).glob("smoke"), None))))
+    runs = Path(os.environ["NANOLIB_RUNS"])
+    run = Run.load(str(wait(lambda: next(runs.glob("smoke/manifest.json"), None)).parent))
     wait(lambda: len(steps(run, "base")) >= 3)
     members = family(process.pid)
     assert len(members) == 2

@@ -150,7 +150,8 @@ def plan(straight: Run, kills: int, seed: int) -> list[Kill]:
     for number, where in enumerate(chosen):
         record = straight.stage(*ROAD[where].split("/")).done()
         lasts = record["seconds"] if record else 1.0
-        faults.append(Kill(KINDS[number % len(KINDS)], ROAD[where], dice.uniform(0.1, 0.9) * lasts))
+        share = lasts / ROAD.count(ROAD[where])  # a stage struck twice has half of it left
+        faults.append(Kill(KINDS[number % len(KINDS)], ROAD[where], dice.uniform(0.1, 0.8) * share))
     return faults
 
 
