@@ -1,6 +1,6 @@
 """Does the demo learn what it should? Several seeds, beside baselines that learn nothing.
 
-``python -m nanolib.bench.demo --seeds 1 2 3 [--at-once N] [--threads N]`` trains the demo's stages (no notebooks)
+``nanolib bench demo --seeds 1 2 3 [--at-once N] [--threads N]`` trains the demo's stages (no notebooks)
 once a seed, and once a seed without pretraining, and prints a table of their scores. The bars are
 those the toy world was made for; each must hold in every seed.
 """
@@ -100,12 +100,12 @@ def table(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--at-once", type=int, default=1, help="seeds that train side by side")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     with ThreadPoolExecutor(given.at_once) as pool:
         results = list(pool.map(lambda seed: scores_of(seed, given.threads), given.seeds))
     today = datetime.datetime.now(datetime.UTC).date()

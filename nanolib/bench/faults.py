@@ -1,6 +1,6 @@
 """Kill a run at seeded instants over all its stages; its numbers must come out the same.
 
-    uv run python -m nanolib.bench.faults --profile demo --kills 10 --seed 1
+    uv run nanolib bench faults --profile demo --kills 10 --seed 1
 
 Runs the profile once undisturbed, then once more while this script kills it: Ctrl-C of the
 command, ``kill -9`` of the kernel, of a training process and of the whole command by turns. After
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,7 +193,7 @@ def _finished(folder: Path) -> dict[Path, str]:
     return {path: path.read_text() for path in folder.glob("**/done.json")}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=rundir.runs_folder() / "faults")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     log, began = given.out / "log.txt", time.monotonic()
     code = start(given.profile, given.out / "straight", log).wait()

@@ -35,8 +35,8 @@ def tokenize(text: Path, target: Path, tokenizer: Tokenizer, threads: int) -> It
     documents = 0
     source = hub.documents(text)
     while texts := list(itertools.islice(source, DOCUMENTS_AT_ONCE)):
-        for ids in tokenizer.encode_batch(texts, threads=threads):
-            parts.append(np.array([tokenizer.bos, *ids], dtype=dtype))
+        ids, _ = tokenizer.encode_flat(texts, threads=threads, bos=True)
+        parts.append(ids.astype(dtype, copy=False))
         documents += len(texts)
         yield documents
     partial = target.with_suffix(".partial")

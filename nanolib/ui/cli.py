@@ -7,7 +7,9 @@ code 2. Nothing heavy is imported before it is needed.
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     if "UV_RUN_RECURSION_DEPTH" in os.environ:
         threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
+        if arguments[:1] == ["bench"]:
+            return _bench(*arguments[1:])
         words, overrides = split_settings(arguments)
         _dispatch(words, overrides)
     except KeyboardInterrupt:
@@ -54,6 +58,17 @@ def main(arguments: Sequence[str]) -> int:
     except (launch.WorkerError, pipeline.ChapterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    return 0
+
+
+def _bench(name: str = "", *arguments: str) -> int:
+    """Run one of the measurements behind the tables under runs/; the rest are its own words."""
+    names = sorted(
+        m.name for m in pkgutil.iter_modules([str(Path(__file__).parent.parent / "bench")])
+    )
+    if name not in names:
+        raise ValueError(f"there is no measurement {name!r}; there are {', '.join(names)}")
+    importlib.import_module(f"nanolib.bench.{name}").main(list(arguments))
     return 0
 
 
