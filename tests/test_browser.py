@@ -233,4 +233,6 @@ def test_chapter_04_is_watched_closed_restarted_and_resumed(browser, lab, run):
     last = stopped_at(base)
     assert last > saved
     assert steps(base) == list(range(1, last + 1))
-    assert base.log.read_text().count(" base on 1 rank(s)") == 2
+    # Jupyter interrupts before it shuts down: the next cell in the queue may start the stage once
+    # more, for a step, before the kernel ends.
+    assert base.log.read_text().count(" base on 1 rank(s)") in (2, 3)

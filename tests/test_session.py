@@ -315,7 +315,7 @@ def test_an_open_session_runs_python_and_leaves_no_worker(run_with_models):
         says(talk, "1/0")
         assert "[output] ZeroDivisionError: division by zero\n!" in talk.ask("hello")
         assert len(workers() - before) == 1
-    assert workers() == before
+    assert workers() <= before
     with pytest.raises(RuntimeError, match="the sandbox is closed"):
         talk.ask("hello")
     talk.close()
@@ -332,7 +332,7 @@ def test_a_session_that_nobody_closes_ends_its_worker_with_the_engine(run_with_m
     assert "36" in again.ask("hello"), "the engine is still in use"
     del again
     gc.collect()
-    assert workers() == before
+    assert workers() <= before
 
 
 # ---------------------------------------------------------------------------- in the terminal
