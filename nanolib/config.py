@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROFILES = REPOSITORY / "runs"
-STAGES = ("data", "tokenizer", "shards", "base", "sft", "eval", "report")
+MODELS = ("base", "mid", "sft", "grpo")  # the stages that leave a model, in order
+STAGES = ("data", "tokenizer", "shards", *MODELS, "eval", "report")
 NUM_SPECIAL_TOKENS = 9
 
 
@@ -133,25 +134,69 @@ class Mixture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(Schedule):
-    """Supervised finetuning on conversations."""
+class ConversationConfig(Schedule):
+    """A stage that learns what the assistant says in a mixture of conversations."""
 
     enabled: bool = True
-    lr: float = 0.02
     warmdown: float = 1.0
     epochs: float = 1.0  # passes over the mixture, when steps is not given
     steps: int | None = None
-    batch_tokens: int = 65_536  # over all ranks and micro-batches, padding included
+    batch_tokens: int = 524_288  # over all ranks and micro-batches, padding included
     eval_every: int | None = None
     save_every: int | None = None
     rows: Mixture = field(default_factory=Mixture)
 
 
 @dataclass(frozen=True, kw_only=True)
+class MidConfig(ConversationConfig):
+    """Midtraining: conversations, four choices and the tool, at pretraining's rates."""
+
+    rows: Mixture = field(
+        default_factory=lambda: Mixture(mmlu=100_000, arc_easy=0, arc_challenge=0)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(ConversationConfig):
+    """Supervised finetuning on a small, clean mixture, at low rates."""
+
+    lr: float = 0.02
+    batch_tokens: int = 65_536
+    rows: Mixture = field(default_factory=lambda: Mixture(smoltalk=10_000))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(Schedule):
+    """Reinforcement learning from graded answers; see `nanolib.grpo`."""
+
+    enabled: bool = True
+    lr: float = 0.05
+    warmdown: float = 1.0
+    task: str = "gsm8k"  # a task of `nanolib.tasks` that can be graded
+    epochs: float = 1.0  # passes over the task's questions, when steps is not given
+    steps: int | None = None
+    questions: int = 16  # a step, over all ranks
+    samples: int = 16  # answers to each
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = 50
+    updates_each: int = 1  # on the same answers; more than 1: clipped
+    clip: float = 0.2  # of the probability ratio, in further updates
+    shuffled: bool = False  # a control: each question's rewards are dealt to its answers at random
+    eval_questions: int = 400  # held-out ones, scored on the way
+    eval_samples: int = 4
+    eval_every: int | None = None
+    save_every: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    tasks: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu")  # names in `nanolib.tasks`
+    """Scores of every model: bits per byte, CORE, and (from mid on) the tasks."""
+
+    tasks: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
     max_problems: int | None = None  # of each task; None: all
-    max_new_tokens: int = 256  # for answers by generation
+    max_new_tokens: int = 512  # for answers by generation
+    core_problems: int | None = None  # of each CORE task; None: all, 0: no CORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +209,9 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
+    mid: MidConfig = field(default_factory=MidConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
@@ -224,16 +271,17 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _build(cls: type, flat: Mapping[str, Any], prefix: str = "") -> Any:
-    """The inverse of `flatten` for a config class; missing settings take their defaults."""
+def _overlay(tree: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """A config dataclass with those of its settings replaced that a flat dictionary names."""
     values: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        path = prefix + name
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(hint, flat, f"{path}.")
+    for name in (f.name for f in dataclasses.fields(tree)):
+        path, value = prefix + name, getattr(tree, name)
+        if dataclasses.is_dataclass(value):
+            values[name] = _overlay(value, flat, f"{path}.")
         elif path in flat:
-            values[name] = flat[path]
-    return cls(**values)
+            value = flat[path]
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(tree, **values)
 
 
 def coerce(path: str, hint: Any, value: Any) -> Any:
@@ -326,8 +374,8 @@ def resolve(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
 
 def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     """A complete configuration from checked flat settings (a profile's or a manifest's)."""
-    recipe = _build(Recipe, flat)
-    machine = _build(MachineConfig, flat, "machine.")
+    recipe = _overlay(Recipe(), flat)
+    machine = _overlay(MachineConfig(), flat, "machine.")
     _validate(recipe, machine)
     return Config(profile=profile, recipe=_derive(recipe), machine=machine)
 
@@ -353,9 +401,10 @@ AT_LEAST_ONE = frozenset([
     "depth", "aspect", "head_dim", "kv_heads", "sequence_len", "batch_tokens", "steps",
     "eval_every", "save_every", "eval_documents", "text_shards", "max_chars",
     "max_document_chars", "max_problems", "max_new_tokens", "momentum_warmup",
-    "newton_schulz_steps", "ranks", "device_batch", "threads",
+    "newton_schulz_steps", "ranks", "device_batch", "threads", "questions", "samples", "top_k",
+    "updates_each", "eval_questions", "eval_samples",
 ])  # fmt: skip
-ABOVE_ZERO = frozenset(["tokens_per_parameter", "epochs", "lr", "clip"])
+ABOVE_ZERO = frozenset(["tokens_per_parameter", "epochs", "lr", "clip", "temperature"])
 
 
 def _check_ranges(flat: Mapping[str, Any]) -> None:
@@ -368,7 +417,7 @@ def _check_ranges(flat: Mapping[str, Any]) -> None:
             raise ValueError(f"{path} must be at least 1, got {value}")
         if name in ABOVE_ZERO and value <= 0:
             raise ValueError(f"{path} must be more than 0, got {value}")
-        if path.startswith("sft.rows.") and value < 0:
+        if (".rows." in path or name == "core_problems") and value < 0:
             raise ValueError(f"{path} must be 0 or more, or none for all, got {value}")
         if name in ("warmup", "warmdown", "final") and not 0 <= value <= 1:
             raise ValueError(f"{path} is a fraction from 0 to 1, got {value}")
@@ -394,24 +443,40 @@ def _validate(recipe: Recipe, machine: MachineConfig) -> None:
             f"machine.mirror is {machine.mirror}, but data.source = toyworld makes its own text; "
             "leave the mirror out, or choose data.source = hub"
         )
-    for stage, settings_of in (("base", recipe.base), ("sft", recipe.sft)):
-        if settings_of.warmup + settings_of.warmdown > 1:
+    for name in MODELS:
+        _check_stage(name, getattr(recipe, name), model.sequence_len, ranks)
+    if recipe.grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):
+        raise ValueError(
+            "grpo.enabled needs a model that answers questions: set mid.enabled or sft.enabled, "
+            "or grpo.enabled false"
+        )
+
+
+def _check_stage(name: str, stage: Any, sequence_len: int, ranks: int) -> None:
+    """The schedule of one training stage, and how its ranks share a step."""
+    if stage.warmup + stage.warmdown > 1:
+        raise ValueError(
+            f"{name}.warmup + {name}.warmdown must be at most 1, got "
+            f"{stage.warmup} + {stage.warmdown}"
+        )
+    if isinstance(stage, GRPOConfig):
+        if stage.enabled and stage.questions < ranks:
             raise ValueError(
-                f"{stage}.warmup + {stage}.warmdown must be at most 1, got "
-                f"{settings_of.warmup} + {settings_of.warmdown}"
+                f"grpo.questions = {stage.questions} leaves some of {ranks} ranks without one; "
+                "choose at least one a rank"
             )
-        batch_tokens = settings_of.batch_tokens
-        rows, rest = divmod(batch_tokens, model.sequence_len)
-        if rest:
-            raise ValueError(
-                f"{stage}.batch_tokens must be a multiple of model.sequence_len "
-                f"({model.sequence_len}), got {batch_tokens}"
-            )
-        if rows % ranks:
-            raise ValueError(
-                f"{stage}.batch_tokens = {batch_tokens} makes {rows} rows, which {ranks} ranks "
-                f"cannot share equally; choose machine.ranks or {stage}.batch_tokens so that they can"
-            )
+        return
+    rows, rest = divmod(stage.batch_tokens, sequence_len)
+    if rest:
+        raise ValueError(
+            f"{name}.batch_tokens must be a multiple of model.sequence_len "
+            f"({sequence_len}), got {stage.batch_tokens}"
+        )
+    if rows % ranks:
+        raise ValueError(
+            f"{name}.batch_tokens = {stage.batch_tokens} makes {rows} rows, which {ranks} ranks "
+            f"cannot share equally; choose machine.ranks or {name}.batch_tokens so that they can"
+        )
 
 
 # ---------------------------------------------------------------------------- identity

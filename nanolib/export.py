@@ -14,13 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from nanolib import checkpoint, model
-from nanolib.config import ModelConfig
+from nanolib.config import MODELS, ModelConfig
 from nanolib.engine import end_tokens
 from nanolib.model import GPT
 from nanolib.rundir import Run, saving, write_atomic
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
-
-MODELS = ("sft", "base")  # the stages whose model can be exported, the best first
 
 # Our parameter names, and theirs.
 NAMES = {
@@ -56,7 +54,9 @@ def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
     folder: None means ``export/`` in the run. Raises ValueError where there is no such model, and
     for a folder that holds something else.
     """
-    there = [name for name in MODELS if any(run.stage(name).checkpoints.glob("step_????????"))]
+    there = [
+        name for name in reversed(MODELS) if any(run.stage(name).checkpoints.glob("step_????????"))
+    ]
     if of not in (None, *there) or not there:
         raise ValueError(
             f"run {run.id!r} has no {of or 'trained'} model to export; "

@@ -7,6 +7,10 @@ mirror is complete: what it lacks is an error, never fetched from the hub.
 
 from __future__ import annotations
 
+import http.client
+import os
+import shutil
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,7 @@ import pyarrow.parquet as pq
 from nanolib.config import Config
 
 BYTES_PER_TOKEN = 5.0  # of a 65,536-token vocabulary on English, rounded up: 4.8 was measured
+EVAL_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's
 LOOK_ELSEWHERE = "give --mirror DIR with a complete mirror, or leave --mirror out to use the hub"
 
 
@@ -175,16 +180,41 @@ def table(repository: str, split: str, config_name: str | None, mirror: Path | N
 # ---------------------------------------------------------------------------- single files
 
 
-def eval_bundle(mirror: Path | None) -> Path | None:
-    """The evaluation bundle of CORE; None where there is no mirror or it has none."""
-    return _file(mirror, "eval_bundle.zip")
+def eval_bundle(mirror: Path | None) -> Path:
+    """The evaluation bundle of CORE: the mirror's, or fetched once into the user's cache."""
+    if mirror is None:
+        return _download(EVAL_BUNDLE)
+    path = Path(mirror) / "eval_bundle.zip"
+    if not path.is_file():
+        raise ValueError(
+            f"the mirror {mirror} has no eval_bundle.zip: copy it there, or set "
+            "eval.core_problems = 0 to leave CORE out"
+        )
+    return path
+
+
+def _download(url: str) -> Path:
+    """A file of the web in the user's cache; whole or not there."""
+    target = Path.home() / ".cache/nanolib" / url.rsplit("/", 1)[-1]
+    if target.is_file():
+        return target
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as reply, partial.open("wb") as file:
+            shutil.copyfileobj(reply, file)
+        partial.replace(target)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"cannot fetch {url} ({error}); give --mirror DIR, or set eval.core_problems = 0 to "
+            "leave CORE out"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
 
 
 def encoding_file(name: str, mirror: Path | None) -> Path | None:
     """Another tokenizer's ranks in tiktoken's format (`name`: r50k_base, cl100k_base), or None."""
-    return _file(mirror, f"encodings/{name}.tiktoken")
-
-
-def _file(mirror: Path | None, name: str) -> Path | None:
-    path = None if mirror is None else Path(mirror) / name
+    path = None if mirror is None else Path(mirror) / f"encodings/{name}.tiktoken"
     return path if path is not None and path.is_file() else None

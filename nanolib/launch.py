@@ -32,8 +32,7 @@ from nanolib import config, guard, rundir
 from nanolib.rundir import Run, StageDir
 
 WORKER = "nanolib.stages"  # the module that runs a stage: `python -m WORKER STAGE DIR …`
-MODELS = ("base", "sft")  # the stages that leave a model, in order
-SHARED = (*MODELS, "eval")  # the stages that several ranks share
+SHARED = (*config.MODELS, "eval")  # the stages that several ranks share
 POLL = 0.2  # seconds between looks at a worker
 TAIL = 30  # lines of the log that an error shows
 
@@ -64,6 +63,8 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
         if run.stage(needed).done() is None:
             stage(needed, run, watch=watch)
     place = run.stage(name, of)
+    if name == "report" and _is_behind(place, run):
+        (place.path / "done.json").unlink()
     follower = Follower(place, watch)
     while place.done() is None:
         with _locked(place.log) as log:
@@ -78,12 +79,22 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
     return record["result"]
 
 
+def _is_behind(report: StageDir, run: Run) -> bool:
+    """Whether another stage has finished since the report card was written."""
+    finished = [place for place in places(run) if place.done() and place.name != "report"]
+    return report.done() is not None and any(
+        (place.path / "done.json").stat().st_mtime_ns
+        > (report.path / "done.json").stat().st_mtime_ns
+        for place in finished
+    )
+
+
 def check(name: str, run: Run, of: str | None = None) -> tuple[str, str | None]:
     """The stage asked for, with `of` filled in; ValueError where there is no such stage."""
-    enabled = [model for model in MODELS if _enabled(run, model)]
+    enabled = [model for model in config.MODELS if _enabled(run, model)]
     if name not in config.STAGES:
         raise ValueError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
-    if name in MODELS and name not in enabled:
+    if name in config.MODELS and name not in enabled:
         raise ValueError(
             f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false"
         )
@@ -100,7 +111,7 @@ def before(name: str, run: Run, of: str | None = None) -> list[str]:
     """The stages that must be finished before this one starts, in order."""
     if name == "report":
         return []
-    road = ["data", "tokenizer", "shards", *(m for m in MODELS if _enabled(run, m))]
+    road = ["data", "tokenizer", "shards", *(m for m in config.MODELS if _enabled(run, m))]
     return road[: road.index(of) + 1 if of else road.index(name)]
 
 

@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterator
 from typing import Any, Self
 
 from nanolib import checkpoint
+from nanolib.config import MODELS
 from nanolib.conversation import Conversation, Message, Part, answer_parts
 from nanolib.engine import Engine, Token
 from nanolib.model import GPT
@@ -23,8 +24,6 @@ from nanolib.rundir import Run
 from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
-
-MODELS = ("sft", "base")  # the stages whose model can be talked to, the best first
 
 
 class Session:
@@ -61,7 +60,7 @@ class Session:
         """
         if of not in (None, *MODELS):
             raise ValueError(f"stage {of!r} leaves no model to talk to; try {' or '.join(MODELS)}")
-        for name in MODELS if of is None else (of,):
+        for name in reversed(MODELS) if of is None else (of,):
             folder = run.stage(name).checkpoints
             if any(folder.glob("step_????????")):
                 runtime = Runtime.start(run.config.machine)

@@ -1,6 +1,6 @@
 """The stages of the road: each assembles its parts, works, and leaves a done record.
 
-    data → tokenizer → shards → base → sft → eval → report
+    data → tokenizer → shards → base → mid → sft → grpo → eval → report
 
 ``python -m nanolib.stages NAME DIR [--of STAGE] [--machine JSON]`` is the worker that
 `nanolib.launch` starts, once a rank. Readers and tests may call the functions themselves. Every
@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,31 @@ import numpy as np
 import torch
 
 from nanolib import checkpoint, hub, report, tasks
-from nanolib.config import STAGES, BaseConfig, SFTConfig, TokenizerConfig, flatten
+from nanolib.config import (
+    MODELS,
+    STAGES,
+    BaseConfig,
+    ConversationConfig,
+    GRPOConfig,
+    TokenizerConfig,
+    flatten,
+)
 from nanolib.data import shards as token_shards
 from nanolib.data import toyworld
 from nanolib.data.sources import ConversationSource, RowSource, TextSource
 from nanolib.engine import Engine
-from nanolib.evals import choices
+from nanolib.evals import choices, core
 from nanolib.evals.bpb import Trigram, bits_per_byte
+from nanolib.evals.chatcore import chatcore
+from nanolib.grpo import PolicyGradient, Quiz, Reward, RolloutSource, passes
 from nanolib.guard import Guard
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import Run, StageDir, now
 from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
-from nanolib.train import Hook, Stopped, Trainer
+from nanolib.tools import Sandbox
+from nanolib.train import Hook, Loss, Stopped, Trainer
 
 USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
 TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
@@ -77,6 +88,7 @@ def data(context: Context) -> dict[str, Any]:
     if run.config.recipe.data.source == "toyworld":
         toyworld.write(context.stage.path / "mirror", run.config.recipe.seed)
     files = hub.text_files(run.config, run.mirror())
+    _check_tasks(run)
     return {
         "mirror": run.config.machine.mirror and str(run.mirror()),
         "fingerprint": _fingerprint(run, files),
@@ -86,11 +98,28 @@ def data(context: Context) -> dict[str, Any]:
     }
 
 
+def _check_tasks(run: Run) -> None:
+    """Open what later stages will read, so that what is missing is told before the long wait."""
+    recipe, mirror = run.config.recipe, run.mirror()
+    if recipe.eval.core_problems != 0:
+        core.load(hub.eval_bundle(mirror))
+    for stage in (recipe.mid, recipe.sft):
+        for name, limit in flatten(stage.rows).items():
+            if stage.enabled and limit != 0:
+                tasks.load(name, "train", mirror)
+    if recipe.grpo.enabled:
+        _graded_task(recipe.grpo.task, "train", mirror)
+    if any(getattr(recipe, name).enabled for name in MODELS[1:]):
+        for name in recipe.eval.tasks:
+            tasks.load(name, "test", mirror)
+
+
 def _fingerprint(run: Run, files: hub.TextFiles) -> str:
     """A hash of the names, sizes and ends (parquet footers) of everything a run reads."""
     digest = hashlib.sha256()
     mirror = run.mirror()
     others = [] if mirror is None else sorted(mirror.glob("hub/**/*.parquet"))
+    others += [] if mirror is None else sorted(mirror.glob("eval_bundle.zip"))
     for path in [*files.train, files.validation, *others]:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -201,7 +230,7 @@ def shard_paths(run: Run) -> tuple[list[Path], Path]:
     return train, validation
 
 
-# ---------------------------------------------------------------------------- base and sft
+# ---------------------------------------------------------------------------- training
 
 
 def base(context: Context) -> dict[str, Any]:
@@ -210,7 +239,7 @@ def base(context: Context) -> dict[str, Any]:
     encoder = load_tokenizer(run)
     train, _ = shard_paths(run)
     source = TextSource.open(train, **_row_settings(context, config, encoder))
-    model = _new_model(context)
+    model = _new_model(context, encoder)
     assert config.steps is not None
     documents = validation_documents(run, encoder, config.eval_documents)
 
@@ -225,9 +254,19 @@ def base(context: Context) -> dict[str, Any]:
     }
 
 
+def mid(context: Context) -> dict[str, Any]:
+    """Go on from base with conversations, four choices and word problems that use the tool."""
+    return _converse(context, context.run.config.recipe.mid)
+
+
 def sft(context: Context) -> dict[str, Any]:
-    """Finetune on conversations: the loss covers what the assistant says, nothing else."""
-    run, config = context.run, context.run.config.recipe.sft
+    """Finetune on a small, clean mixture of the same kind."""
+    return _converse(context, context.run.config.recipe.sft)
+
+
+def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
+    """Train on conversations: the loss covers what the assistant says, nothing else."""
+    run = context.run
     encoder = load_tokenizer(run)
     settings = _row_settings(context, config, encoder)
     rows = flatten(config.rows)
@@ -239,9 +278,7 @@ def sft(context: Context) -> dict[str, Any]:
     source, cut = _render(encoder, [c for part in mixture.values() for c in part], settings)
     held, _ = _render(encoder, _conversations(context, "smoltalk", "test", 200), settings)
     steps = config.steps or math.ceil(config.epochs * len(source) / source.batch_rows)
-    model = _new_model(context)
-    if run.config.recipe.base.enabled:
-        _start_from(context, model, "base", encoder)
+    model = _new_model(context, encoder)
 
     def evaluate(trainer: Trainer) -> None:
         _eval_row(context, trainer.step, loss=_validation_loss(trainer, held))
@@ -253,8 +290,69 @@ def sft(context: Context) -> dict[str, Any]:
     }
 
 
+def grpo(context: Context) -> dict[str, Any]:
+    """Learn from answers that can be graded, the tool running; see `nanolib.grpo`."""
+    run, config, mirror = context.run, context.run.config.recipe.grpo, context.run.mirror()
+    encoder = load_tokenizer(run)
+    model = _new_model(context, encoder)
+    seed = seed_of(run.config.recipe.seed, "grpo")
+    with Sandbox() as sandbox:
+        engine = Engine(model, encoder, context.runtime, lambda source: sandbox.run(source).text)
+        quiz, held = (
+            Quiz(engine, _graded_task(config.task, split, mirror), config.max_new_tokens)
+            for split in ("train", "test")
+        )
+        source = RolloutSource(
+            quiz,
+            questions=config.questions,
+            samples=config.samples,
+            seed=seed,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            updates_each=config.updates_each,
+            device_batch=run.config.machine.device_batch,
+            reward=_shuffled(quiz, seed) if config.shuffled else None,
+            metrics=context.stage.metrics,
+        )
+        steps = config.steps or math.ceil(config.epochs * len(quiz.usable) / config.questions)
+
+        def score(step: int) -> None:
+            _eval_row(
+                context, step, **passes(held, config.eval_questions, config.eval_samples, seed)
+            )
+
+        def evaluate(trainer: Trainer) -> None:
+            score(trainer.step)
+
+        if not any(row["kind"] == "eval" for row in context.stage.metrics.rows()):
+            score(0)  # where it starts from
+        loss = PolicyGradient(config.clip)
+        return _train(context, config, model, source, steps, encoder, evaluate, loss) | {
+            "epochs": steps * config.questions / len(quiz.usable),
+            "answers": steps * config.questions * config.samples,
+        }
+
+
+def _graded_task(name: str, split: str, mirror: Path | None) -> tasks.GradedTask:
+    task = tasks.load(name, split, mirror)
+    if not isinstance(task, tasks.GradedTask):
+        raise ValueError(f"grpo.task must be one whose answers are graded, got {name!r}; try gsm8k")
+    return task
+
+
+def _shuffled(quiz: Quiz, seed: int) -> Reward:
+    """The control: the same rewards, dealt to a question's answers at random. Teaches nothing."""
+
+    def reward(question: int, texts: Sequence[str]) -> list[float]:
+        key = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        rng = np.random.default_rng(seed_of(seed, "shuffled", question, key))
+        return rng.permutation(quiz.grade(question, texts)).tolist()
+
+    return reward
+
+
 def _row_settings(
-    context: Context, config: BaseConfig | SFTConfig, encoder: Tokenizer
+    context: Context, config: BaseConfig | ConversationConfig, encoder: Tokenizer
 ) -> dict[str, Any]:
     run, runtime = context.run, context.runtime
     length = run.config.recipe.model.sequence_len
@@ -269,18 +367,23 @@ def _row_settings(
     }
 
 
-def _new_model(context: Context) -> GPT:
-    recipe = context.run.config.recipe
-    return GPT.build(recipe.model, recipe.tokenizer.vocab_size, context.runtime.device, recipe.seed)
-
-
-def _start_from(context: Context, model: GPT, stage: str, encoder: Tokenizer) -> None:
-    """Give the model the weights of an earlier stage's newest checkpoint."""
-    found = checkpoint.latest(context.run.stage(stage).checkpoints)
-    if found is None:
-        raise ValueError(f"run {context.run.id} has no {stage} model: nanolib stage {stage}")
-    checkpoint.check_same(found, _about(context.run, encoder))
-    checkpoint.restore_model(found, model)
+def _new_model(context: Context, encoder: Tokenizer) -> GPT:
+    """A model with the weights of the run's training stage before this one, else drawn ones."""
+    run, recipe = context.run, context.run.config.recipe
+    vocab, device = recipe.tokenizer.vocab_size, context.runtime.device
+    model = GPT.build(recipe.model, vocab, device, recipe.seed)
+    earlier = [
+        name for name in MODELS[: MODELS.index(context.stage.name)] if getattr(recipe, name).enabled
+    ]
+    if earlier:
+        found = checkpoint.latest(run.stage(earlier[-1]).checkpoints)
+        if found is None:
+            raise ValueError(
+                f"run {run.id} has no {earlier[-1]} model: nanolib stage {earlier[-1]}"
+            )
+        checkpoint.check_same(found, _about(run, encoder))
+        checkpoint.restore_model(found, model)
+    return model
 
 
 def _about(run: Run, encoder: Tokenizer) -> dict[str, Any]:
@@ -294,12 +397,13 @@ def _about(run: Run, encoder: Tokenizer) -> dict[str, Any]:
 
 def _train(
     context: Context,
-    config: BaseConfig | SFTConfig,
+    config: BaseConfig | ConversationConfig | GRPOConfig,
     model: GPT,
-    source: RowSource,
+    source: RowSource | RolloutSource,
     steps: int,
     encoder: Tokenizer,
     evaluate: Hook,
+    loss: Loss | None = None,
 ) -> dict[str, Any]:
     """Run the trainer; the result is read off the metrics, so a resumed stage tells the same."""
     every = max(1, steps // 10)
@@ -315,8 +419,11 @@ def _train(
         runtime=context.runtime,
         guard=context.guard,
         about=_about(context.run, encoder),
+        loss=loss,
         hooks=[evaluate],
     )
+    if isinstance(source, RolloutSource):
+        source.nll = trainer.nll  # the compiled one, where there is one
     trainer.fit()
     context.runtime.barrier()
     rows = context.stage.metrics.rows()
@@ -351,7 +458,8 @@ def validation_documents(run: Run, encoder: Tokenizer, limit: int | None) -> lis
 def _conversations(context: Context, name: str, split: str, limit: int | None) -> list:
     """Conversations of a task, the first `limit` in a seeded order."""
     task = tasks.load(name, split, context.run.mirror())
-    seed = seed_of(context.run.config.recipe.seed, "mixture", name, split)
+    purpose = context.stage.name if split == "train" else "held out"
+    seed = seed_of(context.run.config.recipe.seed, "mixture", purpose, name)
     order = np.random.default_rng(seed).permutation(len(task))
     return [task.conversation(int(i)) for i in order[:limit]]
 
@@ -381,44 +489,61 @@ def _validation_loss(trainer: Trainer, held: ConversationSource) -> float:
 
 # ---------------------------------------------------------------------------- eval
 
+Score = Callable[[], dict[str, Any]]
+
 
 def evaluate(context: Context) -> dict[str, Any]:
     """Score one stage's model; each task's score is kept as soon as it is known."""
-    run, of = context.run, context.of or "sft"
+    run, of = context.run, context.of or "base"
     encoder = load_tokenizer(run)
     model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
-    engine = Engine(model, encoder, context.runtime)
     known = {
         row["task"]: row["scores"] for row in context.stage.metrics.rows() if row["kind"] == "score"
     }
-    parts = _base_scores(context, model, engine) if of == "base" else _task_scores(context, engine)
-    names = list(parts)
-    for number, name in enumerate(names):
-        context.progress(number, len(names), name)
-        if name in known:
-            continue
-        known[name] = parts[name]()
-        if context.runtime.is_lead:
-            context.stage.metrics.append(kind="score", step=number, task=name, scores=known[name])
-    return {name: known[name] for name in names}
+    with Sandbox() as sandbox:
+        engine = Engine(model, encoder, context.runtime, lambda source: sandbox.run(source).text)
+        parts = _text_scores(context, engine) | _core_scores(context, engine)
+        if of != "base":
+            parts |= _task_scores(context, engine)
+        for number, (name, score) in enumerate(parts.items()):
+            context.progress(number, len(parts), name)
+            if name in known:
+                continue
+            known[name] = score()
+            if context.runtime.is_lead:
+                context.stage.metrics.append(
+                    kind="score", step=number, task=name, scores=known[name]
+                )
+    return _with_means({name: known[name] for name in parts})
 
 
-def _base_scores(
-    context: Context, model: GPT, engine: Engine
-) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Bits per byte beside a trigram's, and what the model writes after a few openings."""
+def _with_means(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Scores with CORE and ChatCORE, where their parts are there."""
+    core_parts = {name: part for name, part in scores.items() if name.startswith("core/")}
+    if core_parts:
+        scores["core"] = {"accuracy": core.core(core_parts), "tasks": len(core_parts)}
+    chat = chatcore(scores)
+    if chat is not None:
+        scores["chatcore"] = {"accuracy": chat}
+    return scores
+
+
+def _text_scores(context: Context, engine: Engine) -> dict[str, Score]:
+    """Bits per byte (of base beside a trigram's), and what base writes after a few openings."""
     run, encoder = context.run, engine.tokenizer
-    config = run.config.recipe.base
-    documents = validation_documents(run, encoder, config.eval_documents)
+    documents = validation_documents(run, encoder, run.config.recipe.base.eval_documents)
+    lengths = encoder.byte_lengths
 
     def compression() -> dict[str, Any]:
+        bpb = bits_per_byte(engine.model, documents, lengths, encoder.bos, context.runtime)
+        return {"bpb": bpb}
+
+    def beside_trigram() -> dict[str, Any]:
         train, _ = shard_paths(run)
         tokens = np.concatenate([np.load(path, mmap_mode="r") for path in train])[:TRIGRAM_TOKENS]
         trigram = Trigram(tokens, encoder.vocab_size)
-        lengths = encoder.byte_lengths
-        return {
-            "bpb": bits_per_byte(model, documents, lengths, encoder.bos, context.runtime),
-            "trigram_bpb": trigram.bits_per_byte(np.concatenate(documents), lengths),
+        return compression() | {
+            "trigram_bpb": trigram.bits_per_byte(np.concatenate(documents), lengths)
         }
 
     def samples() -> dict[str, Any]:
@@ -431,13 +556,33 @@ def _base_scores(
         ]
         return {"samples": texts}
 
-    return {"compression": compression, "samples": samples}
+    if context.of == "base":
+        return {"compression": beside_trigram, "samples": samples}
+    return {"compression": compression}
 
 
-def _task_scores(context: Context, engine: Engine) -> dict[str, Callable[[], dict[str, Any]]]:
+def _core_scores(context: Context, engine: Engine) -> dict[str, Score]:
+    """CORE's tasks, as core/LABEL."""
+    limit = context.run.config.recipe.eval.core_problems
+    if limit == 0:
+        return {}
+
+    def score(task: core.CoreTask) -> Score:
+        def tell(done: int, total: int) -> None:
+            context.progress(done, total, f"core/{task.label}")
+
+        return lambda: core.evaluate(
+            engine.model, engine.tokenizer, task, context.runtime, limit=limit, progress=tell
+        )
+
+    bundle = core.load(hub.eval_bundle(context.run.mirror()))
+    return {f"core/{task.label}": score(task) for task in bundle}
+
+
+def _task_scores(context: Context, engine: Engine) -> dict[str, Score]:
     config, mirror = context.run.config.recipe.eval, context.run.mirror()
 
-    def score(name: str) -> Callable[[], dict[str, Any]]:
+    def score(name: str) -> Score:
         return lambda: choices.evaluate(
             engine,
             tasks.load(name, "test", mirror),
@@ -465,7 +610,9 @@ WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
     "tokenizer": tokenizer,
     "shards": shards,
     "base": base,
+    "mid": mid,
     "sft": sft,
+    "grpo": grpo,
     "eval": evaluate,
     "report": write_report,
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanolib import stages
-from nanolib.config import ModelConfig
+from nanolib.config import MODELS, ModelConfig
 from nanolib.model import GPT
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
@@ -29,9 +29,9 @@ def finished_run(tmp_path_factory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOLIB_RUNS", str(tmp_path_factory.mktemp("finished")))
         run = Run.open("smoke")
-    for name in ("data", "tokenizer", "shards", "base", "sft"):
+    for name in ("data", "tokenizer", "shards", *MODELS):
         stages.work(name, run)
-    for model in ("base", "sft"):
+    for model in MODELS:
         stages.work("eval", run, of=model)
     stages.work("report", run)
     return run

@@ -41,8 +41,8 @@ def test_tables_and_single_files(mirror):
         "question": ["why?"]
     }
     assert hub.table("someone/plain", "train", None, mirror).num_rows == 1
-    assert hub.eval_bundle(mirror) is None
-    assert hub.eval_bundle(None) is None
+    (mirror / "eval_bundle.zip").write_text("")
+    assert hub.eval_bundle(mirror) == mirror / "eval_bundle.zip"
     (mirror / "encodings").mkdir()
     (mirror / "encodings/r50k_base.tiktoken").write_text("")
     assert hub.encoding_file("r50k_base", mirror) == mirror / "encodings/r50k_base.tiktoken"
@@ -52,6 +52,21 @@ def test_a_mirror_never_falls_through_to_the_hub(mirror, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("looked outside"))
     with pytest.raises(ValueError, match=r"someone/else/train.parquet is missing.*--mirror"):
         hub.table("someone/else", "train", None, mirror)
+
+
+def test_the_bundle_is_fetched_once_or_not_at_all(mirror, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no eval_bundle.zip.*core_problems = 0"):
+        hub.eval_bundle(mirror)
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path / "home")
+    monkeypatch.setattr(hub, "EVAL_BUNDLE", (tmp_path / "web" / "eval_bundle.zip").as_uri())
+    with pytest.raises(ValueError, match=r"cannot fetch .*eval_bundle.zip.*core_problems = 0"):
+        hub.eval_bundle(None)
+    assert not list((tmp_path / "home").rglob("*.zip*"))
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "eval_bundle.zip").write_bytes(b"tasks")
+    fetched = hub.eval_bundle(None)
+    (tmp_path / "web" / "eval_bundle.zip").unlink()
+    assert hub.eval_bundle(None) == fetched and fetched.read_bytes() == b"tasks"
 
 
 def binary_text(path):

@@ -97,7 +97,9 @@ def test_a_stage_runs_what_is_missing_before_it_and_nothing_twice(run):
         assert starts(place) == [0]
     assert run.stage("sft").done() is None
     launch.stage("eval", run)  # of the last model
-    assert run.stage("eval", "sft").done() and run.stage("sft").done()
+    for name in ("mid", "sft", "grpo"):
+        assert run.stage(name).done()
+    assert run.stage("eval", "grpo").done() and run.stage("eval", "sft").done() is None
 
 
 def test_a_report_needs_nothing(run):
@@ -105,13 +107,25 @@ def test_a_report_needs_nothing(run):
     assert sorted(os.listdir(run.path)) == ["manifest.json", "report"]
 
 
+def test_a_report_is_written_again_when_a_stage_has_finished_since(run):
+    place = run.stage("report")
+    for finished in ("data", "tokenizer"):
+        launch.stage("report", run)
+        first = (place.path / "done.json").stat().st_mtime_ns
+        launch.stage("report", run)
+        assert (place.path / "done.json").stat().st_mtime_ns == first
+        launch.stage(finished, run)
+        launch.stage("report", run)
+        assert (place.path / "done.json").stat().st_mtime_ns > first
+
+
 def test_a_model_that_skipped_base(run):
     skipped = Run.open("tiny", "skipped", {"base.enabled": False})
-    assert launch.before("sft", skipped) == ["data", "tokenizer", "shards"]
-    assert launch.before("eval", skipped, "sft") == ["data", "tokenizer", "shards", "sft"]
+    assert launch.before("sft", skipped) == ["data", "tokenizer", "shards", "mid"]
+    assert launch.before("eval", skipped, "mid") == ["data", "tokenizer", "shards", "mid"]
     with pytest.raises(ValueError, match="no stage base"):
         launch.stage("base", skipped)
-    with pytest.raises(ValueError, match=r"no model 'base'; it has sft"):
+    with pytest.raises(ValueError, match=r"no model 'base'; it has mid, sft, grpo"):
         launch.stage("eval", skipped, of="base")
 
 

@@ -16,7 +16,10 @@ SMALL = {
     "data.text_shards": 2,
     "base.steps": 2,
     "base.eval_documents": 4,
+    "mid.steps": 2,
     "sft.steps": 2,
+    "grpo.steps": 2,
+    "eval.core_problems": 4,
     "eval.tasks": ["arc_easy", "facts"],
     "eval.max_problems": 4,
     "eval.max_new_tokens": 4,
@@ -30,7 +33,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOLIB_RUNS", str(folder))
         run = Run.open("smoke", "tiny", SMALL)
-        for name in ("data", "tokenizer", "shards", "base", "sft"):
+        for name in ("data", "tokenizer", "shards", "base", "mid", "sft"):
             stages.work(name, run)
     return folder
 
@@ -93,7 +96,9 @@ def test_a_finished_evaluation_of_a_task_is_not_repeated(run, monkeypatch):
     monkeypatch.setattr(stages.choices, "evaluate", counted)
     context = _context(run, "eval", of="sft")
     first = stages.evaluate(context)
-    assert asked == ["arc_easy", "facts"] and set(first) == set(asked)
+    assert asked == ["arc_easy", "facts"]
+    core = {f"core/toy_{name}" for name in ("choices", "people", "facts")}
+    assert set(first) == {"compression", *core, "core", *asked}
     assert stages.evaluate(context) == first
     assert asked == ["arc_easy", "facts"]
 
@@ -110,8 +115,9 @@ def test_shards_stop_between_groups_of_documents_and_leave_nothing_half(run, tmp
     assert not list(fresh.stage("shards").path.glob("*.npy"))
 
 
-def test_without_base_sft_starts_from_new_weights(run, tmp_path):
-    bare = Run.open("smoke", str(tmp_path / "bare"), SMALL | {"base.enabled": False})
+def test_without_base_and_mid_sft_starts_from_new_weights(run, tmp_path):
+    left_out = {"base.enabled": False, "mid.enabled": False}
+    bare = Run.open("smoke", str(tmp_path / "bare"), SMALL | left_out)
     for name in ("data", "tokenizer"):
         shutil.copytree(run.stage(name).path, bare.path / name)
     result = stages.work("sft", bare)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 KINDS = ("ctrl-c", "kernel", "worker", "command")
 TIMED = ("time", "seconds", "seconds_left", "tokens_per_second")  # values the clock decides
 ROAD = (  # stage directories in the order a run fills them, those that train twice
-    *("data", "tokenizer", "shards", "base", "base", "eval/base", "sft", "sft", "eval/sft"),
-    "report",
+    *("data", "tokenizer", "shards", "base", "base", "eval/base", "mid", "eval/mid"),
+    *("sft", "eval/sft", "grpo", "grpo", "eval/grpo", "report"),
 )
 
 

@@ -26,6 +26,7 @@ TOKENS_AT_ONCE = 16_384
 SHOWN = 8  # answers kept to be looked at
 RIGHT = (True, "passed")  # outcomes of grading
 TOO_LONG = "too long"
+PROGRAM_SECONDS = 6  # of a function with its tests
 
 
 def evaluate(
@@ -53,7 +54,7 @@ def evaluate(
             "questions": count,
         }
     if isinstance(task, HumanEval):
-        with Sandbox() as sandbox:
+        with Sandbox(seconds=PROGRAM_SECONDS) as sandbox:
             graded = in_words(
                 engine,
                 task,
