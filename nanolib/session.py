@@ -128,6 +128,16 @@ class Session:
         """Forget what was said; the system message stays."""
         self.messages, self.notice, self._left_out = [], None, 0
 
+    def transcript(self) -> list[dict[str, Any]]:
+        """What was said, the system message first, in the hub's schema.
+
+        `Conversation.from_messages` reads it back.
+        """
+        return [
+            {"role": message.role, "content": _content(message)}
+            for message in (*self._system(), *self.messages)
+        ]
+
     # ------------------------------------------------------------------------ how
 
     def _prompt(self, said: Message) -> list[int]:
@@ -189,6 +199,13 @@ class Session:
 
     def _tell(self, notice: str) -> None:
         self.notice = notice if self.notice is None else f"{self.notice}; {notice}"
+
+
+def _content(message: Message) -> str | list[dict[str, str]]:
+    """A message's text, or its parts where some are not text."""
+    if all(part.kind == "text" for part in message.parts):
+        return message.text
+    return [{"type": part.kind, "text": part.text} for part in message.parts]
 
 
 def _whole(parts: tuple[Part, ...]) -> tuple[Part, ...]:

@@ -1,6 +1,7 @@
 """The command line, and above all what it says to those who mistype."""
 
 import doctest
+import json
 import os
 import pty
 import re
@@ -182,7 +183,8 @@ def test_talking_until_the_end_of_input(monkeypatch, capsys):
     terminal.talk(session)
     out, errors = capsys.readouterr()
     assert session.asked == ["hello", "again"] and session.cleared == 1
-    assert out.count("Good day.\n") == 2 and errors == "error: the message is too long\n"
+    assert out.count("Good day.\n") == 2 and "(cleared)" in out
+    assert errors == "error: the message is too long\n"
 
 
 def read(lines):
@@ -239,7 +241,7 @@ def test_the_commands_that_read_a_run(nanolib, copy):
 
 
 def test_a_talk_in_a_terminal(copy):
-    """A real pseudo-terminal: a question, its answer, Ctrl-D."""
+    """A real pseudo-terminal: a question, its answer, /save, Ctrl-D."""
     master, slave = pty.openpty()
     script = Path(sys.executable).with_name("nanolib")
     talk = subprocess.Popen([script, "chat"], stdin=slave, stdout=slave, stderr=slave)
@@ -258,9 +260,14 @@ def test_a_talk_in_a_terminal(copy):
     os.write(master, b"What is your name?\n")
     until(b"model> ")
     until(b"you> ")
+    os.write(master, b"/save\n")
+    until(b"(saved to ")
+    until(b"you> ")
     os.write(master, b"\x04")
-    assert talk.wait(20) == 0
+    assert talk.wait(60) == 0
     os.close(master)
+    saved = json.loads((copy.path / "chat-1.json").read_text())
+    assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
 
 
 # ---------------------------------------------------------------------------- damage

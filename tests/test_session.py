@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import json
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from test_model import CPU, tiny
 
 from nanolib import checkpoint
 from nanolib.config import flatten
-from nanolib.conversation import Message, Part, answer_parts
+from nanolib.conversation import Conversation, Message, Part, answer_parts
 from nanolib.engine import Engine, Token
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
@@ -352,3 +353,92 @@ def test_the_terminal_shows_tool_calls_and_an_answer_cut_short(tokenizer, capsys
     out, errors = capsys.readouterr()
     assert out == "\n[python] 1+1\n[output] 2\ntwo\n"
     assert errors == ""
+
+
+def talked(monkeypatch, capsys, talk: Session, *lines: str, folder=Path()) -> tuple[str, str]:
+    """What a terminal shows, on stdout and stderr, when these lines are typed."""
+    typed = iter(lines)
+
+    def read(prompt):
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    terminal.talk(talk, folder)
+    return capsys.readouterr()
+
+
+def test_system_sets_the_message_and_starts_over(tokenizer, monkeypatch, capsys):
+    talk = session(tokenizer, "on the mat", "the hat")
+    lines = ("/system", "hello", "/system be <|bos|> brief ", "/system", "where?")
+    out, errors = talked(monkeypatch, capsys, talk, *lines)
+    assert out.splitlines() == [
+        "(no system message)",
+        "on the mat",
+        "(system message set, conversation cleared)",
+        "be <|bos|> brief",
+        "the hat",
+    ]
+    assert errors == ""
+    assert tokenizer.decode(talk.engine.asked[1]) == (
+        "<|bos|><|user_start|>be <|bos|> brief\n\nwhere?<|user_end|><|assistant_start|>"
+    )
+    assert talk.engine.asked[1].count(tokenizer.bos) == 1
+    assert talk.messages == [said("where?", "user"), said("the hat")]
+
+
+def test_save_writes_what_the_conversation_reads(tokenizer, monkeypatch, capsys, tmp_path):
+    special = tokenizer.special
+    sums = [special("<|python_start|>"), *b"1+1", special("<|python_end|>")]
+    sums += [special("<|output_start|>"), *b"2", special("<|output_end|>"), *"zwei 猫".encode()]
+    talk = session(tokenizer, "on the mat", sums, system="be brief")
+    monkeypatch.chdir(tmp_path)
+    lines = ("where?", "add", "/save", "/save talk.json", f"/save {tmp_path}/deep/er.json")
+    out, errors = talked(monkeypatch, capsys, talk, *lines, folder=tmp_path / "run")
+    files = [tmp_path / name for name in ("run/chat-1.json", "talk.json", "deep/er.json")]
+    assert out.splitlines()[-3:] == [f"(saved to {file})" for file in files] and errors == ""
+    texts = {file.read_text(encoding="utf-8") for file in files}
+    (text,) = texts
+    assert "zwei 猫" in text
+    want = Conversation((said("be brief", "system"), *talk.messages))
+    assert Conversation.from_messages(json.loads(text)["messages"]) == want
+    assert json.loads(text)["messages"][:2] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "where?"},
+    ]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["talk.json"]
+
+
+def test_save_never_overwrites(tokenizer, monkeypatch, capsys, tmp_path):
+    talk = session(tokenizer, "on the mat")
+    (tmp_path / "chat-1.json").write_text("mine")
+    lines = ("/save", "hi", f"/save {tmp_path}/chat-1.json", f"/save {tmp_path}", "/save")
+    out, errors = talked(monkeypatch, capsys, talk, *lines, folder=tmp_path)
+    assert errors.splitlines() == [
+        "error: nothing was said yet, so there is nothing to save",
+        f"error: {tmp_path}/chat-1.json exists; give another name: /save PATH",
+        f"error: {tmp_path} exists; give another name: /save PATH",
+    ]
+    assert out.splitlines() == ["on the mat", f"(saved to {tmp_path}/chat-2.json)"]
+    assert (tmp_path / "chat-1.json").read_text() == "mine"
+    talk.messages.append(said("more", "user"))
+    out, errors = talked(monkeypatch, capsys, talk, f"/save {tmp_path}/chat-1.json/x", "/clear")
+    assert errors.startswith("error: ") and "chat-1.json" in errors
+    assert out == "(cleared)\n" and talk.messages == []
+
+
+def test_an_unknown_command_says_what_there_is(tokenizer, monkeypatch, capsys):
+    talk = session(tokenizer, "on the mat", "hat")
+    out, errors = talked(monkeypatch, capsys, talk, "/exit", "/help", " /etc is what?", "/Clear")
+    assert errors.splitlines()[0].startswith(
+        "error: there is no command /exit; there are /clear, /system, /save, /help"
+    )
+    assert "/Clear" in errors.splitlines()[1]
+    assert terminal.HELP in out and all(f"/{name}" in terminal.HELP for name in terminal.COMMANDS)
+    assert talk.messages[0] == said("/etc is what?", "user") and len(talk.messages) == 2
+
+
+def test_no_answer_steers_the_terminal(tokenizer, capsys):
+    terminal.answer(session(tokenizer, "a\x1b[2Jb\r\x07\x9b\tc\n猫"), "hello")
+    assert capsys.readouterr().out == "a␛[2Jb␍␇�\tc\n猫\n"

@@ -172,7 +172,7 @@ class Commands:
         prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="QUESTION")] = None,
         temperature: float = 0.6,
     ) -> None:
-        """Talk with a run's model: Ctrl-C stops an answer, Ctrl-D leaves.
+        """Talk with a run's model: Ctrl-C stops an answer, Ctrl-D leaves, /help says what else.
 
         Args:
             prompt: Ask this one question, print the answer and leave.
@@ -181,11 +181,12 @@ class Commands:
         from nanolib.session import Session
         from nanolib.ui import terminal
 
-        session = Session.open(self._open(run), of, temperature=temperature)
-        if prompt is None:
-            terminal.talk(session)
-        else:
-            terminal.answer(session, prompt)
+        opened = self._open(run)
+        with Session.open(opened, of, temperature=temperature) as session:
+            if prompt is None:
+                terminal.talk(session, opened.path)
+            else:
+                terminal.answer(session, prompt)
 
     def report(self, run: RunName = None) -> None:
         """Write a run's report card again, from its directory alone."""

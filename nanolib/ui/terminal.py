@@ -1,13 +1,28 @@
-"""Talking in the terminal: answers stream, Ctrl-C stops one, Ctrl-D leaves."""
+"""Talking in the terminal: answers stream, Ctrl-C stops one, Ctrl-D leaves.
+
+A line that starts with a slash is a command (`COMMANDS`); one that starts with a space and a slash
+is said to the model.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+from nanolib import rundir
 from nanolib.session import Session
 
-HELP = "Ctrl-C stops an answer, /clear starts over, Ctrl-D leaves."
+HELP = """\
+/clear          start over
+/system [TEXT]  set the system message and start over; without a text, show it
+/save [PATH]    write the conversation as JSON
+/help           this list
+Ctrl-C stops an answer, Ctrl-D leaves."""
+# Whatever a model or a program writes, it does not steer the terminal: ESC is shown as ␛.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), ord("\N{REPLACEMENT CHARACTER}"))
 
 
 def answer(session: Session, text: str) -> None:
@@ -18,31 +33,37 @@ def answer(session: Session, text: str) -> None:
     with contextlib.closing(session.stream(text)) as pieces:
         try:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                print(piece.translate(VISIBLE), end="", flush=True)
         finally:
             print()
             if session.notice:  # of history left out, or of an answer that met its limit
                 print(f"({session.notice})", file=sys.stderr)
 
 
-def talk(session: Session) -> None:
-    """Read lines and answer them until the end of input, or Ctrl-C where nothing is being said."""
+def talk(session: Session, folder: Path = Path()) -> None:
+    """Read lines and answer them until the end of input, or Ctrl-C where nothing is being said.
+
+    folder: where /save writes when it is given no path.
+    """
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         import readline  # noqa: F401  (gives input() its editing and its history)
 
-        print(HELP)
+        print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.")
     while True:
         try:
-            text = input("you> " if at_terminal else "").strip()
+            line = input("you> " if at_terminal else "")
         except (EOFError, KeyboardInterrupt):
             if at_terminal:
                 print()
             return
-        if text == "/clear":
-            session.clear()
-        elif text:
-            _turn(session, text, at_terminal)
+        try:
+            if line.startswith("/"):
+                print(command(session, line, folder))
+            elif line.strip():
+                _turn(session, line.strip(), at_terminal)
+        except (ValueError, OSError) as error:  # too long a message, no such folder: go on
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _turn(session: Session, text: str, at_terminal: bool) -> None:
@@ -52,5 +73,63 @@ def _turn(session: Session, text: str, at_terminal: bool) -> None:
         answer(session, text)
     except KeyboardInterrupt:
         print("(stopped)", file=sys.stderr)
-    except ValueError as error:  # too long a message: say so and go on
-        print(f"error: {error}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def command(session: Session, line: str, folder: Path) -> str:
+    """Do what a line such as ``/save talk.json`` says; what to tell the user.
+
+    ValueError where there is no such command or it cannot be done.
+    """
+    name, _, rest = line.removeprefix("/").partition(" ")
+    if name not in COMMANDS:
+        known = ", ".join(f"/{name}" for name in COMMANDS)
+        raise ValueError(
+            f"there is no command /{name}; there are {known} "
+            "(to say it to the model, put a space in front)"
+        )
+    return COMMANDS[name](session, rest.strip(), folder)
+
+
+def _clear(session: Session, rest: str, folder: Path) -> str:
+    session.clear()
+    return "(cleared)"
+
+
+def _system(session: Session, rest: str, folder: Path) -> str:
+    if not rest:
+        return session.system or "(no system message)"
+    session.system = rest
+    session.clear()
+    return "(system message set, conversation cleared)"
+
+
+def _save(session: Session, rest: str, folder: Path) -> str:
+    if not session.messages:
+        raise ValueError("nothing was said yet, so there is nothing to save")
+    path = Path(rest).expanduser().absolute() if rest else _unused(folder)
+    if path.exists():
+        raise ValueError(f"{path} exists; give another name: /save PATH")
+    rundir.write_json(path, {"messages": session.transcript()})
+    return f"(saved to {path})"
+
+
+def _unused(folder: Path) -> Path:
+    number = 1
+    while (path := folder.absolute() / f"chat-{number}.json").exists():
+        number += 1
+    return path
+
+
+def _help(session: Session, rest: str, folder: Path) -> str:
+    return HELP
+
+
+COMMANDS: dict[str, Callable[[Session, str, Path], str]] = {
+    "clear": _clear,
+    "system": _system,
+    "save": _save,
+    "help": _help,
+}
