@@ -1,0 +1,111 @@
+"""What was said, as HTML: the same in the page of `nanolib serve` and in the notebook's widget.
+
+A model may write anything, and so may a user. Everything is escaped, markdown has no HTML and no
+images, and a link leads only where `LINKS` says: nothing that was said runs or loads anything.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from nanolib.conversation import Part
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+
+LINKS = ("http://", "https://", "mailto:")
+SUMMARY_CHARACTERS = 60  # of a program's or a result's first line
+
+# Every colour derives from the text's own, so that it suits a light and a dark surrounding.
+CSS = """
+.nanolib-answer, .nanolib-said { line-height: 1.55; overflow-wrap: anywhere; }
+.nanolib-answer > :first-child { margin-top: 0; }
+.nanolib-answer > :last-child { margin-bottom: 0; }
+.nanolib-said { white-space: pre-wrap; }
+.nanolib-answer p, .nanolib-answer ul, .nanolib-answer ol { margin: .6em 0; }
+.nanolib-answer a { color: inherit; text-underline-offset: .15em; }
+.nanolib-answer code, .nanolib-answer pre {
+  font: .9em/1.5 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace;
+  background: color-mix(in srgb, currentColor 8%, transparent); border-radius: .4em; }
+.nanolib-answer code { padding: .1em .3em; }
+.nanolib-answer pre { margin: .6em 0; padding: .6em .8em; overflow-x: auto; }
+.nanolib-answer pre code { padding: 0; background: none; font-size: inherit; }
+.nanolib-answer table { border-collapse: collapse; display: block; overflow-x: auto; }
+.nanolib-answer th, .nanolib-answer td {
+  padding: .25em .7em; border: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
+.nanolib-answer blockquote { margin: .6em 0; padding-left: .8em;
+  border-left: .2em solid color-mix(in srgb, currentColor 25%, transparent); }
+.nanolib-answer .tool { margin: .6em 0; padding: .35em .8em; border-radius: .5em;
+  border: 1px solid color-mix(in srgb, currentColor 22%, transparent); }
+.nanolib-answer .tool summary { cursor: pointer; opacity: .85;
+  font: .9em/1.5 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace; }
+.nanolib-answer .tool pre { white-space: pre-wrap; }
+"""
+
+
+def answer_html(parts: Sequence[Part]) -> str:
+    """An answer, finished or not: text as markdown, each program folded with what it printed."""
+    pieces = []
+    for is_text, run in groupby(parts, lambda part: part.kind == "text"):
+        if is_text:
+            pieces.append(_markdown().render("".join(part.text for part in run)))
+        else:
+            pieces += [_tool(source, output) for source, output in _calls(list(run))]
+    return f'<div class="nanolib-answer">{"".join(pieces)}</div>'
+
+
+def user_html(text: str) -> str:
+    """What a user said: their own characters and lines, nothing rendered."""
+    return f'<div class="nanolib-said">{html.escape(text)}</div>'
+
+
+def _calls(parts: Sequence[Part]) -> Iterator[tuple[str | None, str | None]]:
+    """Programs with their outputs; None for an output to come, or one that no program made."""
+    source = None
+    for part in parts:
+        if part.kind == "output":
+            yield source, part.text
+            source = None
+        else:
+            if source is not None:
+                yield source, None
+            source = part.text
+    if source is not None:
+        yield source, None
+
+
+def _tool(source: str | None, output: str | None) -> str:
+    title = "output" if source is None else f"python: {_first_line(source)}"
+    if output is not None:
+        title += f" → {_first_line(output)}"
+    blocks = "".join(f"<pre>{html.escape(text)}</pre>" for text in (source, output) if text)
+    return f'<details class="tool"><summary>{html.escape(title)}</summary>{blocks}</details>'
+
+
+def _first_line(text: str) -> str:
+    """The first line, with … where there is more."""
+    text = text.strip()
+    line = (text.splitlines() or [""])[0][:SUMMARY_CHARACTERS]
+    return line if line == text else f"{line}…"
+
+
+@cache
+def _markdown() -> MarkdownIt:
+    from markdown_it import MarkdownIt
+
+    # A single newline is kept: small models, unlike writers of markdown, mean it.
+    markdown = MarkdownIt("commonmark", {"html": False, "breaks": True})
+    markdown.enable("table").disable("image")  # an image becomes a link to itself
+    markdown.validateLink = lambda url: url.lower().startswith(LINKS)
+    markdown.add_render_rule("link_open", _link_open)
+    return markdown
+
+
+def _link_open(renderer, tokens, index, options, env) -> str:
+    tokens[index].attrSet("target", "_blank")
+    tokens[index].attrSet("rel", "noopener noreferrer nofollow")
+    return renderer.renderToken(tokens, index, options, env)
