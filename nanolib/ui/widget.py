@@ -1,0 +1,182 @@
+"""Talking in a notebook: ``Chat(session)`` is a conversation with a box to type into.
+
+Made of ipywidgets alone. Answers stream from a thread of their own, so that Stop is heard. Where
+there is no browser, `Session.ask` is the plain-text twin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import threading
+import time
+from typing import Any
+
+import ipywidgets as widgets
+
+from nanolib.conversation import Message, Part
+from nanolib.session import Session
+from nanolib.ui import markup
+
+REDRAW = 0.05  # seconds between two redraws of an answer
+GRACE = 0.5  # seconds in which the text arrives after the Enter that sends it
+STYLE = (
+    markup.CSS
+    + """
+.nanolib-chat { border: 1px solid color-mix(in srgb, currentColor 22%, transparent);
+  border-radius: .6em; max-width: 46em; color: var(--jp-content-font-color1, inherit); }
+.nanolib-log { display: flex; flex-direction: column-reverse; overflow-y: auto; }
+.nanolib-lines { flex: none; margin-bottom: auto; padding: .7em .7em .2em; overflow: visible; }
+.nanolib-line, .nanolib-line .widget-html-content { overflow: visible; }
+.nanolib-line .widget-html-content { font-size: var(--jp-content-font-size1, 14px);
+  color: var(--jp-content-font-color1, inherit); line-height: 1.55; }
+.nanolib-line .nanolib-said { width: fit-content; max-width: 85%; margin: .3em 0 .3em auto;
+  padding: .35em .8em; border-radius: .9em;
+  background: color-mix(in srgb, currentColor 9%, transparent); }
+.nanolib-line .nanolib-answer { padding: .1em .2em .5em; }
+.nanolib-note { font-style: italic; opacity: .75; padding: 0 .2em .4em; }
+.nanolib-row { padding: .3em .5em .5em; }
+.nanolib-row .widget-text { flex: 1; width: auto; min-width: 8em; }
+.nanolib-row .jupyter-button { width: auto; padding: 0 1em; }
+"""
+)
+
+
+class Chat:
+    """One session, shown: what was said, a box, Send, Stop and Clear.
+
+    What is typed while an answer is written waits in the box. A message that is refused stays
+    there too, and the reason stands under the conversation.
+    """
+
+    def __init__(self, session: Session, height: str = "24em"):
+        self.session = session
+        self._free = threading.Lock()  # held while an answer is written
+        self._stop, self._typed = threading.Event(), threading.Event()
+        self.box = widgets.Text(placeholder="Say something, then Enter", continuous_update=False)
+        self.send_button = widgets.Button(description="Send", button_style="primary")
+        self.stop_button = widgets.Button(description="Stop", disabled=True)
+        self.clear_button = widgets.Button(description="Clear")
+        self.lines = _box(widgets.VBox, "nanolib-lines")
+        log = _box(widgets.Box, "nanolib-log", [self.lines])
+        log.layout.height = height
+        buttons = [self.send_button, self.stop_button, self.clear_button]
+        row = _box(widgets.HBox, "nanolib-row", [self.box, *buttons])
+        style = widgets.HTML(f"<style>{STYLE}</style>", layout={"display": "none"})
+        self.view = _box(widgets.VBox, "nanolib-chat", [style, log, row])
+        self.send_button.on_click(lambda _: self.send(self.box.value))
+        self.stop_button.on_click(lambda _: self.stop())
+        self.clear_button.on_click(lambda _: self.clear())
+        self.box.observe(lambda _: self._typed.set(), "value")
+        self.box.on_msg(self._on_enter)
+        self._draw()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """The widget, or a word about it where there is no live notebook."""
+        bundle = self.view._repr_mimebundle_(**kwargs)
+        return bundle | {"text/plain": "A chat, to be used in a running notebook."}
+
+    # ------------------------------------------------------------------------ what a user does
+
+    def send(self, text: str) -> None:
+        """Say `text`, answered in a thread; ignored while an answer is being written."""
+        if text.strip() and self._free.acquire(blocking=False):
+            self._stop.clear()
+            threading.Thread(target=self._turn, args=(text.strip(),), daemon=True).start()
+
+    def stop(self) -> None:
+        """End the answer; what was said until now stays."""
+        self._stop.set()
+
+    def clear(self) -> None:
+        """Start over; ignored while an answer is being written."""
+        if self._free.acquire(blocking=False):
+            try:
+                self.session.clear()
+                self._draw()
+            finally:
+                self._free.release()
+
+    def _on_enter(self, box: widgets.Text, content: dict[str, Any], buffers: Any) -> None:
+        """Send on Enter. The browser tells of the key first, and of a changed text after it."""
+        if content.get("event") == "submit":
+            self._typed.clear()
+            threading.Thread(target=self._entered, daemon=True).start()
+
+    def _entered(self) -> None:
+        self._typed.wait(GRACE)  # in vain where the text had arrived before
+        self.send(self.box.value)
+
+    # ------------------------------------------------------------------------ a turn
+
+    def _turn(self, text: str) -> None:
+        """Answer `text`, and leave the widget as the session is, whatever happens."""
+        before, note = len(self.session.messages), None
+        try:
+            self._buttons(busy=True)
+            self._answer(text)
+            stopped = "stopped" if self._stop.is_set() else None
+            note = "; ".join(filter(None, [stopped, self.session.notice]))
+        except ValueError as error:
+            note = f"error: {error}"
+        except Exception as error:  # a thread has no cell to raise in
+            note = f"error: {type(error).__name__}: {error}"
+        finally:
+            if len(self.session.messages) == before:  # it was never asked
+                self.box.value = self.box.value or text
+            self._draw(*([_note(note)] if note else []))
+            self._buttons(busy=False)
+            self._free.release()
+
+    def _answer(self, text: str) -> None:
+        """Say `text` and show the answer as it comes, until it ends or is stopped."""
+        with contextlib.closing(self.session.parts(text)) as pieces:
+            self.box.value = ""
+            self._draw(markup.user_html(text), markup.answer_html([Part("text", "…")]))
+            parts: list[Part] = []
+            drawn = 0.0
+            for piece in pieces:
+                _add(parts, piece)
+                if time.monotonic() - drawn >= REDRAW:
+                    self.lines.children[-1].value = markup.answer_html(parts)
+                    drawn = time.monotonic()
+                if self._stop.is_set():
+                    return
+
+    def _draw(self, *more: str) -> None:
+        """Show the session's messages, then `more`: one line each, the old ones used again."""
+        values = [*map(_message, self.session.messages), *more]
+        lines = list(self.lines.children)
+        for _ in range(len(lines), len(values)):
+            lines.append(widgets.HTML().add_class("nanolib-line"))
+        for line, value in zip(lines, values, strict=False):
+            line.value = value
+        self.lines.children = lines[: len(values)]
+        for line in lines[len(values) :]:
+            line.close()
+
+    def _buttons(self, busy: bool) -> None:
+        self.send_button.disabled = self.clear_button.disabled = busy
+        self.stop_button.disabled = not busy
+
+
+def _box(kind: type[widgets.Box], name: str, children: list[widgets.Widget] | None = None) -> Any:
+    return kind(children or []).add_class(name)
+
+
+def _message(message: Message) -> str:
+    if message.role == "user":
+        return markup.user_html(message.text)
+    return markup.answer_html(message.parts)
+
+
+def _note(text: str) -> str:
+    return f'<div class="nanolib-note">({html.escape(text)})</div>'
+
+
+def _add(parts: list[Part], piece: Part) -> None:
+    """Let an answer grow by a piece; one without characters opens a part (`Session.parts`)."""
+    if parts and piece.text and parts[-1].kind == piece.kind:
+        parts[-1] = Part(piece.kind, parts[-1].text + piece.text)
+    else:
+        parts.append(piece)
