@@ -48,6 +48,7 @@ class Session:
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.messages: list[Message] = []
         self.notice: str | None = None
+        self.of: str | None = None  # the stage whose model speaks, where `open` chose it
         self._left_out = 0  # of the messages, as last told
         self._close: weakref.finalize | None = None  # ends the sandbox, where `open` made one
 
@@ -66,7 +67,9 @@ class Session:
                 runtime = Runtime.start(run.config.machine)
                 model = checkpoint.load_model(folder, runtime.device)
                 tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
-                return cls._with_sandbox(model, tokenizer, runtime, settings)
+                session = cls._with_sandbox(model, tokenizer, runtime, settings)
+                session.of = name
+                return session
         wanted = of or "trained"
         raise ValueError(
             f"run {run.id!r} has no {wanted} model to talk to yet; finish it first: "
