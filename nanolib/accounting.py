@@ -7,22 +7,69 @@ heads, K head size, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from nanolib.config import ModelConfig
 
-# Dense bfloat16 peak of one device in FLOP/s (makers' data sheets), by a part of the name that
-# torch.cuda.get_device_name gives; the first that matches counts.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+DOLLARS_PER_GPU_HOUR = 3.0  # what the original paid for an H100; rents differ by place and day
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, by its maker's data sheet."""
+
+    peak: float  # dense bfloat16 FLOP/s
+    memory: int  # GB of 10⁹ bytes
+
+
+# By a part of the name that torch.cuda.get_device_name gives; the first that matches counts.
+DEVICES = {
+    "H100 PCIe": Device(756e12, 80),
+    "H100 NVL": Device(835e12, 94),
+    "H100": Device(989e12, 80),
+    "H200": Device(989e12, 141),
+    "B200": Device(2250e12, 180),
+    "A100-SXM4-40GB": Device(312e12, 40),
+    "A100": Device(312e12, 80),
+    "L40S": Device(362e12, 48),
+    "RTX 4090": Device(165e12, 24),
 }
+
+# Model FLOPs utilisation by depth, measured in bfloat16 on H100: up to 20 nanochat of July 2026 on
+# one (at 8 its data loader held it to 13 to 24 %), at 32 the original's own note of October 2025 on
+# eight. None is this code base's: its figures belong here once they are measured.
+MEASURED_MFU = {8: 0.24, 12: 0.41, 20: 0.487, 32: 0.509}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Some devices of one kind, and what an hour of all of them costs."""
+
+    name: str
+    count: int
+    device: Device
+    dollars_per_hour: float
+
+    @classmethod
+    def parse(cls, text: str, dollars_per_hour: float | None = None) -> Machine:
+        """A machine from its description; ValueError for a device that is not in the table.
+
+        >>> Machine.parse("8xH100").dollars_per_hour
+        24.0
+        """
+        found = re.fullmatch(r"(?:(\d+)\s*[x×]\s*)?(.+)", text.strip(), re.IGNORECASE)
+        count, wanted = (int(found[1] or 1), found[2].lower()) if found else (1, "")
+        known = {name.lower().replace(" ", ""): name for name in DEVICES}
+        name = known.get(wanted.replace(" ", ""))
+        if name is None or count < 1:
+            raise ValueError(
+                f"a machine is a number of devices such as 8xH100, got {text!r}; the devices known "
+                f"are {', '.join(DEVICES)}"
+            )
+        if dollars_per_hour is None:
+            dollars_per_hour = count * DOLLARS_PER_GPU_HOUR
+        return cls(name=name, count=count, device=DEVICES[name], dollars_per_hour=dollars_per_hour)
 
 
 # ---------------------------------------------------------------------------- size
@@ -47,19 +94,29 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    step: int  # for a while, once the activations are gone: the optimizer's stacks of both above
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """The most that is there at one time."""
+        standing = self.weights + self.gradients + self.optimizer
+        return standing + max(self.activations, self.step)
 
 
 def memory(
-    config: ModelConfig, vocab_size: int, *, rows: int, ranks: int = 1, bytes_a_number: int = 4
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    rows: int,
+    ranks: int = 1,
+    bytes_a_number: int = 4,
+    kept: float = 1.0,
 ) -> Memory:
     """Bytes on one of `ranks` devices that trains `rows` sequences at a time.
 
     Weights, gradients and optimizer state are float32; the state (Muon one number a weight of the
-    blocks, AdamW two of embedding and head) is shared out over the ranks.
+    blocks, AdamW two of embedding and head) is shared out over the ranks. `kept`: the share of the
+    activations that a compiled program keeps.
     """
     counts = parameters(config, vocab_size)
     total = sum(counts.values())
@@ -68,7 +125,8 @@ def memory(
         weights=4 * total,
         gradients=4 * total,
         optimizer=4 * -(-state // ranks),
-        activations=activation_bytes(config, vocab_size, rows, bytes_a_number),
+        activations=int(kept * activation_bytes(config, vocab_size, rows, bytes_a_number)),
+        step=8 * total,
     )
 
 
@@ -116,7 +174,7 @@ def training_flops(config: ModelConfig, vocab_size: int) -> int:
 
 def peak_flops(device: str) -> float | None:
     """Dense bfloat16 FLOP/s of one device with that name; None for one not in the table."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device), None)
+    return next((known.peak for part, known in DEVICES.items() if part in device), None)
 
 
 def mfu(
@@ -130,6 +188,24 @@ def mfu(
     if peak is None:
         return None
     return training_flops(config, vocab_size) * tokens_per_second / (peak * ranks)
+
+
+def assumed_mfu(depth: int) -> float:
+    """The utilisation to expect at a depth: between two measured ones on the line that joins them."""
+    depths = sorted(MEASURED_MFU)
+    depth = min(max(depth, depths[0]), depths[-1])
+    below = max(known for known in depths if known <= depth)
+    above = min(known for known in depths if known >= depth)
+    low, high = MEASURED_MFU[below], MEASURED_MFU[above]
+    return low + (high - low) * (depth - below) / max(1, above - below)
+
+
+def training_seconds(
+    config: ModelConfig, vocab_size: int, tokens: float, machine: Machine
+) -> float:
+    """Seconds to train on so many tokens at the assumed utilisation; a projection."""
+    work = training_flops(config, vocab_size) * tokens
+    return work / (assumed_mfu(config.depth) * machine.device.peak * machine.count)
 
 
 def dollars(seconds: float, dollars_per_hour: float | None) -> float | None:

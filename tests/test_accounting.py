@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanolib import accounting
+from nanolib.accounting import Machine
 from nanolib.config import ModelConfig, OptimConfig
 from nanolib.data.packing import Batch
 from nanolib.model import GPT, KVCache
@@ -85,9 +86,8 @@ def test_training_memory(cpu):
     optimizer = MuonAdamW(model, OptimConfig(), cpu)
     state = [slot for group in optimizer.groups for slot in group.state.values()]
     assert memory.optimizer == sum(4 * tensor.numel() for tensor in state)
-    assert memory.total == 2 * size + memory.optimizer + accounting.activation_bytes(
-        config, VOCAB, 2
-    )
+    activations = accounting.activation_bytes(config, VOCAB, 2)
+    assert memory.total == 2 * size + memory.optimizer + max(activations, 2 * size)
     shared = accounting.memory(config, VOCAB, rows=2, ranks=4)
     assert (shared.optimizer, shared.weights) == (memory.optimizer // 4, memory.weights)
 
@@ -108,3 +108,39 @@ def test_mfu_and_cost():
     assert accounting.peak_flops("NVIDIA H100 PCIe") == 756e12
     assert accounting.dollars(3 * 3600 + 51 * 60, 24.0) == pytest.approx(92.4)
     assert accounting.dollars(60, None) is None
+
+
+@pytest.mark.parametrize(
+    "text, name, count, rate",
+    [
+        ("8xH100", "H100", 8, 24),
+        ("h100", "H100", 1, 3),
+        ("2 × RTX4090", "RTX 4090", 2, 6),
+        ("4x H100 PCIe", "H100 PCIe", 4, 12),
+    ],
+)
+def test_machines(text, name, count, rate):
+    machine = Machine.parse(text)
+    assert (machine.name, machine.count, machine.dollars_per_hour) == (name, count, rate)
+    assert Machine.parse(text, 7.5).dollars_per_hour == 7.5
+
+
+@pytest.mark.parametrize("text", ["8xToaster", "", "0xH100", "x", "H100x8"])
+def test_an_unknown_machine_is_told_the_known_ones(text):
+    with pytest.raises(ValueError, match=r"such as 8xH100, got .* H100 PCIe"):
+        Machine.parse(text)
+
+
+def test_the_assumed_utilisation():
+    for depth, share in accounting.MEASURED_MFU.items():
+        assert accounting.assumed_mfu(depth) == share
+    assert accounting.assumed_mfu(16) == pytest.approx((0.41 + 0.487) / 2)
+    assert accounting.assumed_mfu(1) == 0.24 and accounting.assumed_mfu(64) == 0.509
+
+
+def test_the_projection_of_the_originals_d32():
+    """Its own note: 1.207960e10 FLOPs a token, 71,680 steps of 1.574 s."""
+    d32 = ModelConfig(depth=32)
+    assert accounting.training_flops(d32, 65_536) == pytest.approx(1.207960e10, rel=1e-6)
+    seconds = accounting.training_seconds(d32, 65_536, 71_680 * 524_288, Machine.parse("8xH100"))
+    assert seconds == pytest.approx(71_680 * 1.574, rel=0.01)

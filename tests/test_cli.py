@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanolib import launch, stages
+from nanolib.data import toyworld
 from nanolib.rundir import Run
 from nanolib.ui import cli, terminal
 
@@ -101,11 +102,26 @@ def test_the_command_and_the_module_are_the_same():
         ("run smoke --model.depth 0", r"model.depth must be at least 1, got 0"),
         ("run smoke --nproc 3", r"8 rows, which 3 ranks cannot .* choose machine.ranks or"),
         ("run smoke --run a,b", r"a run's name is letters.*got 'a,b'"),
+        ("run smoke --on H100", r"--on names the machine of a --dry-run"),
+        ("run nix --dry-run", r"no profile 'nix'"),
+        ("run speedrun --dry-run --on 8xToaster", r"such as 8xH100, got '8xToaster'"),
+        ("run d32 --dry-run --on 8xRTX4090", r"too small.*lower model.sequence_len or model.depth"),
+        (
+            "run h100 --dry-run --on H100 --machine.device-batch 256 --base.batch-tokens 1048576",
+            r"device_batch = 256 rows should not fit .*lower it to 128",
+        ),
+        ("run smoke --dry-run --on 5xH100", r"8 rows, which 5 ranks cannot"),
+        ("run smoke --dry-run --nproc 2 --on H100", r"machine.ranks = 2 needs as many devices"),
+        ("run laptop --dry-run --mirror nowhere", r"nowhere has no folder text/"),
+        ("plan --profile nix", r"no profile 'nix'"),
+        ("plan --depth 0", r"model.depth must be at least 1"),
+        ("plan --depth 40 --on RTX4090", r"too small.*model.depth"),
+        ("plan --on 3xH100", r"256 rows, which 3 ranks cannot"),
         ("stage base", r"no run yet .* nanolib run demo"),
         ("stage base --run nix", r"no run 'nix'"),
         ("stage pretrain --profile smoke", r"no stage 'pretrain'; there are data, .*report"),
         ("stage sft --of base --profile smoke", r"only eval takes `of`"),
-        ("stage eval --of data --profile smoke", r"no model 'data'; it has base, sft"),
+        ("stage eval --of data --profile smoke", r"no model 'data'; it has base, mid, sft"),
         ("chat", r"no run yet"),
         ("report --run nix", r"no run 'nix'"),
         ("notebooks", r"needs one of --refresh and --check"),
@@ -116,6 +132,55 @@ def test_a_mistake_is_one_line_that_helps(nanolib, words, message):
     assert code == 2 and not out
     assert errors.startswith("error: ") and errors.count("\n") == 1
     assert re.search(message, errors), errors
+
+
+@pytest.mark.parametrize("gone", ["", "run"])
+def test_a_dry_run_checks_the_chapters_too(nanolib, tmp_path, monkeypatch, gone):
+    names = [name for name in ("profile", "run", "overrides") if name != gone]
+    source = '# %% tags=["parameters"]\n' + "".join(f"{name} = None\n" for name in names)
+    (tmp_path / "01_x.py").write_text(source + "# %%\nlaunch.stage('eval', run, of='mid')\n")
+    monkeypatch.setattr("nanolib.pipeline.NOTEBOOKS", tmp_path)
+    code, out, errors = nanolib("run", "smoke", "--dry-run")
+    if gone:
+        assert code == 2 and "needs one cell tagged 'parameters'" in errors and not out
+    else:
+        assert code == 0 and "data, tokenizer, shards, base, mid, eval of mid" in out
+        assert "missing: no chapter runs sft, grpo" in out
+
+
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(nanolib, tmp_path):
+    words = ("run", "smoke", "--dry-run", "--nproc", "2")
+    code, out, _ = nanolib(*words)
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert re.search(r"run smoke: would be made at .*/smoke", out)
+    assert re.search(r"base +4 of 4 rows a rank at once, nll \(4, 128\)", out)
+    assert re.search(r"chapter 01_tokenizer +data, tokenizer, shards\n", out)
+    Run.open("smoke").stage("data").finish({})
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    code, out, _ = nanolib(*words)
+    assert code == 0 and {p: p.lstat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    assert "run smoke: exists" in out
+    assert re.search(r"chapter 01_tokenizer +data \(finished\), tokenizer, shards\n", out)
+    code, _, errors = nanolib(*words, "--run", "smoke", "--seed", "9")
+    assert code == 2 and "was made with seed = 1" in errors
+
+
+def test_a_dry_run_opens_the_mirror(nanolib, tmp_path):
+    toyworld.write(tmp_path / "mirror", seed=1)
+    words = ("run", "laptop", "--dry-run", "--mirror", str(tmp_path / "mirror"))
+    small = ("--data.text-shards", "1", "--eval.core-problems", "0")
+    code, out, errors = nanolib(*words, *small)
+    assert code == 0, errors
+    assert re.search(r"mirror: 1 text files? and one to validate; its tasks are whole", out)
+    (tmp_path / "mirror/hub/openai/gsm8k/main/train.parquet").unlink()
+    code, _, errors = nanolib(*words, *small)
+    assert code == 2 and re.search(r"gsm8k/main/train.parquet is missing", errors)
+
+
+def test_plan_prints_the_dial_and_the_price(nanolib):
+    code, out, _ = nanolib("plan", "--depth", "12", "--on", "2xH100", "--dollars-per-hour", "5")
+    assert code == 0 and "depth 12, width 768" in out and "$5.00 an hour" in out
+    assert "41.0% of the peak" in out and "original" not in out
 
 
 @pytest.mark.parametrize("words", ["", "fly", "run", "run smoke extra", "stage", "chat --fast"])

@@ -113,7 +113,7 @@ def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]
 def _dispatch(words: Sequence[str], overrides: dict[str, Any]) -> None:
     """Let tyro match the words to a method of `Commands` and call it."""
     commands = Commands(overrides)
-    names = ("run", "stage", "chat", "report", "export", "notebooks", "settings")
+    names = ("run", "plan", "stage", "chat", "serve", "report", "export", "notebooks", "settings")
     tyro.extras.subcommand_cli_from_dict(
         {name: getattr(commands, name) for name in names},
         prog="nanolib",
@@ -129,7 +129,13 @@ class Commands:
 
     overrides: dict[str, Any]
 
-    def run(self, profile: ProfileName, run: RunName = None) -> None:
+    def run(
+        self,
+        profile: ProfileName,
+        run: RunName = None,
+        dry_run: bool = False,
+        on: Annotated[str | None, tyro.conf.arg(metavar="MACHINE")] = None,
+    ) -> None:
         """Go the whole road of a profile, from text to chat, chapter by chapter.
 
         The same command goes on where the last one ended. Any setting may follow by its dotted
@@ -137,8 +143,20 @@ class Commands:
 
         Args:
             profile: A file in runs/, such as demo.
+            dry_run: Check chapters, settings, shapes, memory and data; write and train nothing.
+            on: With --dry-run: the machine it is for, such as 8xH100. [this one]
         """
-        pipeline.run(profile, _place(run), self.overrides)
+        if not dry_run:
+            if on is not None:
+                raise ValueError("--on names the machine of a --dry-run; a run runs here")
+            pipeline.run(profile, _place(run), self.overrides)
+            return
+        from nanolib.accounting import Machine
+        from nanolib.ui import dryrun
+
+        machine = Machine.parse(on) if on else None
+        for line in list(dryrun.check(profile, _place(run), self.overrides, machine)):
+            print(line)
 
     def stage(
         self,
@@ -188,6 +206,25 @@ class Commands:
             else:
                 terminal.answer(session, prompt)
 
+    def serve(
+        self,
+        run: RunName = None,
+        of: ModelName = None,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        temperature: float = 0.6,
+    ) -> None:
+        """Serve a web page to talk with a run's model, to this machine alone: Ctrl-C ends.
+
+        Args:
+            host: The address to listen on; 0.0.0.0 lets everyone on the network in.
+            port: 0 takes any free one.
+            temperature: What the page begins with.
+        """
+        from nanolib.ui import server
+
+        server.serve(self._open(run), of, host=host, port=port, temperature=temperature)
+
     def report(self, run: RunName = None) -> None:
         """Write a run's report card again, from its directory alone."""
         from nanolib import report
@@ -221,6 +258,30 @@ class Commands:
             pairs.refresh(self.overrides)
         else:
             pairs.check()
+
+    def plan(
+        self,
+        profile: Annotated[str, tyro.conf.arg(metavar="PROFILE")] = "speedrun",
+        depth: int | None = None,
+        on: Annotated[str, tyro.conf.arg(metavar="MACHINE")] = "8xH100",
+        dollars_per_hour: float | None = None,
+    ) -> None:
+        """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
+
+        Args:
+            profile: A file in runs/.
+            depth: The dial; short for --model.depth.
+            on: A number of devices of one kind, such as 8xH100 or A100.
+            dollars_per_hour: Of the whole machine. [$3 a device]
+        """
+        from nanolib import planning
+        from nanolib.accounting import Machine
+
+        dial = {} if depth is None else {"model.depth": depth}
+        machine = Machine.parse(on, dollars_per_hour)
+        asked = {"machine.ranks": machine.count, **self.overrides, **dial}
+        for line in list(planning.plan(config.resolve(profile, asked), machine)):
+            print(line)
 
     def settings(self, profile: ProfileName = "demo") -> None:
         """List every setting's dotted path with its value in a profile."""

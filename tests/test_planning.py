@@ -1,0 +1,182 @@
+"""What fits and how long it takes: against the original's own figures, and on devices that lie."""
+
+import doctest
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_model import CPU, VOCAB, tiny
+
+from nanolib import accounting, config, planning
+from nanolib.accounting import Machine
+from nanolib.config import ModelConfig
+from nanolib.model import GPT
+
+H100 = {"cuda": True, "bytes_a_number": 2}
+ROOM = 80e9 * planning.MARGIN
+
+
+def test_doctests():
+    assert doctest.testmod(planning).failed == 0
+
+
+# ---------------------------------------------------------------------------- the estimate
+
+
+@pytest.mark.parametrize("depth, rows", [(20, 32), (32, 8)])
+def test_the_estimate_gives_the_originals_micro_batches(depth, rows):
+    model = ModelConfig(depth=depth)
+    assert planning.estimated_rows(model, 65_536, 32, 8, ROOM, **H100) == rows
+
+
+@pytest.mark.parametrize("share", [1, 2, 7, 12, 32])
+def test_the_estimate_is_the_largest_that_fits(share):
+    model = tiny()
+    about = {"cuda": False, "bytes_a_number": 4}
+    sizes = [planning.needed(model, VOCAB, rows, 2, **about).total for rows in range(share + 1)]
+    allowed = {share, *(2**power for power in range(6) if 2**power < share)}
+    for room in {*sizes[1:], sizes[share] - 1, 10 * sizes[share]} - {sizes[1] - 1}:
+        best = max(rows for rows in allowed if sizes[rows] <= room)
+        assert planning.estimated_rows(model, VOCAB, share, 2, room, **about) == best
+
+
+def test_a_device_too_small_names_what_to_lower():
+    with pytest.raises(
+        ValueError, match=r"too small.*lower model.sequence_len or model.depth.*rank"
+    ):
+        planning.estimated_rows(ModelConfig(depth=32), 65_536, 4, 8, 22e9, **H100)
+
+
+def test_an_update_needs_its_room_too():
+    memory = planning.needed(ModelConfig(depth=32), 65_536, 1, 8, **H100)
+    assert memory.total - memory.activations < memory.total
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.step
+
+
+# ---------------------------------------------------------------------------- trying it
+
+
+class Liar:
+    """An nll that runs out of memory above so many rows; counts what it was called with."""
+
+    def __init__(self, model: GPT, most: int):
+        self.model, self.most, self.rows, self.gradients = model, most, [], []
+
+    def __call__(self, batch):
+        rows = len(batch.inputs_BT)
+        self.rows.append(rows)
+        self.gradients.append(all(w.grad is not None for w in self.model.parameters()))
+        if rows > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model.nll(batch)
+
+
+@pytest.mark.parametrize(
+    "most, start, found", [(16, 8, 8), (8, 8, 8), (3, 16, 2), (5, 12, 4), (0, 4, 0)]
+)
+def test_halved_until_it_fits(cpu, most, start, found):
+    model = GPT.build(tiny(), VOCAB, CPU, 0)
+    nll = Liar(model, most)
+    length = model.config.sequence_len
+    fits = lambda rows: planning._fits(model, nll, length, rows, 1e9, cpu)  # noqa: E731
+    assert planning._largest(fits, start, cpu) == found
+    assert nll.rows == sorted(nll.rows, reverse=True)
+    if found:
+        assert nll.rows[-2:] == [found, found] and nll.gradients[-2:] == [False, True]
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(cpu):
+    def broken(batch):
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        planning._fits(GPT.build(tiny(), VOCAB, CPU, 0), broken, 32, 2, 1e9, cpu)
+
+
+def test_all_ranks_take_the_smallest_that_fits_on_every_one():
+    """Rank 1 holds 4 rows, rank 0 any number: rank 0 follows."""
+    tried = []
+
+    def fits(rows: int) -> bool:
+        tried.append(rows)
+        return True
+
+    runtime = SimpleNamespace(device=CPU, sum=lambda mine: mine + int(tried[-1] > 4))
+    assert planning._largest(fits, 16, runtime) == 4
+    assert tried == [16, 8, 4]
+
+
+def test_on_a_cpu_the_estimate_stands(cpu, monkeypatch):
+    model = GPT.build(tiny(), VOCAB, CPU, 0)
+    nll = Liar(model, 0)
+    assert planning.fitting_rows(model, nll, 32, 12, cpu) == 12
+    size = [
+        planning.needed(tiny(), VOCAB, rows, 1, cuda=False, bytes_a_number=4).total
+        for rows in range(13)
+    ]
+    monkeypatch.setattr(planning, "main_memory", lambda: size[8])
+    assert planning.fitting_rows(model, nll, 32, 12, cpu) == 8
+    monkeypatch.setattr(planning, "main_memory", lambda: size[1] - 1)
+    with pytest.raises(ValueError, match="too small"):
+        planning.fitting_rows(model, nll, 32, 12, cpu)
+    assert not nll.rows
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_device_runs_out_of_memory():
+    from nanolib.runtime import Runtime
+
+    device = torch.device("cuda", 0)
+    runtime = Runtime(device=device, dtype=torch.bfloat16)
+    model = GPT.build(ModelConfig(depth=4, sequence_len=1024), 4096, device, 0)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(4e9 / total, device)
+    try:
+        rows = planning.fitting_rows(model, model.nll, 1024, 1024, runtime)
+        assert 1 < rows < 256
+        assert planning.fitting_rows(model, model.nll, 1024, 1, runtime) == 1
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def plan(profile: str, machine: str, **overrides) -> str:
+    return "\n".join(planning.plan(config.resolve(profile, overrides), Machine.parse(machine)))
+
+
+def test_the_plan_of_the_originals_d20():
+    text = plan("speedrun", "8xH100")
+    assert "560,988,160" in text and "21,400 steps x 524,288 tokens = 11,220 M tokens" in text
+    assert "(20.0 a parameter), 3.92e+19 FLOPs" in text and "32 rows of base's 32" in text
+    assert re.search(r"2:49:\d\d, \$67.\d\d \(projected\)", text)
+    assert re.search(r"3:51:00 and \$92 .* base alone is projected at 1:01:\d\d less", text)
+    assert text.count("not projected") == 3  # mid, sft, grpo
+    assert "original" not in plan("speedrun", "H100")
+
+
+def test_a_stage_of_given_steps_is_projected():
+    text = plan("speedrun", "H100", **{"mid.steps": 100, "grpo.enabled": False})
+    assert text.count("(projected)") == 2 and "grpo" not in text
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_the_share_of_a_rank(ranks):
+    recipe = config.resolve("speedrun").recipe
+    assert planning.share_of(recipe, "base", ranks) == 256 // ranks
+    assert planning.share_of(recipe, "sft", ranks) == 8 // ranks
+    assert planning.share_of(recipe, "grpo", ranks) == 256 // ranks
+
+
+def test_readme_says_what_the_profiles_are():
+    readme = (config.REPOSITORY / "README.md").read_text()
+    table = re.findall(r"^\| `(\w+)` \| depth (\d+), ([\d,.]+) M parameters \|", readme, re.M)
+    assert sorted(name for name, *_ in table) == config.profiles()
+    for name, depth, millions in table:
+        recipe = config.resolve(name).recipe
+        count = sum(accounting.parameters(recipe.model, recipe.tokenizer.vocab_size).values())
+        digits = len(millions.partition(".")[2])
+        assert (int(depth), millions) == (recipe.model.depth, f"{count / 1e6:,.{digits}f}")
