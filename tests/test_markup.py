@@ -109,6 +109,14 @@ def test_an_answer_is_rendered_as_markdown():
     assert len(check(answer_html([text("|a|b|\n|-|-|\n|1|2|")])).of("td")) == 2
 
 
+def test_a_number_that_is_an_answer_is_no_list():
+    for said in ("42.", "42)", "It is\n42. ", "> 7.", "42.\n\nYes."):
+        read = check(answer_html([text(said)]))
+        assert not read.of("ol") and read.text.split() == said.removeprefix("> ").split()
+    assert len(check(answer_html([text("1. a\n2. b\n3. c")])).of("li")) == 3
+    assert len(check(answer_html([text("1. a\n   1. b")])).of("ol")) == 2
+
+
 def test_a_special_token_in_an_answer_is_text():
     assert check(answer_html([text("<|bos|> `<|user_end|>`")])).text.strip() == "<|bos|> <|user_end|>"  # fmt: skip
 

@@ -7,6 +7,7 @@ images, and a link leads only where `LINKS` says: nothing that was said runs or 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby
@@ -27,6 +28,7 @@ CSS = """
 .nanolib-answer > :last-child { margin-bottom: 0; }
 .nanolib-said { white-space: pre-wrap; }
 .nanolib-answer p, .nanolib-answer ul, .nanolib-answer ol { margin: .6em 0; }
+.nanolib-answer :is(h1, h2, h3, h4, h5, h6) { font-size: 1.05em; margin: .8em 0 .4em; }
 .nanolib-answer a { color: inherit; text-underline-offset: .15em; }
 .nanolib-answer code, .nanolib-answer pre {
   font: .9em/1.5 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace;
@@ -101,8 +103,18 @@ def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True})
     markdown.enable("table").disable("image")  # an image becomes a link to itself
     markdown.validateLink = lambda url: url.lower().startswith(LINKS)
+    interrupts = ["paragraph", "reference", "blockquote"]  # as the rule has it itself
+    markdown.block.ruler.at("list", _list, {"alt": interrupts})
     markdown.add_render_rule("link_open", _link_open)
     return markdown
+
+
+def _list(state, start: int, end: int, silent: bool) -> bool:
+    """Lists, but for a number and a full stop alone: "42." is an answer, not an empty list."""
+    from markdown_it.rules_block import list_block
+
+    line = state.src[state.bMarks[start] + state.tShift[start] : state.eMarks[start]]
+    return not re.fullmatch(r"\d+[.)]\s*", line) and list_block(state, start, end, silent)
 
 
 def _link_open(renderer, tokens, index, options, env) -> str:
