@@ -124,12 +124,12 @@ def _room(runtime: Runtime) -> float:
     if runtime.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(runtime.device)
         return MARGIN * (free + torch.cuda.memory_reserved(runtime.device))
-    return main_memory() / runtime.ranks
+    return main_memory(runtime.ranks)
 
 
-def main_memory() -> int:
-    """Bytes of the computer's own memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def main_memory(ranks: int) -> float:
+    """Bytes of the computer's own memory for each rank: half of it is left to everything else."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / ranks
 
 
 def _largest(fits: Callable[[int], bool], start: int, runtime: Runtime) -> int:

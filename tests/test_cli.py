@@ -163,6 +163,8 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(nanolib, tmp_path
     assert re.search(r"chapter 01_tokenizer +data \(finished\), tokenizer, shards\n", out)
     code, _, errors = nanolib(*words, "--run", "smoke", "--seed", "9")
     assert code == 2 and "was made with seed = 1" in errors
+    code, _, errors = nanolib("run", "laptop", "--dry-run", "--run", "smoke")
+    assert code == 2 and "was made with profile = smoke" in errors
 
 
 def test_a_dry_run_opens_the_mirror(nanolib, tmp_path):

@@ -116,9 +116,9 @@ def test_on_a_cpu_the_estimate_stands(cpu, monkeypatch):
         planning.needed(tiny(), VOCAB, rows, 1, cuda=False, bytes_a_number=4).total
         for rows in range(13)
     ]
-    monkeypatch.setattr(planning, "main_memory", lambda: size[8])
+    monkeypatch.setattr(planning, "main_memory", lambda ranks: size[8])
     assert planning.fitting_rows(model, nll, 32, 12, cpu) == 8
-    monkeypatch.setattr(planning, "main_memory", lambda: size[1] - 1)
+    monkeypatch.setattr(planning, "main_memory", lambda ranks: size[1] - 1)
     with pytest.raises(ValueError, match="too small"):
         planning.fitting_rows(model, nll, 32, 12, cpu)
     assert not nll.rows

@@ -29,7 +29,7 @@ def check(
     """
     notebooks = {source: pipeline.read(source) for source in pipeline.chapters()}
     this = _run_as_it_is(profile, run, overrides)
-    yield f"run {this.name}: {'exists' if this.path.exists() else 'would be made'} at {this.path}"
+    yield f"run {this.name}: {'exists' if (this.path / 'manifest.json').exists() else 'would be made'} at {this.path}"
     yield _data(this)
     yield from _devices(this.config, machine)
     yield from _roads(this, notebooks)
@@ -112,7 +112,7 @@ def _machine(given: MachineConfig, machine: Machine | None) -> tuple[str, int, f
         room, name = planning.MARGIN * memory, torch.cuda.get_device_name(0)
         return name, ranks, room, True, 4 if given.dtype == "float32" else 2
     size = 2 if given.dtype == "bfloat16" else 4
-    return "share of this computer", ranks, planning.main_memory() / ranks, False, size
+    return "share of this computer", ranks, planning.main_memory(ranks), False, size
 
 
 def _enough(ranks: int, devices: int) -> None:
