@@ -42,7 +42,9 @@ def test_the_chapters_of_the_course_are_there():
         "00_tour",
         "01_tokenizer",
         "02_model",
+        "03_muon",
         "04_pretraining",
+        "05_inference",
         "07_sft",
         "09_chat",
     }
