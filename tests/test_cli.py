@@ -138,13 +138,14 @@ def test_a_mistake_is_one_line_that_helps(nanolib, words, message):
 def test_a_dry_run_checks_the_chapters_too(nanolib, tmp_path, monkeypatch, gone):
     names = [name for name in ("profile", "run", "overrides") if name != gone]
     source = '# %% tags=["parameters"]\n' + "".join(f"{name} = None\n" for name in names)
-    (tmp_path / "01_x.py").write_text(source + "# %%\nlaunch.stage('eval', run, of='mid')\n")
+    calls = "# %%\nif run:\n    launch.stage('eval', run, of='base')\nlaunch.stage('mid', run)\n"
+    (tmp_path / "01_x.py").write_text(source + calls)
     monkeypatch.setattr("nanolib.pipeline.NOTEBOOKS", tmp_path)
     code, out, errors = nanolib("run", "smoke", "--dry-run")
     if gone:
         assert code == 2 and "needs one cell tagged 'parameters'" in errors and not out
     else:
-        assert code == 0 and "data, tokenizer, shards, base, mid, eval of mid" in out
+        assert code == 0 and "data, tokenizer, shards, base, eval of base, mid\n" in out
         assert "missing: no chapter runs sft, grpo" in out
 
 

@@ -29,7 +29,8 @@ def check(
     """
     notebooks = {source: pipeline.read(source) for source in pipeline.chapters()}
     this = _run_as_it_is(profile, run, overrides)
-    yield f"run {this.name}: {'exists' if (this.path / 'manifest.json').exists() else 'would be made'} at {this.path}"
+    there = (this.path / "manifest.json").exists()
+    yield f"run {this.name}: {'exists' if there else 'would be made'} at {this.path}"
     yield _data(this)
     yield from _devices(this.config, machine)
     yield from _roads(this, notebooks)
