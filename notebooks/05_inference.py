@@ -33,6 +33,7 @@ run = None
 overrides = {}
 
 # %%
+import math
 import random
 import time
 
@@ -417,8 +418,8 @@ print("after <|python_start|>, chances of 7 and +:", puppet.scores_VV[PYTHON].so
 
 # %% [markdown]
 # The state of one row is small: the program that is being written, if one is, and the tokens that are
-# still to be forced. Here it is in one loop, for one row, with a dart thrown at every step. (Also where a
-# token is forced: so the darts that follow do not depend on the result's length.)
+# still to be forced. Here it is in one loop, for one row, with a dart thrown at every step, also where a
+# token is forced: so the n-th dart belongs to the n-th token, whatever was forced before.
 
 
 # %%
@@ -441,7 +442,8 @@ def one_row(seed, tool, limit):
 
 # %%
 def calculator(source):
-    return str(eval(source))  # the puppet can only write digits, + and *: nothing else comes here
+    products = [math.prod(map(int, product.split("*"))) for product in source.split("+")]
+    return str(sum(products))
 
 
 talker = Engine(puppet, characters, cpu, calculator)
@@ -487,10 +489,11 @@ plt.show()
 # %% [markdown]
 # ## 8. The sandbox
 #
-# `eval` was harmless above because the puppet could write nothing bad. A model can. What a model wrote
-# runs in nanolib in one place only: a `Sandbox`, an interpreter of its own in a process of its own,
-# without files and network, with limits on time, memory, recursion and output. Whatever happens in there
-# comes back as text, which the model reads like any other result.
+# Our calculator knows + and *, and the puppet can write nothing else. A model may write any program, also
+# one that never ends or reads your files. What a model wrote runs in nanolib in one place only: a
+# `Sandbox`, an interpreter of its own in a process of its own, without files and network, with limits on
+# time, memory, recursion and output. Whatever happens in there comes back as text, which the model reads
+# like any other result.
 
 # %%
 programs = {
@@ -614,8 +617,8 @@ lesson.check(
 #
 # </details>
 #
-# **4.** Let the puppet write a `/`, and then a 0 after it (`follows`), with `sandbox.run(…).text` as the
-# tool instead of `eval`. What does a row read when its program divides by zero?
+# **4.** Let the puppet write a `/`, and then a 0 after it (`follows`), with `sandbox.run(source).text` as
+# the tool, inside `with Sandbox() as sandbox:`. What does a row read when its program divides by zero?
 #
 # ## To read
 #
