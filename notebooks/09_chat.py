@@ -155,8 +155,9 @@ lesson.tokens(pieces, groups=special, legend=["text", "special token"])
 # **Stop** ends it where it is. A program is folded into one line: click on it. What the model writes is
 # shown as Markdown without HTML, because a page must never run what a model says.
 #
-# A window needs a running notebook (`uv run jupyter lab notebooks/`). If you read this on the web or in
-# a finished run, nothing is below the next cell but a line of text; `session.ask` shows the same as text.
+# A window needs a running notebook (`uv run jupyter lab notebooks/`), and while a cell runs, it waits. If
+# you read this on the web or in a finished run, there is only a line of text below the next cell;
+# `session.ask` above shows the same as text.
 
 # %%
 print(f"Below speaks the {session.of} model. Try: Where does Ada live? What is 7 times 8?")

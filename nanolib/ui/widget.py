@@ -1,7 +1,8 @@
 """Talking in a notebook: ``Chat(session)`` is a conversation with a box to type into.
 
-Made of ipywidgets alone. Answers stream from a thread of their own, so that Stop is heard. Where
-there is no browser, `Session.ask` is the plain-text twin.
+Made of ipywidgets alone. Answers stream from a thread of their own, so that Stop is heard; while a
+cell runs, the kernel hears nobody, and what is typed waits. Where there is no browser,
+`Session.ask` is the plain-text twin.
 """
 
 from __future__ import annotations
