@@ -406,4 +406,4 @@ lesson.check(key_heads, (4, 4, [0, 1, 2, 3]), (4, 2, [0, 0, 1, 1]), (6, 1, [0] *
 # - So et al., *Primer* (ReLU²), [arXiv:2109.08668](https://arxiv.org/abs/2109.08668)
 # - Ainslie et al., *GQA*, [arXiv:2305.13245](https://arxiv.org/abs/2305.13245)
 #
-# In the code: `nanolib/model.py`, `nanolib/attention.py`. **Next:** 04, the same function learns.
+# In the code: `nanolib/model.py`, `nanolib/attention.py`. **Next:** 03, how a gradient becomes a step.

@@ -388,8 +388,9 @@ colours = (lesson.GREY, lesson.GREEN, lesson.ORANGE, lesson.BLUE)
 for (name, curve), colour in zip(curves.items(), colours, strict=True):
     axes.plot(lesson.smooth(curve, 0.7), color=colour, label=name)
 low = min(min(curve) for curve in curves.values())
-axes.set(xlabel="step", ylabel="loss (nats a token), smoothed", ylim=(low - 0.1, low + 2.2))
-axes.set_title("same model, same text, three rules for its matrices")
+axes.set(xlabel="step", ylabel="loss (nats a token), smoothed", ylim=(low - 0.1, low + 1.2))
+axes.set_xlim(steps // 3, steps)
+axes.set_title("the last two thirds: same model, same text")
 axes.legend()
 plt.show()
 

@@ -378,4 +378,4 @@ lesson.check(
 #   [transformer-circuits.pub](https://transformer-circuits.pub/2021/framework/index.html)
 #
 # In the code: `nanolib/train.py`, `nanolib/data/`, `nanolib/evals/bpb.py`, `nanolib/checkpoint.py`.
-# **Next:** 07, where it learns to answer.
+# **Next:** 05, the model writes.
