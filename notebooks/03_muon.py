@@ -290,15 +290,12 @@ for grad in gradients.values():
 print(f"on {len(gradients)} real gradients ours equals nanolib.optim.orthogonalise")
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(6.6, 2.2))
 after = torch.linalg.svdvals(orthogonalise(G))
-left.plot(range(1, 33), S / S[0], label="the gradient (÷ its largest)", color=lesson.GREY)
-left.plot(range(1, 33), after, label="five steps later")
-left.set(xlabel="direction", title="singular values of mlp.up", ylim=(0, None))
-left.legend(fontsize=8, loc="center right")
-products_RR = orthogonalise(G).T @ orthogonalise(G)
-figure.colorbar(lesson.heatmap(right, products_RR, limits=(-1, 1), colours="RdBu"))
-right.set(title="columns · columns: nearly orthogonal", xlabel="column", ylabel="column")
+figure, axes = plt.subplots(figsize=(5.2, 2.2))
+axes.plot(range(1, 33), S / S[0], label="the gradient (÷ its largest)", color=lesson.GREY)
+axes.plot(range(1, 33), after, label="five steps later")
+axes.set(xlabel="direction", title="singular values of mlp.up", ylim=(0, None))
+axes.legend(fontsize=8, loc="center right")
 plt.show()
 
 # %% [markdown]
@@ -397,7 +394,8 @@ plt.show()
 # %% [markdown]
 # Look closely before you believe it: one seed, a toy, eighty steps. Most of what is learned so early needs
 # no blocks, as the frozen ones show: embedding and head alone learn which tokens are common, and which
-# follow which. The race is about what comes below the grey line.
+# follow which. Blocks that move even disturb them at first. The race is about who gets below the grey
+# line, and how far.
 #
 # A Muon step is also dearer, by 5 × 3 products of matrices each. On a large model this hardly shows
 # beside the work of many thousands of tokens; here it is a visible part.
