@@ -9,6 +9,7 @@ command goes on wherever the last one ended.
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -136,6 +137,7 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
             kernel_name="python3",
             language="python",
             cwd=NOTEBOOKS,
+            engine_name=_engine(),
             progress_bar=False,
             shutdown_kernel="immediate",
             extra_arguments=["--log-level=40"],  # errors only
@@ -147,6 +149,46 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
             f"the kernel of chapter {source.stem} died (killed, or out of memory?); what its "
             "stages saved is kept: run the same command to go on"
         ) from None
+
+
+def _engine() -> str:
+    """Register papermill's own engine, but for what it leaves behind on Ctrl-C; its name.
+
+    Ctrl-C takes nbclient out of its event loop and leaves the tasks that wait for the kernel in
+    there. Ending the kernel runs the loop again; a task that then finds the kernel dead says so on
+    stderr, with a traceback. So they are ended first.
+    """
+    from jupyter_core.utils import ensure_event_loop
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine, papermill_engines
+    from papermill.log import logger
+
+    class Client(PapermillNotebookClient):
+        def papermill_execute_cells(self) -> None:
+            try:
+                super().papermill_execute_cells()
+            except KeyboardInterrupt:
+                _end_tasks(ensure_event_loop())
+                raise
+
+    class Ours(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+            known = Client.class_trait_names()
+            options = {key: value for key, value in options.items() if key in known}
+            Client(nb_man, kernel_name=kernel_name, log=logger, **options).execute()
+
+    papermill_engines.register("nanolib", Ours)
+    return "nanolib"
+
+
+def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel every task of a loop that was left by an exception, and hear no more of them."""
+    loop.set_exception_handler(lambda loop, context: None)  # of a task that Ctrl-C itself hit
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
 
 def _chapter_error(source: Path, target: Path, error: Any) -> Exception:

@@ -40,6 +40,17 @@ from nanolib.ui import cli
 pipeline.NOTEBOOKS = Path(sys.argv[1])
 sys.exit(cli.main(sys.argv[2:]))
 """
+# Ending a kernel takes longer than nbclient's second between two looks at whether it lives: what
+# happens now and then on a busy machine happens always.
+SLOW_END = """
+import asyncio
+from jupyter_client import AsyncKernelManager
+end = AsyncKernelManager.cleanup_resources
+async def slow(self, *given, **named):
+    await asyncio.sleep(1.5)
+    await end(self, *given, **named)
+AsyncKernelManager.cleanup_resources = slow
+"""
 
 
 @pytest.fixture
@@ -53,10 +64,12 @@ def notebooks(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def command(notebooks: Path, *words: str, **environment: str) -> subprocess.Popen:
+def command(
+    notebooks: Path, *words: str, script: str = COMMAND, **environment: str
+) -> subprocess.Popen:
     """`nanolib …` over our chapters."""
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(notebooks), *words],
+        [sys.executable, "-c", script, str(notebooks), *words],
         env=os.environ | {"FAKE_SLEEP": "0.1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -153,7 +166,7 @@ def test_a_failing_worker_reaches_the_terminal(notebooks):
 def test_interrupted_the_same_command_goes_on(notebooks, how):
     """Ctrl-C, a polite kill, `kill -9` of the kernel and of the command."""
     (notebooks / "00_first.py").unlink()
-    process = command(notebooks, "run", "smoke")
+    process = command(notebooks, "run", "smoke", script=SLOW_END + COMMAND)
     runs = Path(os.environ["NANOLIB_RUNS"])
     run = Run.load(str(wait(lambda: next(runs.glob("smoke/manifest.json"), None)).parent))
     wait(lambda: len(steps(run, "base")) >= 3)
@@ -170,7 +183,7 @@ def test_interrupted_the_same_command_goes_on(notebooks, how):
     assert time.monotonic() - started < 30
     if how.startswith("SIG"):
         assert process.returncode == 130 and "run the same command to go on" in out
-        assert not alive(members) and "Traceback" not in errors
+        assert not alive(members) and errors == ""
     elif how == "kernel":
         assert process.returncode == 1 and "kernel of chapter 01_second died" in errors
     wait(lambda: not alive(members), 10)
