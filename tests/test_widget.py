@@ -125,7 +125,9 @@ def test_notices_and_errors_stand_under_the_conversation(tokenizer):
         raise RuntimeError("no <memory>")
 
     chat.session.parts = fails
+    chat.box.value = "next"
     lines = ask(chat, "hello")
+    assert chat.box.value == "next", "what is typed already is not lost"
     assert lines[-1] == "(error: RuntimeError: no &lt;memory&gt;)"
     assert not chat.send_button.disabled and chat.stop_button.disabled
 

@@ -112,7 +112,7 @@ def test_a_talk_in_jupyterlab(browser, lab):
     assert not talk.lines.locator("b, img").count()
     assert talk.page.title() != "broken"
 
-    # An answer without end streams, keeps its end in view, and stops.
+    # An answer without end streams, and stops.
     talk.say("count")
     last = talk.lines.nth(3)
     wait_for(lambda: "5, " in last.inner_text(), "the count")
@@ -120,7 +120,8 @@ def test_a_talk_in_jupyterlab(browser, lab):
     wait_for(lambda: last.inner_text() != before, "the count to go on")
     assert last.inner_text().startswith(before.strip())
     assert talk.button("Stop").is_enabled() and talk.button("Send").is_disabled()
-    talk.say("meanwhile")
+    talk.box.click()
+    talk.page.keyboard.type("meanwhile")
     talk.screenshot("widget-2-streaming")
     talk.button("Stop").click()
     wait_for(lambda: talk.said()[-1] == "(stopped)", "the stop")
@@ -137,3 +138,9 @@ def test_a_talk_in_jupyterlab(browser, lab):
     wait_for(lambda: "the message is too long" in talk.said()[-1], "the refusal")
     assert len(talk.said()) == 7 and talk.box.input_value().startswith("long long")
     talk.screenshot("widget-3-refused")
+
+    # There is more than fits: the end is in view.
+    pane, note = talk.chat.locator(".nanolib-log"), talk.lines.last
+    assert pane.evaluate("pane => pane.scrollHeight > pane.clientHeight")
+    inside, below = note.bounding_box(), pane.bounding_box()
+    assert inside and below and inside["y"] + inside["height"] <= below["y"] + below["height"] + 1

@@ -20,7 +20,7 @@ from nanolib.session import Session
 from nanolib.ui import markup
 
 REDRAW = 0.05  # seconds between two redraws of an answer
-GRACE = 0.5  # seconds in which the text arrives after the Enter that sends it
+GRACE = 1.0  # seconds in which the text arrives after the Enter that sends it
 STYLE = (
     markup.CSS
     + """
