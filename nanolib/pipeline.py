@@ -14,13 +14,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from nanolib import config, launch, rundir
+from nanolib import config, launch, runbook, rundir
 from nanolib.progress import Line, clock
 from nanolib.rundir import Run
 
@@ -44,17 +45,18 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
     line = Line()
-    with _only_one(this):
+    with only_one(this):
         line.say(f"run {this.name}: {this.path}")
         try:
             for source in chapters():
                 _chapter(source, this, parameters, line)
+            _bind(this)
         except KeyboardInterrupt:
             line.say("stopping: what is running saves its last step")
             launch.wait_until_idle(this)
             line.say("stopped; run the same command to go on")
             raise
-    line.say(_where(this))
+    line.say(where(this))
     return this
 
 
@@ -92,8 +94,8 @@ def read(source: Path) -> NotebookNode:
 
 def _chapter(source: Path, run: Run, parameters: Mapping[str, Any], line: Line) -> None:
     """Execute one chapter unless it is finished, and keep its notebook, HTML and done record."""
-    target = run.path / "chapters" / f"{source.stem}.ipynb"
-    record, fingerprint = target.with_suffix(".done.json"), _fingerprint(source, run)
+    record, target = _record(source, run)
+    fingerprint = _fingerprint(source, run)
     if _finished(record, target, fingerprint):
         line.say(f"chapter {source.stem}: finished before")
         return
@@ -101,12 +103,23 @@ def _chapter(source: Path, run: Run, parameters: Mapping[str, Any], line: Line) 
     started = time.monotonic()
     with rundir.saving(target), _terminal_follows(run, line):
         _execute(source, target, parameters)
-        _write_html(target)
     seconds = time.monotonic() - started
     rundir.write_json(
         record, {"fingerprint": fingerprint, "seconds": seconds, "finished": rundir.now()}
     )
+    _bind(run)
     line.say(f"chapter {source.stem}: done in {clock(seconds)}")
+
+
+def _bind(run: Run) -> Path:
+    """Bring the run book up to date; returns its first page."""
+    return runbook.write(run, [source.stem for source in chapters()])
+
+
+def _record(source: Path, run: Run) -> tuple[Path, Path]:
+    """Where a chapter's done record and its executed notebook are."""
+    target = run.path / "chapters" / f"{source.stem}.ipynb"
+    return target.with_suffix(".done.json"), target
 
 
 def _fingerprint(source: Path, run: Run) -> str:
@@ -201,32 +214,62 @@ def _chapter_error(source: Path, target: Path, error: Any) -> Exception:
     return ChapterError(f"{where}: {error.ename}: {error.evalue}\nThe traceback is in {target}")
 
 
-def _write_html(notebook: Path) -> None:
-    from nbconvert import HTMLExporter
-
-    body, _ = HTMLExporter().from_filename(str(notebook))
-    rundir.write_atomic(notebook.with_suffix(".html"), body)
-
-
 # ---------------------------------------------------------------------------- around them
 
 
+def _lock(run: Run) -> Path:
+    return run.path / "chapters" / ".lock"
+
+
 @contextlib.contextmanager
-def _only_one(run: Run) -> Generator[None, None, None]:
-    """Two commands must not execute the same run's chapters at once."""
-    path = run.path / "chapters" / ".lock"
+def only_one(run: Run) -> Generator[None, None, None]:
+    """Two commands must not execute the same run's chapters at once; the lock names its holder."""
+    path = _lock(run)
     with rundir.saving(path):
         path.parent.mkdir(exist_ok=True)
-        lock = path.open("w")
+        lock = path.open("a")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not (_taken(lock) or _taken(lock, after=0.2)):  # once more: `running` may have looked
             raise ValueError(
-                f"another command is executing run {run.id!r}; wait for it, or start another "
-                "with --run NAME"
-            ) from None
+                f"another command (process {running(run)}) is executing run {run.id!r}; follow it "
+                "with nanolib watch, wait for it, or start another with --run NAME"
+            )
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
+
+
+def _taken(lock: IO[str], after: float = 0.0) -> bool:
+    time.sleep(after)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def running(run: Run) -> int | None:
+    """The process id of the command that executes a run's chapters now; None if there is none."""
+    try:
+        with _lock(run).open("r+") as lock:
+            return None if _taken(lock) else int(lock.read() or 0)
+    except FileNotFoundError:
+        return None
+
+
+def started(run: Run) -> float:
+    """When the last command that executed the run's chapters began, by the files' clock; 0: never."""
+    return _lock(run).stat().st_mtime if _lock(run).exists() else 0.0
+
+
+def unfinished(run: Run) -> Path | None:
+    """The source of the first chapter that is not finished; None: all are."""
+    for source in chapters():
+        record, target = _record(source, run)
+        if not _finished(record, target, _fingerprint(source, run)):
+            return source
+    return None
 
 
 @contextlib.contextmanager
@@ -256,9 +299,9 @@ def _terminal_follows(run: Run, line: Line) -> Generator[None, None, None]:
         line.close()
 
 
-def _where(run: Run) -> str:
+def where(run: Run) -> str:
     report = run.path / "report.md"
-    lines = [f"run {run.name} is finished", f"  chapters  {run.path / 'chapters'}"]
+    lines = [f"run {run.name} is finished", f"  chapters  {run.path / 'chapters' / 'index.html'}"]
     if report.exists():
         lines.append(f"  report    {report}")
     return "\n".join([*lines, f"  chat      uv run nanolib chat --run {run.name}"])

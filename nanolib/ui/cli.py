@@ -23,7 +23,8 @@ import tyro
 
 from nanolib import config, launch, pipeline
 from nanolib.progress import Line
-from nanolib.rundir import Run
+from nanolib.rundir import Run, write_atomic
+from nanolib.ui import background
 
 FAILED, USERS_MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
@@ -113,7 +114,10 @@ def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]
 def _dispatch(words: Sequence[str], overrides: dict[str, Any]) -> None:
     """Let tyro match the words to a method of `Commands` and call it."""
     commands = Commands(overrides)
-    names = ("run", "plan", "stage", "chat", "serve", "report", "export", "notebooks", "settings")
+    names = (
+        *("run", "watch", "plan", "stage", "chat", "serve", "report", "export", "pack"),
+        *("notebooks", "settings"),
+    )
     tyro.extras.subcommand_cli_from_dict(
         {name: getattr(commands, name) for name in names},
         prog="nanolib",
@@ -133,6 +137,7 @@ class Commands:
         self,
         profile: ProfileName,
         run: RunName = None,
+        detach: bool = False,
         dry_run: bool = False,
         on: Annotated[str | None, tyro.conf.arg(metavar="MACHINE")] = None,
     ) -> None:
@@ -143,20 +148,30 @@ class Commands:
 
         Args:
             profile: A file in runs/, such as demo.
+            detach: Run in the background, also when this terminal closes; see nanolib watch.
             dry_run: Check chapters, settings, shapes, memory and data; write and train nothing.
             on: With --dry-run: the machine it is for, such as 8xH100. [this one]
         """
         if not dry_run:
             if on is not None:
                 raise ValueError("--on names the machine of a --dry-run; a run runs here")
+            if detach:
+                background.detach(profile, _place(run), self.overrides)
+                return
             pipeline.run(profile, _place(run), self.overrides)
             return
         from nanolib.accounting import Machine
         from nanolib.ui import dryrun
 
+        if detach:
+            raise ValueError("--dry-run is over in a moment: leave --detach out")
         machine = Machine.parse(on) if on else None
         for line in list(dryrun.check(profile, _place(run), self.overrides, machine)):
             print(line)
+
+    def watch(self, run: RunName = None) -> None:
+        """Follow a run from any terminal, until it ends; Ctrl-C leaves the run alone."""
+        background.watch(self._open(run))
 
     def stage(
         self,
@@ -242,6 +257,22 @@ class Commands:
         from nanolib import export
 
         print(export.export(self._open(run), of, out))
+
+    def pack(self, out: Path = Path("nanolib.md"), tests: bool = False) -> None:
+        """Write the code base as one Markdown file, to ask a language model about it.
+
+        Args:
+            out: The file to write; - prints it.
+            tests: With the tests.
+        """
+        from nanolib.ui import packed
+
+        text = packed.pack(tests)
+        if str(out) == "-":
+            print(text, end="")
+        else:
+            write_atomic(out, text)
+            print(f"{out}: {packed.size(text)}")
 
     def notebooks(self, refresh: bool = False, check: bool = False) -> None:
         """Keep notebooks/NN_*.py and their .ipynb twins the same.

@@ -1,0 +1,92 @@
+"""``nanolib pack``: the code base as one Markdown file, in reading order, without outputs.
+
+The order is the one of the import layers in pyproject.toml, from the lowest up, so every module
+comes after what it imports.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanolib import hub
+from nanolib.config import REPOSITORY
+from nanolib.rundir import Run
+from nanolib.tokenizer import published_encodings
+
+if TYPE_CHECKING:
+    import tiktoken
+
+LANGUAGES = {".py": "python", ".rs": "rust", ".toml": "toml", ".md": "markdown", ".html": "html"}
+BYTES_PER_TOKEN = 4  # of code, roughly; said where no GPT encoding is at hand
+
+
+def pack(tests: bool = False) -> str:
+    """The whole code base: a table of contents, then each file in a fence of its own."""
+    paths = list(files(tests))
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    names = [path.relative_to(REPOSITORY).as_posix() for path in paths]
+    contents = [
+        f"{number}. {name} ({len(text.splitlines()):,} lines)"
+        for number, (name, text) in enumerate(zip(names, texts, strict=True), 1)
+    ]
+    parts = ["# The code of nanolib, in reading order", "\n".join(contents)]
+    for name, text in zip(names, texts, strict=True):
+        fence = _fence(text)
+        language = LANGUAGES.get(Path(name).suffix, "")
+        parts.append(f"## {name}\n\n{fence}{language}\n{text.rstrip()}\n{fence}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _fence(text: str) -> str:
+    """Backticks that no line of the text can close: one more than its longest row of them."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def files(tests: bool = False) -> Iterator[Path]:
+    """All files of the pack: README, library from below, crate, chapters, profiles, tests."""
+    yield REPOSITORY / "README.md"
+    yield REPOSITORY / "pyproject.toml"
+    for module in layers():
+        path = REPOSITORY / "nanolib" / module
+        yield from [path.with_suffix(".py")] if not path.is_dir() else _sources(path)
+    crate = REPOSITORY / "rust_tokenizer"
+    yield from (crate / "Cargo.toml", *sorted((crate / "src").glob("*.rs")))
+    yield from sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.py"))
+    yield from sorted((REPOSITORY / "runs").glob("*.toml"))
+    if tests:
+        yield from sorted((REPOSITORY / "tests").glob("*.py"))
+
+
+def layers() -> list[str]:
+    """The library's modules and packages by name, lowest layer first."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    listed = next(c["layers"] for c in contracts if c["type"] == "layers")
+    return [name for layer in reversed(listed) for name in re.findall(r"\w+", layer)]
+
+
+def _sources(package: Path) -> list[Path]:
+    found = (p for kind in ("*.py", "*.html", "*.toml") for p in package.rglob(kind))
+    return sorted(path for path in found if path.stat().st_size)
+
+
+def size(text: str) -> str:
+    """How long a text is, for one who pays by the token."""
+    characters, encoding = f"{len(text):,} characters", _encoding()
+    if encoding is None:
+        guess = round(len(text.encode()) / BYTES_PER_TOKEN, -3)
+        return f"{characters}, about {guess:,.0f} tokens (estimated: {BYTES_PER_TOKEN} bytes each)"
+    return f"{characters}, {len(encoding.encode_ordinary(text)):,} tokens of GPT-4's encoding"
+
+
+def _encoding() -> tiktoken.Encoding | None:
+    """GPT-4's encoding, if the mirror of the run opened last has its file."""
+    try:
+        file = hub.encoding_file("cl100k_base", Run.load().mirror())
+    except ValueError:  # no run yet
+        return None
+    return published_encodings(file.parent).get("GPT-4") if file else None
