@@ -143,8 +143,10 @@ def _plain(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if "data" in output:
-                best = next((kind for kind in SHOWN if kind in output.data), None)
-                output.data = {best: output.data[best]} if best else {}
+                best = [kind for kind in SHOWN if kind in output.data][:1]
+                output.data = {kind: output.data[kind] for kind in best}
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
     notebook.metadata.pop("widgets", None)
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nanolib import pipeline
+from nanolib import config, pipeline
 from nanolib.config import REPOSITORY
 from nanolib.rundir import Run
+from nanolib.ui import background, cli
 
 CHAPTER = """# %% tags=["parameters"]
 profile = "demo"
@@ -230,3 +231,102 @@ def test_two_commands_at_once(notebooks):
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     json.loads(Path(os.environ["NANOLIB_RUNS"], "smoke", "manifest.json").read_text())
+
+
+# ---------------------------------------------------------------------------- in the background
+
+
+@pytest.fixture
+def detached(notebooks, monkeypatch):
+    """`nanolib run smoke --detach` over our chapters; ends what it started."""
+    monkeypatch.setattr(background, "COMMAND", (sys.executable, "-c", COMMAND, str(notebooks)))
+    monkeypatch.setenv("FAKE_SLEEP", "0.1")
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")  # as under `uv run`
+    started = []
+
+    def start(capsys, *words: str) -> int:
+        background.detach("smoke", None, dict(zip(words[::2], words[1::2], strict=True)))
+        started.append(int(capsys.readouterr().out.split("process ")[1].split()[0]))
+        return started[-1]
+
+    yield start
+    for process in filter(psutil.pid_exists, started):
+        os.kill(process, signal.SIGTERM)
+        wait(lambda p=process: not alive([psutil.Process(p)] if psutil.pid_exists(p) else []))
+
+
+def test_a_detached_run_is_watched_to_its_end(detached, capsys):
+    pid = detached(capsys)
+    assert os.getsid(pid) == pid  # out of reach of this terminal
+    run = Run.load("smoke")
+    assert pipeline.running(run) == pid
+    with pytest.raises(ValueError, match=rf"\(process {pid}\) is executing run 'smoke'"):
+        background.detach("smoke", None, {})
+    assert cli.main(["watch"]) == 0
+    out = capsys.readouterr().out
+    assert "chapter 00_first\n" in out and "chapter 01_second\n" in out
+    assert "base       20/20  loss 0.050  done" in out and "run smoke is finished" in out
+    assert "run smoke is finished" in background.log_path(run).read_text()
+    assert cli.main(["watch", "--run", "smoke"]) == 0  # and when it is over
+    out = capsys.readouterr().out
+    assert "shards     20/20" in out and "run smoke is finished" in out
+
+
+def test_a_detached_run_outlives_its_starter_and_is_stopped_by_kill(notebooks, detached, capsys):
+    script = COMMAND.replace("sys.exit(cli", "background.COMMAND = BACK\nsys.exit(cli")
+    back = (sys.executable, "-c", COMMAND, str(notebooks))  # what --detach then starts
+    script = f"from nanolib.ui import background\nBACK = {back!r}\n{script}"
+    starter = command(notebooks, "run", "smoke", "--detach", script=script, FAKE_SLEEP="1")
+    out, errors = starter.communicate(timeout=120)
+    assert starter.returncode == 0, errors
+    pid, run = int(out.split("process ")[1].split()[0]), Run.load("smoke")
+    wait(lambda: len(steps(run, "base")) >= 2)
+    members = [psutil.Process(pid), *family(pid)]
+    os.kill(pid, signal.SIGTERM)
+    wait(lambda: not alive(members))
+    assert cli.main(["watch"]) == 1
+    errors = capsys.readouterr().err
+    assert "nothing is running" in errors and "stopped; run the same command to go on" in errors
+    assert steps(run, "base")[-1] == json.loads((run.stage("base").path / "saved.json").read_text())
+
+
+def test_watch_shows_why_a_detached_run_failed(detached, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE", "base:crash")
+    detached(capsys)
+    assert cli.main(["watch"]) == 1
+    errors = capsys.readouterr().err
+    assert "nanolib run smoke --run smoke" in errors and "something broke here" in errors
+
+
+def test_a_mistake_is_told_by_the_starter(notebooks, detached, capsys, monkeypatch):
+    assert cli.main(["run", "nothing", "--detach"]) == 2
+    assert "'nothing'" in capsys.readouterr().err
+    assert cli.main(["run", "smoke", "--detach", "--base.steps", "-1"]) == 2
+    assert not list(Path(os.environ["NANOLIB_RUNS"]).glob("*"))
+    failing = "import sys; print('error: no such thing'); sys.exit(2)"
+    monkeypatch.setattr(background, "COMMAND", (sys.executable, "-c", failing))
+    with pytest.raises(ValueError, match=r"^no such thing$"):
+        background.detach("smoke", None, {})
+
+
+def test_watching_what_does_not_run(notebooks, capsys):
+    assert cli.main(["watch"]) == 2
+    run = Run.open("smoke")
+    assert cli.main(["watch"]) == 1
+    assert "nothing is running, and run smoke is not finished" in capsys.readouterr().err
+    assert pipeline.running(run) is None
+
+
+def test_settings_survive_the_command_line():
+    given = {
+        "base.steps": None,
+        "base.lr": 0.25,
+        "machine.ranks": 2,
+        "sft.enabled": False,
+        "eval.tasks": ["mmlu", "gsm8k"],
+        "data.source": "toyworld",
+    }
+    given = {key: value for key, value in given.items() if key in config.settings()}
+    given = config.check_overrides(given)
+    words = [f"--{key}={background.config_text(value)}" for key, value in given.items()]
+    assert len(given) >= 4 and cli.split_settings(words) == ([], given)

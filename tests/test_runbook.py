@@ -1,0 +1,106 @@
+"""A run's chapters as linked pages that need nothing else."""
+
+import os
+import re
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from nanolib import runbook
+from nanolib.rundir import Run
+
+NAMES = ["00_first", "01_second", "02_third"]
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+REMOTE = r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)\s*=\s*[\"']?(?:https?:)?//"
+
+
+def chapter(run: Run, name: str, *cells) -> None:
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell(f"# {name} · `A` title"), *cells])
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    folder = run.path / "chapters"
+    folder.mkdir(exist_ok=True)
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    (folder / f"{name}.done.json").write_text("{}")
+
+
+@pytest.fixture
+def run() -> Run:
+    run = Run.open("smoke")
+    outputs = [
+        v4.new_output("stream", text="printed <b>here</b>\n"),
+        v4.new_output("display_data", {"image/png": PICTURE, "text/plain": "a figure"}),
+        v4.new_output(
+            "display_data",
+            {
+                "application/vnd.jupyter.widget-view+json": {"model_id": "1"},
+                "application/javascript": "alert(1)",
+                "text/html": "<p>a table</p>",
+            },
+        ),
+        v4.new_output("display_data", {"application/javascript": "alert(2)"}),
+    ]
+    words = "See [the next](01_second.ipynb), [a paper](https://arxiv.org/abs/1) and $x^2$."
+    code = v4.new_code_cell("print('hello')", outputs=outputs)
+    chapter(run, "00_first", v4.new_markdown_cell(words), code)
+    chapter(run, "01_second")
+    chapter(run, "02_third")
+    return run
+
+
+def pages(run: Run) -> dict[str, str]:
+    return {path.stem: path.read_text() for path in (run.path / "chapters").glob("*.html")}
+
+
+def test_pages_load_nothing_and_their_links_exist(run):
+    assert runbook.write(run, NAMES) == run.path / "chapters" / "index.html"
+    found = pages(run)
+    assert sorted(found) == [*NAMES, "index"]
+    for text in found.values():
+        assert "<script" not in text and "@import" not in text
+        assert not re.search(REMOTE, text)
+        for link in re.findall(r'href="([^"#]*)', text):
+            assert link.startswith("https://") or (run.path / "chapters" / link).exists(), link
+
+
+def test_links_between_pages(run):
+    runbook.write(run, NAMES)
+    links = {name: re.findall(r'href="(\w+)\.html"', text) for name, text in pages(run).items()}
+    assert links["index"] == NAMES
+    assert links["00_first"] == ["index", "01_second", "01_second", "index", "01_second"]
+    assert links["01_second"] == ["00_first", "index", "02_third"] * 2
+    assert links["02_third"] == ["01_second", "index"] * 2
+
+
+def test_what_a_page_shows(run):
+    runbook.write(run, NAMES)
+    text = pages(run)["00_first"]
+    assert f"data:image/png;base64,{PICTURE}" in text and "a figure" not in text
+    assert "printed &lt;b&gt;here" in text and "<p>a table</p>" in text and "alert" not in text
+    assert "x^2" in text and "hello" in text
+
+
+def test_the_first_page(run):
+    run.stage("base").path.mkdir()
+    run.stage("base").finish({"parameters": 12345, "validation_bpb": 0.98765}, seconds=61.0)
+    (run.path / "report.md").write_text("| a | b |\n|---|---|\n| 1 | <script>x</script> |\n")
+    text = runbook.write(run, NAMES).read_text()
+    assert "12,345" in text and "0.988" in text and "1:01" in text
+    assert "<td>1</td>" in text and "<script" not in text and "00_first · A title" in text
+    (run.path / "chapters" / "02_third.done.json").unlink()
+    text = runbook.write(run, NAMES).read_text()
+    assert "02_third: not executed yet" in text and 'href="02_third.html"' not in text
+
+
+def test_a_page_is_written_again_only_when_it_must(run):
+    runbook.write(run, NAMES)
+    paths = {name: run.path / "chapters" / f"{name}.html" for name in NAMES}
+    for path in paths.values():
+        os.utime(path, (2e9, 2e9))
+    os.utime(run.path / "chapters" / "02_third.ipynb", (2.1e9, 2.1e9))
+    runbook.write(run, [*NAMES, "03_fourth"][1:])  # 01_second has no page before it now
+
+    def written(name: str) -> bool:
+        return paths[name].stat().st_mtime != 2e9
+
+    assert [written(name) for name in NAMES] == [False, True, True]
