@@ -4,6 +4,7 @@ Real workers in profile smoke, started by chapters that only launch; see `nanoli
 for the long version over the whole course.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from nanolib import launch
 from nanolib.bench import faults
-from nanolib.config import REPOSITORY
+from nanolib.config import MODELS, REPOSITORY
 from nanolib.rundir import Run, StageDir
 
 CHAPTER = """# %% tags=["parameters"]
@@ -27,6 +28,7 @@ overrides = {}
 from nanolib import launch
 from nanolib.rundir import Run
 
+launch.WORKER = "tests.held_stages"
 this = Run.open(profile, run, overrides)
 
 # %%
@@ -39,16 +41,20 @@ from nanolib.ui import cli
 pipeline.NOTEBOOKS = Path(sys.argv[1])
 sys.exit(cli.main(["run", "smoke", "--run", sys.argv[2]]))
 """
-# Each stage, the rows of metrics after which it is struck (None: while it starts), and how.
+# Each stage, the rows of metrics after which it is struck (0: while it starts), and how.
 ROAD = [
-    ("data", None, "command"),
-    ("tokenizer", None, "kernel"),
+    ("data", 0, "command"),
+    ("tokenizer", 0, "kernel"),
     ("shards", 1, "ctrl-c"),
     ("base", 9, "worker"),
     ("eval/base", 1, "kernel"),
+    ("mid", 5, "command"),
+    ("eval/mid", 1, "ctrl-c"),
     ("sft", 7, "ctrl-c"),
     ("eval/sft", 1, "command"),
-    ("report", None, "worker"),
+    ("grpo", 4, "worker"),
+    ("eval/grpo", 1, "kernel"),
+    ("report", 0, "worker"),
 ]
 
 
@@ -56,54 +62,50 @@ ROAD = [
 def notebooks(tmp_path) -> Path:
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    for name, calls in {
-        "00_data": ['"shards", this'],
-        "01_base": ['"base", this', '"eval", this, of="base"'],
-        "02_sft": ['"sft", this', '"eval", this, of="sft"', '"report", this'],
-    }.items():
+    models = [[f'"{model}", this', f'"eval", this, of="{model}"'] for model in MODELS]
+    for number, calls in enumerate([['"shards", this'], *models, ['"report", this']]):
         lines = "".join(f"launch.stage({call})\n" for call in calls)
-        (folder / f"{name}.py").write_text(CHAPTER + lines)
+        (folder / f"{number:02}_part.py").write_text(CHAPTER + lines)
     return folder
 
 
-def command(notebooks: Path, folder: Path) -> subprocess.Popen:
+def command(notebooks: Path, folder: Path, held: str = "") -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(notebooks), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "HELD": held},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def frozen_worker(
-    process: subprocess.Popen, folder: Path, place: StageDir, rows: int | None
-) -> psutil.Process:
-    """The stage's worker, stopped in the middle of its work so that no kill comes too late."""
+def held_worker(process: subprocess.Popen, place: StageDir) -> psutil.Process:
+    """The stage's worker, once it has stopped itself in the middle of its work."""
 
     def find():
         assert process.poll() is None, process.communicate()
-        if rows is not None and len(place.metrics.rows()) < rows:
-            return None
-        words = [launch.WORKER, *place.path.relative_to(folder).parts]
         for child in psutil.Process(process.pid).children(recursive=True):
-            if set(words) <= set(faults.command_line(child)):
-                return child
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.status() == psutil.STATUS_STOPPED:
+                    return child
         return None
 
-    worker = faults.wait(find, 120, 0.005)
-    worker.send_signal(signal.SIGSTOP)
-    assert place.done() is None, f"{place.path} was too quick"
+    worker = faults.wait(find, 120)
+    assert worker, f"{place.path} never came to where it is held"
+    assert launch.WORKER in faults.command_line(worker) and place.done() is None
     return worker
 
 
 @pytest.mark.slow
-def test_struck_in_every_stage_the_numbers_are_the_same(notebooks, tmp_path, finished_run):
+def test_struck_in_every_stage_the_numbers_are_the_same(
+    notebooks, tmp_path, finished_run, monkeypatch
+):
+    monkeypatch.setattr(launch, "WORKER", "tests.held_stages")
     folder, finished = tmp_path / "struck", {}
     for name, rows, kind in ROAD:
         place = StageDir(name.split("/")[0], folder / name)
-        process = command(notebooks, folder)
-        worker = frozen_worker(process, folder, place, rows)
+        process = command(notebooks, folder, f"{name} {rows}")
+        worker = held_worker(process, place)
         family = faults.kill(kind, process)
         worker.send_signal(signal.SIGCONT)
         out, errors = process.communicate(timeout=120)
