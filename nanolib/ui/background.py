@@ -68,9 +68,7 @@ def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
 
 def config_text(value: Any) -> str:
     """A setting's value as it is written on the command line."""
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return "none" if value is None else str(value)
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _failure(code: int, text: str) -> Exception:
