@@ -6,16 +6,18 @@ Every number stands under the name of the file it was read from; what is missing
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nanolib import accounting
+from nanolib.config import MODELS, REPOSITORY, flatten
 from nanolib.progress import clock
 from nanolib.rundir import Run, StageDir, write_atomic
 
 Scores = dict[str, dict[str, Any]]  # task -> what was measured
 
-MODELS = ("base", "sft")
 SAMPLES = 8  # shown of each evaluation
 BARS = " ▁▂▃▄▅▆▇█"
 DASH = "—"
@@ -23,6 +25,14 @@ DASH = "—"
 # The system this course rebuilds, at depth 20 (its own report of October 2025): column, task.
 ORIGINAL = {
     "base": {"core": 0.2219},
+    "mid": {
+        "arc_challenge": 0.2875,
+        "arc_easy": 0.3561,
+        "gsm8k": 0.0250,
+        "humaneval": 0.0671,
+        "mmlu": 0.3111,
+        "chatcore": 0.0730,
+    },
     "sft": {
         "arc_challenge": 0.2807,
         "arc_easy": 0.3876,
@@ -31,7 +41,9 @@ ORIGINAL = {
         "mmlu": 0.3151,
         "chatcore": 0.0884,
     },
+    "grpo": {"gsm8k": 0.0758},
 }
+COLUMNS = {"base": "BASE", "mid": "MID", "sft": "SFT", "grpo": "RL"}
 LABELS = {
     "arc_challenge": "ARC-Challenge",
     "arc_easy": "ARC-Easy",
@@ -50,7 +62,10 @@ def build(run: Run) -> str:
 
     The same directory always gives the same text.
     """
-    sections = [_head, _summary, _costs, _machine, _model, _data, _training, _evaluations, _samples]
+    sections = [
+        *(_head, _summary, _levels, _costs, _machine, _model, _data),
+        *(_training, _evaluations, _core, _samples, _code),
+    ]
     lines = [line for section in sections for line in [*section(run), ""]]
     text = "\n".join(lines).rstrip() + "\n"
     write_atomic(run.path / "report.md", text)
@@ -62,10 +77,14 @@ def build(run: Run) -> str:
 
 def _stages(run: Run) -> list[StageDir]:
     """Every stage the run should have, in order; evaluations once a model."""
+    return [run.stage(*name) for name in _names(run)]
+
+
+def _names(run: Run) -> list[tuple[str, str | None]]:
     recipe = run.config.recipe
     models = [name for name in MODELS if getattr(recipe, name).enabled]
     names = ["data", "tokenizer", "shards", *models]
-    return [run.stage(name) for name in names] + [run.stage("eval", of=name) for name in models]
+    return [(name, None) for name in names] + [("eval", name) for name in models]
 
 
 def _title(stage: StageDir) -> str:
@@ -129,15 +148,16 @@ def _summary(run: Run) -> Iterator[str]:
     chances = {
         task: scores.get("chance") for n in MODELS for task, scores in _scores(run, n).items()
     }
+    models = [name for name in MODELS if getattr(run.config.recipe, name).enabled]
     rows = []
     for measure in measures:
         task = measure.split(", ")[0]
-        ours = [*(found.get(f"{name} {measure}") for name in MODELS), chances.get(task)]
-        asked_alike = measure == task or measure.endswith("letters") or task == "gsm8k"
-        theirs = [ORIGINAL[name].get(task) if asked_alike else None for name in MODELS]
+        ours = [*(found.get(f"{name} {measure}") for name in models), chances.get(task)]
+        asked_alike = measure == task or measure.endswith("letters")
+        theirs = [ORIGINAL[name].get(task) if asked_alike else None for name in models]
         rows.append([_measure_label(measure), *map(_score, [*ours, *theirs])])
-    ours, theirs = [n.upper() for n in MODELS], [f"original {n.upper()}" for n in MODELS]
-    header = ["", *ours, "chance", *theirs]
+    ours = [COLUMNS[name] for name in models]
+    header = ["", *ours, "chance", *(f"original {name}" for name in ours)]
     yield from _table(header, rows)
     yield ""
     yield (
@@ -146,6 +166,65 @@ def _summary(run: Run) -> Iterator[str]:
     )
     if run.config.recipe.data.source == "toyworld":
         yield "This run's tasks are the toy world's: only their form is the original's."
+
+
+@dataclass(frozen=True)
+class Level:
+    """A step of a game: a score of some model that some known system has reached."""
+
+    name: str
+    task: str
+    score: str
+    bar: float
+    toy: bool = False  # of the toy world; the others are of the real tasks
+
+
+LEVELS = (
+    Level("Reads: half of a trigram's bits per byte", "compression", "ratio", 0.5, toy=True),
+    Level("Remembers: four of five facts, told in words", "facts", "accuracy", 0.8, toy=True),
+    Level("Calculates: two of five word problems", "gsm8k", "accuracy", 0.4, toy=True),
+    Level("Programs: one of two functions", "humaneval", "accuracy", 0.5, toy=True),
+    Level("Reads: below a trigram's bits per byte", "compression", "ratio", 1.0),
+    Level("Guesses no more: ARC-Easy at 30 %", "arc_easy", "letters", 0.30),
+    Level("The original's SFT on GSM8K", "gsm8k", "accuracy", 0.0455),
+    Level("The original's RL on GSM8K", "gsm8k", "accuracy", 0.0758),
+    Level("The original's ChatCORE", "chatcore", "accuracy", 0.0884),
+    Level("The original's CORE (depth 20)", "core", "accuracy", 0.2219),
+    Level("GPT-2's CORE (1.5 B parameters)", "core", "accuracy", 0.2565),
+)
+
+
+def _levels(run: Run) -> Iterator[str]:
+    """Which known marks some model of the run has reached."""
+    yield "## Levels"
+    yield ""
+    toy = run.config.recipe.data.source == "toyworld"
+    rows = []
+    for level in (level for level in LEVELS if level.toy == toy):
+        less_is_better = level.score == "ratio"
+        best = _best(run, level)
+        passed = best is not None and (best <= level.bar if less_is_better else best >= level.bar)
+        sign = "≤" if less_is_better else "≥"
+        mark = "passed" if passed else "not yet"
+        rows.append([level.name, f"{sign} {level.bar:g}", _score(best), mark])
+    yield from _table(["level", "bar", "best of this run", ""], rows)
+    yield ""
+    yield (
+        "Source: `eval/*/done.json`; the original's figures are of October 2025, GPT-2's CORE as "
+        "its authors measured it."
+    )
+
+
+def _best(run: Run, level: Level) -> float | None:
+    """The best score of a level over the run's models."""
+    found = []
+    for name in MODELS:
+        scores = _scores(run, name).get(level.task, {})
+        if level.score == "ratio" and "trigram_bpb" in scores:
+            found.append(-scores["bpb"] / scores["trigram_bpb"])
+        elif level.score in scores:
+            found.append(float(scores[level.score]))
+    return abs(max(found)) if found else None
 
 
 def _costs(run: Run) -> Iterator[str]:
@@ -258,9 +337,13 @@ def _training(run: Run) -> Iterator[str]:
         yield from _result_table(stage)
         rows = stage.metrics.rows()
         losses = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
-        if losses:
-            yield from ["", "Training loss, nats a token, by step:", "", "```text"]
-            yield from chart(losses)
+        rewards = [(row["step"], row["reward"]) for row in rows if row["kind"] == "rollout"]
+        curve, name = (
+            (rewards, "Mean reward") if rewards else (losses, "Training loss, nats a token")
+        )
+        if curve:
+            yield from ["", f"{name}, by step:", "", "```text"]
+            yield from chart(curve)
             yield "```"
         scores = [row for row in rows if row["kind"] == "eval"]
         if scores:
@@ -281,7 +364,11 @@ def _evaluations(run: Run) -> Iterator[str]:
         if stage.name != "eval":
             continue
         yield from ["", f"### {stage.path.name}", ""]
-        scores = _scores(run, stage.path.name)
+        scores = {
+            task: values
+            for task, values in _scores(run, stage.path.name).items()
+            if not task.startswith("core/")
+        }
         columns = dict.fromkeys(key for task in scores.values() for key in task)
         if not columns:
             yield f"{_state(stage).capitalize()}."
@@ -294,22 +381,132 @@ def _evaluations(run: Run) -> Iterator[str]:
         yield from ["", f"Source: `{_title(stage)}/done.json`."]
 
 
+def _core(run: Run) -> Iterator[str]:
+    """CORE's tasks one by one, a column a model."""
+    models = [name for name in MODELS if _core_tasks(run, name)]
+    if not models:
+        return
+    yield "## CORE"
+    yield ""
+    tasks = {name: _core_tasks(run, name) for name in models}
+    rows = []
+    for label in dict.fromkeys(label for found in tasks.values() for label in found):
+        known = [tasks[name].get(label, {}) for name in models]
+        about = next(scores for scores in known if scores)
+        questions = [_number(about.get(key)) for key in ("shots", "questions")]
+        accuracies = [_score(scores.get("accuracy")) for scores in known]
+        rows.append([label, *questions, _score(about.get("chance")), *accuracies])
+    means = [_scores(run, name).get("core", {}).get("accuracy") for name in models]
+    rows.append(["**CORE** (mean of centred)", "", "", "", *map(_score, means)])
+    columns = [COLUMNS[name] for name in models]
+    yield from _table(["task", "shots", "questions", "chance", *columns], rows)
+    yield ""
+    yield "Accuracies; centred means (accuracy − chance) / (1 − chance). Source: `eval/*/done.json`."
+
+
+def _core_tasks(run: Run, model: str) -> Scores:
+    scores = _scores(run, model)
+    return {t.removeprefix("core/"): s for t, s in scores.items() if t.startswith("core/")}
+
+
 def _samples(run: Run) -> Iterator[str]:
     """What the models say, verbatim."""
     yield "## Samples"
     found = False
     for stage in _stages(run):
-        samples = list(_texts(_result(stage)))[:SAMPLES]
+        samples, source = list(_texts(_result(stage)))[:SAMPLES], "done.json"
+        rollouts = [row for row in stage.metrics.rows() if row["kind"] == "rollout"]
+        if rollouts:
+            samples, source = rollouts[-1]["samples"], "metrics.jsonl"
         if samples:
             found = True
             yield from [
                 "",
-                f"From `{_title(stage)}/done.json`: what was given, then what came.",
+                f"From `{_title(stage)}/{source}`: what was given, then what came.",
                 "",
             ]
             yield from _fenced("\n\n".join(map(_quoted, samples)))
     if not found:
         yield from ["", "No samples were recorded."]
+
+
+# ---------------------------------------------------------------------------- the code base
+
+
+def code_base() -> dict[str, int]:
+    """Lines of this checkout by part, blank ones left out, and its direct dependencies."""
+    parts = {
+        "nanolib": "nanolib/**/*.py",
+        "rust_tokenizer": "rust_tokenizer/src/*.rs",
+        "notebooks": "notebooks/*.py",
+        "tests": "tests/*.py",
+    }
+    counts = {
+        f"{name} lines": sum(
+            bool(line.strip())
+            for path in REPOSITORY.glob(pattern)
+            for line in path.read_text(encoding="utf-8").splitlines()
+        )
+        for name, pattern in parts.items()
+    }
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return counts | {"dependencies": len(project["dependencies"])}
+
+
+def _code(run: Run) -> Iterator[str]:
+    code = _result(run.stage("data")).get("code")
+    if not code:
+        return
+    yield "## Code base"
+    yield ""
+    yield from _table(["", ""], [[name, _number(count)] for name, count in code.items()])
+    yield ""
+    yield "When the run began; blank lines left out, direct dependencies. Source: `data/done.json`."
+
+
+# ---------------------------------------------------------------------------- two runs
+
+
+def compare(run: Run, other: Run) -> str:
+    """Two runs side by side, as Markdown: settings that differ, scores, time and money."""
+    lines = [f"# `{run.id}` against `{other.id}`", "", "## Settings that differ", ""]
+    mine, theirs = flatten(run.config.recipe), flatten(other.config.recipe)
+    names = ["setting", run.id, other.id]
+    rows = [
+        [key, _setting(mine.get(key)), _setting(theirs.get(key))]
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key)
+    ]
+    lines += list(_table(names, rows)) if rows else ["None: the recipes are the same."]
+    lines += ["", "## Scores", ""]
+    ours, others = _all_measures(run), _all_measures(other)
+    rows = []
+    for key in dict.fromkeys([*ours, *others]):
+        a, b = ours.get(key), others.get(key)
+        change = None if a is None or b is None else a - b
+        rows.append([key, _score(a), _score(b), DASH if change is None else f"{change:+.4f}"])
+    lines += list(_table(["score", run.id, other.id, "difference"], rows))
+    lines += ["", "## Time and cost", ""]
+    rows = []
+    for mine_, theirs_ in [(run.stage(*n), other.stage(*n)) for n in _names(run)]:
+        records = [stage.done() or {} for stage in (mine_, theirs_)]
+        times = [clock(r["seconds"]) if "seconds" in r else DASH for r in records]
+        rows.append([_title(mine_), *times, *(_dollars(r.get("dollars")) for r in records)])
+    lines += list(_table(["stage", run.id, other.id, f"{run.id}, $", f"{other.id}, $"], rows))
+    return "\n".join(lines) + "\n"
+
+
+def _all_measures(run: Run) -> dict[str, float]:
+    return {
+        f"{COLUMNS[name]} {_measure_label(measure)}": number
+        for name in MODELS
+        for task, scores in _scores(run, name).items()
+        for measure, number in _measures(task, scores)
+    }
+
+
+def _setting(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 # ---------------------------------------------------------------------------- reading results
@@ -335,6 +532,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _measures(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """(measure, number) of a task for the summary: what is a score, not a count or chance."""
+    if task.startswith("core/"):  # these have a table of their own
+        return
     for key, value in scores.items():
         words = key.split()
         if isinstance(value, float) and not {"chance", "seconds"} & set(words):
@@ -379,12 +578,14 @@ def _result_table(stage: StageDir) -> Iterator[str]:
     yield f"Source: `{_title(stage)}/done.json`."
 
 
-def _quoted(said: Sequence[str | bool]) -> str:
+def _quoted(said: Sequence[str | bool | float]) -> str:
     """A sample: what was given, and each text that came on a line of its own."""
     quoted = ""
     for number, text in enumerate(said):
         if isinstance(text, bool):
             quoted += " (right)" if text else " (wrong)"
+        elif isinstance(text, float):
+            quoted += f" (reward {text:g})"
         else:
             quoted += f"\n  {text!r}" if number else f"> {text!r}"
     return quoted

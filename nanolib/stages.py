@@ -95,6 +95,7 @@ def data(context: Context) -> dict[str, Any]:
         "train_files": [path.name for path in files.train],
         "validation_file": files.validation.name,
         "text_bytes": sum(path.stat().st_size for path in [*files.train, files.validation]),
+        "code": report.code_base(),
     }
 
 

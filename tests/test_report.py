@@ -26,7 +26,7 @@ def run() -> Run:
     finish(run, "data", {"fingerprint": "abc123", "train_files": ["a", "b"], "text_bytes": 1234567})
     finish(run, "tokenizer", {"vocab_size": 512, "compression": {"nanolib": 2.71, "GPT-2": 3.25}})
     finish(run, "shards", {"train_tokens": 987654})
-    for stage in ("base", "sft"):
+    for stage in ("base", "mid", "sft"):
         metrics = run.stage(stage).metrics
         for step in range(1, 41):
             loss = 6.2 * math.exp(-step / 12) + 1
@@ -35,8 +35,21 @@ def run() -> Run:
                 metrics.append(kind="eval", step=step, bpb=loss / 3)
         result = {"steps": 40, "tokens": 40_960, "train_loss": 1.22, "tokens_per_second": 250_000.0}
         finish(run, stage, result)
-    compression = {"bpb": 0.3131, "trigram_bpb": 0.6262}
-    finish(run, "eval", {"compression": compression, "samples": {"samples": [["Ada has", " a cat. ```\n# Hi | x"]]}}, of="base")  # fmt: skip
+    metrics = run.stage("grpo").metrics
+    for step in range(1, 11):
+        said = [["What is 2 plus 3?", "5", 1.0], ["What is 2 plus 3?", "6", 0.0]]
+        metrics.append(kind="rollout", step=step, reward=0.05 * step, samples=said)
+        metrics.append(kind="train", step=step, steps=10, loss=-0.001, lr=1.0)
+    metrics.append(kind="eval", step=10, greedy=0.5, **{"pass@1": 0.44, "pass@4": 0.75})
+    finish(run, "grpo", {"steps": 10, "tokens": 4_000, "validation_greedy": 0.5})
+    compression = {"bpb": 0.3131, "trigram_bpb": 0.6162}
+    core = {
+        "core/toy_choices": {"accuracy": 0.625, "centred": 0.5, "chance": 0.25, "questions": 48, "shots": 0, "cut": 0},
+        "core/toy_facts": {"accuracy": 0.25, "centred": 0.25, "chance": 0.0, "questions": 48, "shots": 2, "cut": 0},
+        "core": {"accuracy": 0.375, "tasks": 2},
+    }  # fmt: skip
+    finish(run, "eval", {"compression": compression, **core, "samples": {"samples": [["Ada has", " a cat. ```\n# Hi | x"]]}}, of="base")  # fmt: skip
+    finish(run, "eval", {"gsm8k": {"accuracy": 0.41, "questions": 100}}, of="mid")
     finish(
         run,
         "eval",
@@ -50,6 +63,7 @@ def run() -> Run:
         },
         of="sft",
     )  # fmt: skip
+    finish(run, "eval", {"gsm8k": {"accuracy": 0.52, "questions": 100}}, of="grpo")
     return run
 
 
@@ -66,12 +80,20 @@ def cells(text: str, first: str) -> list[str]:
 
 def test_summary_has_our_columns_and_the_originals(run):
     summary = section(report.build(run), "Summary")
-    assert cells(summary, "") == ["BASE", "SFT", "chance", "original BASE", "original SFT"]
-    assert cells(summary, "MMLU, letters") == ["—", "0.2625", "0.2500", "—", "0.3151"]
-    assert cells(summary, "MMLU, text") == ["—", "0.9375", "0.2500", "—", "—"]
-    assert cells(summary, "facts") == ["—", "0.8812", "—", "—", "—"]
-    assert cells(summary, "bits per byte") == ["0.3131", "—", "—", "—", "—"]
-    assert cells(summary, "bits per byte of a token trigram")[0] == "0.6262"
+    assert cells(summary, "") == [
+        *("BASE", "MID", "SFT", "RL", "chance"),
+        *("original BASE", "original MID", "original SFT", "original RL"),
+    ]
+    letters = cells(summary, "MMLU, letters")
+    assert letters == ["—", "—", "0.2625", "—", "0.2500", "—", "0.3111", "0.3151", "—"]
+    assert cells(summary, "MMLU, text")[2:] == ["0.9375", "—", "0.2500", "—", "—", "—", "—"]
+    assert cells(summary, "facts")[:4] == ["—", "—", "0.8812", "—"]
+    words = ["—", "0.4100", "—", "0.5200", "—", "—", "0.0250", "0.0455", "0.0758"]
+    assert cells(summary, "GSM8K") == words
+    assert cells(summary, "CORE")[0] == "0.3750" and cells(summary, "CORE")[5] == "0.2219"
+    assert "toy_choices" not in summary
+    assert cells(summary, "bits per byte")[:2] == ["0.3131", "—"]
+    assert cells(summary, "bits per byte of a token trigram")[0] == "0.6162"
     assert "MMLU, chance" not in summary
     assert "the toy world's: only their form is the original's" in summary
 
@@ -81,7 +103,7 @@ def test_every_stage_is_there_with_time_cost_and_results(run):
     assert "Not finished" not in text
     costs = section(text, "Time and cost")
     assert cells(costs, "data") == ["1:30", "—", "—", "—", "$0.25"]
-    assert cells(costs, "**all**") == ["**10:30**", "", "", "", "**$1.75**"]
+    assert cells(costs, "**all**") == ["**16:30**", "", "", "", "**$2.75**"]
     speed = cells(costs, "base")
     assert speed[:3] == ["1:30", "40,960", "250,000"]
     assert re.fullmatch(r"\d+\.\d%", speed[3])
@@ -94,6 +116,58 @@ def test_every_stage_is_there_with_time_cost_and_results(run):
     assert cells(data, "train tokens") == ["987,654"]
     assert cells(section(text, "Training"), "train loss") == ["1.22"]
     assert cells(section(text, "Evaluations"), "MMLU")[:3] == ["0.9375", "0.2625", "0.2500"]
+
+
+def test_the_curve_of_grpo_is_its_reward(run):
+    training = section(report.build(run), "Training")
+    grpo = training[training.index("### grpo") :]
+    assert "Mean reward, by step:" in grpo and "Training loss" not in grpo
+    assert "0.5 │" in grpo and "0.05 │" in grpo
+    assert cells(grpo, "step") == ["greedy", "pass@1", "pass@4"]
+    assert "From `grpo/metrics.jsonl`" in report.build(run)
+    assert "'What is 2 plus 3?'\n  '5' (reward 1)" in report.build(run)
+
+
+def test_core_is_a_table_of_its_own(run):
+    core = section(report.build(run), "CORE")
+    assert cells(core, "task") == ["shots", "questions", "chance", "BASE"]
+    assert cells(core, "toy_choices") == ["0", "48", "0.2500", "0.6250"]
+    assert cells(core, "**CORE** (mean of centred)")[-1] == "0.3750"
+    assert "toy_choices" not in section(report.build(run), "Evaluations")
+
+
+def test_levels_are_those_of_the_runs_world(run):
+    levels = section(report.build(run), "Levels")
+    assert cells(levels, "Reads: half of a trigram's bits per byte") == [
+        "≤ 0.5",
+        "0.5081",
+        "not yet",
+    ]
+    assert cells(levels, "Calculates: two of five word problems") == ["≥ 0.4", "0.5200", "passed"]
+    assert cells(levels, "Programs: one of two functions") == ["≥ 0.5", "—", "not yet"]
+    assert "original's CORE" not in levels
+    real = section(report.build(Run.open("laptop", "real")), "Levels")
+    assert cells(real, "The original's CORE (depth 20)") == ["≥ 0.2219", "—", "not yet"]
+    assert "word problems" not in real
+
+
+def test_the_code_base_is_counted_when_a_run_begins(run):
+    counted = report.code_base()
+    assert 3_000 < counted["nanolib lines"] < 10_000 and counted["dependencies"] >= 10
+    assert "Code base" not in report.build(run)
+    finish(run, "data", {"code": {"nanolib lines": 4321, "dependencies": 20}})
+    assert cells(section(report.build(run), "Code base"), "nanolib lines") == ["4,321"]
+
+
+def test_two_runs_side_by_side(run):
+    other = Run.open("smoke", "other", {"base.steps": 40, "sft.lr": 0.25, "mid.enabled": False})
+    finish(other, "eval", {"gsm8k": {"accuracy": 0.5, "questions": 100}}, of="grpo")
+    finish(other, "data", {"text_bytes": 5}, seconds=30.0, dollars=None)
+    text = report.compare(run, other)
+    assert cells(text, "sft.lr") == ["0.5", "0.25"] and "base.steps" not in text
+    assert cells(text, "RL GSM8K") == ["0.5200", "0.5000", "+0.0200"]
+    assert cells(text, "MID GSM8K") == ["0.4100", "—", "—"]
+    assert cells(text, "data") == ["1:30", "0:30", "$0.25", "—"]
 
 
 def test_every_table_names_its_source(run):
@@ -128,7 +202,7 @@ def test_the_card_comes_from_the_directory_alone(run, tmp_path):
 def test_missing_stages_are_said_to_be():
     run = Run.open("smoke", "young")
     text = report.build(run)
-    assert text.count("not begun") >= 7
+    assert text.count("not begun") >= 11
     assert "No evaluation is finished." in text
     assert "No samples were recorded." in text
 

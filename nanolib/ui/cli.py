@@ -240,11 +240,22 @@ class Commands:
 
         server.serve(self._open(run), of, host=host, port=port, temperature=temperature)
 
-    def report(self, run: RunName = None) -> None:
-        """Write a run's report card again, from its directory alone."""
+    def report(
+        self,
+        run: RunName = None,
+        against: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None,
+    ) -> None:
+        """Write a run's report card again, from its directory alone.
+
+        Args:
+            against: Print the run side by side with this one instead.
+        """
         from nanolib import report
 
         opened = self._open(run)
+        if against is not None:
+            print(report.compare(opened, Run.load(_place(against))))
+            return
         report.build(opened)
         print(opened.path / "report.md")
 
