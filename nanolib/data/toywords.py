@@ -162,12 +162,16 @@ PROBLEMS = (
     ("What is {a} plus {b}?", ("It is ", "{a}+{b}", ".")),
     ("What is {big} minus {b}?", ("It is ", "{big}-{b}", ".")),
     ("What is {few} times {a}?", ("It is ", "{few}*{a}", ".")),
-)
-HARD_PROBLEMS = (  # these need to know which number is larger, or whose it is
     (
         "{p} has {a} {things}, {q} has {b}. How many more has the one with more?",
         ("The one with more has ", "{more}-{less}", " more."),
     ),
+    (
+        "{p} has {a} {things}, {q} {b} and {r} {c}. How many {things} have {r} and {p}?",
+        ("They have ", "{c}+{a}", " {things}."),
+    ),
+)
+HARD_PROBLEMS = (  # these need an order of three numbers
     (
         "{p} counts {a} {things}, {q} {b} and {r} {c}. How many more is the most than the fewest?",
         ("That is ", "{high}-{low}", " more."),
@@ -177,8 +181,8 @@ HARD_PROBLEMS = (  # these need to know which number is larger, or whose it is
         ("The two have ", "{high}+{mid}", "."),
     ),
     (
-        "{p} has {a} {things}, {q} {b} and {r} {c}. How many {things} have {r} and {p}?",
-        ("They have ", "{c}+{a}", " {things}."),
+        "{p} found {a} {things}, {q} {b} and {r} {c}. How many more than the fewest is the middle?",
+        ("That is ", "{mid}-{low}", " more."),
     ),
 )
 

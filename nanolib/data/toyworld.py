@@ -38,6 +38,7 @@ from nanolib.data import toywords as words
 from nanolib.data.toywords import RELATIONS, phrases
 
 NUMBERS = range(3, 41)
+HARD_SHARE = 0.6  # of the word problems: what SFT leaves to GRPO
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 # ---------------------------------------------------------------------------- the world
@@ -254,8 +255,9 @@ def is_held_out(text: str) -> bool:
 
 
 def problem(world: World, rng: random.Random, held_out: bool) -> dict:
-    """A row in GSM8K's schema; half of them are hard."""
-    question, *steps = rng.choice(rng.choice((words.PROBLEMS, words.HARD_PROBLEMS)))
+    """A row in GSM8K's schema."""
+    hard = rng.random() < HARD_SHARE
+    question, *steps = rng.choice(words.HARD_PROBLEMS if hard else words.PROBLEMS)
     while True:
         slots = problem_slots(world, rng)
         answer = ""
