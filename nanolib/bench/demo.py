@@ -1,8 +1,9 @@
 """Does the demo learn what it should? Several seeds, beside baselines that learn nothing.
 
 ``nanolib bench demo --seeds 1 2 3 [--at-once N] [--threads N]`` trains the demo's stages (no notebooks)
-once a seed, and once a seed without pretraining, and prints a table of their scores. The bars are
-those the toy world was made for; each must hold in every seed.
+once a seed, once a seed without pretraining, and GRPO once more with shuffled rewards, and prints a
+table of their scores. The bars are those the toy world was made for; each must hold in every seed,
+but GRPO's second, which is about their mean.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import datetime
 import os
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from nanolib import launch, tasks
 from nanolib.rundir import Run
 
 CHOICE_TASKS = ("mmlu", "arc_easy")
+MORE_PROBLEMS = {"grpo.eval_questions": 400, "grpo.eval_samples": 4}  # than the demo has time for
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Bar:
     holds: Callable[[float], bool]
     wanted: str
     value: Callable[[dict[str, Any]], float]
+    mean: bool = False  # the bar is for the mean over seeds
 
 
 def _text_accuracy(scores: dict[str, Any]) -> float:
@@ -42,6 +46,22 @@ BARS = (
     Bar("base bpb / trigram bpb", lambda x: x <= 2 / 3, "≤ 0.667", lambda s: s["bpb_ratio"]),
     Bar("four choices by text", lambda x: x >= 0.9, "≥ 0.90", _text_accuracy),
     Bar("facts in words", lambda x: x >= 0.8, "≥ 0.80", lambda s: s["facts"]["accuracy"]),
+    Bar("functions", lambda x: x >= 0.5, "≥ 0.50", lambda s: s["humaneval"]["accuracy"]),
+    Bar(
+        "word problems after SFT, greedy",
+        lambda x: 0.4 <= x <= 0.65,
+        "0.40–0.65",
+        lambda s: s["gsm8k"]["accuracy"],
+    ),
+    Bar("GRPO: sampled, gain", lambda x: x >= 0.05, "≥ 0.05", lambda s: s["grpo"]["sampled"]),
+    Bar("the same, mean", lambda x: x >= 0.08, "≥ 0.08", lambda s: s["grpo"]["sampled"], True),
+    Bar("GRPO: greedy, gain", lambda x: x >= -0.02, "≥ −0.02", lambda s: s["grpo"]["greedy"]),
+    Bar(
+        "shuffled rewards: sampled, gain",
+        lambda x: x <= 0.02,
+        "≤ 0.02",
+        lambda s: s["shuffled"]["sampled"],
+    ),
     Bar("without base", lambda x: x <= 0.35, "≤ 0.35", lambda s: s["without_base"]),
     Bar("always the first", lambda x: x <= 0.35, "≤ 0.35", lambda s: s["first"]),
     Bar("always the longest", lambda x: x <= 0.35, "≤ 0.35", lambda s: s["longest"]),
@@ -50,21 +70,44 @@ BARS = (
 
 def scores_of(seed: int, threads: int, profile: str = "demo") -> dict[str, Any]:
     """Train one seed's demo with and without base, and everything its bars need."""
-    name, settings = f"{profile}-seed-{seed}", {"seed": seed, "machine.threads": threads}
+    name = f"{profile}-seed-{seed}"
+    settings = {"seed": seed, "machine.threads": threads} | MORE_PROBLEMS
     run = Run.open(profile, name, settings)
     base = launch.stage("eval", run, of="base")["compression"]
     scores = launch.stage("eval", run, of="sft")
     bare = Run.open(profile, f"{name}-bare", settings | {"base.enabled": False})
     without_base = launch.stage("eval", bare, of="sft")
+    shuffled = _fork(run, f"{name}-shuffled", {"grpo.shuffled": True})
     first, longest = _blind(run)
     return {
         **scores,
+        "grpo": _gains(run),
+        "shuffled": _gains(shuffled),
         "bpb": base["bpb"],
         "bpb_ratio": base["bpb"] / base["trigram_bpb"],
         "without_base": _text_accuracy(without_base),
         "first": first,
         "longest": longest,
     }
+
+
+def _fork(run: Run, name: str, overrides: dict[str, Any]) -> Run:
+    """A run that differs in GRPO alone, with what comes before taken over."""
+    given = {"seed": run.config.recipe.seed} | MORE_PROBLEMS | overrides
+    machine = {"machine.threads": run.config.machine.threads}
+    fork = Run.open(run.config.profile, name, given | machine)
+    for stage in launch.before("grpo", run):
+        if not (fork.path / stage).exists():
+            shutil.copytree(run.path / stage, fork.path / stage)
+    return fork
+
+
+def _gains(run: Run) -> dict[str, float]:
+    """What GRPO changed on held-out problems, from before its first step to after its last."""
+    launch.stage("grpo", run)
+    rows = [row for row in run.stage("grpo").metrics.rows() if row["kind"] == "eval"]
+    change = {key: rows[-1][key] - rows[0][key] for key in ("greedy", "pass@1")}
+    return {"greedy": change["greedy"], "sampled": change["pass@1"]}
 
 
 def _blind(run: Run) -> tuple[float, float]:
@@ -89,7 +132,13 @@ def table(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> str:
     ]
     for bar in BARS:
         values = [bar.value(result) for result in results]
-        holds = "yes" if all(map(bar.holds, values)) else "**no**"
+        judged = [sum(values) / len(values)] if bar.mean else values
+        holds = "yes" if all(map(bar.holds, judged)) else "**no**"
+        if bar.mean:
+            lines.append(
+                f"| {bar.name} | {bar.wanted} | {judged[0]:.3f} |{' |' * len(values)} {holds} |"
+            )
+            continue
         cells = " | ".join(f"{value:.3f}" for value in values)
         lines.append(f"| {bar.name} | {bar.wanted} | {cells} | {holds} |")
     letters = [[r[name]["letters"] for name in CHOICE_TASKS] for r in results]
