@@ -1,6 +1,7 @@
 """Two gloo ranks, started from a notebook cell, do what one rank does.
 
-Every weight is drawn at random: zero-initialised projections would make most gradients zero.
+Every weight is drawn at random: zero-initialised projections would make most gradients zero. The
+rewards of GRPO are by length (see `graded_stages`), for nobody's answer is right here.
 """
 
 import shutil
@@ -9,16 +10,18 @@ import nbclient
 import nbformat
 import pytest
 import torch
+from graded_stages import by_length
 from torch.testing import assert_close
 
-from nanolib import checkpoint, launch, stages
-from nanolib.config import OptimConfig, flatten
+from nanolib import checkpoint, grpo, launch, stages
+from nanolib.config import MODELS, OptimConfig, flatten
 from nanolib.model import GPT
 from nanolib.optim import SLOTS, MuonAdamW
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 
 STEPS = 20
+CURVE = 0.2  # GRPO's rewards of a step, of 16 answers: a handful may have flipped
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +36,25 @@ def shared_runs(tmp_path_factory):
 
 @pytest.fixture
 def make_run(shared_runs, monkeypatch):
-    """Runs with those shards and a checkpoint of random weights at step 0."""
+    """Runs with those shards and random weights at step 0 of a stage; what is before it is done."""
     monkeypatch.setenv("NANOLIB_RUNS", str(shared_runs))
 
-    def make(name: str, steps: int, ranks: int) -> Run:
-        overrides = {"base.steps": steps, "base.save_every": 10, "machine.ranks": ranks}
-        run = Run.open("smoke", name, overrides)
-        for stage in ("data", "tokenizer", "shards"):
-            shutil.copytree(shared_runs / "smoke" / stage, run.path / stage, dirs_exist_ok=True)
-        _save_random_weights(run)
+    def make(stage: str, steps: int, ranks: int) -> Run:
+        overrides = {f"{stage}.steps": steps, f"{stage}.save_every": 10, "machine.ranks": ranks}
+        run = Run.open("smoke", f"{stage}-{steps}-on-{ranks}", overrides)
+        for name in ("data", "tokenizer", "shards"):
+            shutil.copytree(shared_runs / "smoke" / name, run.path / name, dirs_exist_ok=True)
+        earlier = MODELS[: MODELS.index(stage)]
+        for name in (*earlier, stage):
+            _save_random_weights(run, name)
+        for name in earlier:
+            run.stage(name).finish({})
         return run
 
     return make
 
 
-def _save_random_weights(run: Run) -> None:
+def _save_random_weights(run: Run, stage: str) -> None:
     recipe, encoder = run.config.recipe, stages.load_tokenizer(run)
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
     model = GPT(recipe.model, encoder.vocab_size)
@@ -61,7 +68,14 @@ def _save_random_weights(run: Run) -> None:
         "tokenizer": encoder.fingerprint(),
     }
     optimizer = MuonAdamW(model, OptimConfig(), runtime)
-    checkpoint.save(run.stage("base").checkpoints, 0, model, optimizer, about, runtime)
+    checkpoint.save(run.stage(stage).checkpoints, 0, model, optimizer, about, runtime)
+
+
+@pytest.fixture
+def graded_by_length(monkeypatch):
+    """Rewards that differ between answers, here and in the workers that are launched."""
+    monkeypatch.setattr(launch, "WORKER", "tests.graded_stages")
+    monkeypatch.setattr(grpo.Quiz, "grade", by_length)
 
 
 def _launch_from_a_cell(run: Run) -> None:
@@ -74,17 +88,17 @@ def _launch_from_a_cell(run: Run) -> None:
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
 
 
-def _losses(run: Run) -> list[float]:
-    return [row["loss"] for row in run.stage("base").metrics.rows() if row["kind"] == "train"]
+def _rows(run: Run, stage: str, kind: str) -> list[dict]:
+    return [row for row in run.stage(stage).metrics.rows() if row["kind"] == kind]
 
 
-def test_first_step_loss_and_every_gradient_are_equal(make_run):
+def _losses(run: Run, stage: str = "base") -> list[float]:
+    return [row["loss"] for row in _rows(run, stage, "train")]
+
+
+def _assert_same_gradients(one: Run, two: Run, stage: str) -> None:
     """After one step the first moments are (1 − β) times the clipped gradient."""
-    one, two = make_run("one-step-1", 1, 1), make_run("one-step-2", 1, 2)
-    launch.stage("base", one)
-    _launch_from_a_cell(two)
-    assert abs(_losses(one)[0] - _losses(two)[0]) < 1e-6
-    saved = [checkpoint.latest(run.stage("base").checkpoints) for run in (one, two)]
+    saved = [checkpoint.latest(run.stage(stage).checkpoints) for run in (one, two)]
     config = one.config.recipe.optim
     kept = {"momentum": 1 - config.momentum_start, "moment1": 1 - config.adam_beta1}
     compared = 0
@@ -98,8 +112,64 @@ def test_first_step_loss_and_every_gradient_are_equal(make_run):
     assert compared == len(list(GPT(one.config.recipe.model, 265).parameters()))
 
 
+def test_first_step_loss_and_every_gradient_are_equal(make_run):
+    one, two = make_run("base", 1, 1), make_run("base", 1, 2)
+    launch.stage("base", one)
+    _launch_from_a_cell(two)
+    assert abs(_losses(one)[0] - _losses(two)[0]) < 1e-6
+    _assert_same_gradients(one, two, "base")
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_first_step_on_conversations_is_equal(stage, make_run):
+    one, two = make_run(stage, 1, 1), make_run(stage, 1, 2)
+    stages.work(stage, one)
+    launch.stage(stage, two)
+    assert two.stage(stage).done()["machine"]["ranks"] == 2
+    assert abs(_losses(one, stage)[0] - _losses(two, stage)[0]) < 1e-6
+    _assert_same_gradients(one, two, stage)
+
+
+def test_twelve_steps_on_conversations(make_run):
+    one, two = make_run("mid", 12, 1), make_run("mid", 12, 2)
+    stages.work("mid", one)
+    launch.stage("mid", two)
+    straight = _losses(one, "mid")
+    assert len(straight) == 12 and straight[-1] < straight[0]
+    assert_close(_losses(two, "mid"), straight, rtol=0, atol=1e-4)
+    held = [[row["loss"] for row in _rows(run, "mid", "eval")] for run in (one, two)]
+    assert_close(held[1], held[0], rtol=0, atol=1e-4)
+
+
+def test_first_rollouts_loss_and_gradients_of_grpo_are_equal(make_run, graded_by_length):
+    one, two = make_run("grpo", 1, 1), make_run("grpo", 1, 2)
+    stages.work("grpo", one)
+    launch.stage("grpo", two)
+    (alone,), (together,) = (_rows(run, "grpo", "rollout") for run in (one, two))
+    assert 0 < alone["reward"] < 1 and alone["mixed"] == 1
+    for value in ("reward", "mixed", "answer_tokens", "cut"):
+        assert abs(alone[value] - together[value]) < 1e-12, value
+    (mine,), (theirs,) = (_rows(run, "grpo", "train") for run in (one, two))
+    assert mine["tokens"] == theirs["tokens"] > 0
+    assert abs(mine["loss"]) > 1e-4 and abs(mine["loss"] - theirs["loss"]) < 1e-6
+    _assert_same_gradients(one, two, "grpo")
+    first = [_rows(run, "grpo", "eval")[0] for run in (one, two)]  # before any update
+    assert first[0] == first[1]
+
+
+def test_rewards_of_grpo_take_the_same_road(make_run, graded_by_length):
+    """After the first step only about: one flipped sample makes all later rollouts differ."""
+    one, two = make_run("grpo", 8, 1), make_run("grpo", 8, 2)
+    stages.work("grpo", one)
+    launch.stage("grpo", two)
+    curves = [[row["reward"] for row in _rows(run, "grpo", "rollout")] for run in (one, two)]
+    assert len(curves[0]) == len(curves[1]) == 8 and len(set(curves[0])) > 1
+    assert curves[0][0] == curves[1][0]
+    assert_close(curves[1], curves[0], rtol=0, atol=CURVE)
+
+
 def test_twenty_steps_and_resuming_on_another_number_of_ranks(make_run):
-    runs = {ranks: make_run(f"twenty-{ranks}", STEPS, ranks) for ranks in (1, 2)}
+    runs = {ranks: make_run("base", STEPS, ranks) for ranks in (1, 2)}
     for run in runs.values():
         launch.stage("base", run)
     straight = _losses(runs[1])
