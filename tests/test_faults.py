@@ -90,7 +90,7 @@ def held_worker(process: subprocess.Popen, place: StageDir) -> psutil.Process:
                     return child
         return None
 
-    worker = faults.wait(find, 120)
+    worker = faults.wait(find, 600)
     assert worker, f"{place.path} never came to where it is held"
     assert launch.WORKER in faults.command_line(worker) and place.done() is None
     return worker

@@ -41,13 +41,17 @@ ROAD = (  # stage directories in the order a run fills them, those that train tw
 
 
 def outcome(run: Run) -> dict[str, Any]:
-    """All a finished run's numbers, times excluded: results, metric rows, hashes of weights."""
+    """All a finished run's numbers, times excluded: results, metric rows, hashes of weights.
+
+    The size of the code base is left out too: somebody may edit it between two runs.
+    """
     found: dict[str, Any] = {}
     for place in launch.places(run):
         name, record = str(place.path.relative_to(run.path)), place.done()
+        result = record and {key: item for key, item in record["result"].items() if key != "code"}
         rows = [row for row in place.metrics.rows() if row["kind"] != "progress"]
         found[name] = {
-            "result": _timeless(record and record["result"]),
+            "result": _timeless(result),
             "rows": _timeless(rows),
             "weights": _weights(place),
         }
