@@ -187,15 +187,31 @@ class Run:
         recipe. Raises ValueError for an unknown profile, path or value, and where the run was
         made with another recipe.
         """
+        this = cls.peek(profile, run, overrides)
+        if not this.exists():
+            _create(this.path, this.config, settings.check_overrides(overrides or {}))
+            this = cls.peek(profile, run, overrides)
+        _remember(this.path)
+        return this
+
+    @classmethod
+    def peek(
+        cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> Run:
+        """The run that `open` would open or make; nothing is written. Raises what `open` raises."""
         overrides = settings.check_overrides(overrides or {})
         config = settings.resolve(profile, overrides)
-        path = _locate(run or _default_id(config, overrides))
-        if not (path / "manifest.json").exists():
-            _create(path, config, overrides)
-        manifest = _read_manifest(path)
-        _check_same_recipe(path, manifest, config.profile, overrides)
-        _remember(path)
-        return cls(path, settings.from_flat(profile, manifest["recipe"] | _machine(config)))
+        this = cls(_locate(run or _default_id(config, overrides)), config)
+        if this.id == LATEST:
+            raise ValueError(
+                f"{LATEST!r} is kept for the run opened last; choose another --run NAME"
+            )
+        if not this.exists():
+            return this
+        manifest = this.manifest()
+        _check_same_recipe(this.path, manifest, profile, overrides)
+        flat = manifest["recipe"] | _machine(config)
+        return cls(this.path, settings.from_flat(profile, flat))
 
     @classmethod
     def load(cls, run: str | None = None, machine: Mapping[str, Any] | None = None) -> Run:
@@ -222,6 +238,9 @@ class Run:
             if asked != recipe[key]:
                 raise _refusal(path, key, recipe[key], asked)
         return loaded
+
+    def exists(self) -> bool:
+        return (self.path / "manifest.json").exists()
 
     def manifest(self) -> dict[str, Any]:
         return _read_manifest(self.path)
@@ -272,8 +291,6 @@ def _machine(config: Config) -> dict[str, Any]:
 
 def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> None:
     """Write the manifest once; where two processes try, the first one's stands."""
-    if path.name == LATEST:
-        raise ValueError(f"{LATEST!r} is kept for the run opened last; choose another --run NAME")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a run's directory; choose another --run NAME")
     visible = [name for name in os.listdir(path) if name[0] != "."] if path.exists() else []

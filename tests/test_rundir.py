@@ -72,7 +72,8 @@ def test_a_profile_edited_since_is_noticed(folder):
 
 def test_loading_takes_machine_settings_and_refuses_another_recipe():
     Run.open("tiny")
-    same = {"base.steps": 10, "eval.tasks": "arc_easy,arc_challenge,mmlu", "machine.ranks": 2}
+    same = {"base.steps": 10, "eval.tasks": "arc_easy,arc_challenge,mmlu,gsm8k,humaneval"}
+    same |= {"machine.ranks": 2}
     assert Run.load("tiny", same).config.machine.ranks == 2
     with pytest.raises(ValueError, match=r"base\.steps = 10, not 11"):
         Run.load("tiny", {"base.steps": 11})
@@ -94,6 +95,29 @@ def test_a_damaged_manifest_is_named(content):
     for call in (lambda: Run.open("tiny"), lambda: Run.load("tiny")):
         with pytest.raises(ValueError, match=r"manifest\.json is damaged.*--run NAME"):
             call()
+
+
+def test_a_peek_gives_what_open_gives_and_writes_nothing(folder):
+    before = sorted(folder.rglob("*"))
+    for given in ({}, {"base.steps": 3, "machine.ranks": 2}):
+        seen = Run.peek("tiny", overrides=given)
+        assert not seen.exists() and sorted(folder.rglob("*")) == before
+        opened = Run.open("tiny", overrides=given)
+        before = sorted(folder.rglob("*"))
+        assert opened == seen and seen.exists()
+        first = Run.load().path
+        assert Run.peek("tiny", opened.id, {"machine.threads": 3}).path == opened.path
+        Run.peek("tiny", "another")
+        assert Run.load().path == first and sorted(folder.rglob("*")) == before
+    with pytest.raises(ValueError, match=r"was made with base\.steps = 10, not 11"):
+        Run.peek("tiny", "tiny", {"base.steps": 11})
+
+
+def test_the_link_to_the_last_run_cannot_be_opened_as_one():
+    last = Run.open("tiny")
+    with pytest.raises(ValueError, match="opened last"):
+        Run.open("tiny", "latest")
+    assert Run.load() == last
 
 
 def test_names_and_places_that_cannot_be_a_run(folder):
