@@ -93,12 +93,28 @@ def test_the_number_after_the_hashes(text, number):
 def test_gsm8k_grades_by_that_number(mirror):
     path = "openai/gsm8k/main/test"
     good = {"question": "q", "answer": "long story\n#### 1,200"}
-    task = tasks.load("gsm8k", "test", mirror(path, good, {"question": "q", "answer": "12"}))
+    task = tasks.load("gsm8k", "test", mirror(path, good))
     assert task.grade(0, "It is 1200. #### 1200")
     assert not task.grade(0, "It is 1200.")
     assert not task.grade(0, "#### 120")
-    with pytest.raises(ValueError, match=r"gsm8k .*row 1 has no '#### number'"):
-        task.grade(1, "#### 12")
+
+
+def test_a_problem_without_its_number_is_named_when_the_task_is_opened(mirror):
+    rows = [{"question": "q", "answer": answer} for answer in ("#### 12", "so 12")]
+    folder = mirror("openai/gsm8k/main/train", *rows)
+    with pytest.raises(ValueError, match=r"gsm8k \(train\) row 1 has no '#### n.*'so 12'.*remove"):
+        tasks.load("gsm8k", "train", folder)
+
+
+def test_a_conversation_that_the_assistant_begins_is_named_with_its_row(mirror):
+    rows = [
+        {"messages": [{"role": role, "content": "hi"} for role in roles]}
+        for roles in (("user", "assistant"), ("assistant", "user"))
+    ]
+    task = tasks.load("smoltalk", "test", mirror("HuggingFaceTB/smol-smoltalk/test", *rows))
+    assert len(task.conversation(0).messages) == 2
+    with pytest.raises(ValueError, match=r"smol-smoltalk \(test\) row 1: message 1 .*'assistant'"):
+        task.conversation(1)
 
 
 def test_facts_are_right_when_the_value_is_named_and_no_other(mirror):
@@ -134,7 +150,9 @@ BAD_ROW = {"title": "x"}
 )
 def test_missing_columns_are_named_with_their_file(mirror, name, path, missing):
     repository = "/".join(path.split("/")[:2])
-    with pytest.raises(ValueError, match=rf"{repository}.*test.*no column {missing}; it has title"):
+    with pytest.raises(
+        ValueError, match=rf"{repository}.*test.*no column {missing}; it has title; take"
+    ):
         tasks.load(name, "test", mirror(path, BAD_ROW))
 
 

@@ -33,7 +33,7 @@ class Task:
         if missing:
             raise ValueError(
                 f"{self.repository} ({self.split}) has no column {', '.join(missing)}; it has "
-                f"{', '.join(table.column_names)}"
+                f"{', '.join(table.column_names)}; take the data set's own parquet files"
             )
         self.table: pa.Table = table
 
@@ -111,7 +111,12 @@ class SmolTalk(Task):
     columns = ("messages",)
 
     def conversation(self, i: int) -> Conversation:
-        return Conversation.from_messages(self.row(i)["messages"])
+        try:
+            return Conversation.from_messages(self.row(i)["messages"])
+        except ValueError as error:
+            raise ValueError(
+                f"{self.repository} ({self.split}) row {i}: {error}; mend or remove that row"
+            ) from None
 
 
 class GSM8K(GradedTask):
@@ -120,6 +125,15 @@ class GSM8K(GradedTask):
     name, repository, config = "gsm8k", "openai/gsm8k", "main"
     columns = ("question", "answer")
 
+    def __init__(self, split: str, mirror: Path | None):
+        super().__init__(split, mirror)
+        for i, answer in enumerate(self.table["answer"].to_pylist()):
+            if final_number(answer) is None:
+                raise ValueError(
+                    f"{self.repository} ({self.split}) row {i} has no '#### number' at the end of "
+                    f"its answer ({answer[-40:]!r}); add it or remove that row"
+                )
+
     def conversation(self, i: int) -> Conversation:
         row = self.row(i)
         asked = Message("user", (Part("text", row["question"]),))
@@ -127,10 +141,7 @@ class GSM8K(GradedTask):
 
     def grade(self, i: int, answer: str) -> bool:
         """Whether the number after the last #### is the reference's."""
-        wanted = final_number(self.row(i)["answer"])
-        if wanted is None:
-            raise ValueError(f"{self.repository} ({self.split}) row {i} has no '#### number'")
-        return final_number(answer) == wanted
+        return final_number(answer) == final_number(self.row(i)["answer"])
 
 
 def calculator_parts(answer: str) -> tuple[Part, ...]:
