@@ -45,7 +45,9 @@ def test_the_chapters_of_the_course_are_there():
         "03_muon",
         "04_pretraining",
         "05_inference",
+        "06_midtraining",
         "07_sft",
+        "08_grpo",
         "09_chat",
     }
 
