@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanolib import checkpoint, hub, report, tasks
+from nanolib import checkpoint, hub, planning, report, tasks
 from nanolib.config import (
     MODELS,
     STAGES,
@@ -38,6 +38,7 @@ from nanolib.config import (
 )
 from nanolib.data import shards as token_shards
 from nanolib.data import toyworld
+from nanolib.data.packing import Batch
 from nanolib.data.sources import ConversationSource, RowSource, TextSource
 from nanolib.engine import Engine
 from nanolib.evals import choices, core
@@ -52,6 +53,8 @@ from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 from nanolib.train import Hook, Loss, Stopped, Trainer
+
+Nll = Callable[[Batch], torch.Tensor]  # what `GPT.nll` is, compiled or not
 
 USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
 TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
@@ -88,7 +91,7 @@ def data(context: Context) -> dict[str, Any]:
     if run.config.recipe.data.source == "toyworld":
         toyworld.write(context.stage.path / "mirror", run.config.recipe.seed)
     files = hub.text_files(run.config, run.mirror())
-    _check_tasks(run)
+    check_tasks(run)
     return {
         "mirror": run.config.machine.mirror and str(run.mirror()),
         "fingerprint": _fingerprint(run, files),
@@ -99,7 +102,7 @@ def data(context: Context) -> dict[str, Any]:
     }
 
 
-def _check_tasks(run: Run) -> None:
+def check_tasks(run: Run) -> None:
     """Open what later stages will read, so that what is missing is told before the long wait."""
     recipe, mirror = run.config.recipe, run.mirror()
     if recipe.eval.core_problems != 0:
@@ -239,8 +242,9 @@ def base(context: Context) -> dict[str, Any]:
     run, config = context.run, context.run.config.recipe.base
     encoder = load_tokenizer(run)
     train, _ = shard_paths(run)
-    source = TextSource.open(train, **_row_settings(context, config, encoder))
     model = _new_model(context, encoder)
+    nll, rows_at_once = _micro_batch(context, model)
+    source = TextSource.open(train, **_row_settings(context, config, encoder, rows_at_once))
     assert config.steps is not None
     documents = validation_documents(run, encoder, config.eval_documents)
 
@@ -250,7 +254,7 @@ def base(context: Context) -> dict[str, Any]:
         )
         _eval_row(context, trainer.step, bpb=bpb)
 
-    return _train(context, config, model, source, config.steps, encoder, evaluate) | {
+    return _train(context, config, model, nll, source, config.steps, encoder, evaluate) | {
         "epochs": config.steps * source.batch_rows / len(source)
     }
 
@@ -269,7 +273,9 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
     """Train on conversations: the loss covers what the assistant says, nothing else."""
     run = context.run
     encoder = load_tokenizer(run)
-    settings = _row_settings(context, config, encoder)
+    model = _new_model(context, encoder)
+    nll, rows_at_once = _micro_batch(context, model)
+    settings = _row_settings(context, config, encoder, rows_at_once)
     rows = flatten(config.rows)
     mixture = {
         name: _conversations(context, name, "train", limit)
@@ -279,12 +285,11 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
     source, cut = _render(encoder, [c for part in mixture.values() for c in part], settings)
     held, _ = _render(encoder, _conversations(context, "smoltalk", "test", 200), settings)
     steps = config.steps or math.ceil(config.epochs * len(source) / source.batch_rows)
-    model = _new_model(context, encoder)
 
     def evaluate(trainer: Trainer) -> None:
         _eval_row(context, trainer.step, loss=_validation_loss(trainer, held))
 
-    return _train(context, config, model, source, steps, encoder, evaluate) | {
+    return _train(context, config, model, nll, source, steps, encoder, evaluate) | {
         "conversations": {name: len(part) for name, part in mixture.items()},
         "cut_tokens": cut,
         "epochs": steps * source.batch_rows / len(source),
@@ -296,6 +301,7 @@ def grpo(context: Context) -> dict[str, Any]:
     run, config, mirror = context.run, context.run.config.recipe.grpo, context.run.mirror()
     encoder = load_tokenizer(run)
     model = _new_model(context, encoder)
+    nll, rows_at_once = _micro_batch(context, model)
     seed = seed_of(run.config.recipe.seed, "grpo")
     with Sandbox() as sandbox:
         engine = Engine(model, encoder, context.runtime, lambda source: sandbox.run(source).text)
@@ -311,8 +317,9 @@ def grpo(context: Context) -> dict[str, Any]:
             temperature=config.temperature,
             top_k=config.top_k,
             updates_each=config.updates_each,
-            device_batch=run.config.machine.device_batch,
+            device_batch=rows_at_once,
             reward=_shuffled(quiz, seed) if config.shuffled else None,
+            nll=nll,
             metrics=context.stage.metrics,
         )
         steps = config.steps or math.ceil(config.epochs * len(quiz.usable) / config.questions)
@@ -328,7 +335,7 @@ def grpo(context: Context) -> dict[str, Any]:
         if not any(row["kind"] == "eval" for row in context.stage.metrics.rows()):
             score(0)  # where it starts from
         loss = PolicyGradient(config.clip)
-        return _train(context, config, model, source, steps, encoder, evaluate, loss) | {
+        return _train(context, config, model, nll, source, steps, encoder, evaluate, loss) | {
             "epochs": steps * config.questions / len(quiz.usable),
             "answers": steps * config.questions * config.samples,
         }
@@ -353,7 +360,10 @@ def _shuffled(quiz: Quiz, seed: int) -> Reward:
 
 
 def _row_settings(
-    context: Context, config: BaseConfig | ConversationConfig, encoder: Tokenizer
+    context: Context,
+    config: BaseConfig | ConversationConfig,
+    encoder: Tokenizer,
+    device_batch: int,
 ) -> dict[str, Any]:
     run, runtime = context.run, context.runtime
     length = run.config.recipe.model.sequence_len
@@ -364,7 +374,7 @@ def _row_settings(
         "seed": seed_of(run.config.recipe.seed, context.stage.name),
         "rank": runtime.rank,
         "ranks": runtime.ranks,
-        "device_batch": run.config.machine.device_batch,
+        "device_batch": device_batch,
     }
 
 
@@ -387,6 +397,21 @@ def _new_model(context: Context, encoder: Tokenizer) -> GPT:
     return model
 
 
+def _micro_batch(context: Context, model: GPT) -> tuple[Nll, int]:
+    """What training calls for the losses of a batch, and the rows that may be in one.
+
+    Before the optimizer is made: on CUDA the rows are found by trying.
+    """
+    config, runtime = context.run.config, context.runtime
+    nll = torch.compile(model.nll) if runtime.device.type == "cuda" else model.nll
+    length = config.recipe.model.sequence_len
+    share = planning.share_of(config.recipe, context.stage.name, runtime.ranks)
+    rows = config.machine.device_batch or planning.fitting_rows(model, nll, length, share, runtime)
+    if runtime.is_lead:
+        print(f"micro-batch: {min(rows, share)} of a rank's {share} rows", flush=True)
+    return nll, rows
+
+
 def _about(run: Run, encoder: Tokenizer) -> dict[str, Any]:
     """What a checkpoint says of the run it belongs to."""
     return {
@@ -400,6 +425,7 @@ def _train(
     context: Context,
     config: BaseConfig | ConversationConfig | GRPOConfig,
     model: GPT,
+    nll: Nll,
     source: RowSource | RolloutSource,
     steps: int,
     encoder: Tokenizer,
@@ -411,6 +437,7 @@ def _train(
     trainer = Trainer(
         stage=context.stage,
         model=model,
+        nll=nll,
         optimizer=MuonAdamW(model, context.run.config.recipe.optim, context.runtime),
         source=source,
         schedule=config,
@@ -423,8 +450,6 @@ def _train(
         loss=loss,
         hooks=[evaluate],
     )
-    if isinstance(source, RolloutSource):
-        source.nll = trainer.nll  # the compiled one, where there is one
     trainer.fit()
     context.runtime.barrier()
     rows = context.stage.metrics.rows()

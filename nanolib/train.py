@@ -69,7 +69,8 @@ class Trainer:
     """Train a model from its newest checkpoint to the last step, saving on the way.
 
     `hooks` are called after every step that `eval_every` divides and after the last one; they may
-    append metrics. Raises Stopped when the guard asks for it, after saving.
+    append metrics. nll: `model.nll`, compiled; None: as it is. Raises Stopped when the guard asks
+    for it, after saving.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Trainer:
         guard: Guard,
         about: Mapping[str, Any],
         loss: Loss | None = None,
+        nll: Callable[[Batch], Tensor] | None = None,
         hooks: Sequence[Hook] = (),
     ):
         self.stage, self.model, self.optimizer, self.source = stage, model, optimizer, source
@@ -97,7 +99,7 @@ class Trainer:
         self.hooks = hooks
         self.step = 0  # steps done
         self.saved: int | None = None  # the step of the newest checkpoint
-        self.nll = torch.compile(model.nll) if runtime.device.type == "cuda" else model.nll
+        self.nll = nll or model.nll
         self._pace: float | None = None  # seconds a step, smoothed
 
     def fit(self) -> None:

@@ -73,7 +73,7 @@ def test_shards_are_bos_and_the_tokens_of_every_document(run):
 def test_sft_targets_are_what_the_assistant_says(run):
     """Decoded targets of every row, in the order of the packed conversations."""
     encoder, context = stages.load_tokenizer(run), _context(run, "sft")
-    settings = stages._row_settings(context, run.config.recipe.sft, encoder) | {"length": 256}
+    settings = stages._row_settings(context, run.config.recipe.sft, encoder, 8) | {"length": 256}
     talks = stages._conversations(context, "smoltalk", "test", 30)
     source, cut = stages._render(encoder, talks, settings)
     assert cut == 0

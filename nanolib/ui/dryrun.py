@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanolib import accounting, config, hub, launch, pipeline, planning, rundir, stages
+from nanolib import accounting, config, hub, launch, pipeline, planning, stages
 from nanolib.accounting import Machine
 from nanolib.config import MODELS, Config, MachineConfig
 from nanolib.data.packing import Batch
@@ -28,24 +28,11 @@ def check(
     machine: the one it is meant for; None: this one.
     """
     notebooks = {source: pipeline.read(source) for source in pipeline.chapters()}
-    this = _run_as_it_is(profile, run, overrides)
-    there = (this.path / "manifest.json").exists()
-    yield f"run {this.name}: {'exists' if there else 'would be made'} at {this.path}"
+    this = Run.peek(profile, run, overrides)
+    yield f"run {this.name}: {'exists' if this.exists() else 'would be made'} at {this.path}"
     yield _data(this)
     yield from _devices(this.config, machine)
     yield from _roads(this, notebooks)
-
-
-def _run_as_it_is(profile: str, run: str | None, overrides: Mapping[str, Any]) -> Run:
-    """What `Run.open` would open, without making or remembering it."""
-    overrides = config.check_overrides(overrides)
-    resolved = config.resolve(profile, overrides)
-    path = rundir._locate(run or rundir._default_id(resolved, overrides))
-    if not (path / "manifest.json").exists():
-        return Run(path, resolved)
-    loaded = Run.load(str(path), overrides)
-    rundir._check_same_recipe(path, loaded.manifest(), profile, overrides)
-    return loaded
 
 
 # ---------------------------------------------------------------------------- data
@@ -59,7 +46,7 @@ def _data(run: Run) -> str:
     if mirror is None:
         return "data: from the hub, not looked at here (--mirror FOLDER would be)"
     files = hub.text_files(run.config, mirror)
-    stages._check_tasks(run)
+    stages.check_tasks(run)
     return f"data: {mirror}: {len(files.train)} text files and one to validate; its tasks are whole"
 
 
