@@ -392,7 +392,7 @@ def _new_model(context: Context, encoder: Tokenizer) -> GPT:
             raise ValueError(
                 f"run {run.id} has no {earlier[-1]} model: nanolib stage {earlier[-1]}"
             )
-        checkpoint.check_same(found, _about(run, encoder))
+        checkpoint.check_same(found, about_checkpoint(run, earlier[-1], encoder))
         checkpoint.restore_model(found, model)
     return model
 
@@ -412,10 +412,12 @@ def _micro_batch(context: Context, model: GPT) -> tuple[Nll, int]:
     return nll, rows
 
 
-def _about(run: Run, encoder: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint says of the run it belongs to."""
+def about_checkpoint(run: Run, stage: str, encoder: Tokenizer) -> dict[str, Any]:
+    """What a stage's checkpoint depends on: the tokenizer, and the recipe up to that stage."""
+    later = {*MODELS[MODELS.index(stage) + 1 :], "eval"}
+    recipe = flatten(run.config.recipe)
     return {
-        "recipe": flatten(run.config.recipe),
+        "recipe": {path: recipe[path] for path in recipe if path.split(".")[0] not in later},
         "vocab_size": encoder.vocab_size,
         "tokenizer": encoder.fingerprint(),
     }
@@ -446,7 +448,7 @@ def _train(
         eval_every=config.eval_every or every,
         runtime=context.runtime,
         guard=context.guard,
-        about=_about(context.run, encoder),
+        about=about_checkpoint(context.run, context.stage.name, encoder),
         loss=loss,
         hooks=[evaluate],
     )

@@ -14,7 +14,7 @@ from graded_stages import by_length
 from torch.testing import assert_close
 
 from nanolib import checkpoint, grpo, launch, stages
-from nanolib.config import MODELS, OptimConfig, flatten
+from nanolib.config import MODELS, OptimConfig
 from nanolib.model import GPT
 from nanolib.optim import SLOTS, MuonAdamW
 from nanolib.rundir import Run
@@ -62,11 +62,7 @@ def _save_random_weights(run: Run, stage: str) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-    about = {
-        "recipe": flatten(recipe),
-        "vocab_size": encoder.vocab_size,
-        "tokenizer": encoder.fingerprint(),
-    }
+    about = stages.about_checkpoint(run, stage, encoder)
     optimizer = MuonAdamW(model, OptimConfig(), runtime)
     checkpoint.save(run.stage(stage).checkpoints, 0, model, optimizer, about, runtime)
 
