@@ -92,7 +92,7 @@ def answer(model, question, tool=None, tokens=60):
 
 def show(parts):
     for part in parts:
-        print(f"    [{part.kind}] {part.text.strip()[:160]}")
+        print(f"    [{part.kind}] {part.text[:160]!r}")
 
 
 chats, problems = (tasks.load(name, "test", run.mirror()) for name in ("smoltalk", "gsm8k"))
@@ -232,15 +232,18 @@ plt.show()
 
 # %% [markdown]
 # A question with four choices has two targets, its letter and the end of the turn, however long it is.
-# So thousands of them weigh little in the loss, though they fill a good part of the batch. Word problems
-# weigh more than their number says. Whoever sets a mixture by counting examples sets something else.
+# So it takes its full place in the batch and weighs next to nothing in the loss. Word problems, which
+# are long answers to short questions, weigh more than their number says. Whoever sets a mixture by
+# counting examples sets something else.
 #
-# How long is one pass over it? Conversations are never split, so rows are nearly, not quite, full:
+# How long is one pass over it? (Conversations are never split, so rows are nearly, not quite, full.)
 
 # %%
 mid = run.config.recipe.mid
 steps = math.ceil(mid.epochs * totals_3[1] / mid.batch_tokens)
-print(f"{totals_3[1]:,.0f} tokens at {mid.batch_tokens:,} a step: at least {steps:,} for one pass")
+print(
+    f"{totals_3[1]:,.0f} tokens at {mid.batch_tokens:,} a step: about {steps:,} for {mid.epochs:g} pass(es)"
+)
 result = launch.stage("mid", run, watch=lesson.Live())
 print(f"the stage took {result['steps']:,} steps, {result['epochs']:.2f} passes")
 
@@ -337,9 +340,9 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The markers were the largest surprise and become the smallest: that is the grammar, learned. What was
-# never a target may still become less of a surprise, as far as it looks like what was. That costs
-# nothing: it is known, but never *said*.
+# The markers were a great surprise, and become the smallest: that is the grammar, learned. The user's
+# words and the outputs were never targets, and nobody asked the model to predict them. Whatever these two
+# bars do is a by-product. So it has no idea what a result will be, not even of 2 + 2: it has to ask.
 #
 # ## 7. What it costs
 #
@@ -352,7 +355,8 @@ bits = {name: found["compression"]["bpb"] for name, found in (("base", before), 
 for stage in ("base", "mid"):
     assert bits[stage] == run.stage("eval", of=stage).done()["result"]["compression"]["bpb"]
 print(f"bits per byte of held-out text: {bits['base']:.3f} → {bits['mid']:.3f}")
-for name, found in after.items():
+for name in run.config.recipe.eval.tasks:
+    found = after[name]
     shown = {
         k: f"{v:.0%}" for k, v in found.items() if k in ("text", "letters", "accuracy", "chance")
     }
@@ -365,12 +369,12 @@ axes.bar_label(bars, fmt=" %.3f")
 axes.axvline(before["compression"]["trigram_bpb"], color=lesson.RED, ls="--", label="trigrams")
 axes.invert_yaxis()
 axes.set(xlabel="bits per byte of held-out text (less is better)")
-axes.legend()
+axes.legend(loc="lower right", bbox_to_anchor=(1, 1))
 plt.show()
 
 # %% [markdown]
-# That is **forgetting**. It is no disaster here: the form of stories and lists fades, since none is asked
-# for any more, while what they *told* is still needed for the answers (`facts` above: questions whose
+# That is **forgetting**. How stories and lists are told fades, since none is asked for any more. What they
+# *told* is needed for the answers, and lasts longer (`facts` above, in the toy world: questions whose
 # answers stand in the pretraining text alone). Smaller steps forget less and learn less. Larger systems
 # mix some pretraining text into this stage.
 #
