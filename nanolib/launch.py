@@ -96,7 +96,8 @@ def check(name: str, run: Run, of: str | None = None) -> tuple[str, str | None]:
         raise ValueError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
     if name in config.MODELS and name not in enabled:
         raise ValueError(
-            f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false"
+            f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false; "
+            "give --run NAME to begin one that has it"
         )
     if name != "eval":
         if of is not None:

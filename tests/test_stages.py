@@ -124,6 +124,43 @@ def test_without_base_and_mid_sft_starts_from_new_weights(run, tmp_path):
     assert result["steps"] == 2
 
 
+@pytest.mark.parametrize("stage", ["base", "mid", "sft", "grpo"])
+def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
+    """What was found, or machine.device_batch, reaches the source; one forward reaches everyone."""
+    asked, seen = [], {}
+
+    def found(model, nll, length, share, runtime):
+        asked.append((length, share))
+        return 3
+
+    def train(context, config, model, nll, source, *_):
+        seen[context.run.config.machine.device_batch] = source
+        assert nll == model.nll == getattr(source, "nll", nll)
+        return {}
+
+    monkeypatch.setattr(stages.planning, "fitting_rows", found)
+    monkeypatch.setattr(stages, "_train", train)
+    for given in (None, 5):
+        machine = {"machine.device_batch": given}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stages, "passes", lambda *_: {})
+            stages.WORK[stage](_context(Run.load(run.id, machine), stage))
+    ((length, share),) = asked
+    assert length == 128 and share == (16 if stage == "grpo" else 8)
+    for given, source in seen.items():
+        rows = given or 3
+        if stage == "grpo":
+            assert source.device_tokens == rows * 128
+        else:
+            assert source.device_batch == rows
+
+
+def test_a_computer_too_small_is_told_before_training(run, monkeypatch):
+    monkeypatch.setattr(stages.planning, "main_memory", lambda ranks: 1e5)
+    with pytest.raises(ValueError, match=r"too small: one row .* lower model.sequence_len or"):
+        stages.base(_context(run, "base"))
+
+
 def test_data_that_changed_under_a_run_is_refused(mirror, tmp_path):
     stages.work("data", mirror)
     stages.work("tokenizer", mirror)
@@ -144,3 +181,16 @@ def test_a_stage_before_its_needs(tmp_path):
         stages.shard_paths(run)
     with pytest.raises(ValueError, match="no tokenizer"):
         stages.load_tokenizer(run)
+
+
+def test_a_checkpoint_depends_on_the_recipe_up_to_its_stage(run, tmp_path):
+    """So a run that differs in a later stage may take over what comes before."""
+    fork = Run.open("smoke", str(tmp_path / "fork"), SMALL | {"grpo.steps": 1, "eval.tasks": []})
+    for name in ("data", "tokenizer", "shards", "base", "mid", "sft"):
+        shutil.copytree(run.stage(name).path, fork.path / name)
+    assert stages.work("grpo", fork)["steps"] == 1
+    other = Run.open("smoke", str(tmp_path / "other"), SMALL | {"sft.lr": 0.25})
+    for name in ("data", "tokenizer", "shards", "base", "mid", "sft"):
+        shutil.copytree(run.stage(name).path, other.path / name)
+    with pytest.raises(ValueError, match=r"sft\.lr"):
+        stages.work("grpo", other)
