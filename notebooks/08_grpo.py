@@ -108,8 +108,8 @@ assert_close(centred_NA.mean(dim=0), exact_A, atol=0.015, rtol=0)
 assert noise(reward_N + 5) > 3 * noise(reward_N - reward_N.mean())
 
 # %% [markdown]
-# Learning, then: press eight times, step, press again. Forty learners at once, so that luck evens out.
-# The third way is a **control**: the same rewards, dealt to the presses at random. It has the same numbers
+# Learning, then: press eight times, step, press again, with the 5 more for every press. Forty learners at
+# once, so that luck evens out. The third way is a **control**: the same rewards, dealt to the presses at random. It has the same numbers
 # in it and no information. It should learn nothing, and if it did, we would have fooled ourselves.
 
 
@@ -146,6 +146,10 @@ axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 
 # %% [markdown]
+# Without the mean, whatever is pressed is praised, so what was pressed by luck at the start is pressed ever
+# more: many learners end with a poor button and never try another. With it, all of them find the best.
+# The control stays where it was.
+#
 # ## 2. A group is its own baseline
 #
 # For a language model a button is a whole answer, and what is usual depends on the question: 0.5 is poor
@@ -268,7 +272,7 @@ with Sandbox() as sandbox:
     engine = Engine(model, tokenizer, cpu, lambda source: sandbox.run(source).text)
     task = tasks.load(settings.task, "train", run.mirror())
     quiz = Quiz(engine, task, min(64, settings.max_new_tokens))
-    source = RolloutSource(quiz, questions=8, samples=8, seed=1, top_k=settings.top_k)
+    source = RolloutSource(quiz, questions=4, samples=8, seed=1, top_k=settings.top_k)
     rollouts = source.rollouts(step=0)
     (batches,) = source.updates(step=0)  # the same rollouts again, as batches
 rollout = max(rollouts, key=lambda rollout: np.std(rollout.rewards))
@@ -317,7 +321,7 @@ print("pass@1, 2, 4 with 1 of 4 right:", [pass_at_k(4, 1, k) for k in (1, 2, 4)]
 #
 # ## 6. The run
 #
-# Each step: some questions, several answers to each, one update. Each is scored on held-out questions
+# Each step: some questions, several answers to each, one update. The model is scored on held-out questions
 # as it goes, from before the first step on.
 
 # %%
@@ -327,9 +331,9 @@ result = launch.stage("grpo", run, watch=lesson.Live())
 print(f"{result['answers']:,} answers in {result['steps']} steps, {result['epochs']:.2f} passes")
 
 # %% [markdown]
-# The loss that is drawn there says nothing: it is near zero by construction, since advantages sum to zero.
-# (No supervised loss may be read like that.) What to look at are the rewards, and these are other
-# questions at every step, so they jump:
+# The loss that is drawn there says little. A group's advantages sum to zero, and with them most of the
+# loss: it is there for its gradient. What to look at are the rewards. These are of other questions at
+# every step, so they jump:
 
 # %%
 told = [row for row in run.stage("grpo").metrics.rows() if row["kind"] == "rollout"]
@@ -384,8 +388,7 @@ for row in (told[0], told[-1]):
 # %%
 after = launch.stage("eval", run, of="grpo", watch=lesson.Live())
 figure, axes = plt.subplots(figsize=(7.6, 2.6))
-both = [name for name in after if name in before and name not in ("compression", "core")]
-both = [name for name in both if not name.startswith("core/")]
+both = list(run.config.recipe.eval.tasks)
 for shift, found, stage in ((-0.2, before, "sft"), (0.2, after, "grpo")):
     heights = [100 * found[name].get("text", found[name].get("accuracy", 0)) for name in both]
     bars = axes.bar(np.arange(len(both)) + shift, heights, 0.36, label=stage)
