@@ -186,7 +186,7 @@ print(f"p = 0.1, 8 answers: {mixed:.2f}, counted in 20,000 groups")
 
 # %% [markdown]
 # A model that can do nothing learns nothing from being graded, nor does one that can do everything. That
-# is why this chapter comes last, and why chapter 06 left some word problems to be learned.
+# is why this chapter comes late, and why chapter 06 left some word problems to be learned.
 #
 # ## 3. From a button to a text
 #
