@@ -21,7 +21,7 @@ from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 
 STEPS = 20
-CURVE = 0.2  # GRPO's rewards of a step, of 16 answers: a handful may have flipped
+CURVE = 0.3  # between GRPO's mean rewards of a step's 16 answers: some may have flipped
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_rewards_of_grpo_take_the_same_road(make_run, graded_by_length):
     launch.stage("grpo", two)
     curves = [[row["reward"] for row in _rows(run, "grpo", "rollout")] for run in (one, two)]
     assert len(curves[0]) == len(curves[1]) == 8 and len(set(curves[0])) > 1
-    assert curves[0][0] == curves[1][0]
+    assert abs(curves[0][0] - curves[1][0]) < 1e-12
     assert_close(curves[1], curves[0], rtol=0, atol=CURVE)
 
 
