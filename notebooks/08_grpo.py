@@ -133,7 +133,7 @@ paths = {way: learn(way) for way in ("reward", "reward − mean", "shuffled")}
 print({way: f"{path[-1].mean():.2f}" for way, path in paths.items()})
 
 # %%
-figure, axes = plt.subplots(figsize=(7.2, 2.8))
+figure, axes = plt.subplots(figsize=(7.2, 2.8), dpi=75)
 for (way, path_SL), colour in zip(
     paths.items(), (lesson.GREY, lesson.BLUE, lesson.RED), strict=True
 ):
@@ -172,7 +172,7 @@ for rewards in ([1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]):
 # chance 1 − pⁿ − (1 − p)ⁿ.
 
 # %%
-figure, axes = plt.subplots(figsize=(7.2, 2.6))
+figure, axes = plt.subplots(figsize=(7.2, 2.6), dpi=75)
 p = np.linspace(0, 1, 101)
 for samples in (2, 4, 8, 16):
     axes.plot(p, 1 - p**samples - (1 - p) ** samples, label=f"{samples} answers")
@@ -337,7 +337,7 @@ print(f"{result['answers']:,} answers in {result['steps']} steps, {result['epoch
 
 # %%
 told = [row for row in run.stage("grpo").metrics.rows() if row["kind"] == "rollout"]
-figure, panels = plt.subplots(2, 2, sharex=True, figsize=(7.6, 4))
+figure, panels = plt.subplots(2, 2, sharex=True, figsize=(7.6, 4), dpi=80)
 titles = {
     "reward": "mean reward",
     "mixed": "share of questions that teach",
@@ -433,15 +433,14 @@ nll_1T = -ratio_T.log()[None].requires_grad_()  # against an old nll of 0
 curves = {}
 for advantage in (1.0, -1.0):
     fields = {"advantage": torch.full((1, 141), advantage), "old_nll": torch.zeros(1, 141)}
-    some = torch.zeros(1, 141, dtype=torch.long)
-    (push_1T,) = torch.autograd.grad(
-        PolicyGradient(clip=0.2).sum(nll_1T, Batch(inputs_BT=some, targets_BT=some, fields=fields)),
-        nll_1T,
-    )
+    none = torch.zeros(1, 141, dtype=torch.long)
+    batch = Batch(inputs_BT=none, targets_BT=none, fields=fields)
+    loss = PolicyGradient(clip=0.2).sum(nll_1T, batch)
+    (push_1T,) = torch.autograd.grad(loss, nll_1T)
     gain_T = torch.minimum(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage)
+    assert_close(loss, -gain_T.sum())
+    assert_close(push_1T[0, 60].item(), advantage, atol=1e-3, rtol=0)  # of advantage · nll
     curves[advantage] = (gain_T, push_1T[0])
-    plain = advantage  # the gradient of advantage · nll
-    assert_close(push_1T[0, 60], torch.tensor(plain), atol=1e-3, rtol=0)
 print("at a ratio of", round(ratio_T[60].item(), 2), "the push is the plain policy gradient's")
 
 # %%
