@@ -292,8 +292,10 @@ ROAD = (  # what is done, in which chapter, and what comes out
     ("tokenizer", "01", "a vocabulary"),
     ("shards", "01", "token ids"),
     ("base", "04", "a reader"),
-    ("sft", "07", "a talker"),
-    ("eval", "04 07", "scores"),
+    ("mid", "06", "a talker"),
+    ("sft", "07", "an assistant"),
+    ("grpo", "08", "a solver"),
+    ("eval", "04, 06–08", "scores"),
     ("report", "09", "a card"),
 )
 

@@ -278,35 +278,34 @@ print(f"{np.mean(right):.0%} right by text")
 # ## Let it write first
 #
 # What if the model may say the answer before it has to name a letter? It answers the bare question in
-# its own words; we look which choice it named. The hard step, the lookup, is then ours. Below that, the
-# model's own lookup: the four choices stand in the question, the *right* text is already written as the
-# beginning of the answer, and still the letters are compared.
+# its own words, and we look which choice it named. The hard step, the lookup, is then ours.
+
+# %%
+engine = Engine(model, tokenizer, cpu)
+bare = [Conversation.ask(quiz.question(i)).prompt(tokenizer) for i in rows]
+said = [tokenizer.decode(ids) for ids in engine.complete(bare, max_new_tokens=16)]
+named = [[c for c in quiz.choices(i) if c in text] for i, text in zip(rows, said, strict=True)]
+right = [n == [quiz.choices(i)[quiz.answer(i)]] for i, n in zip(rows, named, strict=True)]
+print(f"{np.mean(right):.0%} name the right choice, and no other, when they write first")
+
+# %% [markdown]
+# And the model's own lookup? The four choices stand in the question, the *right* text is already written
+# as the beginning of its answer, and the letters are compared once more.
 
 
 # %%
 @torch.no_grad()
-def letter_after_text(model, question, choices, text):
+def letter_after_text(question, choices, text):
     asked = Conversation.ask(choice_question(question, choices)).prompt(tokenizer)
     logits_V = model(torch.tensor([asked + tokenizer.encode(f"{text} ")]))[0, -1]
     letters = [tokenizer.encode(letter)[0] for letter in LETTERS[: len(choices)]]
     return logits_V[letters].argmax().item()
 
 
-engine = Engine(model, tokenizer, cpu)
-bare = [Conversation.ask(quiz.question(i)).prompt(tokenizer) for i in rows]
-said = [tokenizer.decode(ids) for ids in engine.complete(bare, max_new_tokens=16)]
-named = [
-    [choice for choice in quiz.choices(i) if choice in text]
-    for i, text in zip(rows, said, strict=True)
-]
-right = [found == [quiz.choices(i)[quiz.answer(i)]] for i, found in zip(rows, named, strict=True)]
-print(f"{np.mean(right):.0%} name the right choice, and no other, when they write first")
-hits = [
-    letter_after_text(model, quiz.question(i), quiz.choices(i), quiz.choices(i)[quiz.answer(i)])
-    == quiz.answer(i)
-    for i in rows
-]
-print(f"{np.mean(hits):.0%} find the letter even with the right text before their eyes")
+truth = [(quiz.question(i), quiz.choices(i), quiz.answer(i)) for i in rows]
+found = [letter_after_text(q, choices, choices[answer]) for q, choices, answer in truth]
+hits = [letter == answer for letter, (_, _, answer) in zip(found, truth, strict=True)]
+print(f"{np.mean(hits):.0%} find the letter, the right text before their eyes")
 
 # %% [markdown]
 # Writing first turns a question that the model fails into one that it knows: the answer comes out of its
