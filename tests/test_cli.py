@@ -350,7 +350,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(nanolib, copy, how):
-    older, newest = sorted(copy.stage("sft").checkpoints.glob("step_*"))
+    older, newest = sorted(copy.stage("grpo").checkpoints.glob("step_*"))
     (weights,) = newest.glob("*.safetensors")
     damage(weights, how)
     code, _, errors = nanolib("chat", "-p", "Hello")
@@ -366,23 +366,23 @@ def test_a_missing_checkpoint(nanolib, copy, work_here):
     shutil.rmtree(copy.stage("sft").checkpoints)
     code, _, errors = nanolib("chat", "--of", "sft", "-p", "Hello")
     assert code == 2 and "has no sft model to talk to yet" in errors and "nanolib run" in errors
-    shutil.rmtree(copy.stage("base").checkpoints)
+    shutil.rmtree(copy.stage("mid").checkpoints)
     (copy.stage("sft").path / "done.json").unlink()
     code, _, errors = nanolib("stage", "sft")
-    assert code == 2 and "has no base model: nanolib stage base" in errors
+    assert code == 2 and "has no mid model: nanolib stage mid" in errors
 
 
 def test_a_damaged_checkpoint_in_a_worker_of_its_own(nanolib, copy):
     """The worker's message arrives as one line, and what was saved stays."""
-    for weights in copy.stage("base").checkpoints.glob("*/*.safetensors"):
+    for weights in copy.stage("mid").checkpoints.glob("*/*.safetensors"):
         damage(weights, "truncated")
     (copy.stage("sft").path / "done.json").unlink()
     shutil.rmtree(copy.stage("sft").checkpoints)
-    kept = {path: path.stat().st_mtime_ns for path in copy.stage("base").path.rglob("*")}
+    kept = {path: path.stat().st_mtime_ns for path in copy.stage("mid").path.rglob("*")}
     code, _, errors = nanolib("stage", "sft")
     assert code == 2 and errors.startswith("error: no usable checkpoint") and "Trace" not in errors
     assert "Traceback" in copy.stage("sft").log.read_text()
-    assert kept == {path: path.stat().st_mtime_ns for path in copy.stage("base").path.rglob("*")}
+    assert kept == {path: path.stat().st_mtime_ns for path in copy.stage("mid").path.rglob("*")}
 
 
 # ---------------------------------------------------------------------------- bad text
