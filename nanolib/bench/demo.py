@@ -54,7 +54,13 @@ BARS = (
         lambda s: s["gsm8k"]["accuracy"],
     ),
     Bar("GRPO: sampled, gain", lambda x: x >= 0.05, "≥ 0.05", lambda s: s["grpo"]["sampled"]),
-    Bar("the same, mean", lambda x: x >= 0.08, "≥ 0.08", lambda s: s["grpo"]["sampled"], True),
+    Bar(
+        "the same, mean of the seeds",
+        lambda x: x >= 0.08,
+        "≥ 0.08",
+        lambda s: s["grpo"]["sampled"],
+        True,
+    ),
     Bar("GRPO: greedy, gain", lambda x: x >= -0.02, "≥ −0.02", lambda s: s["grpo"]["greedy"]),
     Bar(
         "shuffled rewards: sampled, gain",
@@ -134,12 +140,8 @@ def table(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> str:
         values = [bar.value(result) for result in results]
         judged = [sum(values) / len(values)] if bar.mean else values
         holds = "yes" if all(map(bar.holds, judged)) else "**no**"
-        if bar.mean:
-            lines.append(
-                f"| {bar.name} | {bar.wanted} | {judged[0]:.3f} |{' |' * len(values)} {holds} |"
-            )
-            continue
-        cells = " | ".join(f"{value:.3f}" for value in values)
+        shown = [f"{value:.3f}" for value in judged] + [""] * (len(values) - len(judged))
+        cells = " | ".join(shown)
         lines.append(f"| {bar.name} | {bar.wanted} | {cells} | {holds} |")
     letters = [[r[name]["letters"] for name in CHOICE_TASKS] for r in results]
     cells = " | ".join(" · ".join(f"{x:.3f}" for x in row) for row in letters)
