@@ -227,7 +227,7 @@ def test_two_commands_at_once(notebooks):
     wait(lambda: list(Path(os.environ["NANOLIB_RUNS"]).glob("smoke/base/metrics.jsonl")))
     second = command(notebooks, "run", "smoke")
     _, errors = second.communicate(timeout=60)
-    assert second.returncode == 2 and "another command is executing run 'smoke'" in errors
+    assert second.returncode == 2 and f"(process {first.pid}) is executing run 'smoke'" in errors
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     json.loads(Path(os.environ["NANOLIB_RUNS"], "smoke", "manifest.json").read_text())
