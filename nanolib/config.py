@@ -302,6 +302,17 @@ def coerce(path: str, hint: Any, value: Any) -> Any:
     raise ValueError(f"{path} must be {_describe(hint)}, got {value!r}")
 
 
+def as_text(value: Any) -> str:
+    """A setting's value as it is written on the command line; `coerce` reads it back.
+
+    >>> as_text(["mmlu", "facts"]), as_text(None), as_text(0.5)
+    ('mmlu,facts', 'none', '0.5')
+    """
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
 def _coerce_one(option: Any, value: Any) -> Any:
     if typing.get_origin(option) is Literal:
         if value in typing.get_args(option):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanolib import accounting
-from nanolib.config import MODELS, REPOSITORY, flatten
+from nanolib.config import MODELS, REPOSITORY, as_text, flatten
 from nanolib.progress import clock
 from nanolib.rundir import Run, StageDir, write_atomic
 
@@ -211,7 +211,7 @@ def _levels(run: Run) -> Iterator[str]:
     yield ""
     yield (
         "Source: `eval/*/done.json`; the original's figures are of October 2025, GPT-2's CORE as "
-        "its authors measured it."
+        "the original's authors give it."
     )
 
 
@@ -473,7 +473,7 @@ def compare(run: Run, other: Run) -> str:
     mine, theirs = flatten(run.config.recipe), flatten(other.config.recipe)
     names = ["setting", run.id, other.id]
     rows = [
-        [key, _setting(mine.get(key)), _setting(theirs.get(key))]
+        [key, as_text(mine.get(key)), as_text(theirs.get(key))]
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key)
     ]
@@ -503,10 +503,6 @@ def _all_measures(run: Run) -> dict[str, float]:
         for task, scores in _scores(run, name).items()
         for measure, number in _measures(task, scores)
     }
-
-
-def _setting(value: Any) -> str:
-    return "none" if value is None else str(value)
 
 
 # ---------------------------------------------------------------------------- reading results

@@ -328,5 +328,5 @@ def test_settings_survive_the_command_line():
     }
     given = {key: value for key, value in given.items() if key in config.settings()}
     given = config.check_overrides(given)
-    words = [f"--{key}={background.config_text(value)}" for key, value in given.items()]
+    words = [f"--{key}={config.as_text(value)}" for key, value in given.items()]
     assert len(given) >= 4 and cli.split_settings(words) == ([], given)

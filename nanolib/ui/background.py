@@ -41,7 +41,7 @@ def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
     this = Run.open(profile, run, overrides)
     with pipeline.only_one(this):
         pass
-    words = [f"--{key}={config_text(value)}" for key, value in overrides.items()]
+    words = [f"--{key}={config.as_text(value)}" for key, value in overrides.items()]
     log = log_path(this)
     with log.open("ab") as out:
         begin = out.tell()
@@ -64,11 +64,6 @@ def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
         f"  watch  uv run nanolib watch --run {this.name}\n"
         f"  stop   kill {process.pid}   (it saves first; the same command goes on)"
     )
-
-
-def config_text(value: Any) -> str:
-    """A setting's value as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _failure(code: int, text: str) -> Exception:

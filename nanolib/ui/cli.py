@@ -183,7 +183,7 @@ class Commands:
         """Bring one stage, and what is missing before it, to its end, without notebooks.
 
         Args:
-            name: One of data, tokenizer, shards, base, sft, eval, report.
+            name: One of data, tokenizer, shards, base, mid, sft, grpo, eval, report.
             profile: Open a run of this profile, making it if there is none.
         """
         opened = Run.open(profile, _place(run), self.overrides) if profile else self._open(run)
@@ -331,8 +331,7 @@ class Commands:
         flat = config.flatten(resolved.recipe)
         flat |= {f"machine.{key}": value for key, value in config.flatten(resolved.machine).items()}
         for path, value in flat.items():
-            text = ",".join(map(str, value)) if isinstance(value, list) else value
-            print(f"{path:<28} {'none' if text is None else text}")
+            print(f"{path:<28} {config.as_text(value)}")
 
     def _open(self, run: str | None) -> Run:
         return Run.load(_place(run), self.overrides)
