@@ -217,11 +217,12 @@ class Desk:
             self._stops.discard(stop)
             loop.call_soon_threadsafe(queue.put_nowait, end)
 
-        if self._stops:
-            yield _line(type="wait")
-        self._stops.add(stop)
+        waits = bool(self._stops)
+        self._stops.add(stop)  # before the first line: who has read one can be stopped
+        self._thread.submit(write)
         try:
-            self._thread.submit(write)
+            if waits:
+                yield _line(type="wait")
             async for line in _news(queue, session):
                 yield line
         finally:
