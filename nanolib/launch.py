@@ -31,7 +31,7 @@ from typing import Any
 from nanolib import config, guard, rundir
 from nanolib.rundir import Run, StageDir
 
-WORKER = "nanolib.stages"  # the module that runs a stage: `python -m WORKER STAGE DIR …`
+WORKER: str = "nanolib.stages"  # the module that runs a stage: `python -m WORKER STAGE DIR …`
 SHARED = (*config.MODELS, "eval")  # the stages that several ranks share
 POLL = 0.2  # seconds between looks at a worker
 TAIL = 30  # lines of the log that an error shows

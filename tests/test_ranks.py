@@ -4,6 +4,8 @@ Every weight is drawn at random: zero-initialised projections would make most gr
 rewards of GRPO are by length (see `graded_stages`), for nobody's answer is right here.
 """
 
+import json
+import math
 import shutil
 
 import nbclient
@@ -14,6 +16,7 @@ from graded_stages import by_length
 from torch.testing import assert_close
 
 from nanolib import checkpoint, grpo, launch, stages
+from nanolib.bench import ranks
 from nanolib.config import MODELS, OptimConfig
 from nanolib.model import GPT
 from nanolib.optim import SLOTS, MuonAdamW
@@ -180,3 +183,24 @@ def test_twenty_steps_and_resuming_on_another_number_of_ranks(make_run):
         record = place.done()
         assert record is not None and record["machine"]["ranks"] == resumed_on
         assert_close(_losses(run), straight, rtol=0, atol=1e-4)
+
+
+def test_four_ranks_share_the_optimizer_and_send_what_zero_2_sends(make_run, monkeypatch):
+    """What `nanolib bench ranks` measures, against a count by hand: stacks of whole fours."""
+    one, four = make_run("base", 4, 1), make_run("base", 4, 4)
+    launch.stage("base", one)
+    monkeypatch.setattr(launch, "WORKER", "nanolib.bench.ranks")
+    launch.stage("base", four)
+    assert ranks.furthest(ranks.losses(four), ranks.losses(one)) < 1e-5
+    width, depth = four.config.recipe.model.width, four.config.recipe.model.depth
+    vocab = stages.load_tokenizer(four).vocab_size
+    assert depth == 2  # 8 square matrices; 2 each of `up` and `down`, made 4
+    matrices = (8 + 4 * 4 + 4 * 4) * width**2
+    ends = 2 * 4 * math.ceil(vocab / 4) * width
+    for rank in range(4):
+        counted = json.loads((four.path / "base" / f"rank_{rank}.json").read_text())
+        assert counted["steps"] == 2
+        for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+            assert counted["bytes"][name] == 2 * 4 * (matrices + ends), name
+        assert 0 < counted["bytes"]["all_reduce"] < 100
+        assert counted["state"] == 4 * (matrices + 2 * ends) / 4
