@@ -123,17 +123,29 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def passes(quiz: Quiz, questions: int, samples: int, seed: int) -> dict[str, float]:
-    """Greedy accuracy, pass@1 and pass@`samples` on a task's first questions, over all ranks."""
+def passes(
+    quiz: Quiz,
+    questions: int,
+    samples: int,
+    seed: int,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, float]:
+    """Greedy accuracy, pass@1 and pass@`samples` on a task's first questions, over all ranks.
+
+    `progress(done, total)` is called before each round of this rank's questions, and may raise.
+    """
     runtime = quiz.engine.runtime
     chosen = quiz.usable[:questions]
-    mine = chosen[runtime.rank :: runtime.ranks]
+    mine, at_once = chosen[runtime.rank :: runtime.ranks], max(1, ROWS_AT_ONCE // samples)
     sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    if mine:
-        seeds = [seed_of(seed, "passes", question) for question in mine]
-        sampled = quiz.answers(mine, samples, seeds, temperature=1.0)
-        greedy = quiz.answers(mine, 1, seeds)
-        for question, many, (one,) in zip(mine, sampled, greedy, strict=True):
+    for start in range(0, len(mine), at_once):
+        if progress is not None:
+            progress(start, len(mine))
+        asked = mine[start : start + at_once]
+        seeds = [seed_of(seed, "passes", question) for question in asked]
+        sampled = quiz.answers(asked, samples, seeds, temperature=1.0)
+        greedy = quiz.answers(asked, 1, seeds)
+        for question, many, (one,) in zip(asked, sampled, greedy, strict=True):
             right = int(sum(quiz.grade(question, [quiz.text(answer) for answer in many])))
             (best,) = quiz.grade(question, [quiz.text(one)])
             every = pass_at_k(samples, right, samples)

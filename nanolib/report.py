@@ -95,7 +95,9 @@ def _state(stage: StageDir) -> str:
     """Whether a stage is finished, and how far it came if not."""
     if stage.done():
         return "finished"
-    last = next((row for row in reversed(stage.metrics.rows()) if "steps" in row), None)
+    kinds = ("train",) if stage.name in MODELS else ("train", "progress")
+    rows = [row for row in stage.metrics.rows() if row["kind"] in kinds]
+    last = rows[-1] if rows else None
     if last is None:
         return "not begun"
     return f"unfinished, at {last['step']:,} of {last['steps']:,}"

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,11 +241,10 @@ def shard_paths(run: Run) -> tuple[list[Path], Path]:
 def base(context: Context) -> dict[str, Any]:
     """Pretrain on the token shards; bits per byte on the validation shard as it goes."""
     run, config = context.run, context.run.config.recipe.base
-    encoder = load_tokenizer(run)
     train, _ = shard_paths(run)
-    model = _new_model(context, encoder)
-    nll, rows_at_once = _micro_batch(context, model)
-    source = TextSource.open(train, **_row_settings(context, config, encoder, rows_at_once))
+    student = _student(context)
+    encoder = student.encoder
+    source = TextSource.open(train, **_row_settings(context, config, student))
     assert config.steps is not None
     documents = validation_documents(run, encoder, config.eval_documents)
 
@@ -254,7 +254,7 @@ def base(context: Context) -> dict[str, Any]:
         )
         _eval_row(context, trainer.step, bpb=bpb)
 
-    return _train(context, config, model, nll, source, config.steps, encoder, evaluate) | {
+    return _train(context, config, student, source, config.steps, evaluate) | {
         "epochs": config.steps * source.batch_rows / len(source)
     }
 
@@ -271,15 +271,11 @@ def sft(context: Context) -> dict[str, Any]:
 
 def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
     """Train on conversations: the loss covers what the assistant says, nothing else."""
-    run = context.run
-    encoder = load_tokenizer(run)
-    model = _new_model(context, encoder)
-    nll, rows_at_once = _micro_batch(context, model)
-    settings = _row_settings(context, config, encoder, rows_at_once)
-    rows = flatten(config.rows)
+    student = _student(context)
+    encoder, settings = student.encoder, _row_settings(context, config, student)
     mixture = {
         name: _conversations(context, name, "train", limit)
-        for name, limit in rows.items()
+        for name, limit in flatten(config.rows).items()
         if limit != 0
     }
     source, cut = _render(encoder, [c for part in mixture.values() for c in part], settings)
@@ -289,7 +285,7 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
     def evaluate(trainer: Trainer) -> None:
         _eval_row(context, trainer.step, loss=_validation_loss(trainer, held))
 
-    return _train(context, config, model, nll, source, steps, encoder, evaluate) | {
+    return _train(context, config, student, source, steps, evaluate) | {
         "conversations": {name: len(part) for name, part in mixture.items()},
         "cut_tokens": cut,
         "epochs": steps * source.batch_rows / len(source),
@@ -299,12 +295,10 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
 def grpo(context: Context) -> dict[str, Any]:
     """Learn from answers that can be graded, the tool running; see `nanolib.grpo`."""
     run, config, mirror = context.run, context.run.config.recipe.grpo, context.run.mirror()
-    encoder = load_tokenizer(run)
-    model = _new_model(context, encoder)
-    nll, rows_at_once = _micro_batch(context, model)
+    student = _student(context)
     seed = seed_of(run.config.recipe.seed, "grpo")
     with Sandbox() as sandbox:
-        engine = Engine(model, encoder, context.runtime, lambda source: sandbox.run(source).text)
+        engine = _engine(context, student.model, student.encoder, sandbox)
         quiz, held = (
             Quiz(engine, _graded_task(config.task, split, mirror), config.max_new_tokens)
             for split in ("train", "test")
@@ -317,17 +311,17 @@ def grpo(context: Context) -> dict[str, Any]:
             temperature=config.temperature,
             top_k=config.top_k,
             updates_each=config.updates_each,
-            device_batch=rows_at_once,
+            device_batch=student.device_batch,
             reward=_shuffled(quiz, seed) if config.shuffled else None,
-            nll=nll,
+            nll=student.nll,
             metrics=context.stage.metrics,
         )
         steps = config.steps or math.ceil(config.epochs * len(quiz.usable) / config.questions)
 
         def score(step: int) -> None:
-            _eval_row(
-                context, step, **passes(held, config.eval_questions, config.eval_samples, seed)
-            )
+            tell = partial(context.progress, message="answers to held-out questions")
+            asked = (config.eval_questions, config.eval_samples)
+            _eval_row(context, step, **passes(held, *asked, seed, tell))
 
         def evaluate(trainer: Trainer) -> None:
             score(trainer.step)
@@ -335,7 +329,7 @@ def grpo(context: Context) -> dict[str, Any]:
         if not any(row["kind"] == "eval" for row in context.stage.metrics.rows()):
             score(0)  # where it starts from
         loss = PolicyGradient(config.clip)
-        return _train(context, config, model, nll, source, steps, encoder, evaluate, loss) | {
+        return _train(context, config, student, source, steps, evaluate, loss) | {
             "epochs": steps * config.questions / len(quiz.usable),
             "answers": steps * config.questions * config.samples,
         }
@@ -360,22 +354,46 @@ def _shuffled(quiz: Quiz, seed: int) -> Reward:
 
 
 def _row_settings(
-    context: Context,
-    config: BaseConfig | ConversationConfig,
-    encoder: Tokenizer,
-    device_batch: int,
+    context: Context, config: BaseConfig | ConversationConfig, student: Student
 ) -> dict[str, Any]:
     run, runtime = context.run, context.runtime
     length = run.config.recipe.model.sequence_len
     return {
         "length": length,
         "batch_rows": config.batch_tokens // length,
-        "bos": encoder.bos,
+        "bos": student.encoder.bos,
         "seed": seed_of(run.config.recipe.seed, context.stage.name),
         "rank": runtime.rank,
         "ranks": runtime.ranks,
-        "device_batch": device_batch,
+        "device_batch": student.device_batch,
     }
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a training stage trains, and how much of it at once."""
+
+    encoder: Tokenizer
+    model: GPT
+    nll: Nll  # of the model, compiled on CUDA
+    device_batch: int  # rows in a micro-batch at most
+
+
+def _student(context: Context) -> Student:
+    """The model that a stage goes on with, and its micro-batch.
+
+    Before the optimizer is made: on CUDA the rows are found by trying.
+    """
+    config, runtime = context.run.config, context.runtime
+    encoder = load_tokenizer(context.run)
+    model = _new_model(context, encoder)
+    nll = torch.compile(model.nll) if runtime.device.type == "cuda" else model.nll
+    length = config.recipe.model.sequence_len
+    share = planning.share_of(config.recipe, context.stage.name, runtime.ranks)
+    rows = config.machine.device_batch or planning.fitting_rows(model, nll, length, share, runtime)
+    if runtime.is_lead:
+        print(f"micro-batch: {min(rows, share)} of a rank's {share} rows", flush=True)
+    return Student(encoder, model, nll, rows)
 
 
 def _new_model(context: Context, encoder: Tokenizer) -> GPT:
@@ -397,21 +415,6 @@ def _new_model(context: Context, encoder: Tokenizer) -> GPT:
     return model
 
 
-def _micro_batch(context: Context, model: GPT) -> tuple[Nll, int]:
-    """What training calls for the losses of a batch, and the rows that may be in one.
-
-    Before the optimizer is made: on CUDA the rows are found by trying.
-    """
-    config, runtime = context.run.config, context.runtime
-    nll = torch.compile(model.nll) if runtime.device.type == "cuda" else model.nll
-    length = config.recipe.model.sequence_len
-    share = planning.share_of(config.recipe, context.stage.name, runtime.ranks)
-    rows = config.machine.device_batch or planning.fitting_rows(model, nll, length, share, runtime)
-    if runtime.is_lead:
-        print(f"micro-batch: {min(rows, share)} of a rank's {share} rows", flush=True)
-    return nll, rows
-
-
 def about_checkpoint(run: Run, stage: str, encoder: Tokenizer) -> dict[str, Any]:
     """What a stage's checkpoint depends on: the tokenizer, and the recipe up to that stage."""
     later = {*MODELS[MODELS.index(stage) + 1 :], "eval"}
@@ -426,11 +429,9 @@ def about_checkpoint(run: Run, stage: str, encoder: Tokenizer) -> dict[str, Any]
 def _train(
     context: Context,
     config: BaseConfig | ConversationConfig | GRPOConfig,
-    model: GPT,
-    nll: Nll,
+    student: Student,
     source: RowSource | RolloutSource,
     steps: int,
-    encoder: Tokenizer,
     evaluate: Hook,
     loss: Loss | None = None,
 ) -> dict[str, Any]:
@@ -438,9 +439,9 @@ def _train(
     every = max(1, steps // 10)
     trainer = Trainer(
         stage=context.stage,
-        model=model,
-        nll=nll,
-        optimizer=MuonAdamW(model, context.run.config.recipe.optim, context.runtime),
+        model=student.model,
+        nll=student.nll,
+        optimizer=MuonAdamW(student.model, context.run.config.recipe.optim, context.runtime),
         source=source,
         schedule=config,
         steps=steps,
@@ -448,7 +449,7 @@ def _train(
         eval_every=config.eval_every or every,
         runtime=context.runtime,
         guard=context.guard,
-        about=about_checkpoint(context.run, context.stage.name, encoder),
+        about=about_checkpoint(context.run, context.stage.name, student.encoder),
         loss=loss,
         hooks=[evaluate],
     )
@@ -463,7 +464,7 @@ def _train(
     return {
         "steps": steps,
         "tokens": tokens,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in student.model.parameters()),
         "train_loss": steps_done[-1]["loss"],
         **{f"validation_{name}": value for name, value in final.items()},
         "seconds": seconds,
@@ -529,7 +530,7 @@ def evaluate(context: Context) -> dict[str, Any]:
         row["task"]: row["scores"] for row in context.stage.metrics.rows() if row["kind"] == "score"
     }
     with Sandbox() as sandbox:
-        engine = Engine(model, encoder, context.runtime, lambda source: sandbox.run(source).text)
+        engine = _engine(context, model, encoder, sandbox)
         parts = _text_scores(context, engine) | _core_scores(context, engine)
         if of != "base":
             parts |= _task_scores(context, engine)
@@ -543,6 +544,11 @@ def evaluate(context: Context) -> dict[str, Any]:
                     kind="score", step=number, task=name, scores=known[name]
                 )
     return _with_means({name: known[name] for name in parts})
+
+
+def _engine(context: Context, model: GPT, encoder: Tokenizer, sandbox: Sandbox) -> Engine:
+    """An engine whose tool is the sandbox."""
+    return Engine(model, encoder, context.runtime, lambda source: sandbox.run(source).text)
 
 
 def _with_means(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -596,9 +602,7 @@ def _core_scores(context: Context, engine: Engine) -> dict[str, Score]:
         return {}
 
     def score(task: core.CoreTask) -> Score:
-        def tell(done: int, total: int) -> None:
-            context.progress(done, total, f"core/{task.label}")
-
+        tell = partial(context.progress, message=f"core/{task.label}")
         return lambda: core.evaluate(
             engine.model, engine.tokenizer, task, context.runtime, limit=limit, progress=tell
         )
@@ -617,6 +621,7 @@ def _task_scores(context: Context, engine: Engine) -> dict[str, Score]:
             context.runtime,
             limit=config.max_problems,
             max_new_tokens=config.max_new_tokens,
+            progress=partial(context.progress, message=name),
         )
 
     return {name: score(name) for name in config.tasks}

@@ -180,6 +180,28 @@ def test_ranks_share_the_questions_and_agree(engine, mirror):
     assert scores["text"] == pytest.approx(sum(parts[1]) / 30)
 
 
+def test_progress_is_told_between_rounds_and_can_stop(engine, mirror, monkeypatch):
+    whole = {name: _evaluate(engine, mirror, name) for name in ("mmlu", "gsm8k")}
+    monkeypatch.setattr(choices, "QUESTIONS_AT_ONCE", 4)
+    told: list[tuple[int, int]] = []
+    for name in whole:
+        scores = _evaluate(engine, mirror, name, progress=lambda *step: told.append(step))
+        assert scores == whole[name]
+    assert told == 2 * [(0, 10), (4, 10), (8, 10)]
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _evaluate(engine, mirror, "gsm8k", progress=stop)
+
+
+def _evaluate(engine, mirror, name, **options):
+    task = tasks.load(name, "test", mirror)
+    return choices.evaluate(engine, task, engine.runtime, 10, max_new_tokens=5, **options)
+
+
 def test_a_task_without_a_grader_is_refused(engine, mirror):
     task = tasks.load("smoltalk", "test", mirror)
     with pytest.raises(ValueError, match="'smoltalk' has nothing to grade"):

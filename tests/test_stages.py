@@ -73,7 +73,8 @@ def test_shards_are_bos_and_the_tokens_of_every_document(run):
 def test_sft_targets_are_what_the_assistant_says(run):
     """Decoded targets of every row, in the order of the packed conversations."""
     encoder, context = stages.load_tokenizer(run), _context(run, "sft")
-    settings = stages._row_settings(context, run.config.recipe.sft, encoder, 8) | {"length": 256}
+    student = stages._student(context)
+    settings = stages._row_settings(context, run.config.recipe.sft, student) | {"length": 256}
     talks = stages._conversations(context, "smoltalk", "test", 30)
     source, cut = stages._render(encoder, talks, settings)
     assert cut == 0
@@ -133,9 +134,9 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
         asked.append((length, share))
         return 3
 
-    def train(context, config, model, nll, source, *_):
+    def train(context, config, student, source, *_):
         seen[context.run.config.machine.device_batch] = source
-        assert nll == model.nll == getattr(source, "nll", nll)
+        assert student.nll == student.model.nll == getattr(source, "nll", student.nll)
         return {}
 
     monkeypatch.setattr(stages.planning, "fitting_rows", found)

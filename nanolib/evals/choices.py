@@ -8,7 +8,7 @@ graded, with the tool it has. Work is shared among the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,13 @@ from nanolib.tasks import ChoiceTask, GradedTask, HumanEval, Task
 from nanolib.tools import Sandbox
 
 TOKENS_AT_ONCE = 16_384
+QUESTIONS_AT_ONCE = 128  # between two calls of `progress`
 SHOWN = 8  # answers kept to be looked at
 RIGHT = (True, "passed")  # outcomes of grading
 TOO_LONG = "too long"
 PROGRAM_SECONDS = 6  # of a function with its tests
+
+Graded = tuple[int, str, str, bool | str]  # row, question, answer as it was said, outcome
 
 
 def evaluate(
@@ -35,17 +38,20 @@ def evaluate(
     runtime: Runtime,
     limit: int | None = None,
     max_new_tokens: int = 256,
+    progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, Any]:
     """All scores of one task on its first `limit` rows (None: all).
 
-    Raises ValueError for a task that cannot be graded.
+    `progress(done, total)` is called before each round of this rank's questions, and may raise to
+    stop. Raises ValueError for a task that cannot be graded.
     """
     count = len(task) if limit is None else min(limit, len(task))
-    mine = range(runtime.rank, count, runtime.ranks)
+    rounds = _rounds(range(runtime.rank, count, runtime.ranks), progress)
     if isinstance(task, ChoiceTask):
-        letters = sum(by_letter(engine, task, mine))
-        text = sum(by_text(engine, task, mine))
-        letters, text = _summed([letters, text], runtime)
+        right = np.zeros(2)
+        for rows in rounds:
+            right += sum(by_letter(engine, task, rows)), sum(by_text(engine, task, rows))
+        letters, text = _summed(right, runtime)
         chance = float(np.mean([1 / len(task.choices(i)) for i in range(count)]))
         return {
             "text": text / count,
@@ -53,23 +59,30 @@ def evaluate(
             "chance": chance,
             "questions": count,
         }
+
+    def words(grade: Callable[[int, str], bool | str]) -> list[Graded]:
+        return [g for rows in rounds for g in in_words(engine, task, rows, max_new_tokens, grade)]
+
     if isinstance(task, HumanEval):
         with Sandbox(seconds=PROGRAM_SECONDS) as sandbox:
-            graded = in_words(
-                engine,
-                task,
-                mine,
-                max_new_tokens,
-                lambda i, answer: programs.check(task.row(i), answer, sandbox).outcome,
-            )
+            graded = words(lambda i, said: programs.check(task.row(i), said, sandbox).outcome)
     elif isinstance(task, GradedTask):
-        graded = in_words(engine, task, mine, max_new_tokens, task.grade)
+        graded = words(task.grade)
     else:
         raise ValueError(f"task {task.name!r} has nothing to grade answers by; leave it out")
     return _of_words([entry for part in runtime.gather(graded) for entry in part])
 
 
-def _of_words(graded: list[tuple[int, str, str, bool | str]]) -> dict[str, Any]:
+def _rounds(
+    rows: Sequence[int], progress: Callable[[int, int], object] | None
+) -> Iterator[Sequence[int]]:
+    for start in range(0, len(rows), QUESTIONS_AT_ONCE):
+        if progress is not None:
+            progress(start, len(rows))
+        yield rows[start : start + QUESTIONS_AT_ONCE]
+
+
+def _of_words(graded: list[Graded]) -> dict[str, Any]:
     """Scores of all ranks' answers in words; what is neither right nor wrong is counted apart."""
     graded = sorted(graded, key=lambda entry: entry[0])
     outcomes = [outcome for *_, outcome in graded]
@@ -84,8 +97,8 @@ def _of_words(graded: list[tuple[int, str, str, bool | str]]) -> dict[str, Any]:
     }
 
 
-def _summed(values: Sequence[float], runtime: Runtime) -> list[float]:
-    return runtime.sum(torch.tensor(values, dtype=torch.float64, device=runtime.device)).tolist()
+def _summed(values: np.ndarray, runtime: Runtime) -> list[float]:
+    return runtime.sum(torch.tensor(values, device=runtime.device)).tolist()
 
 
 @torch.inference_mode()
@@ -139,8 +152,8 @@ def in_words(
     rows: Sequence[int],
     max_new_tokens: int,
     grade: Callable[[int, str], bool | str],
-) -> list[tuple[int, str, str, bool | str]]:
-    """(row, question, greedy answer as it was said, outcome) of each row.
+) -> list[Graded]:
+    """Each row's greedy answer, graded.
 
     The outcome is what `grade` says of the row's number and the answer's text parts. A question
     that fills the context is not asked: it is TOO_LONG.
