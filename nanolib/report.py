@@ -5,13 +5,13 @@ Every number stands under the name of the file it was read from; what is missing
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanolib import accounting
+from nanolib import markdown as md
 from nanolib.config import MODELS, REPOSITORY, as_text, flatten
 from nanolib.progress import clock
 from nanolib.rundir import Run, StageDir, write_atomic
@@ -19,8 +19,6 @@ from nanolib.rundir import Run, StageDir, write_atomic
 Scores = dict[str, dict[str, Any]]  # task -> what was measured
 
 SAMPLES = 8  # shown of each evaluation
-BARS = " ▁▂▃▄▅▆▇█"
-DASH = "—"
 
 # The system this course rebuilds, at depth 20 (its own report of October 2025): column, task.
 ORIGINAL = {
@@ -157,10 +155,10 @@ def _summary(run: Run) -> Iterator[str]:
         ours = [*(found.get(f"{name} {measure}") for name in models), chances.get(task)]
         asked_alike = measure == task or measure.endswith("letters")
         theirs = [ORIGINAL[name].get(task) if asked_alike else None for name in models]
-        rows.append([_measure_label(measure), *map(_score, [*ours, *theirs])])
+        rows.append([_measure_label(measure), *map(md.score, [*ours, *theirs])])
     ours = [COLUMNS[name] for name in models]
     header = ["", *ours, "chance", *(f"original {name}" for name in ours)]
-    yield from _table(header, rows)
+    yield from md.table(header, rows)
     yield ""
     yield (
         "Source: `eval/*/done.json`. The original is the system this course rebuilds, at depth 20 "
@@ -208,8 +206,8 @@ def _levels(run: Run) -> Iterator[str]:
         passed = best is not None and (best <= level.bar if less_is_better else best >= level.bar)
         sign = "≤" if less_is_better else "≥"
         mark = "passed" if passed else "not yet"
-        rows.append([level.name, f"{sign} {level.bar:g}", _score(best), mark])
-    yield from _table(["level", "bar", "best of this run", ""], rows)
+        rows.append([level.name, f"{sign} {level.bar:g}", md.score(best), mark])
+    yield from md.table(["level", "bar", "best of this run", ""], rows)
     yield ""
     yield (
         "Source: `eval/*/done.json`; the original's figures are of October 2025, GPT-2's CORE as "
@@ -237,7 +235,7 @@ def _costs(run: Run) -> Iterator[str]:
     rows, seconds, money = [], 0.0, []
     for stage, record in records:
         if record is None:
-            rows.append([_title(stage), _state(stage), DASH, DASH, DASH, DASH])
+            rows.append([_title(stage), _state(stage), md.DASH, md.DASH, md.DASH, md.DASH])
             continue
         result, machine = record["result"], record.get("machine", {})
         speed = result.get("tokens_per_second")
@@ -258,16 +256,16 @@ def _costs(run: Run) -> Iterator[str]:
             [
                 _title(stage),
                 clock(record["seconds"]),
-                _number(result.get("tokens")),
-                DASH if speed is None else f"{speed:,.0f}",
-                f"{share:.1%}" if share else DASH,
-                _dollars(money[-1]),
+                md.number(result.get("tokens")),
+                md.DASH if speed is None else f"{speed:,.0f}",
+                f"{share:.1%}" if share else md.DASH,
+                md.dollars(money[-1]),
             ]
         )
     priced = [m for m in money if m is not None]
-    total = _dollars(sum(priced) if priced else None)
+    total = md.dollars(sum(priced) if priced else None)
     rows.append(["**all**", f"**{clock(seconds)}**", "", "", "", f"**{total}**"])
-    yield from _table(["stage", "time", "tokens", "tokens/s", "MFU", "cost"], rows)
+    yield from md.table(["stage", "time", "tokens", "tokens/s", "MFU", "cost"], rows)
     yield ""
     yield (
         "Source: each stage's `done.json`. Tokens are those learned from (in SFT what the assistant "
@@ -292,7 +290,7 @@ def _machine(run: Run) -> Iterator[str]:
         one = next(iter(values.values()))
         shown = one if alike else ", ".join(f"{title}: {value}" for title, value in values.items())
         rows.append([key, str(shown)])
-    yield from _table(["", ""], rows) if rows else ["No stage is finished."]
+    yield from md.table(["", ""], rows) if rows else ["No stage is finished."]
     if rows:
         yield ""
         yield "Source: `machine` in each stage's `done.json`."
@@ -316,7 +314,7 @@ def _model(run: Run) -> Iterator[str]:
     if tokens:
         rows.append(["base: tokens a parameter", f"{tokens / sum(counts.values()):.2f}"])
         rows.append(["base: training FLOPs", f"{flops * tokens:.3g}"])
-    yield from _table(["", ""], rows)
+    yield from md.table(["", ""], rows)
     yield ""
     yield "Source: counted by `nanolib.accounting` from the recipe in `manifest.json`"
     yield "and the tokens in `base/done.json`."
@@ -345,16 +343,16 @@ def _training(run: Run) -> Iterator[str]:
         )
         if curve:
             yield from ["", f"{name}, by step:", "", "```text"]
-            yield from chart(curve)
+            yield from md.chart(curve)
             yield "```"
         scores = [row for row in rows if row["kind"] == "eval"]
         if scores:
             names = [key for key in scores[-1] if key not in ("kind", "step", "steps", "time")]
-            shown = _thinned(scores, 12)
+            shown = md.thinned(scores, 12)
             yield from ["", "On held-out data:", ""]
-            yield from _table(
+            yield from md.table(
                 ["step", *(LABELS.get(name, name) for name in names)],
-                [[f"{row['step']:,}", *(_score(row.get(n)) for n in names)] for row in shown],
+                [[f"{row['step']:,}", *(md.score(row.get(n)) for n in names)] for row in shown],
             )
         if losses or scores:
             yield from ["", f"Source: `{stage.name}/metrics.jsonl`."]
@@ -376,10 +374,10 @@ def _evaluations(run: Run) -> Iterator[str]:
             yield f"{_state(stage).capitalize()}."
             continue
         rows = [
-            [LABELS.get(task, task), *(_score(values.get(key)) for key in columns)]
+            [LABELS.get(task, task), *(md.score(values.get(key)) for key in columns)]
             for task, values in scores.items()
         ]
-        yield from _table(["task", *(LABELS.get(column, column) for column in columns)], rows)
+        yield from md.table(["task", *(LABELS.get(column, column) for column in columns)], rows)
         yield from ["", f"Source: `{_title(stage)}/done.json`."]
 
 
@@ -395,13 +393,13 @@ def _core(run: Run) -> Iterator[str]:
     for label in dict.fromkeys(label for found in tasks.values() for label in found):
         known = [tasks[name].get(label, {}) for name in models]
         about = next(scores for scores in known if scores)
-        questions = [_number(about.get(key)) for key in ("shots", "questions")]
-        accuracies = [_score(scores.get("accuracy")) for scores in known]
-        rows.append([label, *questions, _score(about.get("chance")), *accuracies])
+        questions = [md.number(about.get(key)) for key in ("shots", "questions")]
+        accuracies = [md.score(scores.get("accuracy")) for scores in known]
+        rows.append([label, *questions, md.score(about.get("chance")), *accuracies])
     means = [_scores(run, name).get("core", {}).get("accuracy") for name in models]
-    rows.append(["**CORE** (mean of centred)", "", "", "", *map(_score, means)])
+    rows.append(["**CORE** (mean of centred)", "", "", "", *map(md.score, means)])
     columns = [COLUMNS[name] for name in models]
-    yield from _table(["task", "shots", "questions", "chance", *columns], rows)
+    yield from md.table(["task", "shots", "questions", "chance", *columns], rows)
     yield ""
     yield "Accuracies; centred means (accuracy − chance) / (1 − chance). Source: `eval/*/done.json`."
 
@@ -427,7 +425,7 @@ def _samples(run: Run) -> Iterator[str]:
                 f"From `{_title(stage)}/{source}`: what was given, then what came.",
                 "",
             ]
-            yield from _fenced("\n\n".join(map(_quoted, samples)))
+            yield from md.fenced("\n\n".join(map(md.quoted, samples)))
     if not found:
         yield from ["", "No samples were recorded."]
 
@@ -461,7 +459,7 @@ def _code(run: Run) -> Iterator[str]:
         return
     yield "## Code base"
     yield ""
-    yield from _table(["", ""], [[name, _number(count)] for name, count in code.items()])
+    yield from md.table(["", ""], [[name, md.number(count)] for name, count in code.items()])
     yield ""
     yield "When the run began; blank lines left out, direct dependencies. Source: `data/done.json`."
 
@@ -479,22 +477,24 @@ def compare(run: Run, other: Run) -> str:
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key)
     ]
-    lines += list(_table(names, rows)) if rows else ["None: the recipes are the same."]
+    lines += list(md.table(names, rows)) if rows else ["None: the recipes are the same."]
     lines += ["", "## Scores", ""]
     ours, others = _all_measures(run), _all_measures(other)
     rows = []
     for key in dict.fromkeys([*ours, *others]):
         a, b = ours.get(key), others.get(key)
         change = None if a is None or b is None else a - b
-        rows.append([key, _score(a), _score(b), DASH if change is None else f"{change:+.4f}"])
-    lines += list(_table(["score", run.id, other.id, "difference"], rows))
+        rows.append(
+            [key, md.score(a), md.score(b), md.DASH if change is None else f"{change:+.4f}"]
+        )
+    lines += list(md.table(["score", run.id, other.id, "difference"], rows))
     lines += ["", "## Time and cost", ""]
     rows = []
     for mine_, theirs_ in [(run.stage(*n), other.stage(*n)) for n in _names(run)]:
         records = [stage.done() or {} for stage in (mine_, theirs_)]
-        times = [clock(r["seconds"]) if "seconds" in r else DASH for r in records]
-        rows.append([_title(mine_), *times, *(_dollars(r.get("dollars")) for r in records)])
-    lines += list(_table(["stage", run.id, other.id, f"{run.id}, $", f"{other.id}, $"], rows))
+        times = [clock(r["seconds"]) if "seconds" in r else md.DASH for r in records]
+        rows.append([_title(mine_), *times, *(md.dollars(r.get("dollars")) for r in records)])
+    lines += list(md.table(["stage", run.id, other.id, f"{run.id}, $", f"{other.id}, $"], rows))
     return "\n".join(lines) + "\n"
 
 
@@ -554,105 +554,13 @@ def _texts(result: Mapping[str, Any]) -> Iterator[Sequence[str | bool]]:
             yield from _texts(value)
 
 
-# ---------------------------------------------------------------------------- Markdown
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(header)} |"
-    yield f"|{'---|' * len(header)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |"
-
-
 def _result_table(stage: StageDir) -> Iterator[str]:
     """The scalars of a stage's result, or how far it came."""
     result = _flat(_result(stage))
     if not result:
         yield f"{_state(stage).capitalize()}."
         return
-    rows = [[key.replace("_", " "), _number(value)] for key, value in result.items()]
-    yield from _table(["", ""], rows)
+    rows = [[key.replace("_", " "), md.number(value)] for key, value in result.items()]
+    yield from md.table(["", ""], rows)
     yield ""
     yield f"Source: `{_title(stage)}/done.json`."
-
-
-def _quoted(said: Sequence[str | bool | float]) -> str:
-    """A sample: what was given, and each text that came on a line of its own."""
-    quoted = ""
-    for number, text in enumerate(said):
-        if isinstance(text, bool):
-            quoted += " (right)" if text else " (wrong)"
-        elif isinstance(text, float):
-            quoted += f" (reward {text:g})"
-        else:
-            quoted += f"\n  {text!r}" if number else f"> {text!r}"
-    return quoted
-
-
-def _fenced(body: str) -> Iterator[str]:
-    """Text in a fence that nothing in it can close."""
-    fence = "`" * max(3, 1 + max((len(run) for run in _runs_of_backticks(body)), default=0))
-    yield f"{fence}text"
-    yield from body.split("\n")
-    yield fence
-
-
-def _runs_of_backticks(text: str) -> list[str]:
-    return [run for run in "".join(c if c == "`" else " " for c in text).split() if run]
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return DASH
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
-
-
-def _score(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else _number(value)
-
-
-def _dollars(value: float | None) -> str:
-    return DASH if value is None else f"${value:,.2f}"
-
-
-def _thinned(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the rows, evenly, the last among them."""
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
-
-
-# ---------------------------------------------------------------------------- a curve as text
-
-
-def chart(points: Sequence[tuple[float, float]], width: int = 64, height: int = 8) -> list[str]:
-    """A curve as lines of text: columns of block characters, with the extremes named.
-
-    Each column is the mean of the points that fall into it; x grows evenly from left to right.
-    """
-    points = [(x, y) for x, y in points if math.isfinite(y)]
-    if not points:
-        return ["(nothing to draw)"]
-    first, last = points[0][0], points[-1][0]
-    bins: list[list[float]] = [[] for _ in range(min(width, len(points)))]
-    for x, y in points:
-        place = (x - first) / (last - first) if last > first else 0.0
-        bins[min(int(place * len(bins)), len(bins) - 1)].append(y)
-    means = [sum(column) / len(column) if column else math.nan for column in bins]
-    known = [mean for mean in means if not math.isnan(mean)]
-    low, high = min(known), max(known)
-    steps = 8 * height - 1  # a column is at least an eighth of a line high
-    levels = [
-        0 if math.isnan(m) else 1 + round((m - low) / ((high - low) or 1) * steps) for m in means
-    ]
-    lines = []
-    for line in reversed(range(height)):
-        blocks = "".join(BARS[min(8, max(0, level - 8 * line))] for level in levels)
-        name = _number(high) if line == height - 1 else _number(low) if line == 0 else ""
-        lines.append(f"{name:>8} │{blocks}".rstrip())
-    ends = f"{_number(first)}{_number(last):>{max(1, len(bins) - len(_number(first)))}}"
-    return [*lines, f"{'':>8} └{'─' * len(bins)}", f"{'':>10}{ends}"]

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from nanolib import report
+from nanolib import markdown, report
 from nanolib.rundir import Run
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "ranks": 1, "dtype": "bfloat16", "torch": "2.11.0"}
@@ -238,12 +238,12 @@ def heights(lines: list[str]) -> list[int]:
     rows = [line.split("│")[1] for line in lines if "│" in line]
     width = max(map(len, rows))
     rows = [row.ljust(width) for row in rows]
-    return [sum(report.BARS.index(row[column]) for row in rows) for column in range(width)]
+    return [sum(markdown.BARS.index(row[column]) for row in rows) for column in range(width)]
 
 
 def test_chart_columns_are_means_scaled_to_the_extremes():
     points = [(x, y) for x, y in enumerate([9, 7, 5, 5, 4, 2, 1, 1])]
-    lines = report.chart(points, width=4, height=2)
+    lines = markdown.chart(points, width=4, height=2)
     assert heights(lines) == [16, round(1 + (5 - 1) / 7 * 15), round(1 + 2 / 7 * 15), 1]
     assert lines[0].split("│")[0].strip() == "8"
     assert lines[1].split("│")[0].strip() == "1"
@@ -251,7 +251,7 @@ def test_chart_columns_are_means_scaled_to_the_extremes():
 
 
 def test_chart_survives_few_equal_and_infinite_points():
-    assert heights(report.chart([(5, 2.0)])) == [1]
-    assert heights(report.chart([(1, 2.0), (2, 2.0)])) == [1, 1]
-    assert heights(report.chart([(1, 1.0), (2, math.inf), (3, 2.0)], height=1)) == [1, 8]
-    assert report.chart([(1, math.nan)]) == ["(nothing to draw)"]
+    assert heights(markdown.chart([(5, 2.0)])) == [1]
+    assert heights(markdown.chart([(1, 2.0), (2, 2.0)])) == [1, 1]
+    assert heights(markdown.chart([(1, 1.0), (2, math.inf), (3, 2.0)], height=1)) == [1, 8]
+    assert markdown.chart([(1, math.nan)]) == ["(nothing to draw)"]
