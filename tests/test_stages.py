@@ -1,12 +1,15 @@
 """The stages in this process: what they read, what they resume, what they refuse."""
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from nanolib import stages, tasks
+from nanolib.conversation import Conversation
 from nanolib.guard import Guard
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
@@ -52,6 +55,14 @@ def mirror(run, tmp_path):
     return Run.open("smoke", str(tmp_path / "mirrored"), overrides)
 
 
+def _fork(run: Run, path: Path, overrides: dict) -> Run:
+    """A run of its own that takes over everything up to sft."""
+    fork = Run.open("smoke", str(path), SMALL | overrides)
+    for name in ("data", "tokenizer", "shards", "base", "mid", "sft"):
+        shutil.copytree(run.stage(name).path, fork.path / name)
+    return fork
+
+
 def _context(run: Run, stage: str, of: str | None = None, guard: Guard | None = None):
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
     place = run.stage(stage, of)
@@ -84,6 +95,82 @@ def test_sft_targets_are_what_the_assistant_says(run):
         found += [encoder.decode(ids[ids >= 0].tolist())]
     said = sorted(m.text for talk in talks for m in talk.messages if m.role == "assistant")
     assert sorted("".join(found).replace("<|assistant_end|>", "\0").split("\0")[:-1]) == said
+
+
+def test_a_conversation_without_a_target_is_left_out(run):
+    """A question that fills the row leaves no room for an answer to learn from."""
+    encoder, context = stages.load_tokenizer(run), _context(run, "sft")
+    talks = [Conversation.ask("why? " * 200, "so"), Conversation.ask("who?", "me")]
+    settings = stages._row_settings(context, run.config.recipe.sft, stages._student(context))
+    source, cut = stages._render(encoder, talks, settings)
+    targets = source.batch([source.row(0)]).targets_BT
+    assert len(source) == 1 and cut > 0
+    assert encoder.decode(targets[targets >= 0].tolist()) == "me<|assistant_end|>"
+
+
+def test_held_out_conversations_are_the_same_in_every_stage_and_training_ones_are_not(run):
+    def drawn(stage: str, split: str) -> list[str]:
+        found = stages._conversations(_context(run, stage), "smoltalk", split, 20)
+        return [talk.messages[1].text for talk in found]
+
+    assert drawn("mid", "test") == drawn("sft", "test")
+    assert drawn("mid", "train") != drawn("sft", "train")
+
+
+def test_validation_loss_is_of_what_the_assistant_says(run):
+    """Against the mean over the targets of all rows, computed one by one."""
+    context = _context(run, "sft")
+    student = stages._student(context)
+    settings = stages._row_settings(context, run.config.recipe.sft, student)
+    talks = stages._conversations(context, "smoltalk", "test", 30)
+    held, _ = stages._render(student.encoder, talks, settings)
+    nats, count = 0.0, 0
+    for number in range(len(held)):
+        batch = held.batch([held.row(number)])
+        nats += float(student.model.nll(batch)[batch.targets_BT >= 0].detach().sum())
+        count += int((batch.targets_BT >= 0).sum())
+    trainer = SimpleNamespace(runtime=context.runtime, model=student.model)
+    assert stages._validation_loss(trainer, held) == pytest.approx(nats / count)
+
+
+# ---------------------------------------------------------------------------- grpo
+
+
+def test_grpo_scores_where_it_starts_once(run, tmp_path):
+    fork = _fork(run, tmp_path / "begun", {})
+    stages.work("grpo", fork)
+    scored = [row["step"] for row in fork.stage("grpo").metrics.rows() if row["kind"] == "eval"]
+    assert scored == [0, 2]
+    (fork.stage("grpo").path / "done.json").unlink()
+    shutil.rmtree(fork.stage("grpo").checkpoints / "step_00000002")
+    stages.work("grpo", fork)
+    scored = [row["step"] for row in fork.stage("grpo").metrics.rows() if row["kind"] == "eval"]
+    assert scored == [0, 2]
+
+
+def test_shuffled_rewards_are_the_same_ones_dealt_anew():
+    quiz = SimpleNamespace(grade=lambda question, texts: [float(len(text)) for text in texts])
+    reward = stages._shuffled(quiz, seed=3)
+    answers = [["a" * n for n in range(8)], ["b" * n for n in range(8)]]
+    dealt = [reward(question, texts) for question, texts in enumerate(answers)]
+    for rewards in dealt:
+        assert sorted(rewards) == list(range(8)) != rewards
+    assert dealt[0] != dealt[1]
+    assert dealt == [reward(question, texts) for question, texts in enumerate(answers)]
+
+
+# ---------------------------------------------------------------------------- evaluations
+
+
+def test_an_evaluation_tells_how_far_it_is(run, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(stages.Context, "progress", lambda self, *args, **how: told.append((args, how)))  # fmt: skip
+    fork = _fork(run, tmp_path / "told", {})
+    fork.stage("eval", "sft").path.mkdir(parents=True)
+    stages.evaluate(_context(fork, "eval", of="sft"))
+    within = [(args, how["message"]) for args, how in told if how]
+    tasks_told = ("core/toy_choices", "core/toy_people", "core/toy_facts", "arc_easy", "facts")
+    assert set(within) == {((0, 4), name) for name in tasks_told}
 
 
 def test_a_finished_evaluation_of_a_task_is_not_repeated(run, monkeypatch):
@@ -171,6 +258,37 @@ def test_data_that_changed_under_a_run_is_refused(mirror, tmp_path):
         stages.work("shards", mirror)
 
 
+def test_one_byte_of_a_benchmark_is_other_data(mirror, tmp_path):
+    files = stages.hub.text_files(mirror.config, mirror.mirror())
+    before = stages._fingerprint(mirror, files)
+    benchmark = next((tmp_path / "mirror").glob("hub/openai/**/train*"))
+    content = bytearray(benchmark.read_bytes())
+    content[-9] ^= 1
+    benchmark.write_bytes(content)
+    assert stages._fingerprint(mirror, files) != before
+
+
+@pytest.mark.parametrize(
+    ("missing", "without"),
+    [
+        ("eval_bundle.zip", {"eval.core_problems": 0}),
+        ("openai/gsm8k/main/train", {"mid.rows.gsm8k": 0, "sft.rows.gsm8k": 0, "grpo.enabled": False}),
+        ("cais/mmlu/all/auxiliary_train", {"mid.rows.mmlu": 0, "sft.rows.mmlu": 0}),
+        ("allenai/ai2_arc/ARC-Easy/test", {"eval.tasks": ["facts"]}),
+    ],
+)  # fmt: skip
+def test_what_a_later_stage_will_miss_is_told_at_the_beginning(mirror, tmp_path, missing, without):
+    stages.check_tasks(mirror)
+    found = list((tmp_path / "mirror").glob(f"**/{missing}*"))
+    assert found, sorted((tmp_path / "mirror").glob("**/*"))
+    for path in found:
+        path.unlink()
+    with pytest.raises(ValueError, match="mirror"):
+        stages.check_tasks(mirror)
+    overrides = SMALL | {"data.source": "hub", "machine.mirror": str(tmp_path / "mirror")}
+    stages.check_tasks(Run.open("smoke", str(tmp_path / "less"), overrides | without))
+
+
 def test_a_task_by_a_wrong_name(run):
     with pytest.raises(ValueError, match="no task 'arcs'; there are arc_easy"):
         tasks.load("arcs", "test", run.mirror())
@@ -186,12 +304,8 @@ def test_a_stage_before_its_needs(tmp_path):
 
 def test_a_checkpoint_depends_on_the_recipe_up_to_its_stage(run, tmp_path):
     """So a run that differs in a later stage may take over what comes before."""
-    fork = Run.open("smoke", str(tmp_path / "fork"), SMALL | {"grpo.steps": 1, "eval.tasks": []})
-    for name in ("data", "tokenizer", "shards", "base", "mid", "sft"):
-        shutil.copytree(run.stage(name).path, fork.path / name)
+    fork = _fork(run, tmp_path / "fork", {"grpo.steps": 1, "eval.tasks": []})
     assert stages.work("grpo", fork)["steps"] == 1
-    other = Run.open("smoke", str(tmp_path / "other"), SMALL | {"sft.lr": 0.25})
-    for name in ("data", "tokenizer", "shards", "base", "mid", "sft"):
-        shutil.copytree(run.stage(name).path, other.path / name)
+    other = _fork(run, tmp_path / "other", {"sft.lr": 0.25})
     with pytest.raises(ValueError, match=r"sft\.lr"):
         stages.work("grpo", other)
