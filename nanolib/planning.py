@@ -26,6 +26,7 @@ MARGIN = 0.92  # of a GPU's memory: the rest is for the allocator's gaps and the
 # measured: it is what gives d20 and d32 the micro-batches that the original ran on 80 GB, 32 and 8
 # rows (16 did not fit at d32).
 KEPT_ON_CUDA = 0.7
+ENOUGH = 65_536  # tokens of a micro-batch, the original's most: more would only take more memory
 ORIGINAL_SECONDS = 3 * 3600 + 51 * 60  # the original's d20 on 8xH100, all stages; $92
 ORIGINAL_PARAMETERS = 560_988_160
 
@@ -66,9 +67,12 @@ def estimated_rows(
     cuda: bool,
     bytes_a_number: int,
 ) -> int:
-    """`share` if that many rows should fit into `room` bytes, else the largest power of two that
-    should; at least 1. Raises ValueError that names what to lower where one row does not fit."""
-    rows = share
+    """`share`, or what holds `ENOUGH` tokens if that is less, where so many rows should fit into
+    `room` bytes; else the largest power of two that should, at least 1.
+
+    Raises ValueError that names what to lower where one row does not fit.
+    """
+    rows = min(share, max(1, ENOUGH // model.sequence_len))
     while True:
         memory = needed(model, vocab_size, rows, ranks, cuda=cuda, bytes_a_number=bytes_a_number)
         if memory.total <= room:
@@ -180,7 +184,8 @@ def _try(
     state = torch.empty(memory.optimizer, dtype=torch.uint8, device=runtime.device)
     ids_BT = torch.arange(rows * length, device=runtime.device).view(rows, length)
     ids_BT = ids_BT % model.vocab_size
-    batch = Batch(inputs_BT=ids_BT, targets_BT=ids_BT)
+    targets_BT = ids_BT.clone()  # or it would be compiled for targets that are the inputs
+    batch = Batch(inputs_BT=ids_BT, targets_BT=targets_BT)
     for _ in range(2):  # the second finds the first one's gradients there, as training does
         with runtime.autocast():
             nll_BT = nll(batch)

@@ -2,8 +2,10 @@
 
 import doctest
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_model import CPU, VOCAB, tiny
@@ -11,6 +13,7 @@ from test_model import CPU, VOCAB, tiny
 from nanolib import accounting, config, planning
 from nanolib.accounting import Machine
 from nanolib.config import ModelConfig
+from nanolib.data.packing import batch_of_rows
 from nanolib.model import GPT
 
 H100 = {"cuda": True, "bytes_a_number": 2}
@@ -39,6 +42,13 @@ def test_the_estimate_is_the_largest_that_fits(share):
     for room in {*sizes[1:], sizes[share] - 1, 10 * sizes[share]} - {sizes[1] - 1}:
         best = max(rows for rows in allowed if sizes[rows] <= room)
         assert planning.estimated_rows(model, VOCAB, share, 2, room, **about) == best
+
+
+def test_more_tokens_than_enough_are_not_tried():
+    small = ModelConfig(depth=8)
+    assert planning.estimated_rows(small, 16_384, 256, 1, ROOM, **H100) == 32
+    longer = ModelConfig(depth=2, sequence_len=2 * planning.ENOUGH)
+    assert planning.estimated_rows(longer, 512, 4, 1, ROOM, **H100) == 1
 
 
 def test_a_device_too_small_names_what_to_lower():
@@ -93,6 +103,28 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(cpu):
 
     with pytest.raises(RuntimeError, match="shapes"):
         planning._fits(GPT.build(tiny(), VOCAB, CPU, 0), broken, 32, 2, 1e9, cpu)
+
+
+def test_what_the_trial_compiles_training_uses(cpu):
+    """Also with what GRPO adds to a batch; its other shapes are one program more."""
+    model, compiled = GPT.build(tiny(), VOCAB, CPU, 0), []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return graph.forward
+
+    nll = torch.compile(model.nll, backend=backend)
+    length, bfloat16 = model.config.sequence_len, replace(cpu, dtype=torch.bfloat16)
+    planning._try(model, nll, length, 4, bfloat16)
+    for weight in model.parameters():
+        weight.grad = None
+    for rows, columns, programs in ((4, length, 1), (4, length, 1), (6, 16, 2), (5, 24, 2)):
+        ids = [np.arange(columns + 1)] * rows
+        batch = batch_of_rows(ids, [ids[0] > 0] * rows, columns, bos=0)
+        batch.fields["advantage"] = torch.ones(rows, columns)
+        with bfloat16.autocast():
+            nll(batch.to(CPU)).sum().backward()
+        assert len(compiled) == programs
 
 
 def test_all_ranks_take_the_smallest_that_fits_on_every_one():
