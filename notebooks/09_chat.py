@@ -38,9 +38,10 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from nanolib import config, launch, lesson
+from nanolib import checkpoint, config, launch, lesson
 from nanolib.conversation import Conversation
 from nanolib.engine import Engine, inverse_cdf, probabilities
+from nanolib.runtime import Runtime
 from nanolib.session import Session
 from nanolib.ui.widget import Chat
 
@@ -172,13 +173,16 @@ Chat(Session(session.engine, temperature=0.6))
 
 
 # %%
+cpu = Runtime(device=torch.device("cpu"), dtype=torch.float32)  # exact; bfloat16 makes ties
+gpt = checkpoint.load_model(run.stage(session.of).checkpoints, cpu.device)
+
+
 @torch.no_grad()
 def step_by_step(question, most=20):
-    engine = Engine(session.engine.model, tokenizer, session.engine.runtime)  # without its tool
+    engine = Engine(gpt, tokenizer, cpu)  # without a tool
     prompt = Conversation.ask(question).prompt(tokenizer)
     (answer,) = engine.complete([prompt], max_new_tokens=most)
-    ids = torch.tensor([[*prompt, *answer]], device=engine.runtime.device)
-    p_TV = engine.model(ids)[0, len(prompt) - 1 :].softmax(dim=-1).cpu()
+    p_TV = gpt(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1 :].softmax(dim=-1)
     assert p_TV.argmax(dim=-1)[: len(answer)].tolist() == answer
     return p_TV
 
