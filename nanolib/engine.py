@@ -65,8 +65,10 @@ def inverse_cdf(probabilities_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
 
     Never a token of probability zero.
     """
-    cdf_BV = probabilities_BV.cumsum(dim=-1)
-    below_one = torch.tensor(uniform_B, device=cdf_BV.device).clamp(max=1 - 2**-24)
+    # A GPU sums in another order for each token: in float32 the sum may grow where nothing is added.
+    exact = torch.float64 if probabilities_BV.is_cuda else probabilities_BV.dtype
+    cdf_BV = probabilities_BV.cumsum(dim=-1, dtype=exact)
+    below_one = torch.tensor(uniform_B, device=cdf_BV.device, dtype=exact).clamp(max=1 - 2**-24)
     target_B1 = below_one[:, None] * cdf_BV[:, -1:]  # rounding may keep the total from being 1
     return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(-1)
 
