@@ -659,22 +659,20 @@ def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
     guard = Guard.start()  # first: joining ranks that are gone would wait for minutes
     runtime = Runtime.start(run.config.machine)
     context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
-    try:
-        result = WORK[name](context)
-        runtime.barrier()
-        if runtime.is_lead:
-            rate = run.config.machine.dollars_per_hour
-            seconds = max(time.perf_counter() - clock, result.get("seconds", 0.0))
-            stage.finish(
-                result,
-                started=started,
-                seconds=seconds,
-                dollars=None if rate is None else rate * seconds / 3600,
-                machine=asdict(run.config.machine) | _hardware(runtime),
-            )
-        return result
-    finally:
-        runtime.close()
+    result = WORK[name](context)
+    runtime.barrier()
+    if runtime.is_lead:
+        rate = run.config.machine.dollars_per_hour
+        seconds = max(time.perf_counter() - clock, result.get("seconds", 0.0))
+        stage.finish(
+            result,
+            started=started,
+            seconds=seconds,
+            dollars=None if rate is None else rate * seconds / 3600,
+            machine=asdict(run.config.machine) | _hardware(runtime),
+        )
+    runtime.close()  # not after an error: it waits for the other ranks, who may wait for us
+    return result
 
 
 def _hardware(runtime: Runtime) -> dict[str, Any]:
