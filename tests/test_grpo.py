@@ -9,6 +9,7 @@ import torch
 from test_engine import TOKENIZER, reverse, tool_engine
 from torch.testing import assert_close
 
+from nanolib import grpo
 from nanolib.config import OptimConfig, Recipe, Schedule, flatten
 from nanolib.conversation import Conversation
 from nanolib.data.packing import IGNORED, Batch
@@ -266,6 +267,20 @@ def test_passes_counts_greedy_one_and_any(cpu):
     assert passes(asked, 500, samples=1, seed=3)["pass@1"] * 7 == pytest.approx(
         round(passes(asked, 7, samples=1, seed=3)["pass@1"] * 7)
     )
+
+
+def test_passes_goes_round_by_round_and_can_be_stopped(cpu, monkeypatch):
+    asked, told = quiz(), []
+    whole = passes(asked, 5, samples=4, seed=3)
+    monkeypatch.setattr(grpo, "ROWS_AT_ONCE", 8)
+    assert passes(asked, 5, 4, 3, lambda *step: told.append(step)) == whole
+    assert told == [(0, 5), (2, 5), (4, 5)]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        passes(asked, 5, 4, 3, stop)
 
 
 # ---------------------------------------------------------------------------- as a stage

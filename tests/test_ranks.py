@@ -185,6 +185,18 @@ def test_twenty_steps_and_resuming_on_another_number_of_ranks(make_run):
         assert_close(_losses(run), straight, rtol=0, atol=1e-4)
 
 
+def test_a_phase_counts_without_those_within_it(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 5.0, 7.0, 10.0])
+    monkeypatch.setattr(ranks.time, "perf_counter", lambda: next(clock))
+    counts = ranks.Counts()
+    with counts.phase("step"):  # from 0 to 10, of that 1 to 4 and 5 to 7 within
+        for size in (100, 20):
+            with counts.phase("all_reduce", size):
+                pass
+    assert counts.seconds == {"step": 5.0, "all_reduce": 5.0}
+    assert counts.bytes["all_reduce"] == 120
+
+
 def test_four_ranks_share_the_optimizer_and_send_what_zero_2_sends(make_run, monkeypatch):
     """What `nanolib bench ranks` measures, against a count by hand: stacks of whole fours."""
     one, four = make_run("base", 4, 1), make_run("base", 4, 4)

@@ -208,6 +208,7 @@ def test_missing_stages_are_said_to_be():
 
     finish(run, "data", {"text_bytes": 5}, dollars=None, machine={"device": "cpu"})
     run.stage("base").metrics.append(kind="train", step=3, steps=20, loss=2.5)
+    run.stage("base").metrics.append(kind="progress", step=64, steps=200, message="questions")
     with (run.stage("base").path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # a writer was killed here
     text = report.build(run)

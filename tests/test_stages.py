@@ -289,6 +289,15 @@ def test_what_a_later_stage_will_miss_is_told_at_the_beginning(mirror, tmp_path,
     stages.check_tasks(Run.open("smoke", str(tmp_path / "less"), overrides | without))
 
 
+def test_grpo_misses_its_task_though_no_other_stage_reads_it(mirror, tmp_path):
+    (problems,) = (tmp_path / "mirror").glob("**/openai/gsm8k/main/train*")
+    problems.unlink()
+    overrides = SMALL | {"data.source": "hub", "machine.mirror": str(tmp_path / "mirror")}
+    alone = overrides | {"mid.rows.gsm8k": 0, "sft.rows.gsm8k": 0}
+    with pytest.raises(ValueError, match="gsm8k"):
+        stages.check_tasks(Run.open("smoke", str(tmp_path / "alone"), alone))
+
+
 def test_a_task_by_a_wrong_name(run):
     with pytest.raises(ValueError, match="no task 'arcs'; there are arc_easy"):
         tasks.load("arcs", "test", run.mirror())
