@@ -6,7 +6,6 @@ tokenizer: there, a special token that somebody types in plain text becomes the 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from nanolib import checkpoint, model
-from nanolib.config import MODELS, ModelConfig
+from nanolib.config import ModelConfig
 from nanolib.engine import end_tokens
 from nanolib.model import GPT
-from nanolib.rundir import Run, saving, write_atomic
+from nanolib.rundir import Run, saving, write_json
+from nanolib.session import speaker
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # Our parameter names, and theirs.
@@ -54,17 +54,10 @@ def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
     folder: None means ``export/`` in the run. Raises ValueError where there is no such model, and
     for a folder that holds something else.
     """
-    there = [
-        name for name in reversed(MODELS) if any(run.stage(name).checkpoints.glob("step_????????"))
-    ]
-    if of not in (None, *there) or not there:
-        raise ValueError(
-            f"run {run.id!r} has no {of or 'trained'} model to export; "
-            f"it has {' and '.join(there) or 'none yet'}"
-        )
-    trained = checkpoint.load_model(run.stage(of or there[0]).checkpoints, torch.device("cpu"))
+    place = run.stage(speaker(run, of, "to export"))
+    trained = checkpoint.load_model(place.checkpoints, torch.device("cpu"))
     tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
-    folder = run.path / "export" if folder is None else Path(folder)
+    folder = folder or run.path / "export"
     write(trained, tokenizer, folder)
     return folder
 
@@ -101,7 +94,7 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         partial.chmod(0o644)  # the library makes it private
         partial.replace(folder / "model.safetensors")
     for name, content in files.items():
-        write_atomic(folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_json(folder / name, content)
 
 
 def _is_strange(folder: Path) -> bool:
@@ -114,8 +107,7 @@ def _is_strange(folder: Path) -> bool:
 
 def _their_name(name: str) -> str:
     for ours, theirs in NAMES.items():
-        if name.startswith(ours) or (ours.startswith(".") and ours in name):
-            name = name.replace(ours, theirs, 1)
+        name = name.replace(ours, theirs)
     return name
 
 
@@ -152,7 +144,9 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The same tokenizer in the format of the `tokenizers` library."""
-    names = [_readable(tokenizer.token_bytes(id)) for id in range(tokenizer.bos)]
+    letters = _byte_letters()
+    tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.bos)]
+    names = ["".join(letters[byte] for byte in token) for token in tokens]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
@@ -199,10 +193,3 @@ def _byte_letters() -> str:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return "".join(chr(byte if byte in printable else next(spare)) for byte in range(256))
-
-
-_LETTERS = _byte_letters()
-
-
-def _readable(token: bytes) -> str:
-    return "".join(_LETTERS[byte] for byte in token)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Self
 
 from nanolib import checkpoint
 from nanolib.config import MODELS
 from nanolib.conversation import Conversation, Message, Part, answer_parts
 from nanolib.engine import Engine, Token
-from nanolib.model import GPT
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
@@ -59,31 +58,14 @@ class Session:
         settings: as for the constructor. The session has a sandbox: close it, or leave that to
         ``with``. Raises ValueError where there is no model yet.
         """
-        if of not in (None, *MODELS):
-            raise ValueError(f"stage {of!r} leaves no model to talk to; try {' or '.join(MODELS)}")
-        for name in reversed(MODELS) if of is None else (of,):
-            folder = run.stage(name).checkpoints
-            if any(folder.glob("step_????????")):
-                runtime = Runtime.start(run.config.machine)
-                model = checkpoint.load_model(folder, runtime.device)
-                tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
-                session = cls._with_sandbox(model, tokenizer, runtime, settings)
-                session.of = name
-                return session
-        wanted = of or "trained"
-        raise ValueError(
-            f"run {run.id!r} has no {wanted} model to talk to yet; finish it first: "
-            f"nanolib run {run.config.profile} --run {run.name}"
-        )
-
-    @classmethod
-    def _with_sandbox(
-        cls, model: GPT, tokenizer: Tokenizer, runtime: Runtime, settings: dict[str, Any]
-    ) -> Session:
+        of = speaker(run, of, "to talk to")
+        runtime = Runtime.start(run.config.machine)
+        model = checkpoint.load_model(run.stage(of).checkpoints, runtime.device)
+        tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
         sandbox = Sandbox(workers=1).__enter__()
         engine = Engine(model, tokenizer, runtime, lambda source: sandbox.run(source).text)
         session = cls(engine, **settings)
-        session._close = weakref.finalize(engine, sandbox.close)
+        session.of, session._close = of, weakref.finalize(engine, sandbox.close)
         return session
 
     def close(self) -> None:
@@ -204,6 +186,22 @@ class Session:
         self.notice = notice if self.notice is None else f"{self.notice}; {notice}"
 
 
+def speaker(run: Run, of: str | None, purpose: str) -> str:
+    """The stage whose model is meant: `of`, or the last one that the run has a model of (None).
+
+    purpose: such as "to talk to", for the ValueError where there is no such model.
+    """
+    if of not in (None, *MODELS):
+        raise ValueError(f"stage {of!r} leaves no model {purpose}; try {' or '.join(MODELS)}")
+    has = [name for name in MODELS if any(run.stage(name).checkpoints.glob("step_????????"))]
+    if not has or of not in (None, *has):
+        raise ValueError(
+            f"run {run.id!r} has no {of or 'trained'} model {purpose} yet; finish it first: nanolib "
+            f"run {run.config.profile} --run {run.name} (it has {' and '.join(has) or 'none'})"
+        )
+    return of or has[-1]
+
+
 def _content(message: Message) -> str | list[dict[str, str]]:
     """A message's text, or its parts where some are not text."""
     if all(part.kind == "text" for part in message.parts):
@@ -225,6 +223,13 @@ def _news(before: tuple[Part, ...], now: tuple[Part, ...]) -> Iterator[Part]:
         known = before[number].text if number < len(before) else None
         if known is None or part.text != known:
             yield Part(part.kind, part.text[len(known or "") :])
+
+
+def grown(parts: Sequence[Part], piece: Part) -> list[Part]:
+    """An answer's parts so far with the next of `Session.parts`; an empty one opens a part."""
+    if parts and piece.text and parts[-1].kind == piece.kind:
+        return [*parts[:-1], Part(piece.kind, parts[-1].text + piece.text)]
+    return [*parts, piece]
 
 
 def _labelled(pieces: Generator[Part]) -> Generator[str]:
