@@ -19,7 +19,7 @@ import pytest
 from nanolib import launch, stages
 from nanolib.data import toyworld
 from nanolib.rundir import Run
-from nanolib.ui import cli, terminal
+from nanolib.ui import cli
 
 
 @pytest.fixture(autouse=True)
@@ -216,60 +216,6 @@ def test_a_run_given_by_path_is_relative_to_the_shell(nanolib, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     nanolib("stage", "pretrain", "--profile", "smoke", "--run", "./here")
     assert (tmp_path / "here" / "manifest.json").exists()
-
-
-# ---------------------------------------------------------------------------- talking
-
-
-class FakeSession:
-    """Says the words of a list, slowly enough to be interrupted."""
-
-    notice = None
-
-    def __init__(self, *words: str, interrupt_after: int | None = None) -> None:
-        self.words, self.interrupt_after = words, interrupt_after
-        self.asked: list[str] = []
-        self.cleared = 0
-
-    def stream(self, text):
-        if text == "too long":
-            raise ValueError("the message is too long")
-        self.asked.append(text)
-        for number, word in enumerate(self.words):
-            if number == self.interrupt_after:
-                raise KeyboardInterrupt
-            yield word
-
-    def clear(self):
-        self.cleared += 1
-
-
-def test_talking_until_the_end_of_input(monkeypatch, capsys):
-    session = FakeSession("Good ", "day.")
-    lines = iter(["hello", "", "/clear", "too long", "again"])
-    monkeypatch.setattr("builtins.input", lambda prompt: read(lines))
-    terminal.talk(session)
-    out, errors = capsys.readouterr()
-    assert session.asked == ["hello", "again"] and session.cleared == 1
-    assert out.count("Good day.\n") == 2 and "(cleared)" in out
-    assert errors == "error: the message is too long\n"
-
-
-def read(lines):
-    """input() over a list of lines: EOFError at its end."""
-    for line in lines:
-        return line
-    raise EOFError
-
-
-def test_ctrl_c_stops_an_answer_and_not_the_talk(monkeypatch, capsys):
-    session = FakeSession("Good ", "day.", interrupt_after=1)
-    lines = iter(["one", "two"])
-    monkeypatch.setattr("builtins.input", lambda prompt: read(lines))
-    terminal.talk(session)
-    out, errors = capsys.readouterr()
-    assert session.asked == ["one", "two"] and out == "Good \nGood \n"
-    assert errors == "(stopped)\n" * 2
 
 
 # ---------------------------------------------------------------------------- a real run

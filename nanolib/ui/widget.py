@@ -16,7 +16,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from nanolib.conversation import Message, Part
-from nanolib.session import Session
+from nanolib.session import Session, grown
 from nanolib.ui import markup
 
 REDRAW = 0.05  # seconds between two redraws of an answer
@@ -58,13 +58,12 @@ class Chat:
         self.send_button = widgets.Button(description="Send", button_style="primary")
         self.stop_button = widgets.Button(description="Stop", disabled=True)
         self.clear_button = widgets.Button(description="Clear")
-        self.lines = _box(widgets.VBox, "nanolib-lines")
-        log = _box(widgets.Box, "nanolib-log", [self.lines])
-        log.layout.height = height
+        self.lines = widgets.VBox().add_class("nanolib-lines")
+        log = widgets.Box([self.lines], layout={"height": height}).add_class("nanolib-log")
         buttons = [self.send_button, self.stop_button, self.clear_button]
-        row = _box(widgets.HBox, "nanolib-row", [self.box, *buttons])
+        row = widgets.HBox([self.box, *buttons]).add_class("nanolib-row")
         style = widgets.HTML(f"<style>{STYLE}</style>", layout={"display": "none"})
-        self.view = _box(widgets.VBox, "nanolib-chat", [style, log, row])
+        self.view = widgets.VBox([style, log, row]).add_class("nanolib-chat")
         self.send_button.on_click(lambda _: self.send(self.box.value))
         self.stop_button.on_click(lambda _: self.stop())
         self.clear_button.on_click(lambda _: self.clear())
@@ -137,7 +136,7 @@ class Chat:
             parts: list[Part] = []
             drawn = 0.0
             for piece in pieces:
-                _add(parts, piece)
+                parts = grown(parts, piece)
                 if time.monotonic() - drawn >= REDRAW:
                     self.lines.children[-1].value = markup.answer_html(parts)
                     drawn = time.monotonic()
@@ -161,10 +160,6 @@ class Chat:
         self.stop_button.disabled = not busy
 
 
-def _box(kind: type[widgets.Box], name: str, children: list[widgets.Widget] | None = None) -> Any:
-    return kind(children or []).add_class(name)
-
-
 def _message(message: Message) -> str:
     if message.role == "user":
         return markup.user_html(message.text)
@@ -173,11 +168,3 @@ def _message(message: Message) -> str:
 
 def _note(text: str) -> str:
     return f'<div class="nanolib-note">({html.escape(text)})</div>'
-
-
-def _add(parts: list[Part], piece: Part) -> None:
-    """Let an answer grow by a piece; one without characters opens a part (`Session.parts`)."""
-    if parts and piece.text and parts[-1].kind == piece.kind:
-        parts[-1] = Part(piece.kind, parts[-1].text + piece.text)
-    else:
-        parts.append(piece)
