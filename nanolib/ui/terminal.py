@@ -1,6 +1,6 @@
 """Talking in the terminal: answers stream, Ctrl-C stops one, Ctrl-D leaves.
 
-A line that starts with a slash is a command (`COMMANDS`); one that starts with a space and a slash
+A line that starts with a slash is a command (`HELP`); one that starts with a space and a slash
 is said to the model.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from nanolib import rundir
@@ -84,52 +84,36 @@ def command(session: Session, line: str, folder: Path) -> str:
     ValueError where there is no such command or it cannot be done.
     """
     name, _, rest = line.removeprefix("/").partition(" ")
-    if name not in COMMANDS:
-        known = ", ".join(f"/{name}" for name in COMMANDS)
-        raise ValueError(
-            f"there is no command /{name}; there are {known} "
-            "(to say it to the model, put a space in front)"
-        )
-    return COMMANDS[name](session, rest.strip(), folder)
+    match name:
+        case "clear":
+            session.clear()
+            return "(cleared)"
+        case "system":
+            return _system(session, rest.strip())
+        case "save":
+            return _save(session, rest.strip(), folder)
+        case "help":
+            return HELP
+    raise ValueError(
+        f"there is no command /{name}; there are /clear, /system, /save, /help "
+        "(to say it to the model, put a space in front)"
+    )
 
 
-def _clear(session: Session, rest: str, folder: Path) -> str:
-    session.clear()
-    return "(cleared)"
-
-
-def _system(session: Session, rest: str, folder: Path) -> str:
-    if not rest:
+def _system(session: Session, text: str) -> str:
+    if not text:
         return session.system or "(no system message)"
-    session.system = rest
+    session.system = text
     session.clear()
     return "(system message set, conversation cleared)"
 
 
-def _save(session: Session, rest: str, folder: Path) -> str:
+def _save(session: Session, name: str, folder: Path) -> str:
     if not session.messages:
         raise ValueError("nothing was said yet, so there is nothing to save")
-    path = Path(rest).expanduser().absolute() if rest else _unused(folder)
+    unused = (path for n in count(1) if not (path := folder / f"chat-{n}.json").exists())
+    path = Path(name).expanduser().absolute() if name else next(unused).absolute()
     if path.exists():
         raise ValueError(f"{path} exists; give another name: /save PATH")
     rundir.write_json(path, {"messages": session.transcript()})
     return f"(saved to {path})"
-
-
-def _unused(folder: Path) -> Path:
-    number = 1
-    while (path := folder.absolute() / f"chat-{number}.json").exists():
-        number += 1
-    return path
-
-
-def _help(session: Session, rest: str, folder: Path) -> str:
-    return HELP
-
-
-COMMANDS: dict[str, Callable[[Session, str, Path], str]] = {
-    "clear": _clear,
-    "system": _system,
-    "save": _save,
-    "help": _help,
-}
