@@ -1,8 +1,11 @@
-"""What a process sets up for a GPU, without one."""
+"""What a process sets up for a GPU, without one, and how it leaves the other ranks."""
 
+import pytest
 import torch
 
+from nanolib import stages
 from nanolib.config import MachineConfig
+from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 
 
@@ -22,3 +25,23 @@ def test_no_attention_on_a_gpu_that_plans_for_every_shape(monkeypatch):
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_rank_that_failed_does_not_wait_for_the_others(failing, monkeypatch):
+    """Leaving the group waits for every rank's messages; at exit it is given up instead."""
+    closed = []
+
+    def report(context):
+        if failing:
+            raise RuntimeError("this rank alone")
+        return {}
+
+    monkeypatch.setattr(Runtime, "close", lambda runtime: closed.append(True))
+    monkeypatch.setitem(stages.WORK, "report", report)
+    if failing:
+        with pytest.raises(RuntimeError, match="this rank alone"):
+            stages.work("report", Run.open("smoke"))
+    else:
+        stages.work("report", Run.open("smoke"))
+    assert closed == [True] * (not failing)
