@@ -217,14 +217,11 @@ def _levels(run: Run) -> Iterator[str]:
 
 def _best(run: Run, level: Level) -> float | None:
     """The best score of a level over the run's models."""
-    found = []
-    for name in MODELS:
-        scores = _scores(run, name).get(level.task, {})
-        if level.score == "ratio" and "trigram_bpb" in scores:
-            found.append(-scores["bpb"] / scores["trigram_bpb"])
-        elif level.score in scores:
-            found.append(float(scores[level.score]))
-    return abs(max(found)) if found else None
+    scores = [_scores(run, name).get(level.task, {}) for name in MODELS]
+    if level.score == "ratio":
+        ratios = [s["bpb"] / s["trigram_bpb"] for s in scores if "trigram_bpb" in s]
+        return min(ratios, default=None)
+    return max((float(s[level.score]) for s in scores if level.score in s), default=None)
 
 
 def _costs(run: Run) -> Iterator[str]:

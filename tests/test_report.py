@@ -146,8 +146,12 @@ def test_levels_are_those_of_the_runs_world(run):
     assert cells(levels, "Calculates: two of five word problems") == ["≥ 0.4", "0.5200", "passed"]
     assert cells(levels, "Programs: one of two functions") == ["≥ 0.5", "—", "not yet"]
     assert "original's CORE" not in levels
-    real = section(report.build(Run.open("laptop", "real")), "Levels")
+    laptop = Run.open("laptop", "real")
+    finish(laptop, "eval", {"chatcore": {"accuracy": -0.3}}, of="sft")
+    finish(laptop, "eval", {"chatcore": {"accuracy": -0.2}}, of="grpo")
+    real = section(report.build(laptop), "Levels")
     assert cells(real, "The original's CORE (depth 20)") == ["≥ 0.2219", "—", "not yet"]
+    assert cells(real, "The original's ChatCORE") == ["≥ 0.0884", "-0.2000", "not yet"]
     assert "word problems" not in real
 
 
