@@ -24,6 +24,7 @@ from browser import wait_for
 
 from nanolib.conversation import Part
 from nanolib.rundir import Run
+from nanolib.session import grown
 from nanolib.ui import cli, markup, server
 
 PATIENCE = 120  # seconds for anything
@@ -126,7 +127,7 @@ def test_an_answer_streams_and_ends_with_all_of_it(client):
     parts: list[Part] = []
     for event in news:
         if event["type"] == "piece":
-            parts = server._added(parts, Part(event["kind"], event["text"]))
+            parts = grown(parts, Part(event["kind"], event["text"]))
         else:
             assert event == {"type": "html", "html": markup.answer_html(parts)}
     assert sum(event["type"] == "html" for event in news) > 1, "nothing streamed"

@@ -18,27 +18,26 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers, MutableHeaders
 
-from nanolib.conversation import Conversation, Message, Part
-from nanolib.engine import Engine
+from nanolib.conversation import Conversation, Part
 from nanolib.rundir import Run
-from nanolib.session import Session
+from nanolib.session import Session, grown
 from nanolib.ui import markup
 
 BODY_BYTES = 1024 * 1024
 MESSAGES = 1000
 PAUSE = 0.05  # seconds between two redraws of an answer
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-OPTIONS = ("temperature", "top_k", "seed")
+OPTIONS = {"temperature": (0, 5), "top_k": (1, 2**20), "seed": (0, 2**53)}  # and their bounds
 _log = logging.getLogger(__name__)
 
 
@@ -87,21 +86,11 @@ def _listen(host: str, port: int) -> socket.socket:
 # ---------------------------------------------------------------------------- what is asked
 
 
-@dataclass(frozen=True)
-class Question:
-    """A checked request: what was said before, what is said now, and how to answer."""
-
-    system: str | None
-    history: tuple[Message, ...]
-    text: str
-    options: dict[str, Any]
-
-
-def read_question(body: bytes) -> Question:
+def read_question(body: bytes) -> tuple[Conversation, dict[str, Any]]:
     """Read ``{"messages": [{"role", "content"}, …], "temperature", "top_k", "seed"}``.
 
-    The last message is the user's; options may be left out. Raises ValueError that says what is
-    wrong and how it should be.
+    What was said, the question last, and the options that are given. Raises ValueError that says
+    what is wrong and how it should be.
     """
     try:
         asked = json.loads(body)
@@ -121,14 +110,12 @@ def read_question(body: bytes) -> Question:
     for number, message in enumerate(asked["messages"], 1):
         _check_message(number, message)
     conversation = Conversation.from_messages(asked["messages"])
-    *history, last = conversation.turns
+    last = conversation.messages[-1]
     if last.role != "user":
         raise ValueError("the last message must be the user's: there is nothing to answer")
     if not last.text.strip():
         raise ValueError("the last message is empty; say something")
-    first = conversation.messages[0]
-    system = first.text or None if first.role == "system" else None
-    return Question(system, tuple(history), last.text, _options(asked))
+    return conversation, _options(asked)
 
 
 def _check_message(number: int, message: Any) -> None:
@@ -152,16 +139,14 @@ def _check_message(number: int, message: Any) -> None:
 def _options(asked: dict[str, Any]) -> dict[str, Any]:
     """Those given, each within its bounds."""
     options = {name: asked[name] for name in OPTIONS if name in asked}
-    bounds = {"temperature": (0, 5), "top_k": (1, 2**20), "seed": (0, 2**53)}
     for name, value in options.items():
-        least, most = bounds[name]
+        least, most = OPTIONS[name]
+        kinds, what = [int], "a whole number"
+        if name == "temperature":
+            kinds, what = [int, float], "a number"
         if name == "top_k" and value is None:
             continue
-        kinds, what = (
-            ((int, float), "a number") if name == "temperature" else (int, "a whole number")
-        )
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
-        if not fits or not least <= value <= most:
+        if type(value) not in kinds or not least <= value <= most:
             raise ValueError(f"{name} must be {what} from {least} to {most}, got {value!r}")
     return options
 
@@ -170,10 +155,14 @@ def _options(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 class Desk:
-    """Where questions wait for the engine: one thread answers them in turn."""
+    """Where questions wait for a session's engine: one thread answers them in turn.
 
-    def __init__(self, engine: Engine, defaults: dict[str, Any]):
-        self.engine, self.defaults = engine, defaults
+    The session's settings hold where a question has none of its own.
+    """
+
+    def __init__(self, session: Session):
+        self.engine = session.engine
+        self.defaults = {name: getattr(session, name) for name in ("max_new_tokens", *OPTIONS)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nanolib-engine")
         self._stops: set[threading.Event] = set()  # one an answer that is waited for
 
@@ -187,11 +176,33 @@ class Desk:
         self.stop()
         self._thread.shutdown()
 
-    def open(self, question: Question) -> tuple[Session, Generator[Part]]:
+    async def chat(self, request: Request) -> Response:
+        """Answer a question (`read_question`), or say what is wrong with it."""
+        # Another site's page can send no such type without asking first, and is refused then.
+        if request.headers.get("content-type", "").split(";")[0] != "application/json":
+            return _refusal(415, "the content-type must be application/json")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > BODY_BYTES:
+                return _refusal(413, f"the body is over {BODY_BYTES} bytes; start a new chat")
+        try:
+            question = read_question(bytes(body))
+        except ValueError as error:
+            return _refusal(400, error)
+        try:
+            answer = await asyncio.to_thread(self.open, *question)
+        except ValueError as error:
+            return _refusal(413, error)
+        return StreamingResponse(self.lines(*answer), media_type="application/x-ndjson")
+
+    def open(self, asked: Conversation, options: dict[str, Any]) -> tuple[Session, Generator[Part]]:
         """A session that knows the history, about to answer; ValueError where it does not fit."""
-        session = Session(self.engine, question.system, **(self.defaults | question.options))
-        session.messages = list(question.history)
-        return session, session.parts(question.text)
+        system = next((m.text for m in asked.messages if m.role == "system"), None)
+        session = Session(self.engine, system, **(self.defaults | options))
+        *history, last = asked.turns
+        session.messages = history
+        return session, session.parts(last.text)
 
     async def lines(self, session: Session, pieces: Generator[Part]) -> AsyncIterator[str]:
         """The answer as lines of JSON; leaving the iterator stops it.
@@ -238,7 +249,7 @@ async def _news(queue: asyncio.Queue, session: Session) -> AsyncIterator[str]:
             batch.append(queue.get_nowait())
         for item in batch:
             if isinstance(item, Part):
-                shown = _added(shown, item)
+                shown = grown(shown, item)
                 yield _line(type="piece", kind=item.kind, text=item.text)
             elif item["type"] == "error":
                 yield _line(**item)
@@ -252,30 +263,26 @@ async def _news(queue: asyncio.Queue, session: Session) -> AsyncIterator[str]:
         await asyncio.sleep(PAUSE)
 
 
-def _added(parts: Sequence[Part], piece: Part) -> list[Part]:
-    if parts and parts[-1].kind == piece.kind:
-        return [*parts[:-1], Part(piece.kind, parts[-1].text + piece.text)]
-    return [*parts, piece]
-
-
 def _line(**event: Any) -> str:
     return json.dumps(event, ensure_ascii=False) + "\n"
+
+
+def _refusal(status: int, error: object) -> Response:
+    return JSONResponse({"error": str(error)}, status)
 
 
 # ---------------------------------------------------------------------------- the server
 
 
 def build(session: Session, about: dict[str, Any], *, local: bool = True) -> FastAPI:
-    """The app around a session's engine, with the session's settings as defaults.
+    """The app around a session's engine and settings (`Desk`).
 
     about: what ``/info`` tells besides. local: only requests addressed to this machine by a
     loopback name are served, so that no foreign page can reach it by a name of its own.
     """
-    engine = session.engine
-    defaults = {name: getattr(session, name) for name in ("max_new_tokens", *OPTIONS)}
-    desk = Desk(engine, defaults)
+    desk = Desk(session)
     page, policy = _page()
-    about = {**about, "context": engine.context, "temperature": session.temperature}
+    about = {**about, "context": session.engine.context, "temperature": session.temperature}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -285,9 +292,7 @@ def build(session: Session, about: dict[str, Any], *, local: bool = True) -> Fas
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.desk = desk
     app.add_middleware(_Guard, local=local, policy=policy)
-
-    def refuse(status: int, error: object) -> Response:
-        return JSONResponse({"error": str(error)}, status)
+    app.post("/chat")(desk.chat)
 
     @app.get("/")
     def index() -> Response:
@@ -300,26 +305,6 @@ def build(session: Session, about: dict[str, Any], *, local: bool = True) -> Fas
     @app.get("/health")
     def health() -> dict[str, str]:
         return {"status": "ok"}
-
-    @app.post("/chat")
-    async def chat(request: Request) -> Response:
-        # Another site's page can send no such type without asking first, and is refused then.
-        if request.headers.get("content-type", "").split(";")[0] != "application/json":
-            return refuse(415, "the content-type must be application/json")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > BODY_BYTES:
-                return refuse(413, f"the body is over {BODY_BYTES} bytes; start a new chat")
-        try:
-            question = read_question(bytes(body))
-        except ValueError as error:
-            return refuse(400, error)
-        try:
-            answer = await asyncio.to_thread(desk.open, question)
-        except ValueError as error:
-            return refuse(413, error)
-        return StreamingResponse(desk.lines(*answer), media_type="application/x-ndjson")
 
     return app
 
@@ -347,23 +332,22 @@ class _Guard:
 
     def __init__(self, app: Any, *, local: bool, policy: str):
         self.app, self.local = app, local
-        self.headers = [
-            (b"content-security-policy", policy.encode()),
-            (b"x-content-type-options", b"nosniff"),
-            (b"referrer-policy", b"no-referrer"),
-            (b"cache-control", b"no-store"),
-        ]
+        self.headers = {
+            "content-security-policy": policy,
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+            "cache-control": "no-store",
+        }
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *self.headers]
+                MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
         app = self.app
         if scope["type"] == "http" and self.local:
-            hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+            hosts = Headers(scope=scope).getlist("host")
             if len(hosts) != 1 or re.sub(r":\d+$", "", hosts[0]).lower() not in LOOPBACK:
-                names = " or ".join(LOOPBACK)
-                app = JSONResponse({"error": f"ask for {names}, not for {hosts}"}, 403)
+                app = _refusal(403, f"ask for {' or '.join(LOOPBACK)}, not for {hosts}")
         await app(scope, receive, send_with_headers)
