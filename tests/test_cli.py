@@ -108,7 +108,7 @@ def test_the_command_and_the_module_are_the_same():
         ("run d32 --dry-run --on 8xRTX4090", r"too small.*lower model.sequence_len or model.depth"),
         (
             "run h100 --dry-run --on H100 --machine.device-batch 256 --base.batch-tokens 1048576",
-            r"device_batch = 256 rows should not fit .*lower it to 128",
+            r"device_batch = 256 rows should not fit .*lower it to 32",
         ),
         ("run smoke --dry-run --on 5xH100", r"8 rows, which 5 ranks cannot"),
         ("run smoke --dry-run --nproc 2 --on H100", r"machine.ranks = 2 needs as many devices"),

@@ -114,10 +114,7 @@ def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]
 def _dispatch(words: Sequence[str], overrides: dict[str, Any]) -> None:
     """Let tyro match the words to a method of `Commands` and call it."""
     commands = Commands(overrides)
-    names = (
-        *("run", "watch", "plan", "stage", "chat", "serve", "report", "export", "pack"),
-        *("notebooks", "settings"),
-    )
+    names = [name for name in vars(Commands) if not name.startswith("_")]
     tyro.extras.subcommand_cli_from_dict(
         {name: getattr(commands, name) for name in names},
         prog="nanolib",
@@ -152,26 +149,46 @@ class Commands:
             dry_run: Check chapters, settings, shapes, memory and data; write and train nothing.
             on: With --dry-run: the machine it is for, such as 8xH100. [this one]
         """
-        if not dry_run:
-            if on is not None:
-                raise ValueError("--on names the machine of a --dry-run; a run runs here")
-            if detach:
-                background.detach(profile, _place(run), self.overrides)
-                return
-            pipeline.run(profile, _place(run), self.overrides)
-            return
-        from nanolib.accounting import Machine
-        from nanolib.ui import dryrun
-
-        if detach:
+        asked = (profile, _place(run), self.overrides)
+        if dry_run and detach:
             raise ValueError("--dry-run is over in a moment: leave --detach out")
-        machine = Machine.parse(on) if on else None
-        for line in list(dryrun.check(profile, _place(run), self.overrides, machine)):
-            print(line)
+        if dry_run:
+            from nanolib.ui import dryrun
+
+            print("\n".join(dryrun.check(*asked, on)))
+        elif on is not None:
+            raise ValueError("--on names the machine of a --dry-run; a run runs here")
+        elif detach:
+            background.detach(*asked)
+        else:
+            pipeline.run(*asked)
 
     def watch(self, run: RunName = None) -> None:
         """Follow a run from any terminal, until it ends; Ctrl-C leaves the run alone."""
         background.watch(self._open(run))
+
+    def plan(
+        self,
+        profile: Annotated[str, tyro.conf.arg(metavar="PROFILE")] = "speedrun",
+        depth: int | None = None,
+        on: Annotated[str, tyro.conf.arg(metavar="MACHINE")] = "8xH100",
+        dollars_per_hour: float | None = None,
+    ) -> None:
+        """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
+
+        Args:
+            profile: A file in runs/.
+            depth: The dial; short for --model.depth.
+            on: A number of devices of one kind, such as 8xH100 or A100.
+            dollars_per_hour: Of the whole machine. [$3 a device]
+        """
+        from nanolib import planning
+        from nanolib.accounting import Machine
+
+        dial = {} if depth is None else {"model.depth": depth}
+        machine = Machine.parse(on, dollars_per_hour)
+        asked = {"machine.ranks": machine.count, **self.overrides, **dial}
+        print("\n".join(planning.plan(config.resolve(profile, asked), machine)))
 
     def stage(
         self,
@@ -300,30 +317,6 @@ class Commands:
             pairs.refresh(self.overrides)
         else:
             pairs.check()
-
-    def plan(
-        self,
-        profile: Annotated[str, tyro.conf.arg(metavar="PROFILE")] = "speedrun",
-        depth: int | None = None,
-        on: Annotated[str, tyro.conf.arg(metavar="MACHINE")] = "8xH100",
-        dollars_per_hour: float | None = None,
-    ) -> None:
-        """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
-
-        Args:
-            profile: A file in runs/.
-            depth: The dial; short for --model.depth.
-            on: A number of devices of one kind, such as 8xH100 or A100.
-            dollars_per_hour: Of the whole machine. [$3 a device]
-        """
-        from nanolib import planning
-        from nanolib.accounting import Machine
-
-        dial = {} if depth is None else {"model.depth": depth}
-        machine = Machine.parse(on, dollars_per_hour)
-        asked = {"machine.ranks": machine.count, **self.overrides, **dial}
-        for line in list(planning.plan(config.resolve(profile, asked), machine)):
-            print(line)
 
     def settings(self, profile: ProfileName = "demo") -> None:
         """List every setting's dotted path with its value in a profile."""

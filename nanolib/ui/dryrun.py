@@ -21,12 +21,13 @@ from nanolib.rundir import Run
 
 
 def check(
-    profile: str, run: str | None, overrides: Mapping[str, Any], machine: Machine | None = None
+    profile: str, run: str | None, overrides: Mapping[str, Any], on: str | None = None
 ) -> Iterator[str]:
     """Lines that say what a run would do. Raises ValueError at the first mistake.
 
-    machine: the one it is meant for; None: this one.
+    on: the machine it is meant for, such as "8xH100"; None: this one.
     """
+    machine = Machine.parse(on) if on else None
     notebooks = {source: pipeline.read(source) for source in pipeline.chapters()}
     this = Run.peek(profile, run, overrides)
     yield f"run {this.name}: {'exists' if this.exists() else 'would be made'} at {this.path}"
@@ -65,16 +66,15 @@ def _devices(given: Config, machine: Machine | None) -> Iterator[str]:
         if not getattr(recipe, stage).enabled:
             continue
         share, wanted = planning.share_of(recipe, stage, ranks), given.machine.device_batch
-        rows = planning.estimated_rows(
-            model, vocab, min(share, wanted or share), ranks, room, **about
-        )
-        if wanted is not None and rows < min(share, wanted):
+        found = planning.estimated_rows(model, vocab, share, ranks, room, **about)
+        rows = found if wanted is None else min(share, wanted)
+        memory = planning.needed(model, vocab, rows, ranks, **about)
+        if memory.total > room:
             raise ValueError(
                 f"machine.device_batch = {wanted} rows should not fit into {planning.size(room)}; "
-                f"lower it to {rows}, or leave it out to have it found"
+                f"lower it to {found}, or leave it out to have it found"
             )
         shape = tuple(_forward(model, vocab, rows).shape)
-        memory = planning.needed(model, vocab, rows, ranks, **about)
         yield f"  {stage:<6} {rows} of {share} rows a rank at once, nll {shape}, about " + (
             planning.size(memory.total)
         )
@@ -82,32 +82,28 @@ def _devices(given: Config, machine: Machine | None) -> Iterator[str]:
 
 def _machine(given: MachineConfig, machine: Machine | None) -> tuple[str, int, float, bool, int]:
     """Name, ranks, usable bytes of each, whether it is CUDA, bytes of a number."""
-    if machine is not None:
-        ranks = given.ranks or machine.count
-        _enough(ranks, machine.count)
-        room = planning.MARGIN * machine.device.memory * 1e9
-        return machine.name, ranks, room, True, 4 if given.dtype == "float32" else 2
     gpus = torch.cuda.device_count() if given.device in ("auto", "cuda") else 0
-    if given.device == "cuda" and not gpus:
+    if machine is not None:
+        gpus = machine.count
+    elif given.device == "cuda" and not gpus:
         raise ValueError(
             "machine.device is 'cuda', which torch does not see here; name the machine that it is "
             "for (--on 8xH100), or try --machine.device auto"
         )
     ranks = given.ranks or max(1, gpus)
-    if gpus:
-        _enough(ranks, gpus)
-        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(ranks))
-        room, name = planning.MARGIN * memory, torch.cuda.get_device_name(0)
-        return name, ranks, room, True, 4 if given.dtype == "float32" else 2
-    size = 2 if given.dtype == "bfloat16" else 4
-    return "share of this computer", ranks, planning.main_memory(ranks), False, size
-
-
-def _enough(ranks: int, devices: int) -> None:
-    if ranks > devices:
+    if not gpus:
+        size = 2 if given.dtype == "bfloat16" else 4
+        return "share of this computer", ranks, planning.main_memory(ranks), False, size
+    if ranks > gpus:
         raise ValueError(
-            f"machine.ranks = {ranks} needs as many devices, and there are {devices}; lower it"
+            f"machine.ranks = {ranks} needs as many devices, and there are {gpus}; lower it"
         )
+    if machine is not None:
+        name, memory = machine.name, machine.device.memory * 1e9
+    else:
+        name = torch.cuda.get_device_name(0)
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(ranks))
+    return name, ranks, planning.MARGIN * memory, True, 4 if given.dtype == "float32" else 2
 
 
 def _forward(model: config.ModelConfig, vocab_size: int, rows: int) -> torch.Tensor:
@@ -136,9 +132,8 @@ def _roads(run: Run, notebooks: Mapping[Path, Any]) -> Iterator[str]:
                 done = run.stage(stage, of).done() is not None
                 parts.append((f"{stage} of {of}" if of else stage) + " (finished)" * done)
         yield f"chapter {source.stem:<18} {', '.join(parts) or 'reads what is there'}"
-    missing = [name for name in MODELS if getattr(run.config.recipe, name).enabled]
-    missing = [name for name in missing if (name, None) not in seen]
-    if missing:
+    enabled = [name for name in MODELS if getattr(run.config.recipe, name).enabled]
+    if missing := [name for name in enabled if (name, None) not in seen]:
         yield f"missing: no chapter runs {', '.join(missing)}"
 
 
