@@ -263,7 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="PATH=VALUE", help="settings")
     given = parser.parse_args(arguments)
     launch.WORKER = "nanolib.bench.ranks"
-    overrides = {"base.steps": given.steps, "base.save_every": max(1, given.steps // 4)} | SHORT
+    most = max(given.ranks)
+    overrides = SHORT | {
+        "base.steps": given.steps,
+        "base.save_every": max(1, given.steps // 4),
+        "grpo.questions": 2 * most,  # at least one a rank
+    }
     overrides |= check_overrides(dict(word.split("=", 1) for word in given.set))
     runs: list[Run] = []
     for ranks in sorted({1, *given.ranks}):
@@ -280,7 +285,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"| {name} | " + " | ".join(row[name] for row in tables) + " |")
         if name == "ranks":
             print("|---" * (1 + len(tables)) + "|")
-    most = max(given.ranks)
     if most > 1:
         struck = train(given.profile, "struck", most, overrides, runs[0])
         print("\n" + struck_and_resumed(struck, runs[0]))
