@@ -144,7 +144,7 @@ def read(ids, cache):
 # %%
 cache = Cache()
 scores_TV = torch.cat([read(prompt[:10], cache), *(read([id], cache) for id in prompt[10:])])
-assert_close(scores_TV, gpt(torch.tensor([prompt]))[0], atol=1e-4, rtol=1e-4)
+assert_close(scores_TV, gpt(torch.tensor([prompt]))[0], atol=1e-3, rtol=1e-3)
 print(f"ten tokens at once, then {len(prompt) - 10} one by one: the same scores as without a cache")
 
 # %% [markdown]
@@ -260,7 +260,7 @@ with torch.inference_mode():
     after_prompt_BV = gpt(ids_BT, cache=kept)[torch.arange(3), lengths_B - 1]
 kept.advance(lengths_B.tolist())
 for row, ids in enumerate(prompts):
-    assert_close(after_prompt_BV[row], gpt(torch.tensor([ids]))[0, -1], atol=1e-4, rtol=1e-4)
+    assert_close(after_prompt_BV[row], gpt(torch.tensor([ids]))[0, -1], atol=1e-3, rtol=1e-3)
 print("three prompts in one batch: the same scores as each alone;", kept.used_B.tolist(), "used")
 
 # %%
