@@ -94,13 +94,12 @@ def read(source: Path) -> NotebookNode:
 
 def _chapter(source: Path, run: Run, parameters: Mapping[str, Any], line: Line) -> None:
     """Execute one chapter unless it is finished, and keep its notebook, HTML and done record."""
-    record, target = _record(source, run)
-    fingerprint = _fingerprint(source, run)
-    if _finished(record, target, fingerprint):
+    if _finished(source, run):
         line.say(f"chapter {source.stem}: finished before")
         return
     line.say(f"chapter {source.stem}")
-    started = time.monotonic()
+    record, target = _record(source, run)
+    fingerprint, started = _fingerprint(source, run), time.monotonic()
     with rundir.saving(target), _terminal_follows(run, line):
         _execute(source, target, parameters)
     seconds = time.monotonic() - started
@@ -111,9 +110,9 @@ def _chapter(source: Path, run: Run, parameters: Mapping[str, Any], line: Line) 
     line.say(f"chapter {source.stem}: done in {clock(seconds)}")
 
 
-def _bind(run: Run) -> Path:
-    """Bring the run book up to date; returns its first page."""
-    return runbook.write(run, [source.stem for source in chapters()])
+def _bind(run: Run) -> None:
+    """Bring the run book up to date."""
+    runbook.write(run, [source.stem for source in chapters()])
 
 
 def _record(source: Path, run: Run) -> tuple[Path, Path]:
@@ -128,12 +127,12 @@ def _fingerprint(source: Path, run: Run) -> str:
     return hashlib.sha256(source.read_bytes() + recipe.encode()).hexdigest()
 
 
-def _finished(record: Path, notebook: Path, fingerprint: str) -> bool:
-    try:
-        known = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _finished(source: Path, run: Run) -> bool:
+    record, target = _record(source, run)
+    if not record.exists() or not target.exists():
         return False
-    return known["fingerprint"] == fingerprint and notebook.exists()
+    known = json.loads(record.read_text(encoding="utf-8"))
+    return known["fingerprint"] == _fingerprint(source, run)
 
 
 def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
@@ -265,11 +264,7 @@ def started(run: Run) -> float:
 
 def unfinished(run: Run) -> Path | None:
     """The source of the first chapter that is not finished; None: all are."""
-    for source in chapters():
-        record, target = _record(source, run)
-        if not _finished(record, target, _fingerprint(source, run)):
-            return source
-    return None
+    return next((source for source in chapters() if not _finished(source, run)), None)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from nanolib import config, pipeline
+from nanolib.bench import faults
+from nanolib.bench.faults import survivors
 from nanolib.config import REPOSITORY
 from nanolib.rundir import Run
 from nanolib.ui import background, cli
@@ -82,23 +84,9 @@ def family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def alive(processes: list[psutil.Process]) -> bool:
-    """Whether any still runs; where nobody reaps orphans they stay as zombies."""
-
-    def runs(process: psutil.Process) -> bool:
-        try:
-            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-    return any(map(runs, processes))
-
-
 def wait(condition, seconds: float = 120.0):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
+    value = faults.wait(condition, seconds)
+    assert value, "waited too long"
     return value
 
 
@@ -184,10 +172,10 @@ def test_interrupted_the_same_command_goes_on(notebooks, how):
     assert time.monotonic() - started < 30
     if how.startswith("SIG"):
         assert process.returncode == 130 and "run the same command to go on" in out
-        assert not alive(members) and errors == ""
+        assert not survivors(members) and errors == ""
     elif how == "kernel":
         assert process.returncode == 1 and "kernel of chapter 01_second died" in errors
-    wait(lambda: not alive(members), 10)
+    wait(lambda: not survivors(members), 10)
     shards = (run.stage("shards").path / "done.json").read_bytes()
 
     process = command(notebooks, "run", "smoke")
@@ -218,7 +206,7 @@ def test_killing_uv_kills_what_it_started():
     assert len(members) == 2
     parent.kill()
     parent.wait()
-    wait(lambda: not alive(members))
+    wait(lambda: not survivors(members))
     assert (place / "saved.json").exists() and not (place / "done.json").exists()
 
 
@@ -250,9 +238,10 @@ def detached(notebooks, monkeypatch):
         return started[-1]
 
     yield start
-    for process in filter(psutil.pid_exists, started):
-        os.kill(process, signal.SIGTERM)
-        wait(lambda p=process: not alive([psutil.Process(p)] if psutil.pid_exists(p) else []))
+    left = [psutil.Process(process) for process in started if psutil.pid_exists(process)]
+    for process in left:
+        process.terminate()
+    wait(lambda: not survivors(left))
 
 
 def test_a_detached_run_is_watched_to_its_end(detached, capsys):
@@ -283,7 +272,7 @@ def test_a_detached_run_outlives_its_starter_and_is_stopped_by_kill(notebooks, d
     wait(lambda: len(steps(run, "base")) >= 2)
     members = [psutil.Process(pid), *family(pid)]
     os.kill(pid, signal.SIGTERM)
-    wait(lambda: not alive(members))
+    wait(lambda: not survivors(members))
     assert cli.main(["watch"]) == 1
     errors = capsys.readouterr().err
     assert "nothing is running" in errors and "stopped; run the same command to go on" in errors
@@ -326,7 +315,5 @@ def test_settings_survive_the_command_line():
         "eval.tasks": ["mmlu", "gsm8k"],
         "data.source": "toyworld",
     }
-    given = {key: value for key, value in given.items() if key in config.settings()}
-    given = config.check_overrides(given)
     words = [f"--{key}={config.as_text(value)}" for key, value in given.items()]
-    assert len(given) >= 4 and cli.split_settings(words) == ([], given)
+    assert cli.split_settings(words) == ([], config.check_overrides(given))

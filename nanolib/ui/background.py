@@ -36,7 +36,6 @@ def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
     Returns once the run is under way. Raises ValueError for a user's mistake, also where another
     command executes the run, ChapterError where the new one ends before it begins.
     """
-    config.resolve(profile, config.check_overrides(overrides))
     pipeline.chapters()
     this = Run.open(profile, run, overrides)
     with pipeline.only_one(this):
@@ -81,13 +80,13 @@ def _last_words(text: str) -> str:
 # ---------------------------------------------------------------------------- watch
 
 
-def watch(run: Run, line: Line | None = None) -> None:
+def watch(run: Run) -> None:
     """Show a run's finished stages, then follow what works on it until nothing does.
 
     Returns when the run is finished, or a lone stage is done; raises ChapterError otherwise, with
     what is known of the reason.
     """
-    line = line or Line()
+    line = Line()
     line.say(f"run {run.name}: {run.path}")
     followers: dict[Path, launch.Follower] = {}
     chapter, seen = None, ""
