@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ BLUE, ORANGE, GREEN, RED, VIOLET, GREY = (
     "#6b46c1",
     "#a0aec0",
 )
+LARGE = 10_000_000  # parameters of a run's model
 PASTELS = ("#dbeafe", "#fde7c8", "#d3f2df", "#fbd9e0", "#e6dcfb", "#e5e7eb")
 STYLE: dict[Any, Any] = {
     "figure.figsize": (7.2, 2.9),
@@ -54,21 +56,23 @@ STYLE: dict[Any, Any] = {
 def begin(profile: str, run: str | Run | None, overrides: Mapping[str, Any]) -> Run:
     """Open the chapter's run (`Run.open`), set the style of pictures, and say which run it is.
 
-    One CPU thread from here on: on tensors as small as a lesson's, several wait for each other.
+    One CPU thread from here on, up to eight where the run's model is larger than `LARGE`: on
+    tensors as small as a small run's lessons have, several wait for each other.
     A cell that is executed twice hands back the run it made: then `run` is a Run and is kept.
     """
     import matplotlib as mpl
     import torch
     from cycler import cycler
 
-    torch.set_num_threads(1)
     mpl.rcParams.update(STYLE)
     mpl.rcParams["axes.prop_cycle"] = cycler(color=[BLUE, ORANGE, GREEN, RED, VIOLET, GREY])
     opened = run if isinstance(run, Run) else Run.open(profile, run, overrides)
     model, vocab = opened.config.recipe.model, opened.config.recipe.tokenizer.vocab_size
+    parameters = model.parameters(vocab)
+    torch.set_num_threads(min(8, os.cpu_count() or 1) if parameters > LARGE else 1)
     print(
         f"run {opened.id}: depth {model.depth}, width {model.width}, vocabulary {vocab:,}, "
-        f"{model.parameters(vocab):,} parameters"
+        f"{parameters:,} parameters"
     )
     return opened
 

@@ -72,6 +72,15 @@ def test_begin_opens_the_run_and_keeps_it_when_the_cell_runs_again(capsys):
     assert "depth 2, width 32, vocabulary 512, 57,344 parameters" in capsys.readouterr().out
 
 
+def test_a_large_models_lessons_have_more_threads(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    lesson.begin("smoke", None, {})
+    assert torch.get_num_threads() == 1
+    monkeypatch.setattr(lesson, "LARGE", 1)
+    lesson.begin("smoke", None, {})
+    assert torch.get_num_threads() == 3
+
+
 def test_begin_passes_a_users_mistake_on():
     with pytest.raises(ValueError, match=r"model\.dept"):
         lesson.begin("smoke", None, {"model.dept": 3})
