@@ -24,14 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-BLUE, ORANGE, GREEN, RED, VIOLET, GREY = (
-    "#2b6cb0",
-    "#dd6b20",
-    "#2f855a",
-    "#c53030",
-    "#6b46c1",
-    "#a0aec0",
-)
+BLUE, ORANGE, GREEN = "#2b6cb0", "#dd6b20", "#2f855a"
+RED, VIOLET, GREY = "#c53030", "#6b46c1", "#a0aec0"
 LARGE = 10_000_000  # parameters of a run's model
 PASTELS = ("#dbeafe", "#fde7c8", "#d3f2df", "#fbd9e0", "#e6dcfb", "#e5e7eb")
 STYLE: dict[Any, Any] = {
@@ -93,8 +87,8 @@ def _show(plain: str, **rich: Any) -> None:
         return
     from IPython.display import display
 
-    kinds = {"html": "text/html", "markdown": "text/markdown"}
-    display({"text/plain": plain} | {kinds[kind]: value for kind, value in rich.items()}, raw=True)
+    kinds = {f"text/{kind}": value for kind, value in rich.items()}
+    display({"text/plain": plain} | kinds, raw=True)
 
 
 def markdown(text: str) -> None:
@@ -165,26 +159,25 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     from matplotlib.figure import Figure
 
     train = [row for row in rows if row["kind"] == "train"]
+    last = train[-1]["steps"]
     figure = Figure(figsize=(7.6, 2.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, family="monospace")
     steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
     left.plot(steps, losses, color=GREY, linewidth=0.8, alpha=0.7)
-    left.plot(
-        steps, smooth(losses, keep=1 - 20 / min(400, max(40, train[-1]["steps"]))), color=BLUE
-    )
+    left.plot(steps, smooth(losses, keep=1 - 20 / min(400, max(40, last))), color=BLUE)
     left.set_title("training loss (nats a token)")
     name, points = _scores(rows)
-    right.plot([step for step, _ in points], [value for _, value in points], "o-", color=ORANGE)
-    if not points:
-        right.set_yticks([])
+    if points:
+        right.plot(*zip(*points, strict=True), "o-", color=ORANGE)
+        text = f"{points[-1][1]:.3f}"
+        right.annotate(text, points[-1], (0, 8), textcoords="offset points", ha="right")
+        right.set_title(f"held-out {name}")
     else:
-        right.annotate(
-            f"{points[-1][1]:.3f}", points[-1], (0, 8), textcoords="offset points", ha="right"
-        )
-    right.set_title(f"held-out {name}" if name else "held-out score (not yet)")
+        right.set_yticks([])
+        right.set_title("held-out score (not yet)")
     for axes in (left, right):
-        axes.set_xlim(0, train[-1]["steps"] * 1.05)
+        axes.set_xlim(0, last * 1.05)
         axes.set_xlabel("step")
         axes.margins(y=0.15)
     return figure
@@ -243,15 +236,20 @@ def tokens(
     else:
         cycle = range(len(pieces)) if groups is None else groups
         colours = [PASTELS[group % len(PASTELS)] for group in cycle]
-    visible = [piece.replace(" ", "·").replace("\n", "↵") for piece in pieces]
-    breaks = ["<br>" if "\n" in piece else "" for piece in pieces]
-    boxes = "".join(map("".join, zip(map(_box, visible, colours), breaks, strict=True)))
+    boxes = "".join(
+        _box(_visible(piece), colour) + "<br>" * ("\n" in piece)
+        for piece, colour in zip(pieces, colours, strict=True)
+    )
     keys = " ".join(map(_box, legend, PASTELS))
     style = "font-family:monospace;font-size:13px;line-height:2;max-width:60em;margin:4px 0"
     picture = f'<div style="{style}">{boxes}</div>'
     if keys:
         picture += f'<div style="font-size:12px;margin:4px 0">{keys}</div>'
     _show("|".join(pieces), html=picture)
+
+
+def _visible(piece: str) -> str:
+    return piece.replace(" ", "·").replace("\n", "↵")
 
 
 def _box(text: str, colour: str) -> str:
@@ -287,8 +285,8 @@ def heatmap(
 
 
 def _label(piece: str) -> str:
-    """A token as a tick label: spaces visible, and no dollar that matplotlib takes for maths."""
-    return piece.replace(" ", "·").replace("\n", "↵").replace("$", r"\$")
+    """A token as a tick label, without a dollar that matplotlib would take for maths."""
+    return _visible(piece).replace("$", r"\$")
 
 
 ROAD = (  # what is done, in which chapter, and what comes out
