@@ -14,16 +14,12 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nanolib.progress import clock
 from nanolib.rundir import Run, write_atomic
 
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
-
 # What a cell's output is shown as, the best first: never as a script or a widget.
-SHOWN = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain")
+SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
 CSS = """
 :root { color-scheme: light; }
 body { max-width: 52rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; color: #1d2129;
@@ -67,8 +63,7 @@ def write(run: Run, names: Sequence[str]) -> Path:
         titles[name] = _title(json.loads(source.read_text(encoding="utf-8"))["cells"]) or name
         links = _links(name, names)
         if not _current(page, source, links):
-            body = _chapter(source)
-            write_atomic(page, _page(f"{titles[name]} · {run.id}", links, body))
+            write_atomic(page, _page(f"{titles[name]} · {run.id}", links, _chapter(source)))
     write_atomic(folder / "index.html", _index(run, names, titles))
     return folder / "index.html"
 
@@ -125,10 +120,12 @@ def _chapter(source: Path) -> str:
     """An executed notebook's cells as HTML, links to notebooks turned into links to their pages."""
     import nbformat
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
     notebook = nbformat.read(source, as_version=4)
-    _plain(notebook)
+    notebook.metadata.pop("widgets", None)  # a script
     exporter = HTMLExporter(
+        config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}),
         template_name="basic",
         exclude_anchor_links=True,
         exclude_input_prompt=True,
@@ -136,18 +133,6 @@ def _chapter(source: Path) -> str:
     )
     body, _ = exporter.from_notebook_node(notebook)
     return re.sub(r'href="(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
-
-
-def _plain(notebook: NotebookNode) -> None:
-    """Keep of each output the one form that is shown."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if "data" in output:
-                best = [kind for kind in SHOWN if kind in output.data][:1]
-                output.data = {kind: output.data[kind] for kind in best}
-        if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
-    notebook.metadata.pop("widgets", None)
 
 
 def _index(run: Run, names: Sequence[str], titles: dict[str, str]) -> str:

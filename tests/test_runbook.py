@@ -10,6 +10,7 @@ from nbformat import v4
 from nanolib import runbook
 from nanolib.rundir import Run
 
+pytestmark = pytest.mark.filterwarnings("ignore:Your element with mimetype")  # it is left out
 NAMES = ["00_first", "01_second", "02_third"]
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 REMOTE = r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)\s*=\s*[\"']?(?:https?:)?//"
