@@ -197,7 +197,7 @@ def _finished(folder: Path) -> dict[Path, str]:
     return {path: path.read_text() for path in folder.glob("**/done.json")}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -221,7 +221,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = list(differences(outcome(straight), outcome(Run.load(str(folder)))))
     print("\n" + ("\n".join(found) or "results, metrics and weights equal the undisturbed run's"))
     sys.exit(1 if found else 0)
-
-
-if __name__ == "__main__":
-    main()
