@@ -11,6 +11,7 @@ it needs the standard library alone.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -131,8 +132,6 @@ def measure(job: dict) -> dict:
 
 
 def hash_of(tokens: list[str]) -> str:
-    import hashlib
-
     return hashlib.sha256(" ".join(tokens).encode()).hexdigest()[:16] if tokens else ""
 
 
@@ -241,7 +240,7 @@ def table(rows: list[dict], threads: list[int]) -> str:
     return "\n".join(lines)
 
 
-def more(rows: list[dict], threads: list[int], job: dict) -> list[str]:
+def more(rows: list[dict], threads: list[int], job: dict) -> str:
     """What the table does not show: same merges, counting alone, a vocabulary twice as large."""
     lines = []
     if any(row["trainer"] == "rustbpe" for row in rows):
@@ -255,7 +254,7 @@ def more(rows: list[dict], threads: list[int], job: dict) -> list[str]:
             seconds, cpu = (min(row[field] for row in runs) for field in ("seconds", "cpu_seconds"))
             what = "counting alone" if vocab_size == 256 else f"vocabulary {vocab_size:,}"
             lines.append(f"- nanolib, {what}, threads {count}: {seconds:.2f} s, CPU {cpu:.2f} s")
-    return ["\n".join(lines)]
+    return "\n".join(lines)
 
 
 def microbenchmark(corpus: Path) -> str | None:
@@ -307,7 +306,7 @@ def report(folder: Path, options: argparse.Namespace) -> str:
         "other programs disturb less than s, the time on the clock. MB is the peak above the "
         "memory in use after draining the same generator.",
         table(rows, options.threads),
-        *extra,
+        extra,
     ]
     if micro:
         parts += ["The crate's microbenchmark on the same corpus:", f"```\n{micro}\n```"]
