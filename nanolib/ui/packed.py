@@ -26,19 +26,14 @@ BYTES_PER_TOKEN = 4  # of code, roughly; said where no GPT encoding is at hand
 
 def pack(tests: bool = False) -> str:
     """The whole code base: a table of contents, then each file in a fence of its own."""
-    paths = list(files(tests))
-    texts = [path.read_text(encoding="utf-8") for path in paths]
-    names = [path.relative_to(REPOSITORY).as_posix() for path in paths]
-    contents = [
-        f"{number}. {name} ({len(text.splitlines()):,} lines)"
-        for number, (name, text) in enumerate(zip(names, texts, strict=True), 1)
-    ]
-    parts = ["# The code of nanolib, in reading order", "\n".join(contents)]
-    for name, text in zip(names, texts, strict=True):
+    contents, parts = [], []
+    for number, path in enumerate(files(tests), 1):
+        name, text = path.relative_to(REPOSITORY).as_posix(), path.read_text(encoding="utf-8")
+        contents.append(f"{number}. {name} ({len(text.splitlines()):,} lines)")
         fence = _fence(text)
-        language = LANGUAGES.get(Path(name).suffix, "")
-        parts.append(f"## {name}\n\n{fence}{language}\n{text.rstrip()}\n{fence}")
-    return "\n\n".join(parts) + "\n"
+        parts.append(f"## {name}\n\n{fence}{LANGUAGES[path.suffix]}\n{text.rstrip()}\n{fence}")
+    title = "# The code of nanolib, in reading order"
+    return "\n\n".join([title, "\n".join(contents), *parts]) + "\n"
 
 
 def _fence(text: str) -> str:
