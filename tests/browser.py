@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat import NotebookNode
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -74,13 +76,12 @@ def chromium(name: str) -> Iterator:
 
 
 @contextlib.contextmanager
-def jupyterlab(folder: Path, home: Path, settings: dict[str, dict] | None = None) -> Iterator[str]:
-    """JupyterLab over `folder`, whose own files are under `home`; the address of its notebooks.
-
-    Use it as ``address.format("NAME.ipynb")``.
-    """
+def jupyterlab(notebook: NotebookNode, home: Path) -> Iterator[str]:
+    """JupyterLab with one notebook, all its files under `home`; the notebook's address."""
     ARTIFACTS.mkdir(exist_ok=True)
-    for name, values in (SETTINGS | (settings or {})).items():
+    (home / "notebooks").mkdir()
+    nbformat.write(notebook, home / "notebooks/lesson.ipynb")
+    for name, values in SETTINGS.items():
         file = home / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
@@ -91,7 +92,7 @@ def jupyterlab(folder: Path, home: Path, settings: dict[str, dict] | None = None
         [
             *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
             *("--ip=127.0.0.1", f"--port={port}"),
-            *(f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder}"),
+            *(f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home / 'notebooks'}"),
         ],
         env=os.environ
         | {
@@ -111,7 +112,7 @@ def jupyterlab(folder: Path, home: Path, settings: dict[str, dict] | None = None
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         wait_for(answers, "JupyterLab")
-        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={TOKEN}"
+        yield f"http://127.0.0.1:{port}/lab/tree/lesson.ipynb?token={TOKEN}"
     finally:
         server.terminate()
         try:

@@ -5,8 +5,6 @@ the stage save and end; running the cell again goes on from there. Screenshots g
 tests/artifacts/, to be looked at.
 """
 
-from collections.abc import Iterator
-
 import nbformat
 import pytest
 from browser import ARTIFACTS, Tab, chromium, jupyterlab, wait_for
@@ -31,25 +29,16 @@ def run(monkeypatch, tmp_path) -> Run:
 
 
 @pytest.fixture
-def lab(run, tmp_path) -> Iterator[str]:
-    """JupyterLab over a copy of chapter 04 with this run's parameters; the chapter's address."""
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
+def lab(run, tmp_path):
+    """A browser, and JupyterLab's address of a copy of chapter 04 with this run's parameters."""
     chapter = nbformat.read(config.REPOSITORY / "notebooks/04_pretraining.ipynb", as_version=4)
     (parameters,) = [c for c in chapter.cells if "parameters" in c.metadata.get("tags", [])]
     parameters.source = f'profile = "smoke"\nrun = "browser"\noverrides = {OVERRIDES}'
     for cell in chapter.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    nbformat.write(chapter, folder / "04_pretraining.ipynb")
-    with jupyterlab(folder, tmp_path) as address:
-        yield address.format("04_pretraining.ipynb")
-
-
-@pytest.fixture
-def browser():
-    with chromium("browser") as context:
-        yield context
+    with chromium("browser") as browser, jupyterlab(chapter, tmp_path) as address:
+        yield browser, address
 
 
 class Chapter(Tab):
@@ -86,9 +75,9 @@ def stopped_at(place: StageDir) -> int:
 
 
 @pytest.mark.slow
-def test_chapter_04_is_watched_closed_restarted_and_resumed(browser, lab, run):
+def test_chapter_04_is_watched_closed_restarted_and_resumed(lab, run):
     base = run.stage("base")
-    chapter = Chapter(browser, lab)
+    chapter = Chapter(*lab)
     assert not chapter.page.locator(".jp-Dialog").count(), "a dialog greets the reader"
     chapter.run_all()
 
@@ -103,7 +92,7 @@ def test_chapter_04_is_watched_closed_restarted_and_resumed(browser, lab, run):
     chapter.page.close()
     count = len(steps(base))
     wait_for(lambda: len(steps(base)) >= count + 5, "training to go on without a tab")
-    chapter = Chapter(browser, lab, busy=True)
+    chapter = Chapter(*lab, busy=True)
     assert launch.is_running(base)
     chapter.screenshot("browser-3-reopened")
 
