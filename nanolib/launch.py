@@ -159,7 +159,9 @@ def _command(
     machine = {f"machine.{key}": value for key, value in machine.items()}
     command = [sys.executable, "-m"]
     if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        # All on this machine, whose own name need not be known to it.
+        command += ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        command += [f"--nproc-per-node={ranks}", "-m"]
     command += [WORKER, place.name, str(run.path), "--machine", json.dumps(machine)]
     command += ["--of", of] if of else []
     environment = os.environ | {
