@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from nanolib import launch, stages
@@ -123,6 +121,7 @@ def test_the_command_and_the_module_are_the_same():
         ("stage sft --of base --profile smoke", r"only eval takes `of`"),
         ("stage eval --of data --profile smoke", r"no model 'data'; it has base, mid, sft"),
         ("chat", r"no run yet"),
+        ("serve", r"no run yet"),
         ("report --run nix", r"no run 'nix'"),
         ("notebooks", r"needs one of --refresh and --check"),
     ],
@@ -200,16 +199,6 @@ def test_a_setting_that_differs_from_the_runs_recipe(nanolib, command):
     code, _, errors = nanolib(*command.split(), "--base.steps", "10")
     assert code == 2 and "'mine' was made with base.steps = 9, not 10" in errors
     assert "--run NAME" in errors and [p.name for p in run.path.iterdir()] == ["manifest.json"]
-
-
-def test_a_directory_of_another_configuration(nanolib, tmp_path):
-    Run.open("demo", "mine")
-    code, _, errors = nanolib("run", "smoke", "--run", "mine")
-    assert code == 2 and "made with profile = demo, not smoke" in errors
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.png").touch()
-    code, _, errors = nanolib("run", "smoke", "--run", str(tmp_path / "photos"))
-    assert code == 2 and "holds files but no manifest.json" in errors
 
 
 def test_a_run_given_by_path_is_relative_to_the_shell(nanolib, tmp_path, monkeypatch):
@@ -334,45 +323,21 @@ def test_a_damaged_checkpoint_in_a_worker_of_its_own(nanolib, copy):
 # ---------------------------------------------------------------------------- bad text
 
 
-def _no_rows(path: Path) -> None:
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
-
-
-def _not_utf8(path: Path) -> None:
-    raw = pa.array([b"fine", b"\xff\xfe broken"], pa.binary())
-    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
-    pq.write_table(pa.table({"text": text}), path)
-
-
-SPOILT = {
-    "empty": (lambda path: path.write_bytes(b""), r"is empty \(0 bytes\)"),
-    "rows": (_no_rows, r"has no rows"),
-    "truncated": (lambda path: damage(path, "truncated"), r"not a readable parquet file"),
-    "foreign": (lambda path: pq.write_table(pa.table({"url": ["x"]}), path), r"column.*'?text"),
-    "numbers": (lambda path: pq.write_table(pa.table({"text": [1, 2]}), path), r"text.*int64"),
-    "latin-1": (_not_utf8, r"UTF-8"),
-}
-
-
-@pytest.mark.parametrize("how", SPOILT)
-def test_a_spoilt_text_shard_is_named(nanolib, copy, tmp_path, work_here, how):
+def test_a_spoilt_text_shard_is_named(nanolib, copy, tmp_path, work_here):
     shutil.copytree(copy.path / "data" / "mirror", tmp_path / "pack")
     shard = sorted((tmp_path / "pack" / "text").glob("*.parquet"))[0]
-    spoil, message = SPOILT[how]
-    spoil(shard)
+    damage(shard, "truncated")
     words = ("stage", "tokenizer", "--profile", "smoke", "--data.source", "hub")
     code, _, errors = nanolib(*words, "--mirror", str(tmp_path / "pack"))
     assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
-    assert str(shard) in errors and re.search(message, errors), errors
+    assert f"{shard} is not a readable parquet file" in errors
 
 
-@pytest.mark.parametrize("pack, message", [("nowhere", "nowhere"), ("bare", r"no folder text/")])
-def test_a_mirror_that_is_none(nanolib, tmp_path, work_here, pack, message):
-    (tmp_path / "bare").mkdir()
+def test_a_mirror_that_is_none(nanolib, work_here):
     words = ("stage", "data", "--profile", "smoke", "--data.source", "hub")
-    code, _, errors = nanolib(*words, "--mirror", str(tmp_path / pack))
-    assert code == 2 and re.search(message, errors) and "--mirror" in errors
-    code, _, errors = nanolib("run", "smoke", "--mirror", str(tmp_path / pack))
+    code, _, errors = nanolib(*words, "--mirror", "nowhere")
+    assert code == 2 and "nowhere has no folder text/" in errors and "--mirror" in errors
+    code, _, errors = nanolib("run", "smoke", "--mirror", "nowhere")
     assert code == 2 and "data.source = toyworld makes its own text" in errors
 
 
