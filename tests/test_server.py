@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
@@ -20,14 +19,12 @@ import psutil
 import pytest
 import scripted
 import uvicorn
-from browser import wait_for
+from browser import PATIENCE, wait_for
 
 from nanolib.conversation import Part
 from nanolib.rundir import Run
 from nanolib.session import grown
 from nanolib.ui import cli, markup, server
-
-PATIENCE = 120  # seconds for anything
 
 
 class Watch:
@@ -272,17 +269,10 @@ def test_a_form_of_another_page_is_not_a_question(client):
     assert not client.watch.asked
 
 
-@pytest.mark.parametrize(
-    "hosts",
-    [
-        ["evil.example"],
-        ["evil.example:8000"],
-        ["127.0.0.1.evil.example"],
-        ["127.0.0.1:80@evil.example"],
-        ["localhost", "evil.example"],
-        [""],
-    ],
-)
+EVIL = ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "127.0.0.1:80@evil.example")
+
+
+@pytest.mark.parametrize("hosts", [*([host] for host in EVIL), ["localhost", "evil.example"], [""]])
 def test_who_asks_for_another_host_gets_nothing(client, hosts):
     for path in ("/", "/info", "/health", "/nowhere"):
         connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=PATIENCE)
@@ -322,15 +312,9 @@ def test_info_tells_what_is_served(client):
 
 
 def test_a_port_that_cannot_be_had():
-    with server._listen("127.0.0.1", 0) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port {port} is in use; choose another with --port"):
-            server._listen("127.0.0.1", port)
     for host, port in (("127.0.0.1", 70_000), ("127.0.0.1", -1), ("192.0.2.1", 0)):
         with pytest.raises(ValueError, match=r"cannot listen on port .*; choose another"):
             server._listen(host, port)
-    with contextlib.closing(server._listen("127.0.0.1", port=0)):
-        pass
 
 
 # ---------------------------------------------------------------------------- the command
@@ -364,15 +348,8 @@ def test_the_command_serves_a_run_until_ctrl_c(finished_run, stop):
     assert not psutil.wait_procs(children, timeout=PATIENCE)[1]
 
 
-@pytest.mark.parametrize("words, message", [("", "no run yet"), ("--run nix", "no run 'nix'")])
-def test_the_command_without_a_run(monkeypatch, capsys, words, message):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
-    assert cli.main(["serve", *words.split()]) == cli.USERS_MISTAKE
-    assert message in capsys.readouterr().err
-
-
 def test_the_command_where_the_port_is_taken_loads_no_model(monkeypatch, capsys):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
     Run.open("smoke")
     with server._listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
