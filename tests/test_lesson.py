@@ -1,6 +1,7 @@
 """What chapters share: the live figure and its twin, pictures, exercise checks."""
 
 import io
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -165,12 +166,7 @@ def test_tokens_are_escaped_and_keep_their_text_twin(notebook):
 def test_tokens_shade_by_value(notebook):
     lesson.tokens(["a", "b", "c"], shades=[0.0, 0.25, 7.0])
     page = notebook[0].versions[0]["text/html"]
-    assert [f", {alpha})" in page for alpha in ("0.00", "0.25", "1.00", "7.00")] == [
-        True,
-        True,
-        True,
-        False,
-    ]
+    assert re.findall(r", (\d\.\d\d)\)", page) == ["0.00", "0.25", "1.00"]
 
 
 def test_tokens_and_markdown_print_outside_a_notebook(capsys):
@@ -202,12 +198,8 @@ def test_tree_lists_what_is_there_but_nothing_hidden(tmp_path, capsys):
     (tmp_path / "base" / "done.json").write_text("x" * 2500)
     (tmp_path / ".lock").touch()
     lesson.tree(tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[1:]] == [
-        ["base/"],
-        ["checkpoints/"],
-        ["done.json", "2", "KB"],
-    ]
+    found = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert found == [["base/"], ["checkpoints/"], ["done.json", "2", "KB"]]
 
 
 # ---------------------------------------------------------------------------- exercises
