@@ -208,18 +208,30 @@ class Sandbox:
 
 
 def _write_launcher(folder: Path, seconds: float) -> Path:
-    """A script that lowers its rlimits and becomes the worker.
+    """A script that closes what it inherited, lowers its rlimits and becomes the worker.
 
-    One `ulimit` a line (dash takes one option at a time); ``set -e`` stops at a refused one.
+    Other ranks' sockets come down from the host: they are none of the sandbox's business, and
+    more than RLIMIT_NOFILE of them would leave the worker no descriptor of its own.
     """
-    worker_seconds = math.ceil(CALLS_PER_WORKER * SLOW_SECONDS + seconds + 0.5)
-    limits = ["-c 0", "-f 0", "-n 16", f"-t {worker_seconds}"]
+    limits = {
+        "RLIMIT_CORE": 0,
+        "RLIMIT_FSIZE": 0,
+        "RLIMIT_NOFILE": 16,
+        "RLIMIT_CPU": math.ceil(CALLS_PER_WORKER * SLOW_SECONDS + seconds + 0.5),
+    }
     if sys.platform == "linux":  # macOS refuses to limit the address space
-        limits.append(f"-v {512 * 1024}")
-    # What a worker says on stderr about its memory comes back as an error too.
-    run = f"exec '{find_monty_binary()}' \"$@\" 2>/dev/null"
-    launcher = folder / "launch.sh"
-    launcher.write_text("\n".join(["#!/bin/sh", "set -e", *(f"ulimit {x}" for x in limits), run]))
+        limits["RLIMIT_AS"] = 512 * 1024 * 1024
+    binary = str(find_monty_binary())
+    (folder / "launch.py").write_text(
+        "import os, resource, sys\n"
+        'os.closerange(3, os.sysconf("SC_OPEN_MAX"))\n'
+        f"for name, value in {limits}.items():\n"
+        "    resource.setrlimit(getattr(resource, name), (value, value))\n"
+        f"os.execve({binary!r}, [{binary!r}, *sys.argv[1:]], {{}})\n"
+    )
+    launcher = folder / "launch.sh"  # what a worker says on stderr would come back as an error too
+    run = f"exec '{sys.executable}' -IS '{folder}/launch.py' \"$@\" 2>/dev/null"
+    launcher.write_text(f"#!/bin/sh\n{run}\n")
     launcher.chmod(0o700)
     return launcher
 

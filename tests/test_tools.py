@@ -294,6 +294,23 @@ def test_worker_limits(sandbox: Sandbox) -> None:
         assert set(worker.environ()) <= {"PWD"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads another process's files: Linux only")
+def test_what_the_host_has_open_stays_with_the_host() -> None:
+    """As many as a rank of eight has sockets to the others: no worker could start."""
+    before = set(workers())
+    mine = [os.dup(1) for _ in range(40)]
+    try:
+        for descriptor in mine:
+            os.set_inheritable(descriptor, True)
+        with Sandbox(workers=1) as sandbox:
+            assert sandbox.run("1+1").output == "2"
+            (worker,) = set(workers()) - before
+            assert len(os.listdir(f"/proc/{worker.pid}/fd")) < 16
+    finally:
+        for descriptor in mine:
+            os.close(descriptor)
+
+
 def test_several_threads(sandbox: Sandbox) -> None:
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda n: sandbox.run(f"{n} * 3").output, range(200)))
