@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import itertools
 import json
-import os
 from pathlib import Path
 from unittest.mock import Mock
 
+import psutil
 import pytest
+import scripted
 import torch
 from test_model import CPU, tiny
 
 from nanolib import checkpoint
+from nanolib.bench.faults import survivors
 from nanolib.config import flatten
 from nanolib.conversation import Conversation, Message, Part, answer_parts
 from nanolib.engine import Engine, Token
@@ -37,7 +37,7 @@ def run_with_models(tokenizer, cpu):
     """Makes a run whose named stages have a checkpoint: (the run, the models by stage)."""
 
     def make(*stages: str) -> tuple[Run, dict[str, GPT]]:
-        size = {"tokenizer.vocab_size": tokenizer.vocab_size, "model.sequence_len": 64}
+        size = {"tokenizer.vocab_size": tokenizer.vocab_size, "model.sequence_len": 128}
         run = Run.open("smoke", "-".join(["run", *stages]), size)
         (run.path / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(run.path / "tokenizer" / "tokenizer.json")
@@ -284,70 +284,45 @@ def test_open_finds_the_newest_model_of_a_run(run_with_models):
 # ---------------------------------------------------------------------------- the tool
 
 
-class Echo:
-    """A model that follows each token by the one its table says."""
-
-    def __init__(self, config, table: dict[int, int], vocab_size: int):
-        self.config, self.table, self.vocab_size = config, table, vocab_size
-
-    def hidden(self, ids_BT, cache=None):
-        return ids_BT[..., None].float()
-
-    def logits(self, hidden):
-        following = hidden[..., 0].long().apply_(lambda id: self.table.get(id, 0))
-        return torch.nn.functional.one_hot(following, self.vocab_size) * 1000.0
-
-    def __call__(self, ids_BT, cache=None):
-        return self.logits(self.hidden(ids_BT))
-
-
-def says(session: Session, program: str) -> None:
-    """Let the session's model answer everything with that program, then "!"."""
-    tokenizer, special = session.engine.tokenizer, session.engine.tokenizer.special
-    ids = [special("<|assistant_start|>"), special("<|python_start|>")]
-    ids += [*program.encode(), special("<|python_end|>")]
-    after = [special("<|output_end|>"), ord("!"), special("<|assistant_end|>")]
-    table = dict(itertools.pairwise(ids)) | dict(itertools.pairwise(after))
-    session.engine.model = Echo(session.engine.model.config, table, tokenizer.vocab_size)
-
-
 def workers() -> set[int]:
     """Processes that this one started and that still run."""
-    found = set()
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = status.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
-                found.add(int(status.parent.name))
-    return found
+    return {child.pid for child in survivors(psutil.Process().children())}
 
 
-def test_an_open_session_runs_python_and_leaves_no_worker(run_with_models):
+@pytest.fixture
+def opened(run_with_models, tokenizer, monkeypatch):
+    """Opens a session on a run whose model follows a script."""
+    monkeypatch.setattr(scripted, "PACE", 0)
     run, _ = run_with_models("sft")
+
+    def make() -> Session:
+        talk = Session.open(run, temperature=0.0)
+        talk.engine.model = scripted.Script(talk.engine.model.config, tokenizer)
+        return talk
+
+    return make
+
+
+def test_an_open_session_runs_python_and_leaves_no_worker(opened):
     before = workers()
-    with Session.open(run) as talk:
-        says(talk, "12*3")
-        assert "".join(talk.stream("hello")) == "\n[python] 12*3\n[output] 36\n!"
-        assert talk.messages[1].parts == (Part("python", "12*3"), Part("output", "36"), Part("text", "!"))  # fmt: skip
-        talk.clear()
-        says(talk, "1/0")
-        assert "[output] ZeroDivisionError: division by zero\n!" in talk.ask("hello")
+    with opened() as talk:
+        assert "\n[python] 12+30\n[output] 42\nSo" in talk.ask("12 plus 30?")
+        assert talk.messages[1].parts[1:3] == (Part("python", "12+30"), Part("output", "42"))
         assert len(workers() - before) == 1
     assert workers() <= before
+    talk.clear()
     with pytest.raises(RuntimeError, match="the sandbox is closed"):
-        talk.ask("hello")
+        talk.ask("12 plus 30?")
     talk.close()
 
 
-def test_a_session_that_nobody_closes_ends_its_worker_with_the_engine(run_with_models):
-    run, _ = run_with_models("sft")
+def test_a_session_that_nobody_closes_ends_its_worker_with_the_engine(opened):
     before = workers()
-    talk = Session.open(run)
+    talk = opened()
     again = Session(talk.engine, temperature=0.0)
-    says(again, "12*3")
     del talk
     gc.collect()
-    assert "36" in again.ask("hello"), "the engine is still in use"
+    assert "42" in again.ask("12 plus 30?"), "the engine is still in use"
     del again
     gc.collect()
     assert workers() <= before
