@@ -179,6 +179,13 @@ def test_a_dry_run_opens_the_mirror(nanolib, tmp_path):
     assert code == 2 and re.search(r"gsm8k/main/train.parquet is missing", errors)
 
 
+def test_a_micro_batch_may_be_larger_than_the_one_that_would_be_found(nanolib):
+    words = "run h100 --dry-run --on H100 --data.source toyworld --base.batch-tokens 1048576"
+    for given, rows in (("", 32), ("--machine.device-batch 64", 64)):
+        code, out, _ = nanolib(*words.split(), *given.split())
+        assert code == 0 and f"base   {rows} of 512 rows" in out
+
+
 def test_plan_prints_the_dial_and_the_price(nanolib):
     code, out, _ = nanolib("plan", "--depth", "12", "--on", "2xH100", "--dollars-per-hour", "5")
     assert code == 0 and "depth 12, width 768" in out and "$5.00 an hour" in out
