@@ -310,7 +310,7 @@ def road(run: Run) -> Figure:
     axes.set(xlim=(-0.5, len(ROAD) - 0.5), ylim=(-0.75, 0.6))
     axes.axis("off")
     for place, (name, chapters, product) in enumerate(ROAD):
-        done = any(True for _ in (run.path / name).glob("**/done.json"))
+        done = any((run.path / name).glob("**/done.json"))
         box = {"boxstyle": "round,pad=0.5", "fc": PASTELS[2] if done else "white", "ec": GREY}
         axes.text(place, 0.1, name, ha="center", va="center", fontsize=11, bbox=box)
         axes.text(place, -0.6, f"{product}\nchapter {chapters}", ha="center", fontsize=8)
@@ -320,21 +320,16 @@ def road(run: Run) -> Figure:
     return figure
 
 
-def tree(path: Path, depth: int = 2) -> None:
-    """Print a directory: what is in it, and how large."""
-    print(f"{path.name}/")
-    _branch(path, 1, depth)
-
-
-def _branch(path: Path, level: int, depth: int) -> None:
-    entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    for entry in entries:
-        if entry.is_dir():
-            print(f"{'    ' * level}{entry.name}/")
-            if level < depth:
-                _branch(entry, level + 1, depth)
-        else:
-            print(f"{'    ' * level}{entry.name:<{28 - 4 * level}}{_size(entry):>10}")
+def tree(path: Path, depth: int = 2, level: int = 0) -> None:
+    """Print a directory: what is in it, and how large, `depth` folders deep."""
+    name = "    " * level + path.name
+    if not path.is_dir():
+        print(f"{name:<28}{_size(path):>10}")
+        return
+    print(f"{name}/")
+    if level < depth:
+        for entry in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
+            tree(entry, depth, level + 1)
 
 
 def _size(path: Path) -> str:
