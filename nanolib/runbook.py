@@ -157,14 +157,13 @@ def _figures(run: Run) -> dict[str, str]:
     """What one wants to know first of a run, as far as its stages are done."""
     records = [json.loads(p.read_text(encoding="utf-8")) for p in run.path.glob("**/done.json")]
     base = run.stage("base").done()
-    found = {}
-    if base is not None:
-        result = base["result"]
-        for key, name in (("parameters", "parameters"), ("tokens", "tokens of pretraining")):
-            if key in result:
-                found[name] = f"{result[key]:,}"
-        if "validation_bpb" in result:
-            found["bits per byte after pretraining"] = f"{result['validation_bpb']:.3f}"
+    result = base["result"] if base else {}
+    forms = {
+        "parameters": ("parameters", ","),
+        "tokens": ("tokens of pretraining", ","),
+        "validation_bpb": ("bits per byte after pretraining", ".3f"),
+    }
+    found = {name: f"{result[key]:{form}}" for key, (name, form) in forms.items() if key in result}
     if seconds := sum(record.get("seconds", 0.0) for record in records):
         found["all stages together"] = clock(seconds)
     return found
