@@ -68,9 +68,9 @@ def lr_scale(schedule: Schedule, step: int, steps: int) -> float:
 class Trainer:
     """Train a model from its newest checkpoint to the last step, saving on the way.
 
-    `hooks` are called after every step that `eval_every` divides and after the last one; they may
-    append metrics. nll: `model.nll`, compiled; None: as it is. Raises Stopped when the guard asks
-    for it, after saving.
+    `hooks` are called after every step that `eval_every` divides and after the last one; they
+    append a row of kind "eval", without which a resume calls them again. nll: `model.nll`,
+    compiled; None: as it is. Raises Stopped when the guard asks for it, after saving.
     """
 
     def __init__(
@@ -103,17 +103,20 @@ class Trainer:
         self._pace: float | None = None  # seconds a step, smoothed
 
     def fit(self) -> None:
-        """Resume, train to the last step, save."""
+        """Resume, train to the last step, save; hooks come after the save, and after a resume."""
         self.resume()
+        if self.hooks_due() and not self._scored():
+            self.run_hooks()
         while self.step < self.steps:
             started = time.perf_counter()
             row, stop = self.train_step()
             self.log(row, time.perf_counter() - started)
-            self.run_hooks()
             if stop or self.step % self.save_every == 0 or self.step == self.steps:
                 self.save()
             if stop and self.step < self.steps:
                 raise Stopped(f"stopped and saved after step {self.step} of {self.steps}")
+            if self.hooks_due():
+                self.run_hooks()
         if self.saved != self.step:
             self.save()
 
@@ -184,10 +187,17 @@ class Trainer:
                 seconds_left=self._pace * (self.steps - self.step),
             )
 
+    def hooks_due(self) -> bool:
+        return self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
+
+    def _scored(self) -> bool:
+        """Whether the hooks had their say of this step before the interruption."""
+        rows = self.stage.metrics.rows()
+        return any(row["kind"] == "eval" and row["step"] == self.step for row in rows)
+
     def run_hooks(self) -> None:
-        if self.step % self.eval_every == 0 or self.step == self.steps:
-            for hook in self.hooks:
-                hook(self)
+        for hook in self.hooks:
+            hook(self)
 
     def save(self) -> None:
         folder = self.stage.checkpoints

@@ -149,6 +149,32 @@ def test_resumed_equals_straight(tmp_path, random_model, cpu):
     )
 
 
+@pytest.mark.parametrize("at", [2, 6])
+@pytest.mark.parametrize("scored", [False, True])
+def test_an_evaluation_that_was_interrupted_costs_no_step_and_is_made_up_for(
+    at, scored, tmp_path, random_model, cpu
+):
+    settings = {"save_every": 2, "eval_every": 2}
+    straight = _trainer(tmp_path / "a", random_model(), cpu, hooks=[_evaluation], **settings)
+    straight.fit()
+
+    def killed(trainer):
+        if trainer.step < at or scored:
+            _evaluation(trainer)
+        if trainer.step == at:
+            raise Stopped("before or after an evaluation's end")
+
+    with pytest.raises(Stopped):
+        _trainer(tmp_path / "b", random_model(), cpu, hooks=[killed], **settings).fit()
+    second = _trainer(tmp_path / "b", random_model(seed=9), cpu, hooks=[_evaluation], **settings)
+    second.resume()
+    assert second.step == at
+    second.fit()
+    rows = [_without_time(trainer.stage.metrics.rows()) for trainer in (straight, second)]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[1] if row["kind"] == "eval"] == [2, 4, 6]
+
+
 def _evaluation(trainer):
     probe = float(next(trainer.model.parameters()).detach().sum())
     trainer.stage.metrics.append(kind="eval", step=trainer.step, probe=probe)
