@@ -214,6 +214,11 @@ class Recipe:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The stages that leave a model and are not left out, in order."""
+        return tuple(name for name in MODELS if getattr(self, name).enabled)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:

@@ -91,7 +91,7 @@ def _is_behind(report: StageDir, run: Run) -> bool:
 
 def check(name: str, run: Run, of: str | None = None) -> tuple[str, str | None]:
     """The stage asked for, with `of` filled in; ValueError where there is no such stage."""
-    enabled = [model for model in config.MODELS if _enabled(run, model)]
+    enabled = run.config.recipe.models
     if name not in config.STAGES:
         raise ValueError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
     if name in config.MODELS and name not in enabled:
@@ -112,12 +112,8 @@ def before(name: str, run: Run, of: str | None = None) -> list[str]:
     """The stages that must be finished before this one starts, in order."""
     if name == "report":
         return []
-    road = ["data", "tokenizer", "shards", *(m for m in config.MODELS if _enabled(run, m))]
+    road = ["data", "tokenizer", "shards", *run.config.recipe.models]
     return road[: road.index(of) + 1 if of else road.index(name)]
-
-
-def _enabled(run: Run, model: str) -> bool:
-    return getattr(run.config.recipe, model).enabled
 
 
 # ---------------------------------------------------------------------------- the worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,16 +31,12 @@ def quoted(said: Sequence[str | bool | float]) -> str:
     return quoted
 
 
-def fenced(body: str) -> Iterator[str]:
-    """Text in a fence that nothing in it can close."""
-    fence = "`" * max(3, 1 + max((len(run) for run in _runs_of_backticks(body)), default=0))
-    yield f"{fence}text"
+def fenced(body: str, language: str = "text") -> Iterator[str]:
+    """Lines of a text in a fence that nothing in it can close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
+    yield fence + language
     yield from body.split("\n")
     yield fence
-
-
-def _runs_of_backticks(text: str) -> list[str]:
-    return [run for run in "".join(c if c == "`" else " " for c in text).split() if run]
 
 
 def number(value: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanolib import accounting
 from nanolib.accounting import Machine, Memory
-from nanolib.config import MODELS, Config, GRPOConfig, ModelConfig, Recipe
+from nanolib.config import Config, GRPOConfig, ModelConfig, Recipe
 from nanolib.data.packing import Batch
 from nanolib.model import GPT
 from nanolib.progress import clock
@@ -232,9 +232,8 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     yield "             " + ", ".join(
         f"depth {depth} ({share:.1%})" for depth, share in accounting.MEASURED_MFU.items()
     )
-    for name in MODELS:
-        if getattr(recipe, name).enabled:
-            yield f"{name:<12} {_stage_line(recipe, name, machine)}"
+    for name in recipe.models:
+        yield f"{name:<12} {_stage_line(recipe, name, machine)}"
     if (total, machine.name, ranks) == (ORIGINAL_PARAMETERS, "H100", 8) and recipe.base.enabled:
         yield _beside_the_original(recipe, machine)
 

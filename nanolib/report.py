@@ -80,7 +80,7 @@ def _stages(run: Run) -> list[StageDir]:
 
 def _names(run: Run) -> list[tuple[str, str | None]]:
     recipe = run.config.recipe
-    models = [name for name in MODELS if getattr(recipe, name).enabled]
+    models = recipe.models
     names = ["data", "tokenizer", "shards", *models]
     return [(name, None) for name in names] + [("eval", name) for name in models]
 
@@ -148,7 +148,7 @@ def _summary(run: Run) -> Iterator[str]:
     chances = {
         task: scores.get("chance") for n in MODELS for task, scores in _scores(run, n).items()
     }
-    models = [name for name in MODELS if getattr(run.config.recipe, name).enabled]
+    models = run.config.recipe.models
     rows = []
     for measure in measures:
         task = measure.split(", ")[0]

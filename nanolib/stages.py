@@ -114,7 +114,7 @@ def check_tasks(run: Run) -> None:
                 tasks.load(name, "train", mirror)
     if recipe.grpo.enabled:
         _graded_task(recipe.grpo.task, "train", mirror)
-    if any(getattr(recipe, name).enabled for name in MODELS[1:]):
+    if set(recipe.models) - {"base"}:
         for name in recipe.eval.tasks:
             tasks.load(name, "test", mirror)
 
@@ -401,9 +401,7 @@ def _new_model(context: Context, encoder: Tokenizer) -> GPT:
     run, recipe = context.run, context.run.config.recipe
     vocab, device = recipe.tokenizer.vocab_size, context.runtime.device
     model = GPT.build(recipe.model, vocab, device, recipe.seed)
-    earlier = [
-        name for name in MODELS[: MODELS.index(context.stage.name)] if getattr(recipe, name).enabled
-    ]
+    earlier = recipe.models[: recipe.models.index(context.stage.name)]
     if earlier:
         found = checkpoint.latest(run.stage(earlier[-1]).checkpoints)
         if found is None:

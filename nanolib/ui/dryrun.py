@@ -6,7 +6,7 @@ Nothing is written, nothing is fetched and nothing is trained.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,7 @@ def _devices(given: Config, machine: Machine | None) -> Iterator[str]:
     model, vocab = recipe.model, recipe.tokenizer.vocab_size
     about = {"cuda": cuda, "bytes_a_number": size}
     yield f"on {ranks} x {name}, {planning.size(room)} of memory each for training (estimated):"
-    for stage in MODELS:
-        if not getattr(recipe, stage).enabled:
-            continue
+    for stage in recipe.models:
         share, wanted = planning.share_of(recipe, stage, ranks), given.machine.device_batch
         found = planning.estimated_rows(model, vocab, share, ranks, room, **about)
         rows = found if wanted is None else min(share, wanted)
@@ -132,7 +130,7 @@ def _roads(run: Run, notebooks: Mapping[Path, Any]) -> Iterator[str]:
                 done = run.stage(stage, of).done() is not None
                 parts.append((f"{stage} of {of}" if of else stage) + " (finished)" * done)
         yield f"chapter {source.stem:<18} {', '.join(parts) or 'reads what is there'}"
-    enabled = [name for name in MODELS if getattr(run.config.recipe, name).enabled]
+    enabled = run.config.recipe.models
     if missing := [name for name in enabled if (name, None) not in seen]:
         yield f"missing: no chapter runs {', '.join(missing)}"
 
@@ -143,7 +141,7 @@ def _stages(run: Run, notebook: Any) -> Iterator[tuple[str, str | None]]:
     A call whose `of` is not spelled out counts for every model of the run.
     """
     recipe = run.config.recipe
-    enabled = [name for name in MODELS if getattr(recipe, name).enabled]
+    enabled = recipe.models
     source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     calls = [call for call in ast.walk(ast.parse(source)) if isinstance(call, ast.Call)]
     for call in sorted(calls, key=lambda call: call.lineno):
@@ -156,7 +154,7 @@ def _stages(run: Run, notebook: Any) -> Iterator[tuple[str, str | None]]:
             yield name, of
 
 
-def _models(call: ast.Call, enabled: list[str]) -> list[str]:
+def _models(call: ast.Call, enabled: Sequence[str]) -> Sequence[str]:
     """Whose model an evaluation is of."""
     of = next((word.value for word in call.keywords if word.arg == "of"), None)
     if of is None:

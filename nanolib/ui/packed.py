@@ -6,13 +6,12 @@ comes after what it imports.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanolib import hub
+from nanolib import hub, markdown
 from nanolib.config import REPOSITORY
 from nanolib.rundir import Run
 from nanolib.tokenizer import published_encodings
@@ -30,15 +29,10 @@ def pack(tests: bool = False) -> str:
     for number, path in enumerate(files(tests), 1):
         name, text = path.relative_to(REPOSITORY).as_posix(), path.read_text(encoding="utf-8")
         contents.append(f"{number}. {name} ({len(text.splitlines()):,} lines)")
-        fence = _fence(text)
-        parts.append(f"## {name}\n\n{fence}{LANGUAGES[path.suffix]}\n{text.rstrip()}\n{fence}")
+        fenced = "\n".join(markdown.fenced(text.rstrip(), LANGUAGES[path.suffix]))
+        parts.append(f"## {name}\n\n{fenced}")
     title = "# The code of nanolib, in reading order"
     return "\n\n".join([title, "\n".join(contents), *parts]) + "\n"
-
-
-def _fence(text: str) -> str:
-    """Backticks that no line of the text can close: one more than its longest row of them."""
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def files(tests: bool = False) -> Iterator[Path]:
