@@ -38,12 +38,6 @@ def test_what_is_imported_comes_first():
     assert REPOSITORY / "tests" / "test_packed.py" in packed.files(tests=True)
 
 
-@pytest.mark.parametrize("inside", ["no fence", "```", "````python\n```\n````"])
-def test_no_text_closes_its_fence(inside):
-    fence = packed._fence(inside)
-    assert set(fence) == {"`"} and len(fence) >= 3 and fence not in inside
-
-
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "code.md"
     assert cli.main(["pack", "--out", str(out)]) == 0

@@ -260,3 +260,10 @@ def test_chart_survives_few_equal_and_infinite_points():
     assert heights(markdown.chart([(1, 2.0), (2, 2.0)])) == [1, 1]
     assert heights(markdown.chart([(1, 1.0), (2, math.inf), (3, 2.0)], height=1)) == [1, 8]
     assert markdown.chart([(1, math.nan)]) == ["(nothing to draw)"]
+
+
+@pytest.mark.parametrize("inside", ["no fence", "```", "````python\n```\n````"])
+def test_no_text_closes_its_fence(inside):
+    fence, *body, end = markdown.fenced(inside, "")
+    assert "\n".join(body) == inside and fence == end
+    assert set(fence) == {"`"} and len(fence) >= 3 and fence not in inside

@@ -6,6 +6,7 @@ comes after what it imports.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
