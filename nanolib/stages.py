@@ -50,7 +50,7 @@ from nanolib.guard import Guard
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import Run, StageDir, now
-from nanolib.runtime import Runtime, seed_of
+from nanolib.runtime import Runtime, processor, seed_of
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 from nanolib.train import Hook, Loss, Stopped, Trainer
@@ -677,23 +677,13 @@ def _hardware(runtime: Runtime) -> dict[str, Any]:
     cuda = runtime.device.type == "cuda"
     return {
         "ranks": runtime.ranks,
-        "device": torch.cuda.get_device_name(runtime.device) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def _cpu_name() -> str:
-    """The processor's name where Linux tells it, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> int:

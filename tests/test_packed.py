@@ -3,8 +3,6 @@
 import re
 import subprocess
 
-import pytest
-
 from nanolib.config import REPOSITORY
 from nanolib.ui import cli, packed
 

@@ -274,15 +274,8 @@ def microbenchmark(corpus: Path) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((li.split(":")[1].strip() for li in lines if li.startswith("model name")), "")
-
-
 def report(folder: Path, options: argparse.Namespace) -> str:
+    from nanolib.runtime import processor
     from nanolib.tokenizer import PATTERN
 
     total, documents = write_corpus(options.mirror, folder, round(options.megabytes * 1e6))
