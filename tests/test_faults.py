@@ -14,34 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from chain import COMMAND, chapter
 
 from nanolib import launch
 from nanolib.bench import faults
 from nanolib.config import MODELS, REPOSITORY
 from nanolib.rundir import Run, StageDir
 
-CHAPTER = """# %% tags=["parameters"]
-profile = "demo"
-run = None
-overrides = {}
-
-# %%
-from nanolib import launch
-from nanolib.rundir import Run
-
-launch.WORKER = "tests.held_stages"
-this = Run.open(profile, run, overrides)
-
-# %%
-"""
-COMMAND = """
-import sys
-from pathlib import Path
-from nanolib import pipeline
-from nanolib.ui import cli
-pipeline.NOTEBOOKS = Path(sys.argv[1])
-sys.exit(cli.main(["run", "smoke", "--run", sys.argv[2]]))
-"""
 # Each stage, the rows of metrics after which it is struck (0: while it starts), and how.
 ROAD = [
     ("data", 0, "command"),
@@ -66,13 +45,13 @@ def notebooks(tmp_path) -> Path:
     models = [[f'"{model}", this', f'"eval", this, of="{model}"'] for model in MODELS]
     for number, calls in enumerate([['"shards", this'], *models, ['"report", this']]):
         lines = "".join(f"launch.stage({call})\n" for call in calls)
-        (folder / f"{number:02}_part.py").write_text(CHAPTER + lines)
+        (folder / f"{number:02}_part.py").write_text(chapter("held_stages", lines))
     return folder
 
 
 def command(notebooks: Path, folder: Path, held: str = "") -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(notebooks), str(folder)],
+        [sys.executable, "-c", COMMAND, str(notebooks), "run", "smoke", "--run", str(folder)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "HELD": held},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from chain import COMMAND, chapter
 
 from nanolib import config, pipeline
 from nanolib.bench import faults
@@ -21,28 +22,6 @@ from nanolib.config import REPOSITORY
 from nanolib.rundir import Run
 from nanolib.ui import background, cli
 
-CHAPTER = """# %% tags=["parameters"]
-profile = "demo"
-run = None
-overrides = {}
-
-# %%
-from nanolib import launch
-from nanolib.rundir import Run
-
-launch.WORKER = "tests.fake_stages"
-this = Run.open(profile, run, overrides)
-
-# %%
-"""
-COMMAND = """
-import sys
-from pathlib import Path
-from nanolib import pipeline
-from nanolib.ui import cli
-pipeline.NOTEBOOKS = Path(sys.argv[1])
-sys.exit(cli.main(sys.argv[2:]))
-"""
 # Ending a kernel takes longer than nbclient's second between two looks at whether it lives: what
 # happens now and then on a busy machine happens always.
 SLOW_END = """
@@ -60,8 +39,8 @@ AsyncKernelManager.cleanup_resources = slow
 def notebooks(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    (folder / "00_first.py").write_text(CHAPTER + 'launch.stage("shards", this)\n')
-    (folder / "01_second.py").write_text(CHAPTER + 'launch.stage("base", this)\n')
+    (folder / "00_first.py").write_text(chapter("fake_stages", 'launch.stage("shards", this)\n'))
+    (folder / "01_second.py").write_text(chapter("fake_stages", 'launch.stage("base", this)\n'))
     monkeypatch.setattr(pipeline, "NOTEBOOKS", folder)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     return folder
@@ -116,7 +95,9 @@ def test_the_chain_and_what_it_skips(notebooks, capfd):
 
 def test_overrides_reach_the_chapters(notebooks):
     (notebooks / "01_second.py").unlink()
-    (notebooks / "00_first.py").write_text(CHAPTER + "assert this.config.recipe.seed == 5\n")
+    (notebooks / "00_first.py").write_text(
+        chapter("fake_stages", "assert this.config.recipe.seed == 5\n")
+    )
     run = pipeline.run("smoke", None, {"seed": 5, "machine.threads": 1})
     assert run.id.startswith("smoke-")
 
@@ -136,10 +117,10 @@ def test_a_chapter_without_the_agreed_parameters_is_refused(notebooks, cells, fo
 
 
 def test_a_failing_cell_says_where(notebooks):
-    (notebooks / "00_first.py").write_text(CHAPTER + "1 / 0\n")
+    (notebooks / "00_first.py").write_text(chapter("fake_stages", "1 / 0\n"))
     with pytest.raises(pipeline.ChapterError, match=r"00_first: ZeroDivisionError.*\n.*ipynb"):
         pipeline.run("smoke")
-    (notebooks / "00_first.py").write_text(CHAPTER + "raise ValueError('depth 0')\n")
+    (notebooks / "00_first.py").write_text(chapter("fake_stages", "raise ValueError('depth 0')\n"))
     with pytest.raises(ValueError, match=r"^depth 0 \(chapter 00_first"):
         pipeline.run("smoke")
 
