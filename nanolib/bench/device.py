@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -195,6 +196,8 @@ class Bench:
 
 def _programs() -> int:
     """Graphs that torch.compile has made in this process."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes seconds
+        return 0
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
