@@ -246,7 +246,7 @@ def test_a_detached_run_outlives_its_starter_and_is_stopped_by_kill(notebooks, d
     script = COMMAND.replace("sys.exit(cli", "background.COMMAND = BACK\nsys.exit(cli")
     back = (sys.executable, "-c", COMMAND, str(notebooks))  # what --detach then starts
     script = f"from nanolib.ui import background\nBACK = {back!r}\n{script}"
-    starter = command(notebooks, "run", "smoke", "--detach", script=script, FAKE_SLEEP="1")
+    starter = command(notebooks, "run", "smoke", "--detach", script=script, FAKE_SLEEP="0.3")
     out, errors = starter.communicate(timeout=120)
     assert starter.returncode == 0, errors
     pid, run = int(out.split("process ")[1].split()[0]), Run.load("smoke")
