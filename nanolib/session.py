@@ -237,7 +237,7 @@ def _labelled(pieces: Generator[Part]) -> Generator[str]:
     kind = "text"
     with contextlib.closing(pieces):  # stopping us stops the answer at once
         for piece in pieces:
-            if piece.kind != kind:
+            if piece.kind != kind or not (kind == "text" or piece.text):  # a new part
                 kind = piece.kind
                 yield "\n" if kind == "text" else f"\n[{kind}] "
             yield piece.text

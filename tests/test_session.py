@@ -119,6 +119,13 @@ def test_parts_flow_with_their_kinds(tokenizer):
     assert "".join(talk.stream("again")) == "the sum: \n[python] 1+1\n[output] 2\ntwo"
 
 
+def test_two_programs_one_after_the_other_are_two(tokenizer):
+    """Without a tool's output between them, as a model may write that has none."""
+    start, end = map(tokenizer.special, ("<|python_start|>", "<|python_end|>"))
+    twice = [t for p in ("1+1", "2+2") for t in (start, *tokenizer.encode(p), end)]
+    assert "".join(session(tokenizer, twice).stream("sum")) == "\n[python] 1+1\n[python] 2+2"
+
+
 def test_pieces_add_up_to_parts():
     pieces = [("text", "a"), ("text", "b"), ("python", ""), ("python", "1"), ("python", "2")]
     pieces += [("output", ""), ("output", "12"), ("python", ""), ("python", ""), ("python", "3")]

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from nanolib import launch, tasks
+from nanolib import launch, markdown, tasks
 from nanolib.rundir import Run
 
 CHOICE_TASKS = ("mmlu", "arc_easy")
@@ -122,23 +122,20 @@ def _blind(run: Run) -> tuple[float, float]:
 
 def table(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> str:
     """The scores as Markdown, a column a seed."""
-    lines = [
-        "| figure | wanted | " + " | ".join(f"seed {seed}" for seed in seeds) + " | holds |",
-        "|---|---|" + "---|" * (len(seeds) + 1),
-    ]
+    rows = []
     for bar in BARS:
         values = [bar.value(result) for result in results]
         judged = [sum(values) / len(values)] if bar.mean else values
         holds = "yes" if all(bar.least <= value <= bar.most for value in judged) else "**no**"
         shown = [f"{value:.3f}" for value in judged] + [""] * (len(values) - len(judged))
-        cells = " | ".join(shown)
-        lines.append(f"| {bar.name} | {bar.wanted} | {cells} | {holds} |")
+        rows.append([bar.name, bar.wanted, *shown, holds])
     letters = [[r[name]["letters"] for name in CHOICE_TASKS] for r in results]
-    cells = " | ".join(" · ".join(f"{x:.3f}" for x in row) for row in letters)
-    lines.append(f"| letters ({' · '.join(CHOICE_TASKS)}; chance 0.25) | as it is | {cells} | |")
-    cells = " | ".join(f"{result['bpb']:.3f}" for result in results)
-    lines.append(f"| base bits per byte | as it is | {cells} | |")
-    return "\n".join(lines)
+    cells = [" · ".join(f"{x:.3f}" for x in row) for row in letters]
+    rows.append([f"letters ({' · '.join(CHOICE_TASKS)}; chance 0.25)", "as it is", *cells, ""])
+    cells = [f"{result['bpb']:.3f}" for result in results]
+    rows.append(["base bits per byte", "as it is", *cells, ""])
+    header = ["figure", "wanted", *(f"seed {seed}" for seed in seeds), "holds"]
+    return "\n".join(markdown.table(header, rows))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -106,7 +106,10 @@ class Bench:
             first, then = self.seconds(step), self.seconds(step, self.repeats)
             yield f"rows of {part_length}", f"{first:.2f} s, then {then:.3f} s"
         yield "programs compiled for rows of GRPO", str(_programs() - programs)
-        yield "loss, compiled beside float32", f"{self._rounding(model, nll):.1e} nats apart"
+        yield (
+            "loss, as it is trained and in float32",
+            f"{self._rounding(model, nll):.1e} nats apart",
+        )
 
     def compiled(self, model: GPT) -> Callable[[Batch], torch.Tensor]:
         return torch.compile(model.nll) if self.cuda else model.nll

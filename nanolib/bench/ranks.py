@@ -25,7 +25,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanolib import accounting, launch, rundir
+from nanolib import accounting, launch, markdown, rundir
 from nanolib.bench.faults import command_line
 from nanolib.config import check_overrides
 from nanolib.rundir import Run, StageDir
@@ -129,13 +129,14 @@ def work() -> int:
 # ---------------------------------------------------------------------------- one group of ranks
 
 
-def train(profile: str, name: str, ranks: int, overrides: dict[str, Any], data: Run | None) -> Run:
-    """A run of so many ranks with base not begun; `data`: whose data and tokens it takes over."""
+def begin(profile: str, name: str, ranks: int, overrides: dict[str, Any], data: Run | None) -> Run:
+    """A new run of so many ranks, in place of an old one; `data`: whose tokens it takes over."""
     path = rundir.runs_folder() / "ranks" / f"{profile}-{name}"
+    shutil.rmtree(path, ignore_errors=True)  # its times were measured on another day
     run = Run.open(profile, str(path), overrides | {"machine.ranks": ranks})
-    if data is not None and not run.stage("shards").done():
+    if data is not None:
         for stage in ("data", "tokenizer", "shards"):
-            shutil.copytree(data.path / stage, run.path / stage, dirs_exist_ok=True)
+            shutil.copytree(data.path / stage, run.path / stage)
     return run
 
 
@@ -177,7 +178,7 @@ def measured(run: Run, alone: Run) -> dict[str, str]:
         "ranks": str(ranks),
         "tokens/s": f"{speed:,.0f}",
         "to one rank": f"{speed / speed_alone:.2f}",
-        "MFU": f"{share:.1%}" if share else "—",
+        "MFU": f"{share:.1%}" if share else markdown.DASH,
         "furthest loss": f"{furthest(losses(run), losses(alone)):.1e}",
         "peak memory a rank, MB": f"{max(c['peak'] for c in counted) / 1e6:,.0f}",
         "optimizer state a rank, MB": " · ".join(
@@ -214,9 +215,10 @@ def strike(run: Run) -> float:
     import psutil
 
     struck: list[float] = []
+    enough = 0.6 * (run.config.recipe.base.steps or 0)
 
     def kill(place: StageDir, rows: Sequence[dict[str, Any]]) -> None:
-        if struck or len([row for row in rows if row["kind"] == "train"]) <= run_steps * 0.6:
+        if struck or len([row for row in rows if row["kind"] == "train"]) <= enough:
             return
         workers = [
             child
@@ -227,7 +229,6 @@ def strike(run: Run) -> float:
         workers[-1].kill()
         struck.append(time.monotonic())
 
-    run_steps = run.config.recipe.base.steps or 0
     try:
         launch.stage("base", run, watch=kill)
     except launch.WorkerError:
@@ -272,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides |= check_overrides(dict(word.split("=", 1) for word in given.set))
     runs: list[Run] = []
     for ranks in sorted({1, *given.ranks}):
-        run = train(given.profile, f"on-{ranks}", ranks, overrides, runs[0] if runs else None)
+        run = begin(given.profile, f"on-{ranks}", ranks, overrides, runs[0] if runs else None)
         for stage in ("base", "sft", "grpo", "eval"):
             launch.stage(stage, run)
         runs.append(run)
@@ -281,12 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = (runs[-1].stage("base").done() or {})["machine"]
     today = datetime.datetime.now(datetime.UTC).date()
     print(f"\n{today}, {record['device']}, {record['cores']} cores, {record['dtype']}\n")
-    for name in tables[0]:
-        print(f"| {name} | " + " | ".join(row[name] for row in tables) + " |")
-        if name == "ranks":
-            print("|---" * (1 + len(tables)) + "|")
+    header, *rows = [[name, *(figures[name] for figures in tables)] for name in tables[0]]
+    print("\n".join(markdown.table(header, rows)))
     if most > 1:
-        struck = train(given.profile, "struck", most, overrides, runs[0])
+        struck = begin(given.profile, "struck", most, overrides, runs[0])
         print("\n" + struck_and_resumed(struck, runs[0]))
 
 
