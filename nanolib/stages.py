@@ -387,7 +387,7 @@ def _student(context: Context) -> Student:
     config, runtime = context.run.config, context.runtime
     encoder = load_tokenizer(context.run)
     model = _new_model(context, encoder)
-    nll = torch.compile(model.nll) if runtime.device.type == "cuda" else model.nll
+    nll = model.compiled_nll() if runtime.device.type == "cuda" else model.nll
     length = config.recipe.model.sequence_len
     share = planning.share_of(config.recipe, context.stage.name, runtime.ranks)
     rows = config.machine.device_batch or planning.fitting_rows(model, nll, length, share, runtime)

@@ -142,6 +142,20 @@ def test_nll_is_the_mean_of_nothing_where_ignored():
     assert_close(nll[1], -log_probabilities[1].gather(1, targets[1][:, None]).squeeze(1))
 
 
+def test_compiled_nll_equals_nll_and_has_its_gradients():
+    model, ids, targets = random_model(tiny()), random_ids(2, 6), random_ids(2, 6, seed=1)
+    targets[0, 2:] = -1
+    batch = Batch(inputs_BT=ids, targets_BT=targets)
+    results = []
+    for nll in (model.nll, model.compiled_nll(backend="aot_eager")):
+        model.zero_grad()
+        nll_BT = nll(batch)
+        nll_BT.square().sum().backward()  # no weight's gradient is a sum that hides another's
+        results.append([nll_BT.detach(), *(weight.grad for weight in model.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        assert_close(compiled, plain)
+
+
 # ---------------------------------------------------------------------------- the cache
 
 

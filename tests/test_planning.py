@@ -106,19 +106,24 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(cpu):
 
 
 def test_what_the_trial_compiles_training_uses(cpu):
-    """Also with what GRPO adds to a batch; its other shapes are one program more."""
+    """One program for all blocks and one for the loss, also with what GRPO adds to a batch.
+
+    Its other shapes are one more of each.
+    """
+    torch.compiler.reset()  # another test may have compiled blocks
     model, compiled = GPT.build(tiny(), VOCAB, CPU, 0), []
 
     def backend(graph, example):
         compiled.append(graph)
         return graph.forward
 
-    nll = torch.compile(model.nll, backend=backend)
+    nll = model.compiled_nll(backend=backend)
+    assert model.config.depth > 1
     length, bfloat16 = model.config.sequence_len, replace(cpu, dtype=torch.bfloat16)
     planning._try(model, nll, length, 4, bfloat16)
     for weight in model.parameters():
         weight.grad = None
-    for rows, columns, programs in ((4, length, 1), (4, length, 1), (6, 16, 2), (5, 24, 2)):
+    for rows, columns, programs in ((4, length, 2), (4, length, 2), (6, 16, 4), (5, 24, 4)):
         ids = [np.arange(columns + 1)] * rows
         batch = batch_of_rows(ids, [ids[0] > 0] * rows, columns, bos=0)
         batch.fields["advantage"] = torch.ones(rows, columns)

@@ -112,7 +112,7 @@ class Bench:
         )
 
     def compiled(self, model: GPT) -> Callable[[Batch], torch.Tensor]:
-        return torch.compile(model.nll) if self.cuda else model.nll
+        return model.compiled_nll() if self.cuda else model.nll
 
     def step(self, nll: Callable[[Batch], torch.Tensor], batch: Batch) -> Callable[[], None]:
         def forward_backward() -> None:
