@@ -23,6 +23,7 @@ from nanolib.model import GPT, KVCache
 from nanolib.runtime import Runtime, seed_of
 
 if TYPE_CHECKING:
+    from nanolib.config import ModelConfig
     from nanolib.tokenizer import Tokenizer
 
 # No assistant ever says these: whichever comes, its turn is over.
@@ -82,6 +83,29 @@ def choose(
     return inverse_cdf(probabilities(logits_BV, temperature, top_k), uniform_B)
 
 
+# ---------------------------------------------------------------------------- recording
+
+Replay = Callable[[], Tensor]
+Record = Callable[[Replay], Replay]  # work whose tensors keep their addresses -> what repeats it
+
+
+def record_graph(work: Replay) -> Replay:
+    """`work` as a CUDA graph: one start for its several hundred small kernels, not one for each.
+
+    It must have run once before. A replay reads what its inputs hold then, and overwrites the
+    last result.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
 # ---------------------------------------------------------------------------- the engine
 
 
@@ -119,6 +143,7 @@ class Engine:
         self.model, self.tokenizer, self.runtime, self.tool = model, tokenizer, runtime, tool
         own = () if tool is None else map(tokenizer.special, OUTPUT_NAMES)
         self.ends = frozenset([*end_tokens(tokenizer), *own])
+        self.record: Record | None = record_graph if runtime.device.type == "cuda" else None
 
     @property
     def context(self) -> int:
@@ -271,7 +296,7 @@ class Engine:
         return self.tool(self.tokenizer.decode(row.source))
 
     @torch.inference_mode()
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, _Cache]:
         """The logits [P, V] after each prompt, and a cache that holds the prompts."""
         lengths = [len(prompt) for prompt in prompts]
         ids_PT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
@@ -287,24 +312,48 @@ class Engine:
         return logits_PV, cache
 
     @torch.inference_mode()
-    def _decode(self, tokens: list[int], cache: KVCache, counts: list[int]) -> Tensor:
-        """The logits [B, V] after one more token of each row; rows that count 0 are over."""
-        ids_B1 = torch.tensor(tokens, device=self.runtime.device)[:, None]
-        with self.runtime.autocast():
-            logits_BV = self.model(ids_B1, cache=cache)[:, -1]
+    def _decode(self, tokens: list[int], cache: _Cache, counts: list[int]) -> Tensor:
+        """The logits [B, V] after one more token of each row; rows that count 0 are over.
+
+        The first step of each reach runs as it is; later ones replay it where steps are recorded.
+        """
+        cache.ids_B1.copy_(torch.tensor(tokens)[:, None])
+        reach = cache.reach(1)
+        if self.record is None or reach not in cache.replays:
+            cache.replays[reach] = None
+            logits_BV = self._step(cache)
+        else:
+            replay = cache.replays[reach] or self.record(lambda: self._step(cache))
+            cache.replays[reach] = replay
+            logits_BV = replay()
         cache.advance(1 if all(counts) else counts)
         return logits_BV
 
+    def _step(self, cache: _Cache) -> Tensor:
+        with self.runtime.autocast():
+            return self.model(cache.ids_B1, cache=cache)[:, -1]
+
     @torch.inference_mode()
-    def _take(self, cache: KVCache, rows: list[int], length: int) -> KVCache:
+    def _take(self, cache: _Cache, rows: list[int], length: int) -> _Cache:
         """A new cache of those rows, with `length` positions."""
         taken = self._cache(len(rows), length)
         taken.copy_rows(cache, rows)
         return taken
 
-    def _cache(self, rows: int, length: int) -> KVCache:
+    def _cache(self, rows: int, length: int) -> _Cache:
         runtime = self.runtime
-        return KVCache(self.model.config, rows, length, runtime.device, runtime.dtype)
+        return _Cache(self.model.config, rows, length, runtime.device, runtime.dtype)
+
+
+class _Cache(KVCache):
+    """With the addresses that a recorded step reads its tokens from, and what was recorded."""
+
+    def __init__(
+        self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
+    ):
+        super().__init__(config, rows, length, device, dtype)
+        self.ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.replays: dict[int, Replay | None] = {}  # by reach; None: that reach was met once
 
 
 class _Row:

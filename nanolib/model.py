@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nanolib.data.packing import Batch
 
 ROTARY_BASE = 10_000
+REACH = 64  # cached positions are read in multiples of this: a step's shapes seldom change
 SOFTCAP = 15.0
 EPS = 1e-6
 
@@ -65,11 +66,15 @@ class KVCache:
         self.keys_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.used_B = torch.zeros(rows, dtype=torch.long, device=device)
-        self.longest = 0  # the largest of used_B, known without asking the device
+        self.used = [0] * rows  # the same, known without asking the device
 
     @property
     def length(self) -> int:
         return self.keys_LBGSK.shape[3]
+
+    def reach(self, new_tokens: int) -> int:
+        """The positions to look at for `new_tokens` more of every row: as far as the longest goes."""
+        return min(self.length, REACH * math.ceil((max(self.used) + new_tokens) / REACH))
 
     def positions(self, new_tokens: int) -> Tensor:
         """Positions [B, T] of the next `new_tokens` tokens of every row."""
@@ -78,12 +83,12 @@ class KVCache:
     def mask(self, positions_BT: Tensor) -> Tensor | None:
         """Which cached positions [B, T, S] a query at each position sees: itself and earlier.
 
-        S reaches as far as the longest row now does, no further. None while the cache is empty:
-        then the new tokens see each other alone, in order.
+        S is `reach`. None while the cache is empty: then the new tokens see each other alone, in
+        order.
         """
-        if self.longest == 0:
+        if not any(self.used):
             return None
-        reach = min(self.length, self.longest + positions_BT.shape[1])
+        reach = self.reach(positions_BT.shape[1])
         return torch.arange(reach, device=positions_BT.device) <= positions_BT[..., None]
 
     def write(self, layer: int, positions_BT: Tensor, key_BTGK: Tensor, value_BTGK: Tensor) -> None:
@@ -107,17 +112,17 @@ class KVCache:
         """Count the tokens just written, of each row or of all alike; padding is forgotten."""
         if isinstance(lengths, int):
             self.used_B += lengths
-            self.longest += lengths
+            lengths = [lengths] * len(self.used)
         else:
             self.used_B += torch.tensor(lengths, device=self.used_B.device)
-            self.longest = int(self.used_B.max())
+        self.used = [before + new for before, new in zip(self.used, lengths, strict=True)]
 
     def copy_rows(self, other: KVCache, rows: Sequence[int]) -> None:
         """Fill row b with row `rows[b]` of another cache (one prefill, many continuations)."""
         index = torch.tensor(rows, device=self.used_B.device)
         self.used_B.copy_(other.used_B[index])
-        self.longest = int(self.used_B.max())
-        reach = slice(self.longest)
+        self.used = [other.used[row] for row in rows]
+        reach = slice(max(self.used))
         self.keys_LBGSK[:, :, :, reach] = other.keys_LBGSK[:, index, :, reach]
         self.values_LBGSK[:, :, :, reach] = other.values_LBGSK[:, index, :, reach]
 

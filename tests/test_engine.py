@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from test_model import CPU, VOCAB, random_ids, random_model, tiny
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from nanolib.engine import (
@@ -20,6 +21,7 @@ from nanolib.engine import (
     end_tokens,
     inverse_cdf,
     probabilities,
+    record_graph,
 )
 from nanolib.model import GPT
 from nanolib.runtime import Runtime
@@ -90,9 +92,10 @@ def test_temperature_zero_is_greedy_and_top_1_is_too():
 # ---------------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("kv_heads", [None, 3])
-def test_greedy_batch_equals_plain_loop(kv_heads):
+@pytest.mark.parametrize(("kv_heads", "reach"), [(None, 64), (3, 8)])
+def test_greedy_batch_equals_plain_loop(kv_heads, reach, monkeypatch):
     """Rows of different length that end at different times, some at the limit."""
+    monkeypatch.setattr("nanolib.model.REACH", reach)
     speaker = engine(kv_heads=kv_heads, sequence_len=48)
     asked = prompts(1, 9, 4, 17, 5, 6, 30, 11)
     want = [plain_greedy(speaker, prompt, limit=20) for prompt in asked]
@@ -186,6 +189,39 @@ def test_batches_keep_to_max_rows_and_shrink_as_rows_end():
     sizes.clear()
     speaker.complete(asked, max_rows=1, **settings)
     assert max(rows for rows, _ in sizes) == 3, "a prompt's samples stay together"
+
+
+def traced(work):
+    """In a CUDA graph's place: what the host knew is frozen, and each result overwrites the last."""
+    program = make_fx(work)()
+    result = program()
+
+    def replay() -> torch.Tensor:
+        return result.copy_(program())
+
+    return replay
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_recorded_steps_say_the_same(device, monkeypatch):
+    """Over four reaches, with rows that end, rows taken along and weights that change between."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr("nanolib.model.REACH", 16)
+    speaker, recorded = engine(sequence_len=64), []
+    record = record_graph if device == "cuda" else traced
+    speaker.model.to(device)
+    speaker.runtime = Runtime(device=torch.device(device), dtype=torch.float32)
+    settings = {"samples": 3, "max_new_tokens": 50, "temperature": 1.0}
+    for _ in range(2):
+        speaker.record = None
+        plain = speaker.complete(prompts(5, 12, 3, 8), **settings)
+        speaker.record = lambda work: recorded.append(record(work)) or recorded[-1]
+        assert speaker.complete(prompts(5, 12, 3, 8), **settings) == plain
+        assert max(map(len, plain)) > 30
+        with torch.no_grad():
+            speaker.model.blocks[0].mlp.up.weight.neg_()
+    assert 8 <= len(recorded) <= 24, "each reach once in each cache"
 
 
 def test_nothing_to_say_is_nothing_said():

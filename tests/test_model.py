@@ -189,7 +189,7 @@ def test_a_row_that_is_over_changes_nothing():
         for t in range(4, 10):
             logits = model(ids[:, t : t + 1], cache=cache)
             cache.advance([1, 0])
-        assert cache.used_B.tolist() == [10, 4]
+        assert cache.used_B.tolist() == cache.used == [10, 4]
         assert_close(logits[0, 0], model(ids[:1])[0, -1])
 
 
@@ -202,7 +202,7 @@ def test_copied_rows_go_on_as_the_originals():
         cache = KVCache(model.config, 4, 12, CPU, torch.float32)
         rows = [2, 1, 1, 0]
         cache.copy_rows(prompts, rows)
-        assert (cache.used_B.tolist(), cache.longest) == ([6, 4, 4, 6], 6)
+        assert cache.used_B.tolist() == cache.used == [6, 4, 4, 6]
         logits = model(random_ids(4, 3, seed=5), cache=cache)
         for b, row in enumerate(rows):
             whole = torch.cat((ids[row, : 4 if row == 1 else 6], random_ids(4, 3, seed=5)[b]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import math
 import sys
 import time
@@ -92,6 +93,7 @@ class Bench:
         speed = tokens / self.seconds(self.step(nll, batch), self.repeats)
         yield "forward and backward", self._speed(speed)
         optimizer = MuonAdamW(model, self.recipe.optim, self.runtime)
+        optimizer.step(0.1)  # the first one loads its kernels
         update = self.seconds(lambda: optimizer.step(0.1), self.repeats)
         yield "update", f"{1e3 * update:.1f} ms"
         about = {"cuda": self.cuda, "bytes_a_number": self.runtime.dtype.itemsize}
@@ -171,8 +173,10 @@ class Bench:
             model.head.weight[tokenizer.bos :] = 0.0
         engine = Engine(model, tokenizer, self.runtime)
         prompts = [[tokenizer.bos, *range(60, 65 + i % 9)] for i in range(16)]
-        for samples in (1, 16):
-            settings = {"samples": samples, "max_new_tokens": 24, "temperature": 1.0, "top_k": 50}
+        recorded = engine.record
+        for record, samples in itertools.product(dict.fromkeys((None, recorded)), (1, 16)):
+            engine.record = record
+            settings = {"samples": samples, "max_new_tokens": 48, "temperature": 1.0, "top_k": 50}
             engine.complete(prompts, **settings)
             said: list[list[int]] = []
             took = self.seconds(
@@ -180,7 +184,7 @@ class Bench:
             )
             steps, tokens = max(map(len, said)), sum(map(len, said))
             speed = f"{1e3 * took / steps:.1f} ms a token of each, {tokens / took:,.0f} tokens/s"
-            yield f"writing {16 * samples} rows", speed
+            yield f"writing {16 * samples} rows" + (", recorded" if record else ""), speed
         alone = [engine.complete([prompt], max_new_tokens=24)[0] for prompt in prompts]
         together = engine.complete(prompts, max_new_tokens=24)
         same = sum(a == b for a, b in zip(alone, together, strict=True))
