@@ -36,10 +36,10 @@ DEVICES = {
     "RTX 4090": Device(165e12, 24),
 }
 
-# Model FLOPs utilisation by depth, measured in bfloat16 on H100: up to 20 nanochat of July 2026 on
-# one (at 8 its data loader held it to 13 to 24 %), at 32 the original's own note of October 2025 on
-# eight. None is this code base's: its figures belong here once they are measured.
-MEASURED_MFU = {8: 0.24, 12: 0.41, 20: 0.487, 32: 0.509}
+# Model FLOPs utilisation by depth, measured in bfloat16 on H100. At 8 ours on one (2026-11-24,
+# runs/report_h100.md); 12 and 20 nanochat of July 2026 on one, 32 the original's own note of October
+# 2025 on eight: ours belong here once they are measured.
+MEASURED_MFU = {8: 0.294, 12: 0.41, 20: 0.487, 32: 0.509}
 
 
 @dataclass(frozen=True, kw_only=True)

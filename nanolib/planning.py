@@ -226,8 +226,8 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     yield from _memory_lines(config, machine)
     mfu = accounting.assumed_mfu(model.depth)
     yield (
-        f"time         projected, never measured: at {mfu:.1%} of the peak, from what nanochat "
-        "reached on H100 at"
+        f"time         projected, never measured: at {mfu:.1%} of the peak, from what this code (8) "
+        "and nanochat reached on H100 at"
     )
     yield "             " + ", ".join(
         f"depth {depth} ({share:.1%})" for depth, share in accounting.MEASURED_MFU.items()

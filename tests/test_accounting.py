@@ -135,7 +135,7 @@ def test_the_assumed_utilisation():
     for depth, share in accounting.MEASURED_MFU.items():
         assert accounting.assumed_mfu(depth) == share
     assert accounting.assumed_mfu(16) == pytest.approx((0.41 + 0.487) / 2)
-    assert accounting.assumed_mfu(1) == 0.24 and accounting.assumed_mfu(64) == 0.509
+    assert accounting.assumed_mfu(1) == 0.294 and accounting.assumed_mfu(64) == 0.509
 
 
 def test_the_projection_of_the_originals_d32():
