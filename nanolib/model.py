@@ -278,7 +278,7 @@ class GPT(nn.Module):
 
         The blocks are alike, so compiling takes as long for 32 of them as for one.
         """
-        run, nll = (torch.compile(part, **options) for part in (Block.forward, self._nll))
+        run, nll = torch.compile(Block.forward, **options), torch.compile(self._nll, **options)
         return lambda batch: nll(
             self.hidden(batch.inputs_BT, batch.positions_BT, run=run), batch.targets_BT
         )

@@ -185,7 +185,7 @@ LEVELS = (
     Level("Calculates: two of five word problems", "gsm8k", "accuracy", 0.4, toy=True),
     Level("Programs: one of two functions", "humaneval", "accuracy", 0.5, toy=True),
     Level("Reads: below a trigram's bits per byte", "compression", "ratio", 1.0),
-    Level("Guesses no more: ARC-Easy at 30 %", "arc_easy", "letters", 0.30),
+    Level("Guesses no more: ARC-Easy by text at 30 %", "arc_easy", "text", 0.30),
     Level("The original's SFT on GSM8K", "gsm8k", "accuracy", 0.0455),
     Level("The original's RL on GSM8K", "gsm8k", "accuracy", 0.0758),
     Level("The original's ChatCORE", "chatcore", "accuracy", 0.0884),

@@ -14,7 +14,8 @@ def table(capsys):
     """Runs the bench on profile smoke; what was measured -> the figure."""
 
     def run() -> dict[str, str]:
-        device.main(["--profile", "smoke", "--device", "cpu", "--repeats", "1"])
+        words = "--profile smoke --device cpu --repeats 1 --set model.sequence_len=64"
+        device.main(words.split())
         rows = re.findall(r"^\| (.+) \| (.+) \|$", capsys.readouterr().out, re.MULTILINE)
         return dict(rows)
 
@@ -23,7 +24,7 @@ def table(capsys):
 
 def test_every_figure_is_there(table):
     found = table()
-    assert found["micro-batch"].startswith("8 of base's 8 rows of 128")
+    assert found["micro-batch"].startswith("16 of base's 16 rows of 64")
     assert re.fullmatch(r"[\d,]+ tokens/s", found["forward and backward"])
     assert found["greedy rows that are the same alone and together"] == "16 of 16"
     assert found["impossible tokens drawn"] == "0 of 12,800"

@@ -1,6 +1,6 @@
-"""What one device does with a profile's model, in some two minutes: memory, speed, sampling.
+"""What one device does with a profile's model, in some minutes: memory, speed, sampling.
 
-    uv run nanolib bench device --profile h100
+    uv run nanolib bench device --profile h100 --set model.depth=12
 
 Weights are random and nothing is read: run it first on a machine you have rented. Attention is
 measured with torch's cuDNN backend and without (see `Runtime.start`); programs are what
@@ -216,12 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--profile", default="h100")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--set", nargs="*", default=[], metavar="PATH=VALUE", help="settings")
     parser.add_argument("--repeats", type=int, default=5, help="steps that a figure is the mean of")
     given = parser.parse_args(arguments)
-    recipe = config.resolve(given.profile).recipe
+    recipe = config.resolve(given.profile, dict(word.split("=", 1) for word in given.set)).recipe
     bench = Bench(recipe, config.MachineConfig(device=given.device), given.repeats)
     name = torch.cuda.get_device_name() if bench.cuda else processor()
     today = datetime.datetime.now(datetime.UTC).date()
-    print(f"{given.profile}, {today}, {name}, {bench.runtime.dtype}, torch {torch.__version__}\n")
+    print(f"{' '.join([given.profile, *given.set])}, {today}, {name}, {bench.runtime.dtype}, torch {torch.__version__}\n")
     for line in markdown.table(["", ""], bench.rows()):
         print(line, flush=True)
