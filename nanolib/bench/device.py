@@ -223,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(recipe, config.MachineConfig(device=given.device), given.repeats)
     name = torch.cuda.get_device_name() if bench.cuda else processor()
     today = datetime.datetime.now(datetime.UTC).date()
-    print(f"{' '.join([given.profile, *given.set])}, {today}, {name}, {bench.runtime.dtype}, torch {torch.__version__}\n")
+    what = " ".join([given.profile, *given.set])
+    print(f"{what}, {today}, {name}, {bench.runtime.dtype}, torch {torch.__version__}\n")
     for line in markdown.table(["", ""], bench.rows()):
         print(line, flush=True)
