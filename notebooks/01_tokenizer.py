@@ -172,8 +172,9 @@ axes.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Where does the time go? Most of it is reading: finding the words (the pattern, written by hand instead
-# of run by a regex engine) and counting them in a hash table. The merging itself is the smaller part.
+# Where does the time go? On one thread most of it is reading, and little of that is finding the words (the
+# pattern is written by hand instead of run by a regex engine): counting them in a hash table takes longest.
+# Reading is shared out over threads, merging is not; with two of them it is the larger part.
 
 # %%
 rust = table.split("```")[1].strip().splitlines()
@@ -309,7 +310,8 @@ print(
 # %% [markdown]
 # How long are documents, and how often is each token used? In natural text, frequencies fall like a
 # power of the rank (Zipf's law), which on these axes is a straight line. A toy world has few rare
-# words: its line is short and ends abruptly.
+# words: its line is short and ends abruptly. At the far right any line falls off: there stand tokens that
+# this file hardly has, such as markers and rare bytes. (Those that never occur are drawn at one half.)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2)

@@ -72,8 +72,10 @@ assert (batch.inputs_BT[:, 1:] == batch.targets_BT[:, :-1]).all()
 
 # %% [markdown]
 # Documents are of any length, rows are not. A document that does not fit goes on in another row, and
-# one that ends early is followed by the next. Nothing is padded and nothing is thrown away. Here are
-# 24 rows, drawn in random order; where the colour changes, the next document begins.
+# one that ends early is followed by the next. Nothing is padded and nothing is thrown away. Attention does
+# not stop at the border: a token sees the document before its own too, and has to learn that what stands
+# before `<|bos|>` is of no use. Here are 24 rows, drawn in random order; where the colour changes, the next
+# document begins.
 
 # %%
 figure, axes = plt.subplots(figsize=(7.2, 3))
@@ -166,8 +168,8 @@ print(f"a model with random weights: {real:.3f} bits per byte")
 # ## The schedule
 #
 # The learning rate is the size of a step. It stays high for most of the run, to get far, and falls at
-# the end, to settle. How much of the run is for settling is the recipe's to say. In chapter 03 the
-# optimizer itself will be taken apart; here it is enough that it takes one step for each batch.
+# the end, to settle. How much of the run is for settling is the recipe's to say. Chapter 03 took the
+# optimizer itself apart; here it is enough that it takes one step for each batch.
 
 
 # %%
@@ -199,13 +201,21 @@ plt.show()
 
 # %%
 result = launch.stage("base", run, watch=lesson.Live())
-print(f"{result['parameters']:,} parameters read {result['tokens']:,} tokens")
+print(f"{result['parameters']:,} parameters read {result['tokens']:,} tokens", end="")
+print(f", {result['epochs']:.2f} passes over the text")
+
+# %% [markdown]
+# Left is the loss on the text it reads, right the bits per byte of text that it never reads. Where a run
+# reads its text more than once, the left curve falls by a step at each new pass: the model begins to know
+# the text by heart. Only the right curve tells whether it still learns what is true of other texts. If it
+# rises, less would have been more. Chapters 06 and 07 draw the same two curves.
 
 # %% [markdown]
 # ## What has it learned?
 #
 # First, a number. The rival is a **trigram**: it looks at the last two tokens and answers with what
-# followed them in the training text, counted. It is the best that counting can do at this price.
+# followed them in the training text, counted. Where it has seen too little of that, it mixes in what
+# followed the last one alone, and how common each token is.
 
 # %%
 scores = launch.stage("eval", run, of="base", watch=lesson.Live())
@@ -250,9 +260,9 @@ print(f"{bits_T.sum():.0f} bits for {sum(map(len, pieces))} characters, at most 
 # %% [markdown]
 # ## Where does it look?
 #
-# Chapter 02 drew the attention of a model with random weights: an even triangle. Here is the last
-# layer of the trained one, reading the beginning of the same text. Look for heads that prefer the
-# token before, the start, or the name that the sentence is about.
+# Chapter 02 drew the attention of random queries and keys: spots without a plan. Here is the last layer of
+# the trained model, reading the beginning of the same text. Look for heads that prefer the token before,
+# the start, or the name that the sentence is about.
 
 
 # %%

@@ -243,6 +243,13 @@ plt.show()
 # the caches outweigh the weights. That is why caches get squeezed: fewer key heads (GQA, chapter 02,
 # exercise 3), fewer bits, pages instead of slabs.
 #
+# Small models meet another limit first. A step is several hundred kernels, the GPU's small programs, and
+# starting one may take longer than running it. So on a GPU nanolib's engine records a step once, as a CUDA
+# graph, and repeats all of it with a single start. What is repeated must stay where it is and keep its
+# shape: `KVCache` therefore has all its memory from the beginning (ours above grew), and is read in
+# multiples of 64 positions, with a mask over those that are not yet written. So the shapes change only
+# once in 64 tokens, and the numbers, but for rounding, not at all.
+#
 # ## 4. Rows of different length
 #
 # To write many rows together, they must be one tensor. Short prompts are filled up on the **right**, and
@@ -579,7 +586,7 @@ lesson.check(most_rows, 376)
 # most_rows = int((80e9 - 2 * d20.parameters(vocab)) // row)
 # ```
 #
-# The weights take 1.1 GB. The other 98 % are for caches.
+# The weights take 1.1 GB. The other 99 % are for caches.
 #
 # </details>
 #

@@ -137,8 +137,10 @@ for i in range(min(200, len(solved))):
 show(parts_of(raw["answer"]))
 
 # %% [markdown]
-# The results in there were written by people, years ago. When the model writes a program itself, our
-# sandbox will answer. Is it the same? If not, the model would be trained on outputs that it never gets.
+# The results in there came with the problems. When the model writes a program itself, our sandbox will
+# answer. Is it the same? In the toy world, always. In GSM8K often not in form: `48/2` is 24 on paper and
+# 24.0 in Python. The next section keeps results out of the loss, so the model does not learn to write 24
+# there, but it has read only 24 in its training, and will read 24.0 when it talks.
 
 # %%
 calls = []
@@ -340,7 +342,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The markers were a great surprise, and become the smallest: that is the grammar, learned. The user's
+# The markers were the greatest surprise, and hardly any is left: that is the grammar, learned. The user's
 # words and the outputs were never targets, and nobody asked the model to predict them. Whatever these two
 # bars do is a by-product. So it has no idea what a result will be, not even of 2 + 2: it has to ask.
 #
@@ -407,6 +409,8 @@ for i in (0, 1):
 # %% [markdown]
 # A right answer does not prove it: the model might do the sum in its head and call for show. So give it a
 # tool that **lies**: each result is 1 too large. If the model believes its tool, all answers go wrong.
+# Where hardly any were right before, that says little. Then look at how many answers *are* the lie, and mind
+# that an answer which calls nothing, or is cut before its number, counts for neither.
 
 
 # %%

@@ -143,8 +143,9 @@ for t in range(first - 2, first + 2):
 # ## Conversations share a row
 #
 # Conversations are short and rows are long. One in each row would be mostly padding, so as many as fit
-# share one. None is ever split: half an answer teaches nothing good. Below, every row of a small
-# packing. Each colour is a conversation, white is unused.
+# share one. None is ever split: half an answer teaches nothing good. (As with documents in chapter 04, each
+# sees those before it in its row.) Below, every row of a small packing. Each colour is a conversation, white
+# is unused.
 
 # %%
 rendered = [chats.conversation(i).render(tokenizer, length + 1) for i in range(60)]
@@ -161,6 +162,7 @@ for row, items in zip(picture, source.rows, strict=True):
 figure, axes = plt.subplots(figsize=(7.2, 2.6))
 axes.imshow(picture, cmap="Set3", aspect="auto", interpolation="nearest")
 axes.set(xlabel="position", ylabel="row")
+axes.yaxis.get_major_locator().set_params(integer=True)
 axes.set_title(f"60 conversations in {len(source)} rows, {np.mean(~np.isnan(picture)):.0%} used")
 axes.grid(False)
 plt.show()
@@ -168,8 +170,9 @@ plt.show()
 # %% [markdown]
 # ## The run
 #
-# The recipe says how many rows come from where. The worker continues from the weights of `base`, with
-# the optimizer starting afresh and a learning rate that falls to zero from the first step on.
+# The recipe says how many rows come from where. The worker continues from the weights of the stage before,
+# `mid` (chapter 06), with the optimizer starting afresh and a learning rate that falls to zero from the
+# first step on.
 
 # %%
 sft = run.config.recipe.sft
@@ -182,8 +185,9 @@ print(f"{result['epochs']:.2f} passes over {result['conversations']}")
 
 # %%
 print("asked:      ", question[:200])
-print("base says:  ", answer("base", question))
-print("sft says:   ", answer("sft", question))
+for stage in ("base", "mid", "sft"):
+    if stage in run.config.recipe.models:
+        print(f"{stage} says:".ljust(12), answer(stage, question))
 print("the answer: ", reference[:200])
 
 # %% [markdown]
@@ -308,10 +312,12 @@ hits = [letter == answer for letter, (_, _, answer) in zip(found, truth, strict=
 print(f"{np.mean(hits):.0%} find the letter, the right text before their eyes")
 
 # %% [markdown]
-# Writing first turns a question that the model fails into one that it knows: the answer comes out of its
-# memory in a form that it was trained to give. (Larger models gain from the same thing when they reason
-# step by step.) What stays hard for this one is the last step, copying the letter that stands beside a
-# text: an *induction* circuit, for which a few drills of SFT at this size are not enough.
+# Where the scores by text are high (the toy world), writing first turns a question that the model fails
+# into one that it knows: the answer comes out of its memory in a form that it was trained to give. (Larger
+# models gain from the same thing when they reason step by step.) Where they are near guessing, nothing is
+# there to come out, and writing first cannot help. What stays hard either way is the last step, copying the
+# letter that stands beside a text: an *induction* circuit, for which a few drills of SFT at this size are
+# not enough.
 #
 # Large models do learn to bind letters, and then the letters are the cheaper test. A benchmark
 # measures the model *and* the way of asking.

@@ -88,7 +88,7 @@ print("estimated ", estimates_NA.mean(dim=0).numpy().round(3))
 
 # %% [markdown]
 # That is REINFORCE. Now a small mischief: let every press pay 5 more. Nothing about *which* button is best
-# has changed, and the mean of the gradient has not. But each single estimate is now five times as wild:
+# has changed, and the mean of the gradient has not. But each single estimate is now eight times as wild:
 # every button that is pressed seems wonderful. Take off the mean reward, and the mischief is gone. A press
 # should be praised not for a high reward but for a **higher one than usual**: its *advantage*.
 
@@ -109,8 +109,9 @@ assert noise(reward_N + 5) > 3 * noise(reward_N - reward_N.mean())
 
 # %% [markdown]
 # Learning, then: press eight times, step, press again, with the 5 more for every press. Forty learners at
-# once, so that luck evens out. The third way is a **control**: the same rewards, dealt to the presses at random. It has the same numbers
-# in it and no information. It should learn nothing, and if it did, we would have fooled ourselves.
+# once, so that luck evens out. The third way is a **control**: the same rewards, dealt to the presses at
+# random. It has the same numbers in it and no information. It should learn nothing, and if it did, we would
+# have fooled ourselves.
 
 
 # %%
@@ -263,7 +264,8 @@ plt.show()
 # ## 4. A rollout of the real model
 #
 # Now the model of chapter 07, some training questions, eight answers to each, with the sandbox at hand.
-# `RolloutSource` is what the stage uses. One question whose answers differ, if there is one:
+# `RolloutSource` is what the stage uses. (Answers are cut short here, and one that is cut before its number
+# is wrong.) One question whose answers differ, if there is one:
 
 # %%
 settings = run.config.recipe.grpo
@@ -285,7 +287,7 @@ for answer, reward, advantage in graded:
 # What each of them is responsible for. The end of the turn counts too, where the model chose it.
 
 # %%
-for place in (int(np.argmax(rollout.rewards)), int(np.argmin(rollout.rewards))):
+for place in dict.fromkeys((int(np.argmax(rollout.rewards)), int(np.argmin(rollout.rewards)))):
     answer = rollout.answers[place]
     pieces = [tokenizer.decode([id]) for id in answer.ids]
     groups = [1 if chosen else 0 for chosen in answer.chosen]
@@ -348,7 +350,7 @@ for axes, (name, title) in zip(panels.flat, titles.items(), strict=True):
     values, place = [row[name] for row in told], [row["step"] for row in told]
     axes.plot(place, values, ".", color=lesson.GREY)
     axes.plot(place, lesson.smooth(values, keep=0.85), color=lesson.BLUE)
-    axes.set(title=title, ylim=(0, None if name == "answer_tokens" else 1))
+    axes.set(title=title, ylim=(0, None if name in ("answer_tokens", "reward") else 1))
 for axes in panels[1]:
     axes.set_xlabel("step")
 plt.show()
@@ -366,7 +368,7 @@ for name in names:
     p = np.array([row[name] for row in scored])
     error = np.sqrt(p * (1 - p) / settings.eval_questions)
     axes.errorbar([row["step"] for row in scored], p, error, fmt="o-", capsize=3, label=name)
-axes.set(xlabel="step", title=f"{settings.eval_questions} held-out questions", ylim=(0, 1))
+axes.set(xlabel="step", title=f"{settings.eval_questions} held-out questions", ylim=(0, None))
 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 for name in names:
@@ -379,7 +381,7 @@ for name in names:
 for row in (told[0], told[-1]):
     print(f"step {row['step']}: {row['samples'][0][0]}")
     for _, text, reward in row["samples"]:
-        print(f"  {reward:.0f}  {text[:160]!r}")
+        print(f"  {reward:.0f}  {text[-160:]!r}")
 
 # %% [markdown]
 # Was anything else harmed? Nothing rewarded the model for knowing facts or for plain text. Small steps and

@@ -306,7 +306,8 @@ lesson.check(draw, ([0.5, 0.3, 0.2], 0.4, 0), ([0.5, 0.3, 0.2], 0.79, 1), ([0.0,
 #
 # </details>
 #
-# **3.** Ask for people, towns and pets of the toy world, in the window or with `uv run nanolib chat`.
+# **3.** Ask for what the training text told (in `demo` people, towns and pets), in the window or with
+# `uv run nanolib chat`.
 # Then ask for somebody who does not exist. What does the model do, and could it know better?
 #
 # ## To read
@@ -318,5 +319,6 @@ lesson.check(draw, ([0.5, 0.3, 0.2], 0.4, 0), ([0.5, 0.3, 0.2], 0.79, 1), ([0.0,
 # - Kadavath et al., *Language Models (Mostly) Know What They Know*,
 #   [arXiv:2207.05221](https://arxiv.org/abs/2207.05221)
 #
-# In the code: `nanolib/engine.py`, `nanolib/session.py`, `nanolib/ui/widget.py`, `nanolib/report.py`. That was the road: now
-# make it wider. `runs/` has larger profiles, and every setting of theirs is a line you can change.
+# In the code: `nanolib/engine.py`, `nanolib/session.py`, `nanolib/ui/widget.py`, `nanolib/report.py`.
+# That was the road: now make it wider. `runs/` has larger profiles, and every setting of theirs is a line
+# you can change.
