@@ -75,17 +75,6 @@ class Machine:
 # ---------------------------------------------------------------------------- size
 
 
-def parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Weights by what they are for; their sum is the model's parameter count."""
-    width, kv_width = config.width, config.num_kv_heads * config.head_dim
-    return {
-        "embedding": vocab_size * width,
-        "attention": config.depth * (2 * width * width + 2 * width * kv_width),
-        "mlp": config.depth * 8 * width * width,
-        "head": vocab_size * width,
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes on one device while training."""
@@ -118,7 +107,7 @@ def memory(
     blocks, AdamW two of embedding and head) is shared out over the ranks. `kept`: the share of the
     activations that a compiled program keeps.
     """
-    counts = parameters(config, vocab_size)
+    counts = config.parts(vocab_size)
     total = sum(counts.values())
     state = total + counts["embedding"] + counts["head"]
     return Memory(
@@ -162,7 +151,7 @@ def forward_flops(config: ModelConfig, vocab_size: int) -> int:
     Two a weight that multiplies (the embedding only looks up), and 4 T H K a layer for the scores
     and the mixing of values. As is the custom, attention counts in full: a causal kernel does half.
     """
-    counts = parameters(config, vocab_size)
+    counts = config.parts(vocab_size)
     attention = 4 * config.depth * config.width * config.sequence_len
     return 2 * (sum(counts.values()) - counts["embedding"]) + attention
 

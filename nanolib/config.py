@@ -70,15 +70,19 @@ class ModelConfig:
     def num_kv_heads(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
 
-    @property
-    def block_parameters(self) -> int:
-        """Weights of one block: queries and output, keys and values, and the 4x MLP in and out."""
-        kv_width = self.num_kv_heads * self.head_dim
-        return self.width * (2 * self.width + 2 * kv_width + 8 * self.width)
+    def parts(self, vocab_size: int) -> dict[str, int]:
+        """Weights by what they are for."""
+        width, kv_width = self.width, self.num_kv_heads * self.head_dim
+        return {
+            "embedding": vocab_size * width,
+            "attention": self.depth * (2 * width * width + 2 * width * kv_width),
+            "mlp": self.depth * 8 * width * width,
+            "head": vocab_size * width,
+        }
 
     def parameters(self, vocab_size: int) -> int:
-        """All weights: blocks, token embedding and untied head."""
-        return self.depth * self.block_parameters + 2 * vocab_size * self.width
+        """All weights."""
+        return sum(self.parts(vocab_size).values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +105,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning rate over a stage: linear warmup, constant, linear warmdown; see `train`."""
+    """What all training stages have; the learning rate goes up, stays, goes down (see `train`)."""
 
+    enabled: bool = True
+    steps: int | None = None
+    eval_every: int | None = None  # steps between scores; None: about ten times a stage
+    save_every: int | None = None  # steps between checkpoints; None: about ten times a stage
     lr: float = 1.0  # multiplies every learning rate of [optim]
     warmup: float = 0.0  # fraction of the steps
     warmdown: float = 0.2  # fraction of the steps
@@ -113,13 +121,9 @@ class Schedule:
 class BaseConfig(Schedule):
     """Pretraining."""
 
-    enabled: bool = True
     tokens_per_parameter: float = 20.0  # the horizon, when steps is not given
-    steps: int | None = None
     batch_tokens: int = 524_288  # over all ranks and micro-batches
-    eval_every: int | None = None  # steps between bits per byte; None: about ten times a stage
     eval_documents: int | None = None  # of the validation shard; None: all
-    save_every: int | None = None  # steps between checkpoints; None: about ten times a stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +141,9 @@ class Mixture:
 class ConversationConfig(Schedule):
     """A stage that learns what the assistant says in a mixture of conversations."""
 
-    enabled: bool = True
     warmdown: float = 1.0
     epochs: float = 1.0  # passes over the mixture, when steps is not given
-    steps: int | None = None
     batch_tokens: int = 524_288  # over all ranks and micro-batches, padding included
-    eval_every: int | None = None
-    save_every: int | None = None
     rows: Mixture = field(default_factory=Mixture)
 
 
@@ -169,12 +169,10 @@ class SFTConfig(ConversationConfig):
 class GRPOConfig(Schedule):
     """Reinforcement learning from graded answers; see `nanolib.grpo`."""
 
-    enabled: bool = True
     lr: float = 0.05
     warmdown: float = 1.0
     task: str = "gsm8k"  # a task of `nanolib.tasks` that can be graded
     epochs: float = 1.0  # passes over the task's questions, when steps is not given
-    steps: int | None = None
     questions: int = 16  # a step, over all ranks
     samples: int = 16  # answers to each
     max_new_tokens: int = 256
@@ -185,8 +183,6 @@ class GRPOConfig(Schedule):
     shuffled: bool = False  # a control: each question's rewards are dealt to its answers at random
     eval_questions: int = 400  # held-out ones, scored on the way
     eval_samples: int = 4
-    eval_every: int | None = None
-    save_every: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,21 +242,20 @@ ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks"}
 # ---------------------------------------------------------------------------- flat dictionaries
 
 
-def fields_of(cls: type) -> dict[str, Any]:
+def fields_of(cls: type, prefix: str = "") -> dict[str, Any]:
     """Dotted path -> type of every leaf setting below a config class."""
     paths: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
-            paths |= {f"{name}.{path}": leaf for path, leaf in fields_of(hint).items()}
+            paths |= fields_of(hint, f"{prefix}{name}.")
         else:
-            paths[name] = hint
+            paths[f"{prefix}{name}"] = hint
     return paths
 
 
 def settings() -> dict[str, Any]:
     """Dotted path -> type of every setting a profile or an override may name."""
-    machine = {f"machine.{path}": hint for path, hint in fields_of(MachineConfig).items()}
-    return fields_of(Recipe) | machine
+    return fields_of(Recipe) | fields_of(MachineConfig, "machine.")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

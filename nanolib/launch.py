@@ -151,8 +151,8 @@ def _command(
 ) -> tuple[list[str], dict[str, str]]:
     """The worker's command line and environment; its threads are pinned to its share of cores."""
     threads = run.config.machine.threads or max(1, _cores() // ranks)
-    machine = config.flatten(run.config.machine) | {"ranks": ranks, "threads": threads}
-    machine = {f"machine.{key}": value for key, value in machine.items()}
+    machine = config.flatten(run.config.machine, "machine.")
+    machine |= {"machine.ranks": ranks, "machine.threads": threads}
     command = [sys.executable, "-m"]
     if ranks > 1:
         # All on this machine, whose own name need not be known to it.

@@ -237,21 +237,19 @@ class GPT(nn.Module):
     def hidden(
         self,
         ids_BT: Tensor,
-        positions_BT: Tensor | None = None,
         cache: KVCache | None = None,
         run: Callable[..., Tensor] = Block.__call__,
     ) -> Tensor:
         """The normalised last hidden states [B, T, D].
 
-        Positions default to 0 … T−1. With a cache they are what follows it, and the new keys and
-        values are written to it, but the caller advances it (`cache.advance`). run: calls a block.
+        With a cache the tokens are what follows it, and their keys and values are written to it,
+        but the caller advances it (`cache.advance`). run: calls a block.
         """
         mask_BTS = None
         if cache is not None:
-            assert positions_BT is None, "a cache says where its tokens go"
             positions_BT = cache.positions(ids_BT.shape[1])
             mask_BTS = cache.mask(positions_BT)
-        elif positions_BT is None:
+        else:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         cos_sin = rotation(positions_BT, self.config.head_dim)
         x_BTD = norm(self.embedding(ids_BT))
@@ -263,15 +261,13 @@ class GPT(nn.Module):
         """Float32 scores over the vocabulary for hidden states of any leading shape."""
         return SOFTCAP * torch.tanh(self.head(hidden_D).float() / SOFTCAP)
 
-    def forward(
-        self, ids_BT: Tensor, positions_BT: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """Logits [B, T, V] in float32; see `hidden` for positions and cache."""
-        return self.logits(self.hidden(ids_BT, positions_BT, cache))
+    def forward(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, T, V] in float32; see `hidden` for the cache."""
+        return self.logits(self.hidden(ids_BT, cache))
 
     def nll(self, batch: Batch) -> Tensor:
         """Negative log-likelihood [B, T] of each target in nats; 0 where the target is ignored."""
-        return self._nll(self.hidden(batch.inputs_BT, batch.positions_BT), batch.targets_BT)
+        return self._nll(self.hidden(batch.inputs_BT), batch.targets_BT)
 
     def compiled_nll(self, **options: Any) -> Callable[[Batch], Tensor]:
         """`nll` through torch.compile (`options`): one program for every block, one for the loss.
@@ -279,9 +275,7 @@ class GPT(nn.Module):
         The blocks are alike, so compiling takes as long for 32 of them as for one.
         """
         run, nll = torch.compile(Block.forward, **options), torch.compile(self._nll, **options)
-        return lambda batch: nll(
-            self.hidden(batch.inputs_BT, batch.positions_BT, run=run), batch.targets_BT
-        )
+        return lambda batch: nll(self.hidden(batch.inputs_BT, run=run), batch.targets_BT)
 
     def _nll(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         return F.cross_entropy(

@@ -211,7 +211,7 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     recipe, model = config.recipe, config.recipe.model
     vocab, ranks = recipe.tokenizer.vocab_size, machine.count
     device, rate = machine.device, machine.dollars_per_hour
-    counts = accounting.parameters(model, vocab)
+    counts = model.parts(vocab)
     total = sum(counts.values())
     yield (
         f"{config.profile} on {ranks} x {machine.name} ({device.memory} GB and "

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanolib import accounting
 from nanolib import markdown as md
-from nanolib.config import MODELS, REPOSITORY, as_text, flatten
+from nanolib.config import MODELS, REPOSITORY, as_text, flatten, recipe_difference
 from nanolib.progress import clock
 from nanolib.rundir import Run, StageDir, write_atomic
 
@@ -135,13 +135,8 @@ def _summary(run: Run) -> Iterator[str]:
     """BASE and SFT side by side, and the original beside them."""
     yield "## Summary"
     yield ""
-    found = {
-        f"{name} {measure}": number
-        for name in MODELS
-        for task, scores in _scores(run, name).items()
-        for measure, number in _measures(task, scores)
-    }
-    measures = dict.fromkeys(key.split(" ", 1)[1] for key in found)
+    found = _all_measures(run)
+    measures = dict.fromkeys(measure for _, measure in found)
     if not measures:
         yield "No evaluation is finished."
         return
@@ -152,7 +147,7 @@ def _summary(run: Run) -> Iterator[str]:
     rows = []
     for measure in measures:
         task = measure.split(", ")[0]
-        ours = [*(found.get(f"{name} {measure}") for name in models), chances.get(task)]
+        ours = [*(found.get((name, measure)) for name in models), chances.get(task)]
         asked_alike = measure == task or measure.endswith("letters")
         theirs = [ORIGINAL[name].get(task) if asked_alike else None for name in models]
         rows.append([_measure_label(measure), *map(md.score, [*ours, *theirs])])
@@ -297,7 +292,7 @@ def _model(run: Run) -> Iterator[str]:
     yield "## Model"
     yield ""
     model, vocab = run.config.recipe.model, run.config.recipe.tokenizer.vocab_size
-    counts = accounting.parameters(model, vocab)
+    counts = model.parts(vocab)
     flops = accounting.training_flops(model, vocab)
     rows = [
         ["depth x width", f"{model.depth} x {model.width}"],
@@ -467,23 +462,18 @@ def _code(run: Run) -> Iterator[str]:
 def compare(run: Run, other: Run) -> str:
     """Two runs side by side, as Markdown: settings that differ, scores, time and money."""
     lines = [f"# `{run.id}` against `{other.id}`", "", "## Settings that differ", ""]
-    mine, theirs = flatten(run.config.recipe), flatten(other.config.recipe)
     names = ["setting", run.id, other.id]
-    rows = [
-        [key, as_text(mine.get(key)), as_text(theirs.get(key))]
-        for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key) != theirs.get(key)
-    ]
+    differences = recipe_difference(run.config.recipe, flatten(other.config.recipe))
+    rows = [[path, as_text(mine), as_text(theirs)] for path, mine, theirs in differences]
     lines += list(md.table(names, rows)) if rows else ["None: the recipes are the same."]
     lines += ["", "## Scores", ""]
     ours, others = _all_measures(run), _all_measures(other)
     rows = []
     for key in dict.fromkeys([*ours, *others]):
         a, b = ours.get(key), others.get(key)
-        change = None if a is None or b is None else a - b
-        rows.append(
-            [key, md.score(a), md.score(b), md.DASH if change is None else f"{change:+.4f}"]
-        )
+        label = f"{COLUMNS[key[0]]} {_measure_label(key[1])}"
+        change = md.DASH if a is None or b is None else f"{a - b:+.4f}"
+        rows.append([label, md.score(a), md.score(b), change])
     lines += list(md.table(["score", run.id, other.id, "difference"], rows))
     lines += ["", "## Time and cost", ""]
     rows = []
@@ -495,9 +485,10 @@ def compare(run: Run, other: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _all_measures(run: Run) -> dict[str, float]:
+def _all_measures(run: Run) -> dict[tuple[str, str], float]:
+    """(model, measure) -> score."""
     return {
-        f"{COLUMNS[name]} {_measure_label(measure)}": number
+        (name, measure): number
         for name in MODELS
         for task, scores in _scores(run, name).items()
         for measure, number in _measures(task, scores)

@@ -210,7 +210,7 @@ class Run:
             return this
         manifest = this.manifest()
         _check_same_recipe(this.path, manifest, profile, overrides)
-        flat = manifest["recipe"] | _machine(config)
+        flat = manifest["recipe"] | settings.flatten(config.machine, "machine.")
         return cls(this.path, settings.from_flat(profile, flat))
 
     @classmethod
@@ -283,10 +283,6 @@ def _locate(run: str) -> Path:
 def _existing() -> str:
     names = sorted(p.parent.name for p in runs_folder().glob("*/manifest.json"))
     return f"; there are {', '.join(n for n in names if n != LATEST)}" if names else ""
-
-
-def _machine(config: Config) -> dict[str, Any]:
-    return {f"machine.{k}": v for k, v in settings.flatten(config.machine).items()}
 
 
 def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ import base64
 import codecs
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import tiktoken
 
 import rust_tokenizer
+from nanolib.rundir import write_atomic
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -120,16 +120,7 @@ class Tokenizer:
 
     def save(self, path: Path | str) -> None:
         """Write JSON: version, pattern, specials, merges. The file is whole or not there."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(self._to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(Path(path), self._to_json())
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that differ when anything about the tokenizer does."""

@@ -79,10 +79,9 @@ assert (batch.inputs_BT[:, 1:] == batch.targets_BT[:, :-1]).all()
 
 # %%
 figure, axes = plt.subplots(figsize=(7.2, 3))
-rows_B1 = torch.arange(24)[:, None]
-axes.imshow(
-    (batch.documents_BT + 3 * rows_B1) % 8, cmap="Pastel2", aspect="auto", interpolation="nearest"
-)
+documents_BT = (batch.inputs_BT == tokenizer.bos).cumsum(1)
+colours_BT = (documents_BT + 3 * torch.arange(24)[:, None]) % 8
+axes.imshow(colours_BT, cmap="Pastel2", aspect="auto", interpolation="nearest")
 axes.set(xlabel="position in the row", ylabel="row", title="one batch")
 axes.grid(False)
 plt.show()

@@ -212,7 +212,7 @@ plt.show()
 
 # %%
 d20, vocab = ModelConfig(depth=20), 65_536
-read_weights = d20.parameters(vocab) - accounting.parameters(d20, vocab)["embedding"]
+read_weights = d20.parameters(vocab) - d20.parts(vocab)["embedding"]
 row_bytes = accounting.cache_bytes(d20, rows=1, length=1024)
 row_flops = accounting.forward_flops(d20, vocab)
 rows = 2 ** np.arange(11)

@@ -24,7 +24,7 @@ def batch(config: ModelConfig, rows: int) -> Batch:
 
 
 def test_parameters_of_the_original():
-    counts = accounting.parameters(D20, 65_536)
+    counts = D20.parts(65_536)
     assert sum(counts.values()) == D20.parameters(65_536) == 560_988_160
     assert counts["embedding"] == counts["head"] == 65_536 * 1280
 
@@ -32,10 +32,10 @@ def test_parameters_of_the_original():
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_parameters_by_part_are_the_models(kv_heads):
     config = tiny(kv_heads=kv_heads)
-    counts = dict.fromkeys(accounting.parameters(config, VOCAB), 0)
+    counts = dict.fromkeys(config.parts(VOCAB), 0)
     for name, weight in GPT.build(config, VOCAB, CPU, 0).named_parameters():
         counts[next(part for part in counts if part in name)] += weight.numel()
-    assert counts == accounting.parameters(config, VOCAB)
+    assert counts == config.parts(VOCAB)
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_model import CPU, VOCAB, tiny
 
-from nanolib import accounting, config, planning
+from nanolib import config, planning
 from nanolib.accounting import Machine
 from nanolib.config import ModelConfig
 from nanolib.data.packing import batch_of_rows
@@ -214,6 +214,6 @@ def test_readme_says_what_the_profiles_are():
     assert sorted(name for name, *_ in table) == config.profiles()
     for name, depth, millions in table:
         recipe = config.resolve(name).recipe
-        count = sum(accounting.parameters(recipe.model, recipe.tokenizer.vocab_size).values())
+        count = recipe.model.parameters(recipe.tokenizer.vocab_size)
         digits = len(millions.partition(".")[2])
         assert (int(depth), millions) == (recipe.model.depth, f"{count / 1e6:,.{digits}f}")

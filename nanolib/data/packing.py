@@ -23,26 +23,21 @@ IGNORED = -1  # a target that is not trained on
 class Batch:
     """B rows of T tokens, ready for the model.
 
-    `documents_BT` numbers each row's documents (``classic`` attends across them all the same);
-    `positions_BT` None means 0 … T−1; `fields` holds further per-token tensors [B, T].
+    A row's documents see each other: ``classic`` attends across them. `fields` holds further
+    per-token tensors [B, T].
     """
 
     inputs_BT: Tensor
     targets_BT: Tensor
-    documents_BT: Tensor | None = None
-    positions_BT: Tensor | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
         return Batch(
             inputs_BT=self.inputs_BT.to(device, non_blocking=True),
             targets_BT=self.targets_BT.to(device, non_blocking=True),
-            documents_BT=move(self.documents_BT),
-            positions_BT=move(self.positions_BT),
-            fields={name: tensor.to(device) for name, tensor in self.fields.items()},
+            fields={
+                name: tensor.to(device, non_blocking=True) for name, tensor in self.fields.items()
+            },
         )
 
 
@@ -70,11 +65,9 @@ def batch_of_rows(
         ids[i, : len(row)] = row
         wanted[i, : len(row)] = masks[i]
     targets = np.where(wanted[:, 1:], ids[:, 1:], IGNORED)
-    documents = np.cumsum(ids[:, :-1] == bos, axis=1)
     return Batch(
         inputs_BT=torch.from_numpy(ids[:, :-1].copy()),
         targets_BT=torch.from_numpy(targets),
-        documents_BT=torch.from_numpy(documents),
     )
 
 

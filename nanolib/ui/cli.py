@@ -321,8 +321,7 @@ class Commands:
     def settings(self, profile: ProfileName = "demo") -> None:
         """List every setting's dotted path with its value in a profile."""
         resolved = config.resolve(profile, self.overrides)
-        flat = config.flatten(resolved.recipe)
-        flat |= {f"machine.{key}": value for key, value in config.flatten(resolved.machine).items()}
+        flat = config.flatten(resolved.recipe) | config.flatten(resolved.machine, "machine.")
         for path, value in flat.items():
             print(f"{path:<28} {config.as_text(value)}")
 

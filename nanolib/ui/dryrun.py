@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanolib import accounting, config, hub, launch, pipeline, planning, stages
+from nanolib import config, hub, launch, pipeline, planning, stages
 from nanolib.accounting import Machine
 from nanolib.config import MODELS, Config, MachineConfig
 from nanolib.data.packing import Batch
@@ -109,7 +109,7 @@ def _forward(model: config.ModelConfig, vocab_size: int, rows: int) -> torch.Ten
     with torch.device("meta"):
         gpt = GPT(model, vocab_size)
         ids_BT = torch.zeros(rows, model.sequence_len, dtype=torch.long)
-    counts = accounting.parameters(model, vocab_size)
+    counts = model.parts(vocab_size)
     assert sum(w.numel() for w in gpt.parameters()) == sum(counts.values())
     nll_BT = gpt.nll(Batch(inputs_BT=ids_BT, targets_BT=ids_BT))
     nll_BT.sum().backward()
