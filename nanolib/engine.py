@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nanolib.data.packing import padded
 from nanolib.model import GPT, KVCache
 from nanolib.runtime import Runtime, seed_of
 
@@ -299,9 +300,7 @@ class Engine:
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, _Cache]:
         """The logits [P, V] after each prompt, and a cache that holds the prompts."""
         lengths = [len(prompt) for prompt in prompts]
-        ids_PT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        for p, prompt in enumerate(prompts):
-            ids_PT[p, : len(prompt)] = torch.tensor(prompt)
+        ids_PT = padded(prompts, pad=0)
         cache = self._cache(len(prompts), max(lengths))
         with self.runtime.autocast():
             hidden_PTD = self.model.hidden(ids_PT.to(self.runtime.device), cache=cache)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanolib.conversation import Conversation, Message, answer_parts
-from nanolib.data.packing import IGNORED, Batch, batch_of_rows
+from nanolib.data.packing import IGNORED, Batch, batch_of_rows, groups
 from nanolib.engine import Answer, Engine
 from nanolib.rundir import Metrics
 from nanolib.runtime import seed_of
@@ -250,12 +250,8 @@ class RolloutSource:
                 mask = [False] * len(prompt) + answer.chosen + [True] * len(ends)
                 rows.append((np.array(prompt + answer.ids + ends), np.array(mask), value))
         rows.sort(key=lambda row: len(row[0]))
-        while rows:
-            most = 1
-            while most < len(rows) and (most + 1) * _padded(rows[most][0]) <= self.device_tokens:
-                most += 1
-            ids, masks, values = zip(*rows[:most], strict=True)
-            rows = rows[most:]
+        for group in groups([_padded(row[0]) for row in rows], self.device_tokens):
+            ids, masks, values = zip(*(rows[place] for place in group), strict=True)
             length = _padded(ids[-1])
             batch = batch_of_rows(ids, masks, length, self.engine.tokenizer.bos)
             advantage_BT = torch.tensor(values)[:, None].expand(-1, length).contiguous()

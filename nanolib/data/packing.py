@@ -8,7 +8,7 @@ Conversations are never split: each row holds as many whole ones as fit, and pad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,6 +69,26 @@ def batch_of_rows(
         inputs_BT=torch.from_numpy(ids[:, :-1].copy()),
         targets_BT=torch.from_numpy(targets),
     )
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """Rows of ids as one tensor [B, T], filled up at the end; T is at least 1."""
+    ids_BT = torch.full((len(rows), max(1, *map(len, rows))), pad)
+    for b, row in enumerate(rows):
+        ids_BT[b, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return ids_BT
+
+
+def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
+    """Places of rows of similar length, the shortest first: so many padded tokens, or one row."""
+    group: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) + 1) * lengths[place] > tokens_at_once:
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
 
 
 def pack(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from nanolib.data.packing import batch_of_rows
+from nanolib.data.packing import batch_of_rows, groups
 from nanolib.model import GPT
 from nanolib.runtime import Runtime
 
@@ -34,7 +34,10 @@ def bits_per_byte(
     mine = documents[runtime.rank :: runtime.ranks]
     windows = [window for document in mine for window in _windows(document, length)]
     size = sum(int(byte_lengths[window[1:]].sum()) for window in windows)
-    nats = sum(_nats(model, group, bos, runtime) for group in _groups(windows, tokens_at_once))
+    nats = sum(
+        _nats(model, [windows[place] for place in group], bos, runtime)
+        for group in groups([len(window) for window in windows], tokens_at_once)
+    )
     totals = torch.tensor([nats, size], dtype=torch.float64, device=runtime.device)
     nats, size = runtime.sum(totals).tolist()
     if not size:
@@ -45,18 +48,6 @@ def bits_per_byte(
 def _windows(document: np.ndarray, length: int) -> Iterator[np.ndarray]:
     for start in range(0, len(document) - 1, length):
         yield document[start : start + length + 1]
-
-
-def _groups(windows: list[np.ndarray], tokens_at_once: int) -> Iterator[list[np.ndarray]]:
-    """Windows of similar length together, so that little is padding."""
-    group: list[np.ndarray] = []
-    for window in sorted(windows, key=len):
-        if group and (len(group) + 1) * len(window) > tokens_at_once:
-            yield group
-            group = []
-        group.append(window)
-    if group:
-        yield group
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nanolib.conversation import LETTERS, Conversation, Message, answer_parts, choice_question
-from nanolib.data.packing import batch_of_rows
+from nanolib.data.packing import batch_of_rows, groups, padded
 from nanolib.engine import Engine
 from nanolib.evals import programs
 from nanolib.runtime import Runtime
@@ -104,17 +104,18 @@ def _summed(values: np.ndarray, runtime: Runtime) -> list[float]:
 @torch.inference_mode()
 def by_letter(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]:
     """For each row whether the right choice's letter has the largest logit of its letters."""
-    encoder = engine.tokenizer
+    encoder, device = engine.tokenizer, engine.runtime.device
     letter_ids = [encoder.encode(letter)[0] for letter in LETTERS]
     prompts = [
         Conversation.ask(choice_question(task.question(i), task.choices(i))).prompt(encoder)
         for i in rows
     ]
     best: dict[int, int] = {}
-    for group in _groups(prompts):
-        ids_BT, last_B = _padded([prompts[g] for g in group], encoder.bos, engine.runtime)
+    for group in groups([len(prompt) for prompt in prompts], TOKENS_AT_ONCE):
+        ids_BT = padded([prompts[g] for g in group], encoder.bos)
+        last_B = torch.tensor([len(prompts[g]) - 1 for g in group])
         with engine.runtime.autocast():
-            hidden_BTD = engine.model.hidden(ids_BT)
+            hidden_BTD = engine.model.hidden(ids_BT.to(device))
             logits_BV = engine.model.logits(hidden_BTD[torch.arange(len(group)), last_B])
         for g, scores in zip(group, logits_BV, strict=True):
             best[g] = int(scores[letter_ids[: len(task.choices(rows[g]))]].argmax())
@@ -131,7 +132,7 @@ def by_text(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]
         for choice in task.choices(i)
     ]
     scores = np.zeros(len(rendered))
-    for group in _groups([r.ids for r in rendered]):
+    for group in groups([len(r.ids) for r in rendered], TOKENS_AT_ONCE):
         ids = [np.array(rendered[g].ids) for g in group]
         masks = [np.array(rendered[g].mask) for g in group]
         batch = batch_of_rows(ids, masks, max(map(len, ids)) - 1, encoder.bos)
@@ -171,24 +172,3 @@ def in_words(
         outcome = grade(i, text) if at in answers else TOO_LONG
         graded.append((i, question, encoder.decode(ids), outcome))
     return graded
-
-
-def _groups(items: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Places of items of similar length, at most TOKENS_AT_ONCE padded tokens a group."""
-    groups: list[list[int]] = [[]]
-    for place in sorted(range(len(items)), key=lambda i: len(items[i])):
-        if groups[-1] and (len(groups[-1]) + 1) * len(items[place]) > TOKENS_AT_ONCE:
-            groups.append([])
-        groups[-1].append(place)
-    return [group for group in groups if group]
-
-
-def _padded(
-    rows: Sequence[Sequence[int]], bos: int, runtime: Runtime
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as one tensor [B, T], padded at the end, and the place [B] of each one's last id."""
-    ids_BT = torch.full((len(rows), max(map(len, rows))), bos)
-    for b, row in enumerate(rows):
-        ids_BT[b, : len(row)] = torch.tensor(row)
-    last_B = torch.tensor([len(row) - 1 for row in rows])
-    return ids_BT.to(runtime.device), last_B.to(runtime.device)

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanolib.data.packing import groups, padded
 from nanolib.model import GPT, KVCache
 from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
@@ -255,16 +256,10 @@ def score(
 ) -> list[list[Score]]:
     """For each prompt the scores of its continuations; prompts of similar length go together."""
     scores: list[list[Score]] = [[] for _ in asked]
-    group: list[int] = []
-    order = sorted(range(len(asked)), key=lambda i: asked[i].tokens)
-    for place, i in enumerate(order):
-        group.append(i)
-        following = order[place + 1 : place + 2]
-        if not following or (len(group) + 1) * asked[following[0]].tokens > tokens_at_once:
-            found = iter(_score_group(model, [asked[i] for i in group], runtime))
-            for i in group:
-                scores[i] = [next(found) for _ in asked[i].continuations]
-            group = []
+    for group in groups([prompt.tokens for prompt in asked], tokens_at_once):
+        found = iter(_score_group(model, [asked[i] for i in group], runtime))
+        for i in group:
+            scores[i] = [next(found) for _ in asked[i].continuations]
     return scores
 
 
@@ -278,7 +273,7 @@ def _score_group(model: GPT, asked: Sequence[Prompt], runtime: Runtime) -> list[
     owners = [i for i, prompt in enumerate(asked) for _ in prompt.continuations]
     inputs = [[asked[i].context[-1], *ids[:-1]] for i, ids in zip(owners, targets, strict=True)]
     pad = asked[0].context[0]
-    contexts_PT, inputs_BS = _padded(contexts, pad), _padded(inputs, pad)
+    contexts_PT, inputs_BS = padded(contexts, pad), padded(inputs, pad)
     with runtime.autocast():
         cache = _cache(model, contexts_PT.shape, inputs_BS.shape[1], runtime)
         model.hidden(contexts_PT.to(runtime.device), cache=cache)
@@ -318,14 +313,6 @@ def _scores(model: GPT, hidden_BSD: Tensor, targets: Sequence[Sequence[int]]) ->
         Score(float(sum_), int(size), bool(all_))
         for sum_, size, all_ in zip(logprobs, sizes, greedy, strict=True)
     ]
-
-
-def _padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Rows as one tensor [B, T], filled up at the end; T is at least 1."""
-    ids_BT = torch.full((len(rows), max(1, *map(len, rows))), pad)
-    for b, row in enumerate(rows):
-        ids_BT[b, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return ids_BT
 
 
 # ---------------------------------------------------------------------------- the score
