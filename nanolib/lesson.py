@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanolib.progress import Line, clock, describe
+from nanolib.progress import Line, describe
 from nanolib.rundir import Run, StageDir
 
 if TYPE_CHECKING:
@@ -133,25 +133,10 @@ class Live:
 
 def _picture(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A stage's progress as a mime bundle: text, and a PNG where it trains."""
-    text = _headline(stage, rows)
+    text = describe(stage, rows)
     if not any(row["kind"] == "train" for row in rows):
         return {"text/plain": text}
     return {"text/plain": text, "image/png": png(curves(rows, text))}
-
-
-def _headline(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Like `progress.describe`, but a finished stage says how long it took."""
-    record = stage.done()
-    if record is None:
-        return describe(stage, rows)
-    name = stage.name if stage.path.name == stage.name else f"{stage.name} of {stage.path.name}"
-    words = [f"{name} finished in {clock(record['seconds'])}"]
-    result = record["result"]
-    if "tokens" in result:
-        words.append(f"{result['tokens']:,} tokens")
-    if "tokens_per_second" in result:
-        words.append(f"{result['tokens_per_second']:,.0f} tokens/s")
-    return "  ·  ".join(words)
 
 
 def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:

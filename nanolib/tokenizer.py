@@ -7,7 +7,6 @@ that somebody types is ordinary text: only `Tokenizer.special` gives its id.
 from __future__ import annotations
 
 import base64
-import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -212,27 +211,6 @@ def _token_bytes(merges: Sequence[tuple[int, int]]) -> list[bytes]:
         known.add(token)
         tokens.append(token)
     return tokens
-
-
-class StreamDecoder:
-    """Decodes one token at a time, giving out whole characters only.
-
-    What `push` and a last `flush` return adds up to `Tokenizer.decode` of all the ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        """The characters that this token completes, possibly none."""
-        return self._decoder.decode(self._tokenizer.token_bytes(id))
-
-    def flush(self) -> str:
-        """U+FFFD for a character left incomplete; the decoder can be used again."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
 
 
 # name for people, file, split pattern

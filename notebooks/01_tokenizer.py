@@ -31,6 +31,7 @@ run = None
 overrides = {}
 
 # %%
+import codecs
 import time
 from collections import Counter
 from itertools import islice, pairwise
@@ -40,7 +41,7 @@ import numpy as np
 import regex
 
 from nanolib import config, hub, launch, lesson
-from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 
 run = lesson.begin(profile, run, overrides)
 
@@ -278,13 +279,13 @@ print("the marker itself:", tokenizer.bos, " specials:", *SPECIAL_TOKENS[:4], "�
 # ## A token may be part of a character
 #
 # A character outside the vocabulary is several tokens, and none of them can be printed alone. Who
-# streams an answer must wait until a character is complete:
+# streams an answer must wait until a character is complete. Python's incremental decoder does:
 
 # %%
 ids = tokenizer.encode("a € 😀")
 print("one by one:", [tokenizer.decode([id]) for id in ids])
-decoder = StreamDecoder(tokenizer)
-print("streamed:  ", [decoder.push(id) for id in ids])
+decoder = codecs.getincrementaldecoder("utf-8")()
+print("streamed:  ", [decoder.decode(tokenizer.token_bytes(id)) for id in ids])
 
 # %% [markdown]
 # ## Shards: the text as one long list

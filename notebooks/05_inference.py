@@ -33,6 +33,7 @@ run = None
 overrides = {}
 
 # %%
+import codecs
 import math
 import random
 import time
@@ -49,7 +50,7 @@ from nanolib.data.shards import split_documents
 from nanolib.engine import Engine, inverse_cdf, probabilities
 from nanolib.model import GPT, KVCache, norm, rotate, rotation
 from nanolib.runtime import Runtime, seed_of
-from nanolib.tokenizer import StreamDecoder, Tokenizer
+from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
 run = lesson.begin(profile, run, overrides)
@@ -540,9 +541,9 @@ def whole_characters(ids):
 
 
 ids = characters.encode("né 🙂")
-decoder = StreamDecoder(characters)
+decoder = codecs.getincrementaldecoder("utf-8")()  # Python has one too
 ours = list(whole_characters(ids))
-assert ours == [decoder.push(id) for id in ids]
+assert ours == [decoder.decode(characters.token_bytes(id)) for id in ids]
 print("each by itself:", [characters.decode([id]) for id in ids])
 print("held back:     ", ours)
 

@@ -164,7 +164,8 @@ def test_the_live_figure_is_one_output_that_ends_finished(chain):
     (cell,) = [c for c in executed.cells if 'launch.stage("base"' in c.source]
     pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 1
-    assert pictures[0].data["text/plain"].startswith("base finished in")
+    assert pictures[0].data["text/plain"].startswith("base ")
+    assert " done in " in pictures[0].data["text/plain"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rust_tokenizer
-from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, StreamDecoder, Tokenizer, published_encodings
+from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, published_encodings
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -258,17 +258,6 @@ def test_round_trip_of_any_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
-    decoder = StreamDecoder(tokenizer)
-    pieces = [decoder.push(id) for id in ids]
-    assert "".join(pieces) + decoder.flush() == text
-    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
-
-
-@repeatable
-@given(st.lists(st.integers(0, 599), max_size=20))
-def test_stream_decoder_adds_up_on_any_ids(tokenizer, ids):
-    decoder = StreamDecoder(tokenizer)
-    assert "".join([*map(decoder.push, ids), decoder.flush()]) == tokenizer.decode(ids)
 
 
 def test_encoding_replays_the_merges(tokenizer):

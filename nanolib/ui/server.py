@@ -302,10 +302,6 @@ def build(session: Session, about: dict[str, Any], *, local: bool = True) -> Fas
     def info() -> dict[str, Any]:
         return about
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
-
     return app
 
 
