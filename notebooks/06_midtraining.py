@@ -138,9 +138,9 @@ show(parts_of(raw["answer"]))
 
 # %% [markdown]
 # The results in there came with the problems. When the model writes a program itself, our sandbox will
-# answer. Is it the same? In the toy world, always. In GSM8K often not in form: `48/2` is 24 on paper and
-# 24.0 in Python. The next section keeps results out of the loss, so the model does not learn to write 24
-# there, but it has read only 24 in its training, and will read 24.0 when it talks.
+# answer. Is it the same? In the toy world, always. In GSM8K one in four differs in form: `48/2` is 24 on
+# paper and 24.0 in Python. A model that had read only 24 would be at a loss when it talks, and reads 24.0.
+# So nanolib's conversations hold what Python says.
 
 # %%
 calls = []
@@ -152,6 +152,8 @@ with Sandbox() as sandbox:
 agree = [result == text for (_, result), text in zip(calls, said, strict=True)]
 print(f"{np.mean(agree):.0%} of {len(calls)} written results are what the sandbox prints")
 print("for example", calls[0], "→", repr(said[0]))
+told = [solved.conversation(i).messages[-1].parts for i in range(min(60, len(solved)))]
+assert said == [part.text for parts in told for part in parts if part.kind == "output"]
 
 # %% [markdown]
 # ## 3. What counts, part by part

@@ -7,6 +7,7 @@ import pytest
 from nanolib import tasks
 from nanolib.conversation import Conversation, Part, choice_question
 from nanolib.tasks import calculator_parts, final_number
+from nanolib.tools import Sandbox
 
 MMLU_ROW = {"question": "2 + 2?", "subject": "sums", "choices": ["3", "4", "5", "6"], "answer": 1}
 ARC_ROW = {
@@ -54,12 +55,12 @@ def test_smoltalk_keeps_the_system_message(mirror):
 
 
 def test_gsm8k_marks_become_a_tool_call_and_its_output(mirror):
-    answer = "She sold 48/2 = <<48/2=24>>24 in May.\nThat is $<<48+24=72>>72.\n#### 72"
+    answer = "She sold 12*2 = <<12*2=24>>24 in May.\nThat is $<<48+24=72>>72.\n#### 72"
     row = {"question": "How many?", "answer": answer}
     task = tasks.load("gsm8k", "test", mirror("openai/gsm8k/main/test", row))
     assert task.conversation(0).messages[1].parts == (
-        Part("text", "She sold 48/2 = "),
-        Part("python", "48/2"),
+        Part("text", "She sold 12*2 = "),
+        Part("python", "12*2"),
         Part("output", "24"),
         Part("text", "24 in May.\nThat is $"),
         Part("python", "48+24"),
@@ -68,6 +69,23 @@ def test_gsm8k_marks_become_a_tool_call_and_its_output(mirror):
     )
     shown = "".join(part.text for part in task.conversation(0).messages[1].parts)
     assert shown == answer.replace("<<", "").replace("=24>>", "24").replace("=72>>", "72")
+
+
+def test_gsm8k_outputs_are_what_the_tool_says(mirror):
+    """The last two are no sums that Python takes: what was written stays."""
+    sums = ["48/2=24", "2.5*12=30", "-(3-10)//2=3", " 7%4=3", "0.1+0.2=.3", "1/0=0", "1,000+1=1001"]
+    row = {"question": "?", "answer": "".join(f"<<{sum}>>, " for sum in sums) + "#### 1"}
+    task = tasks.load("gsm8k", "test", mirror("openai/gsm8k/main/test", row))
+    parts = task.conversation(0).messages[1].parts
+    calls, outputs = ([p.text for p in parts if p.kind == kind] for kind in ("python", "output"))
+    with Sandbox(workers=1) as sandbox:
+        assert outputs[:5] == [sandbox.run(call).text for call in calls[:5]]
+    assert outputs[0] == "24.0" and outputs[5:] == ["0", "1001"]
+
+
+@pytest.mark.parametrize("text", ["__import__('os')", "'a'*9", "2**9**9**9", "(" * 9000])
+def test_what_is_no_sum_of_numbers_is_not_computed(text):
+    assert tasks.python_says(text) is None
 
 
 def test_an_answer_without_marks_is_one_text():
