@@ -11,6 +11,7 @@ Shapes: P prompts, B rows (samples of prompts), T time, V vocabulary.
 from __future__ import annotations
 
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -318,15 +319,23 @@ class Engine:
         """
         cache.ids_B1.copy_(torch.tensor(tokens)[:, None])
         reach = cache.reach(1)
-        if self.record is None or reach not in cache.replays:
-            cache.replays[reach] = None
-            logits_BV = self._step(cache)
-        else:
-            replay = cache.replays[reach] or self.record(lambda: self._step(cache))
-            cache.replays[reach] = replay
-            logits_BV = replay()
+        if reach in cache.replays and cache.replays[reach] is None:
+            cache.replays[reach] = self._recorded(cache)
+        replay = cache.replays.setdefault(reach, None)
+        logits_BV = self._step(cache) if replay is None else replay()
         cache.advance(1 if all(counts) else counts)
         return logits_BV
+
+    def _recorded(self, cache: _Cache) -> Replay | None:
+        """The step of this cache and reach, recorded; None where that cannot be done."""
+        if self.record is None:
+            return None
+        try:
+            return self.record(lambda: self._step(cache))
+        except RuntimeError as error:
+            warnings.warn(f"decoding steps cannot be recorded here ({error}): slower", stacklevel=2)
+            self.record = None
+            return None
 
     def _step(self, cache: _Cache) -> Tensor:
         with self.runtime.autocast():

@@ -224,6 +224,18 @@ def test_recorded_steps_say_the_same(device, monkeypatch):
     assert 8 <= len(recorded) <= 24, "each reach once in each cache"
 
 
+def test_where_steps_cannot_be_recorded_they_run_one_by_one():
+    def refuse(work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    speaker = engine(sequence_len=64)
+    plain = speaker.complete(prompts(5, 12), max_new_tokens=20)
+    speaker.record = refuse
+    with pytest.warns(UserWarning, match="cannot be recorded here .*capturing.*slower") as told:
+        assert speaker.complete(prompts(5, 12), max_new_tokens=20) == plain
+    assert len(told) == 1
+
+
 def test_nothing_to_say_is_nothing_said():
     assert engine().complete([], max_new_tokens=4) == []
 
