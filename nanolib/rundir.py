@@ -21,6 +21,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a small file whole or not at all: temporary name, fsync, rename."""
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -356,7 +357,7 @@ def _remember(path: Path) -> None:
     """Point the link to the run opened last at `path`."""
     link = runs_folder() / LATEST
     link.parent.mkdir(parents=True, exist_ok=True)
-    temporary = link.with_name(f".{LATEST}.{os.getpid()}")
+    temporary = link.with_name(f".{LATEST}.{threading.get_native_id()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path)
     temporary.replace(link)

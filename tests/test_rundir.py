@@ -4,6 +4,8 @@ import errno
 import json
 import multiprocessing
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,20 @@ def test_a_run_is_opened_twice_and_loaded(folder):
     assert Run.open("tiny") == run == Run.load("tiny") == Run.load() == Run.load(str(run.path))
     assert json.loads((run.path / "manifest.json").read_text())["recipe"]["model.depth"] == 2
     assert list(run.path.iterdir()) == [run.path / "manifest.json"]  # no temporary files are left
+
+
+def test_threads_open_runs_at_the_same_instant():
+    """As `bench demo --at-once 2` does: all leave a link to the run they opened."""
+
+    def open_often(name: str) -> None:
+        gate.wait()
+        for _ in range(100):
+            Run.open("tiny", name)
+
+    gate = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_often, "abcd"))
+    assert Run.load().id in "abcd"
 
 
 def test_the_default_name_tells_recipes_apart_and_machines_not():
@@ -232,7 +248,7 @@ def test_a_full_disk_is_a_message_and_keeps_what_was_saved(tmp_path):
     tmp_path = tmp_path / "run"
     path = tmp_path / "done.json"
     rundir.write_atomic(path, "old")
-    (tmp_path / f".done.json.{os.getpid()}").symlink_to("/dev/full")
+    (tmp_path / f".done.json.{threading.get_native_id()}").symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"disk is full: .*done\.json.*run the same command"):
         rundir.write_atomic(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["done.json"]
