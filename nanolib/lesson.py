@@ -152,12 +152,13 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     left.plot(steps, losses, color=GREY, linewidth=0.8, alpha=0.7)
     left.plot(steps, smooth(losses, keep=1 - 20 / min(400, max(40, last))), color=BLUE)
     left.set_title("training loss (nats a token)")
-    name, points = _scores(rows)
-    if points:
-        right.plot(*zip(*points, strict=True), "o-", color=ORANGE)
-        text = f"{points[-1][1]:.3f}"
-        right.annotate(text, points[-1], (0, 8), textcoords="offset points", ha="right")
-        right.set_title(f"held-out {name}")
+    scores = _scores(rows)
+    for name, points in scores.items():
+        label = f"{name.removesuffix('_loss')} {points[-1][1]:.3f}"
+        right.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
+    if scores:
+        right.legend(fontsize=8)
+        right.set_title("held-out " + _unit(list(scores)))
     else:
         right.set_yticks([])
         right.set_title("held-out score (not yet)")
@@ -168,14 +169,17 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     return figure
 
 
-def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, float]]]:
-    """The first score of the evaluation rows: its name and (step, value) pairs."""
+def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The evaluation rows' scores by name, each as (step, value) pairs."""
     scored = [row for row in rows if row["kind"] == "eval"]
-    names = [key for row in scored for key in row if key not in ("kind", "step", "steps")]
-    if not names:
-        return "", []
-    label = {"bpb": "bits per byte", "loss": "loss (nats a token)"}.get(names[0], names[0])
-    return label, [(row["step"], row[names[0]]) for row in scored]
+    names = dict.fromkeys(key for row in scored for key in row if key not in ("kind", "step"))
+    return {name: [(row["step"], row[name]) for row in scored if name in row] for name in names}
+
+
+def _unit(names: Sequence[str]) -> str:
+    if all(name.endswith("_loss") for name in names):
+        return "loss (nats a token)"
+    return "bits per byte" if "bpb" in names else "score"
 
 
 def smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:

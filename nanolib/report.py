@@ -343,7 +343,7 @@ def _training(run: Run) -> Iterator[str]:
             shown = md.thinned(scores, 12)
             yield from ["", "On held-out data:", ""]
             yield from md.table(
-                ["step", *(LABELS.get(name, name) for name in names)],
+                ["step", *(LABELS.get(name, name.replace("_", " ")) for name in names)],
                 [[f"{row['step']:,}", *(md.score(row.get(n)) for n in names)] for row in shown],
             )
         if losses or scores:

@@ -59,6 +59,7 @@ Nll = Callable[[Batch], torch.Tensor]  # what `GPT.nll` is, compiled or not
 
 USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
 TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
+HELD_OUT = 100  # conversations of each source in mid's and SFT's held-out losses
 SAMPLE_PROMPTS = 4  # openings of validation documents that the base model continues
 
 
@@ -279,12 +280,25 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
         if limit != 0
     }
     source, cut = _render(encoder, [c for part in mixture.values() for c in part], settings)
-    held, _ = _render(encoder, _conversations(context, "smoltalk", "test", 200), settings)
+    alike = settings | {"seed": context.run.config.recipe.seed}  # the same rows in every stage
+    held = {
+        name: _render(encoder, _conversations(context, name, "test", HELD_OUT), alike)[0]
+        for name in mixture
+    }
     steps = config.steps or math.ceil(config.epochs * len(source) / source.batch_rows)
 
-    def evaluate(trainer: Trainer) -> None:
-        _eval_row(context, trainer.step, loss=_validation_loss(trainer, held))
+    def score(step: int) -> None:
+        losses = {
+            f"{name}_loss": _validation_loss(student.model, rows, context.runtime)
+            for name, rows in held.items()
+        }
+        _eval_row(context, step, **losses)
 
+    def evaluate(trainer: Trainer) -> None:
+        score(trainer.step)
+
+    if not _was_scored(context):
+        score(0)  # where it starts from
     return _train(context, config, student, source, steps, evaluate) | {
         "conversations": {name: len(part) for name, part in mixture.items()},
         "cut_tokens": cut,
@@ -326,7 +340,7 @@ def grpo(context: Context) -> dict[str, Any]:
         def evaluate(trainer: Trainer) -> None:
             score(trainer.step)
 
-        if not any(row["kind"] == "eval" for row in context.stage.metrics.rows()):
+        if not _was_scored(context):
             score(0)  # where it starts from
         loss = PolicyGradient(config.clip)
         return _train(context, config, student, source, steps, evaluate, loss) | {
@@ -458,7 +472,7 @@ def _train(
     scores = [row for row in rows if row["kind"] == "eval"]
     seconds = sum(row["seconds"] for row in steps_done)
     tokens = sum(row["tokens"] for row in steps_done)
-    final = {k: v for k, v in scores[-1].items() if k not in ("kind", "step", "steps")}
+    final = {k: v for k, v in scores[-1].items() if k not in ("kind", "step")}
     return {
         "steps": steps,
         "tokens": tokens,
@@ -468,6 +482,10 @@ def _train(
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
+
+
+def _was_scored(context: Context) -> bool:
+    return any(row["kind"] == "eval" for row in context.stage.metrics.rows())
 
 
 def _eval_row(context: Context, step: int, **scores: float) -> None:
@@ -502,15 +520,15 @@ def _render(
 
 
 @torch.no_grad()
-def _validation_loss(trainer: Trainer, held: ConversationSource) -> float:
+def _validation_loss(model: GPT, held: ConversationSource, runtime: Runtime) -> float:
     """Nats a token on held-out conversations, one pass, shared among the ranks."""
-    sums = torch.zeros(2, dtype=torch.float64, device=trainer.runtime.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for number in range(held.rank, len(held), held.ranks):
-        batch = held.batch([held.row(number)]).to(trainer.runtime.device)
-        with trainer.runtime.autocast():
-            nll_BT = trainer.model.nll(batch)
+        batch = held.batch([held.row(number)]).to(runtime.device)
+        with runtime.autocast():
+            nll_BT = model.nll(batch)
         sums += torch.stack([nll_BT.sum().double(), (batch.targets_BT >= 0).sum().double()])
-    total, count = trainer.runtime.sum(sums).tolist()
+    total, count = runtime.sum(sums).tolist()
     return total / count
 
 

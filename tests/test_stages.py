@@ -117,6 +117,19 @@ def test_held_out_conversations_are_the_same_in_every_stage_and_training_ones_ar
     assert drawn("mid", "train") != drawn("sft", "train")
 
 
+def test_held_out_losses_of_a_stage_begin_where_those_of_the_one_before_ended(run):
+    """The same conversations in the same rows, of every source that both stages learn from."""
+    mid, sft = (
+        [row for row in run.stage(name).metrics.rows() if row["kind"] == "eval"]
+        for name in ("mid", "sft")
+    )
+    assert mid[0]["step"] == sft[0]["step"] == 0
+    shared = {name for name in mid[0] if name.endswith("_loss")} & sft[0].keys()
+    assert shared >= {"smoltalk_loss", "gsm8k_loss"}
+    for name in shared:
+        assert sft[0][name] == pytest.approx(mid[-1][name], abs=1e-9)
+
+
 def test_validation_loss_is_of_what_the_assistant_says(run):
     """Against the mean over the targets of all rows, computed one by one."""
     context = _context(run, "sft")
@@ -129,8 +142,8 @@ def test_validation_loss_is_of_what_the_assistant_says(run):
         batch = held.batch([held.row(number)])
         nats += float(student.model.nll(batch)[batch.targets_BT >= 0].detach().sum())
         count += int((batch.targets_BT >= 0).sum())
-    trainer = SimpleNamespace(runtime=context.runtime, model=student.model)
-    assert stages._validation_loss(trainer, held) == pytest.approx(nats / count)
+    mean = stages._validation_loss(student.model, held, context.runtime)
+    assert mean == pytest.approx(nats / count)
 
 
 # ---------------------------------------------------------------------------- grpo
