@@ -22,9 +22,8 @@ from nanolib.progress import clock
 from nanolib.runtime import Runtime
 
 MARGIN = 0.92  # of a GPU's memory: the rest is for the allocator's gaps and the ranks' messages
-# Of the activations that `accounting` counts, the part that a compiled bfloat16 program keeps. Not
-# measured: it is what gives d20 and d32 the micro-batches that the original ran on 80 GB, 32 and 8
-# rows (16 did not fit at d32).
+# Of the activations that `accounting` counts, the part that a compiled bfloat16 program keeps: what
+# brings the estimate within a tenth of the peaks that were measured on an H100 (runs/bench_device.md).
 KEPT_ON_CUDA = 0.82
 ENOUGH = 65_536  # tokens of a micro-batch, the original's most: more would only take more memory
 ORIGINAL_SECONDS = 3 * 3600 + 51 * 60  # the original's d20 on 8xH100, all stages; $92
@@ -226,8 +225,8 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     yield from _memory_lines(config, machine)
     mfu = accounting.assumed_mfu(model.depth)
     yield (
-        f"time         projected, never measured: at {mfu:.1%} of the peak, from what this code (8) "
-        "and nanochat reached on H100 at"
+        f"time         projected, never measured: at {mfu:.1%} of the peak, from what one H100 "
+        "reached (without messages between GPUs) at"
     )
     yield "             " + ", ".join(
         f"depth {depth} ({share:.1%})" for depth, share in accounting.MEASURED_MFU.items()
