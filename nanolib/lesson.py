@@ -154,7 +154,8 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     left.set_title("training loss (nats a token)")
     scores = _scores(rows)
     for name, points in scores.items():
-        label = f"{name.removesuffix('_loss')} {points[-1][1]:.3f}"
+        values = " → ".join(f"{value:.3f}" for _, value in dict.fromkeys((points[0], points[-1])))
+        label = f"{name.removesuffix('_loss')} {values}"
         right.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
     if scores:
         right.legend(fontsize=8)

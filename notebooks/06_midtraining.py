@@ -241,6 +241,10 @@ plt.show()
 # counting examples sets something else.
 #
 # How long is one pass over it? (Conversations are never split, so rows are nearly, not quite, full.)
+# Right in the figure: the loss on held-out conversations, source by source, from before the first step.
+# Watch the four choices (`mmlu`). At first the model has no idea that a letter is wanted. Very soon it
+# knows *that*, and that the turn ends after it, and not *which* letter: one even guess among four and
+# one certain token are ln 4 / 2 = 0.69 nats a token.
 
 # %%
 mid = run.config.recipe.mid

@@ -140,6 +140,20 @@ def test_curves_show_what_is_left_and_both_scores():
     assert [len(line.get_xdata()) for line in left.lines] == [10, 10]
     assert "held-out bits per byte" in {right.get_title(loc="left"), right.get_title()}
     assert right.lines[0].get_ydata().tolist() == [1.5]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["bpb 1.500"]
+
+
+def test_curves_show_every_held_out_loss():
+    scored = [
+        {"kind": "eval", "step": step, "smoltalk_loss": 3.0 - step, "gsm8k_loss": 1.0}
+        for step in range(3)
+    ]
+    trained = [row for row in rows(10) if row["kind"] == "train"]
+    _, right = lesson.curves(trained + scored).axes
+    assert right.get_title(loc="left") + right.get_title() == "held-out loss (nats a token)"
+    told = [text.get_text() for text in right.get_legend().get_texts()]
+    assert told == ["smoltalk 3.000 → 1.000", "gsm8k 1.000 → 1.000"]
+    assert right.lines[0].get_xydata().tolist() == [[0, 3], [1, 2], [2, 1]]
 
 
 def test_smooth_is_a_moving_average_with_an_unbiased_start():
