@@ -19,7 +19,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -358,6 +358,32 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------- profiles
+
+
+def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Separate ``--dotted.path VALUE`` (or an alias) from a command's own words.
+
+    Paths on the command line are relative to the shell, so a mirror is made absolute here.
+
+    >>> split_settings(["run", "demo", "--base.steps", "9", "--nproc=2", "--run", "x"])
+    (['run', 'demo', '--run', 'x'], {'base.steps': 9, 'machine.ranks': 2})
+    """
+    words, overrides, known = [], {}, settings()
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        path = name.replace("-", "_")
+        is_setting = "." in path or path in known or path in ALIASES
+        if not word.startswith("--") or not is_setting:
+            words.append(word)
+            continue
+        value = value if equals else next(rest, "--")
+        if value.startswith("--"):
+            raise ValueError(f"--{name} needs a value")
+        overrides |= check_overrides({path: value})
+    if mirror := overrides.get("machine.mirror"):
+        overrides["machine.mirror"] = str(Path(mirror).expanduser().absolute())
+    return words, overrides
 
 
 def profiles() -> list[str]:

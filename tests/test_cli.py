@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolib import launch, stages
+from nanolib import config, launch, stages
 from nanolib.data import toyworld
 from nanolib.rundir import Run
 from nanolib.ui import cli
@@ -47,7 +47,7 @@ def nanolib(capfd):
 def test_settings_are_told_apart_from_words(tmp_path, monkeypatch):
     assert doctest.testmod(cli).failed == 0
     monkeypatch.chdir(tmp_path)
-    words, overrides = cli.split_settings(
+    words, overrides = config.split_settings(
         ["stage", "--base.batch-tokens=1024", "sft", "--seed", "-1", "--mirror", "pack"]
     )
     assert words == ["stage", "sft"]

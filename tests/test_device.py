@@ -14,7 +14,7 @@ def table(capsys):
     """Runs the bench on profile smoke; what was measured -> the figure."""
 
     def run() -> dict[str, str]:
-        words = "--profile smoke --device cpu --repeats 1 --set model.sequence_len=64"
+        words = "--profile smoke --machine.device cpu --repeats 1 --model.sequence_len 64"
         device.main(words.split())
         rows = re.findall(r"^\| (.+) \| (.+) \|$", capsys.readouterr().out, re.MULTILINE)
         return dict(rows)

@@ -297,4 +297,4 @@ def test_settings_survive_the_command_line():
         "data.source": "toyworld",
     }
     words = [f"--{key}={config.as_text(value)}" for key, value in given.items()]
-    assert cli.split_settings(words) == ([], config.check_overrides(given))
+    assert config.split_settings(words) == ([], config.check_overrides(given))

@@ -1,9 +1,8 @@
 """What one device does with a profile's model, in some minutes: memory, speed, sampling.
 
-    uv run nanolib bench device --profile h100 --set model.depth=12
+    uv run nanolib bench device --profile h100 --model.depth 12
 
-Weights are random and nothing is read: run it first on a machine you have rented. Attention is
-measured with torch's cuDNN backend and without (see `Runtime.start`); programs are what
+Weights are random and nothing is read: run it first on a machine you have rented. Programs are what
 torch.compile has made since the model was built.
 """
 
@@ -66,7 +65,7 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """Everything; a part that fails is a row of its own, and the next one follows."""
-        for part in (self.training, self.cudnn, self.writing, self.drawing):
+        for part in (self.training, self.writing, self.drawing):
             try:
                 yield from part()
             except Exception as error:
@@ -138,32 +137,6 @@ class Bench:
         )
         return f"{tokens_per_second:,.0f} tokens/s" + (f", MFU {share:.1%}" if share else "")
 
-    def cudnn(self) -> Iterator[Row]:
-        """The same training with cuDNN's attention, and what that plans for each new shape."""
-        if not self.cuda:
-            return
-        for on in (False, True):
-            torch.backends.cuda.enable_cudnn_sdp(on)
-            torch.compiler.reset()
-            model = self.model()
-            nll, length = self.compiled(model), self.recipe.model.sequence_len
-            rows = min(planning.share_of(self.recipe, "base", 1), 16)
-            step = self.step(nll, self.batch(rows, length))
-            step()
-            speed = rows * length / self.seconds(step, self.repeats)
-            new = sum(self.seconds(lambda n=n: self._attention(n)) for n in range(40, 60)) / 20
-            name = f"{rows} rows, cuDNN's attention {'on' if on else 'off'}"
-            yield name, f"{self._speed(speed)}; {1e3 * new:.2f} ms for a query of a new shape"
-        torch.backends.cuda.enable_cudnn_sdp(False)
-
-    def _attention(self, keys: int) -> None:
-        query, key = (
-            torch.randn(64, 4, length, 128, device=self.device, dtype=self.runtime.dtype)
-            for length in (1, keys)
-        )
-        mask = torch.ones(64, 1, 1, keys, dtype=torch.bool, device=self.device)
-        torch.nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask)
-
     def writing(self) -> Iterator[Row]:
         """Tokens a second of the engine, and whether a row says the same alone."""
         tokenizer = Tokenizer(merges=[])
@@ -210,20 +183,19 @@ def _programs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
+    words, overrides = config.split_settings(arguments)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--profile", default="h100")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PATH=VALUE", help="settings")
     parser.add_argument("--repeats", type=int, default=5, help="steps that a figure is the mean of")
-    given = parser.parse_args(arguments)
-    recipe = config.resolve(given.profile, dict(word.split("=", 1) for word in given.set)).recipe
-    bench = Bench(recipe, config.MachineConfig(device=given.device), given.repeats)
+    given = parser.parse_args(words)
+    settings = config.resolve(given.profile, {"machine.device": "auto"} | overrides)
+    bench = Bench(settings.recipe, settings.machine, given.repeats)
     name = torch.cuda.get_device_name() if bench.cuda else processor()
     today = datetime.datetime.now(datetime.UTC).date()
-    what = " ".join([given.profile, *given.set])
+    what = " ".join([given.profile, *(f"{path}={value}" for path, value in overrides.items())])
     print(f"{what}, {today}, {name}, {bench.runtime.dtype}, torch {torch.__version__}\n")
     for line in markdown.table(["", ""], bench.rows()):
         print(line, flush=True)

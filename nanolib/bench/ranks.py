@@ -1,6 +1,6 @@
 """What more ranks give and what they cost: the same training on 1, 2, 4 … of them.
 
-    uv run nanolib bench ranks --profile smoke --ranks 1 2 4 8 --steps 48 [--set model.depth=4 …]
+    uv run nanolib bench ranks --profile smoke --ranks 1 2 4 8 --steps 48 [--model.depth 4 …]
 
 On CPUs the ranks talk through gloo, on GPUs through NCCL. Every number of ranks trains base from the
 same rows, then GRPO, and scores the result; then one rank of the largest group is killed, and half of
@@ -27,7 +27,7 @@ from typing import Any
 
 from nanolib import accounting, launch, markdown, rundir
 from nanolib.bench.faults import command_line
-from nanolib.config import check_overrides
+from nanolib.config import split_settings
 from nanolib.rundir import Run, StageDir
 
 # Collective -> how many times (R − 1) / R of its bytes a ring sends.
@@ -254,15 +254,15 @@ def struck_and_resumed(run: Run, alone: Run) -> str:
 # ---------------------------------------------------------------------------- the command
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
+    words, settings = split_settings(arguments)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--profile", default="smoke")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=48, help="of base")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PATH=VALUE", help="settings")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(words)
     launch.WORKER = "nanolib.bench.ranks"
     most = max(given.ranks)
     overrides = SHORT | {
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "base.save_every": max(1, given.steps // 4),
         "grpo.questions": 2 * most,  # at least one a rank
     }
-    overrides |= check_overrides(dict(word.split("=", 1) for word in given.set))
+    overrides |= settings
     runs: list[Run] = []
     for ranks in sorted({1, *given.ranks}):
         run = begin(given.profile, f"on-{ranks}", ranks, overrides, runs[0] if runs else None)

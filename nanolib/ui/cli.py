@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if arguments[:1] == ["bench"]:
             return _bench(*arguments[1:])
-        words, overrides = split_settings(arguments)
+        words, overrides = config.split_settings(arguments)
         _dispatch(words, overrides)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -83,32 +83,6 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separate ``--dotted.path VALUE`` (or an alias) from a command's own words.
-
-    Paths on the command line are relative to the shell, so a mirror is made absolute here.
-
-    >>> split_settings(["run", "demo", "--base.steps", "9", "--nproc=2", "--run", "x"])
-    (['run', 'demo', '--run', 'x'], {'base.steps': 9, 'machine.ranks': 2})
-    """
-    words, overrides, known = [], {}, config.settings()
-    rest = iter(arguments)
-    for word in rest:
-        name, equals, value = word.removeprefix("--").partition("=")
-        path = name.replace("-", "_")
-        is_setting = "." in path or path in known or path in config.ALIASES
-        if not word.startswith("--") or not is_setting:
-            words.append(word)
-            continue
-        value = value if equals else next(rest, "--")
-        if value.startswith("--"):
-            raise ValueError(f"--{name} needs a value")
-        overrides |= config.check_overrides({path: value})
-    if mirror := overrides.get("machine.mirror"):
-        overrides["machine.mirror"] = str(Path(mirror).expanduser().absolute())
-    return words, overrides
 
 
 def _dispatch(words: Sequence[str], overrides: dict[str, Any]) -> None:
