@@ -133,9 +133,10 @@ SHOPPING = phrases("""{p} wrote a list for {q}: {items}. {q} came back with {ite
     "Bring me {items}," said {p}. "{items}?" asked {q}. |
     {p} sent {q} to the market for {items}. At the market {q} bought {items}.""")
 
-# Word problems: the question, then steps of (before, sum, after). {a} and {b} are numbers with
-# {more} the larger, {less} the smaller and {big} their sum; of {a}, {b} and {c} {high} is the largest
-# and {low} the smallest; {few} is a small number and {x} the result so far.
+# Word problems: the question, in one way or several, then steps of (before, sum, after). {a} and
+# {b} are different numbers with {more} the larger, {less} the smaller and {big} their sum; of {a},
+# {b} and {c} {high} is the largest and {low} the smallest; {i} and {j} are any numbers, also the
+# smallest ones or the same; {few} is a small number and {x} the result so far.
 PROBLEMS = (
     (
         "{p} has {a} {things}. {q} brings {b} more. How many {things} does {p} have now?",
@@ -159,9 +160,9 @@ PROBLEMS = (
         ("{p} buys ", "{few}*{a}", " {things}.\n"),
         ("Then ", "{x}-{few}", " are left."),
     ),
-    ("What is {a} plus {b}?", ("It is ", "{a}+{b}", ".")),
-    ("What is {big} minus {b}?", ("It is ", "{big}-{b}", ".")),
-    ("What is {few} times {a}?", ("It is ", "{few}*{a}", ".")),
+    ("What is {i} plus {j}? | What is {i} + {j}? | {i}+{j}", ("It is ", "{i}+{j}", ".")),
+    ("What is {big} minus {b}? | What is {big} - {b}? | {big}-{b}", ("It is ", "{big}-{b}", ".")),
+    ("What is {i} times {j}? | What is {i} * {j}? | {i}*{j}", ("It is ", "{i}*{j}", ".")),
     (
         "{p} has {a} {things}, {q} has {b}. How many more has the one with more?",
         ("The one with more has ", "{more}-{less}", " more."),

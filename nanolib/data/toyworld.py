@@ -257,7 +257,8 @@ def is_held_out(text: str) -> bool:
 def problem(world: World, rng: random.Random, held_out: bool) -> dict:
     """A row in GSM8K's schema."""
     hard = rng.random() < HARD_SHARE
-    question, *steps = rng.choice(words.HARD_PROBLEMS if hard else words.PROBLEMS)
+    asks, *steps = rng.choice(words.HARD_PROBLEMS if hard else words.PROBLEMS)
+    question = rng.choice(phrases(asks))
     while True:
         slots = problem_slots(world, rng)
         answer = ""
@@ -279,6 +280,7 @@ def problem_slots(world: World, rng: random.Random) -> dict:
     a, b, c = rng.sample(NUMBERS, 3)
     slots |= {"a": a, "b": b, "c": c, "few": rng.randint(2, 9), "things": rng.choice(words.THINGS)}
     slots |= {"big": a + b, "more": max(a, b), "less": min(a, b)}
+    slots |= {name: rng.randint(1, NUMBERS[-1]) for name in "ij"}
     return slots | dict(zip(("low", "mid", "high"), sorted((a, b, c)), strict=True))
 
 
