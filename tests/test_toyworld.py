@@ -260,3 +260,18 @@ def test_an_interrupted_writing_leaves_what_was_there(tmp_path, monkeypatch):
     toyworld.write(tmp_path / "mirror", 2, shards=1, rows=20)
     assert files_of(tmp_path / "mirror") != before
     assert [path.name for path in tmp_path.iterdir()] == ["mirror"]
+
+
+def test_sums_are_asked_in_words_and_in_symbols():
+    """As a guest types them, small and equal numbers too; never several ways at once."""
+    made, rng = toyworld.world(1), toyworld.draw(1, "sums")
+    asked = [toyworld.problem(made, rng, held_out=False)["question"] for _ in range(3000)]
+    assert not any("|" in question for question in asked)
+    for form in (r"What is (\d+) plus (\d+)\?", r"What is (\d+) \+ (\d+)\?", r"(\d+)\+(\d+)"):
+        pairs = [m.groups() for question in asked if (m := re.fullmatch(form, question))]
+        assert len(pairs) > 10
+        assert all(1 <= int(number) <= 40 for pair in pairs for number in pair)
+    sums = [
+        m.groups() for question in asked if (m := re.fullmatch(r".*?(\d+) ?\* ?(\d+)\??", question))
+    ]
+    assert any("1" in pair or "2" in pair for pair in sums) and any(a == b for a, b in sums)
