@@ -53,7 +53,7 @@ from nanolib.rundir import Run, StageDir, now
 from nanolib.runtime import Runtime, processor, seed_of
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
-from nanolib.train import Hook, Loss, Stopped, Trainer
+from nanolib.train import Loss, Stopped, Trainer
 
 Nll = Callable[[Batch], torch.Tensor]  # what `GPT.nll` is, compiled or not
 
@@ -249,13 +249,13 @@ def base(context: Context) -> dict[str, Any]:
     assert config.steps is not None
     documents = validation_documents(run, encoder, config.eval_documents)
 
-    def evaluate(trainer: Trainer) -> None:
+    def score(step: int) -> None:
         bpb = bits_per_byte(
-            trainer.model, documents, encoder.byte_lengths, encoder.bos, context.runtime
+            student.model, documents, encoder.byte_lengths, encoder.bos, context.runtime
         )
-        _eval_row(context, trainer.step, bpb=bpb)
+        _eval_row(context, step, bpb=bpb)
 
-    return _train(context, config, student, source, config.steps, evaluate) | {
+    return _train(context, config, student, source, config.steps, score) | {
         "epochs": config.steps * source.batch_rows / len(source)
     }
 
@@ -294,12 +294,8 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
         }
         _eval_row(context, step, **losses)
 
-    def evaluate(trainer: Trainer) -> None:
-        score(trainer.step)
-
-    if not _was_scored(context):
-        score(0)  # where it starts from
-    return _train(context, config, student, source, steps, evaluate) | {
+    _score_start(context, score)
+    return _train(context, config, student, source, steps, score) | {
         "conversations": {name: len(part) for name, part in mixture.items()},
         "cut_tokens": cut,
         "epochs": steps * source.batch_rows / len(source),
@@ -337,13 +333,9 @@ def grpo(context: Context) -> dict[str, Any]:
             asked = (config.eval_questions, config.eval_samples)
             _eval_row(context, step, **passes(held, *asked, seed, tell))
 
-        def evaluate(trainer: Trainer) -> None:
-            score(trainer.step)
-
-        if not _was_scored(context):
-            score(0)  # where it starts from
+        _score_start(context, score)
         loss = PolicyGradient(config.clip)
-        return _train(context, config, student, source, steps, evaluate, loss) | {
+        return _train(context, config, student, source, steps, score, loss) | {
             "epochs": steps * config.questions / len(quiz.usable),
             "answers": steps * config.questions * config.samples,
         }
@@ -444,7 +436,7 @@ def _train(
     student: Student,
     source: RowSource | RolloutSource,
     steps: int,
-    evaluate: Hook,
+    score: Callable[[int], None],
     loss: Loss | None = None,
 ) -> dict[str, Any]:
     """Run the trainer; the result is read off the metrics, so a resumed stage tells the same."""
@@ -463,7 +455,7 @@ def _train(
         guard=context.guard,
         about=about_checkpoint(context.run, context.stage.name, student.encoder),
         loss=loss,
-        hooks=[evaluate],
+        hooks=[lambda trainer: score(trainer.step)],
     )
     trainer.fit()
     context.runtime.barrier()
@@ -484,8 +476,10 @@ def _train(
     }
 
 
-def _was_scored(context: Context) -> bool:
-    return any(row["kind"] == "eval" for row in context.stage.metrics.rows())
+def _score_start(context: Context, score: Callable[[int], None]) -> None:
+    """Score the model that the stage starts from, once."""
+    if not any(row["kind"] == "eval" for row in context.stage.metrics.rows()):
+        score(0)
 
 
 def _eval_row(context: Context, step: int, **scores: float) -> None:

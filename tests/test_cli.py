@@ -1,6 +1,5 @@
 """The command line, and above all what it says to those who mistype."""
 
-import doctest
 import json
 import os
 import pty
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolib import config, launch, stages
+from nanolib import launch, stages
 from nanolib.data import toyworld
 from nanolib.rundir import Run
 from nanolib.ui import cli
@@ -42,20 +41,6 @@ def nanolib(capfd):
 
 
 # ---------------------------------------------------------------------------- words
-
-
-def test_settings_are_told_apart_from_words(tmp_path, monkeypatch):
-    assert doctest.testmod(cli).failed == 0
-    monkeypatch.chdir(tmp_path)
-    words, overrides = config.split_settings(
-        ["stage", "--base.batch-tokens=1024", "sft", "--seed", "-1", "--mirror", "pack"]
-    )
-    assert words == ["stage", "sft"]
-    assert overrides == {
-        "base.batch_tokens": 1024,
-        "seed": -1,
-        "machine.mirror": str(tmp_path / "pack"),
-    }
 
 
 def test_settings_lists_every_path_with_its_value(nanolib):

@@ -150,3 +150,16 @@ def test_differences_and_names():
 
 def test_doctests():
     assert doctest.testmod(config).failed == 0
+
+
+def test_settings_are_told_apart_from_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, overrides = config.split_settings(
+        ["stage", "--base.batch-tokens=1024", "sft", "--seed", "-1", "--mirror", "pack"]
+    )
+    assert words == ["stage", "sft"]
+    assert overrides == {
+        "base.batch_tokens": 1024,
+        "seed": -1,
+        "machine.mirror": str(tmp_path / "pack"),
+    }
