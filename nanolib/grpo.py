@@ -136,7 +136,7 @@ def passes(
     """
     runtime = quiz.engine.runtime
     chosen = quiz.usable[:questions]
-    mine, at_once = chosen[runtime.rank :: runtime.ranks], max(1, ROWS_AT_ONCE // samples)
+    mine, at_once = chosen[runtime.rank :: runtime.world_size], max(1, ROWS_AT_ONCE // samples)
     sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     for start in range(0, len(mine), at_once):
         if progress is not None:
@@ -202,9 +202,9 @@ class RolloutSource:
         self.nll = nll or quiz.engine.model.nll
         self.metrics = metrics
         self._order = lru_cache(maxsize=2)(self._draw_order)
-        if questions < self.runtime.ranks:
+        if questions < self.runtime.world_size:
             raise ValueError(
-                f"{self.runtime.ranks} ranks need at least as many questions a step, got {questions}"
+                f"{self.runtime.world_size} ranks need at least as many questions a step, got {questions}"
             )
 
     def updates(self, step: int) -> list[list[Batch]]:
@@ -218,7 +218,7 @@ class RolloutSource:
     def rollouts(self, step: int) -> list[Rollout]:
         """This rank's share of a step."""
         first = step * self.questions
-        places = range(first + self.runtime.rank, first + self.questions, self.runtime.ranks)
+        places = range(first + self.runtime.rank, first + self.questions, self.runtime.world_size)
         count = len(self.quiz.usable)
         asked = [int(self._order(place // count)[place % count]) for place in places]
         seeds = [seed_of(self.seed, "rollout", place) for place in places]

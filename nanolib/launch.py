@@ -2,7 +2,7 @@
 
     result = launch.stage("base", run)
 
-runs what is missing before it, then starts ``python -m nanolib.stages base DIR``, alone or under
+runs what is missing before it, then starts ``python -m nanolib.stages.worker base DIR``, alone or under
 torchrun, follows its metrics, and returns the result in its done record. Notebook, terminal,
 laptop and eight GPUs share this one path.
 
@@ -31,7 +31,9 @@ from typing import Any
 from nanolib import config, guard, rundir
 from nanolib.rundir import Run, StageDir
 
-WORKER: str = "nanolib.stages"  # the module that runs a stage: `python -m WORKER STAGE DIR …`
+WORKER: str = (
+    "nanolib.stages.worker"  # the module that runs a stage: `python -m WORKER STAGE DIR …`
+)
 SHARED = (*config.MODELS, "eval")  # the stages that several ranks share
 POLL = 0.2  # seconds between looks at a worker
 TAIL = 30  # lines of the log that an error shows

@@ -145,7 +145,7 @@ class MuonAdamW:
         self.groups = self._groups(model)
         self.steps = 0  # updates made: AdamW's bias correction and Muon's momentum count them
         for group in self.groups:
-            example = group.stack([p.detach() for p in group.params], runtime.ranks)
+            example = group.stack([p.detach() for p in group.params], runtime.world_size)
             shape = (group.share, *example.shape[1:])
             group.state = {
                 slot: torch.zeros(shape, device=example.device, dtype=torch.float32)
@@ -163,12 +163,12 @@ class MuonAdamW:
         matrices: dict[torch.Size, dict[str, Tensor]] = {}
         for name, param in model.named_parameters():
             if name in lrs:
-                share = -(-param.shape[0] // self.runtime.ranks)
+                share = -(-param.shape[0] // self.runtime.world_size)
                 groups.append(Group("adamw", [name], [param], lrs[name], share))
             else:
                 matrices.setdefault(param.shape, {})[name] = param
         for named in matrices.values():
-            share = -(-len(named) // self.runtime.ranks)
+            share = -(-len(named) // self.runtime.world_size)
             lr = self.config.matrix_lr
             groups.append(Group("muon", list(named), list(named.values()), lr, share))
         return groups
@@ -208,16 +208,16 @@ class MuonAdamW:
         """This rank's share of the gradients, summed over ranks."""
         stacked = group.stack(
             [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params],
-            self.runtime.ranks,
+            self.runtime.world_size,
         )
-        if self.runtime.ranks == 1:
+        if self.runtime.world_size == 1:
             return stacked
         share = stacked.new_empty(group.share, *stacked.shape[1:])
         dist.reduce_scatter_tensor(share, stacked.contiguous())
         return share
 
     def _update(self, group: Group, grad: Tensor, lr_scale: float, momentum: float) -> None:
-        stacked = group.stack([p.data for p in group.params], self.runtime.ranks)
+        stacked = group.stack([p.data for p in group.params], self.runtime.world_size)
         first = self.runtime.rank * group.share
         weight = stacked[first : first + group.share].clone()
         lr = group.lr * lr_scale
@@ -243,7 +243,7 @@ class MuonAdamW:
                 eps=self.config.adam_eps,
                 weight_decay=self.config.weight_decay,
             )
-        if self.runtime.ranks > 1:
+        if self.runtime.world_size > 1:
             dist.all_gather_into_tensor(stacked, weight)
         else:
             stacked = weight

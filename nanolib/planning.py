@@ -111,7 +111,7 @@ def fitting_rows(
     """
     runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL takes its memory before we measure
     room = min(runtime.gather(_room(runtime)))
-    model_config, vocab, ranks = model.config, model.vocab_size, runtime.ranks
+    model_config, vocab, ranks = model.config, model.vocab_size, runtime.world_size
     about = {"cuda": runtime.device.type == "cuda", "bytes_a_number": runtime.dtype.itemsize}
     start = estimated_rows(model_config, vocab, share, ranks, room, **about)
     if not about["cuda"]:
@@ -127,7 +127,7 @@ def _room(runtime: Runtime) -> float:
     if runtime.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(runtime.device)
         return MARGIN * (free + torch.cuda.memory_reserved(runtime.device))
-    return main_memory(runtime.ranks)
+    return main_memory(runtime.world_size)
 
 
 def main_memory(ranks: int) -> float:
@@ -179,7 +179,7 @@ def _try(
     model: GPT, nll: Callable[[Batch], Tensor], length: int, rows: int, runtime: Runtime
 ) -> None:
     """Two passes forward and backward and the room of an update, beside the optimizer's state."""
-    memory = accounting.memory(model.config, model.vocab_size, rows=0, ranks=runtime.ranks)
+    memory = accounting.memory(model.config, model.vocab_size, rows=0, ranks=runtime.world_size)
     state = torch.empty(memory.optimizer, dtype=torch.uint8, device=runtime.device)
     ids_BT = torch.arange(rows * length, device=runtime.device).view(rows, length)
     ids_BT = ids_BT % model.vocab_size

@@ -25,7 +25,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype  # of activations; weights and optimizer state stay float32
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
 
     @classmethod
     def start(cls, machine: MachineConfig) -> Runtime:
@@ -33,19 +33,21 @@ class Runtime:
 
         Raises ValueError when the asked device is not there.
         """
-        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = _device(machine.device, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_num_threads(machine.threads or max(1, (os.cpu_count() or 1) // ranks))
+        torch.set_num_threads(machine.threads or max(1, (os.cpu_count() or 1) // world_size))
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
             # cuDNN's attention, torch's first choice on an H100, trains no faster than flash and
             # plans 40 to 240 ms for every new shape, as each group of questions is.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        if ranks > 1 and not dist.is_initialized():
+        if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
-        return cls(device=device, dtype=_dtype(machine.dtype, device), rank=rank, ranks=ranks)
+        return cls(
+            device=device, dtype=_dtype(machine.dtype, device), rank=rank, world_size=world_size
+        )
 
     @property
     def is_lead(self) -> bool:
@@ -60,20 +62,20 @@ class Runtime:
 
     def sum(self, value: Tensor) -> Tensor:
         """`value` summed over ranks, in place."""
-        if self.ranks > 1:
+        if self.world_size > 1:
             dist.all_reduce(value)
         return value
 
     def gather(self, value: object) -> list:
         """Every rank's (picklable) value, in the order of ranks, on every rank."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return [value]
-        values: list = [None] * self.ranks
+        values: list = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
-        if self.ranks > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch.testing import assert_close
 
-from nanolib import attention, lesson, model
+from nanolib import lesson, model
 from nanolib.config import ModelConfig
 
 run = lesson.begin(profile, run, overrides)
@@ -90,8 +90,8 @@ def attend(query_BTHK, key_BTHK, value_BTHK):
 
 
 query, key, value = torch.randn(3, B, T, H, K)
-assert_close(attend(query, key, value), attention.attend(query, key, value))
-print("ours equals nanolib.attention.attend; shape", tuple(attend(query, key, value).shape))
+assert_close(attend(query, key, value), model.attend(query, key, value))
+print("ours equals nanolib.model.attend; shape", tuple(attend(query, key, value).shape))
 
 # %% [markdown]
 # Why divide by √K? A dot product of K random numbers grows like √K, and softmax turns large
@@ -406,4 +406,4 @@ lesson.check(key_heads, (4, 4, [0, 1, 2, 3]), (4, 2, [0, 0, 1, 1]), (6, 1, [0] *
 # - So et al., *Primer* (ReLU²), [arXiv:2109.08668](https://arxiv.org/abs/2109.08668)
 # - Ainslie et al., *GQA*, [arXiv:2305.13245](https://arxiv.org/abs/2305.13245)
 #
-# In the code: `nanolib/model.py`, `nanolib/attention.py`. **Next:** 03, how a gradient becomes a step.
+# In the code: `nanolib/model.py`. **Next:** 03, how a gradient becomes a step.

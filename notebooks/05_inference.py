@@ -44,7 +44,7 @@ import torch
 from torch.testing import assert_close
 
 from nanolib import accounting, checkpoint, launch, lesson
-from nanolib.attention import attend
+from nanolib.model import attend
 from nanolib.config import ModelConfig
 from nanolib.data.shards import split_documents
 from nanolib.engine import Engine, inverse_cdf, probabilities

@@ -533,5 +533,5 @@ lesson.check(extra_bytes, (0.5, 0.75, 8, 250_000.0), (0.3, 0.3, 1, 0.0))
 # - Biderman et al., *LoRA Learns Less and Forgets Less* (how forgetting is measured),
 #   [arXiv:2405.09673](https://arxiv.org/abs/2405.09673)
 #
-# In the code: `nanolib/conversation.py`, `nanolib/tasks/`, `_converse` in `nanolib/stages.py`,
+# In the code: `nanolib/conversation.py`, `nanolib/tasks.py`, `_converse` in `nanolib/stages/training.py`,
 # `nanolib/tools.py`. **Next:** 07, learning to answer.

@@ -421,4 +421,4 @@ lesson.check(share_said, ([[False, True], [True] * 6], 0.875), ([[False], [True]
 #   [arXiv:2404.10830](https://arxiv.org/abs/2404.10830)
 #
 # In the code: `nanolib/conversation.py`, `nanolib/data/packing.py`, `nanolib/evals/choices.py`,
-# `nanolib/tasks/`. **Next:** 08, answers that can be graded.
+# `nanolib/tasks.py`. **Next:** 08, answers that can be graded.

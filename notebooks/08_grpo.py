@@ -595,5 +595,5 @@ lesson.check(divided_advantage, (8, 4, 1.0), (8, 1, 2.645751), (8, 7, 0.377964))
 # - Shao et al., *Spurious Rewards* (why a control is needed),
 #   [arXiv:2506.10947](https://arxiv.org/abs/2506.10947)
 #
-# In the code: `nanolib/grpo.py`, `Engine.answers` in `nanolib/engine.py`, `grpo` in `nanolib/stages.py`.
+# In the code: `nanolib/grpo.py`, `Engine.answers` in `nanolib/engine.py`, `grpo` in `nanolib/stages/training.py`.
 # **Next:** 09, the card and the chat.

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from nanolib import stages
 from nanolib.config import MODELS, ModelConfig
 from nanolib.model import GPT
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
+from nanolib.stages import worker
 
 TINY = ModelConfig(depth=2, aspect=16, head_dim=16, kv_heads=1, sequence_len=32)
 
@@ -30,10 +30,10 @@ def finished_run(tmp_path_factory) -> Run:
         patch.setenv("NANOLIB_RUNS", str(tmp_path_factory.mktemp("finished")))
         run = Run.open("smoke")
     for name in ("data", "tokenizer", "shards", *MODELS):
-        stages.work(name, run)
+        worker.work(name, run)
     for model in MODELS:
-        stages.work("eval", run, of=model)
-    stages.work("report", run)
+        worker.work("eval", run, of=model)
+    worker.work("report", run)
     return run
 
 

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from nanolib import grpo, stages
+from nanolib import grpo
+from nanolib.stages import worker
 
 
 def by_length(quiz: grpo.Quiz, question: int, texts: Sequence[str]) -> list[float]:
@@ -12,4 +13,4 @@ def by_length(quiz: grpo.Quiz, question: int, texts: Sequence[str]) -> list[floa
 
 if __name__ == "__main__":
     grpo.Quiz.grade = by_length
-    sys.exit(stages.main())
+    sys.exit(worker.main())

@@ -9,7 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from nanolib import rundir, stages
+from nanolib import rundir
+from nanolib.stages import worker
 
 
 def hold() -> None:
@@ -32,7 +33,7 @@ def main() -> int:
                 hold()
 
         rundir.Metrics.append = append_and_hold
-    return stages.main()
+    return worker.main()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import nbformat
 import pytest
 from browser import ARTIFACTS, Tab, chromium, jupyterlab, wait_for
 
-from nanolib import checkpoint, config, launch, stages
+from nanolib import checkpoint, config, launch
 from nanolib.rundir import Run, StageDir
+from nanolib.stages import worker
 
 OVERRIDES = {"base.steps": 2000, "base.batch_tokens": 8192, "base.save_every": 500}  # minutes
 
@@ -24,7 +25,7 @@ def run(monkeypatch, tmp_path) -> Run:
     monkeypatch.setenv("NANOLIB_RUNS", str(tmp_path / "runs"))
     made = Run.open("smoke", "browser", OVERRIDES)
     for name in ("data", "tokenizer", "shards"):
-        stages.work(name, made)
+        worker.work(name, made)
     return made
 
 

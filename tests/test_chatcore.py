@@ -2,7 +2,8 @@
 
 import pytest
 
-from nanolib.evals.chatcore import PARTS, chatcore
+from nanolib.evals.choices import CHATCORE_PARTS as PARTS
+from nanolib.evals.choices import chatcore
 
 MID = {
     "arc_easy": 0.3561,

@@ -174,7 +174,7 @@ def test_ranks_share_the_questions_and_agree(engine, mirror):
     whole = choices.by_text(engine, task, range(30))
     parts = [choices.by_text(engine, task, range(rank, 30, 2)) for rank in (0, 1)]
     assert [parts[i % 2][i // 2] for i in range(30)] == whole
-    rank = dataclasses.replace(engine.runtime, rank=1, ranks=2)
+    rank = dataclasses.replace(engine.runtime, rank=1, world_size=2)
     object.__setattr__(rank, "sum", lambda values: values)  # what this rank alone would add
     scores = choices.evaluate(engine, task, rank, limit=30)
     assert scores["text"] == pytest.approx(sum(parts[1]) / 30)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nanolib import launch, stages
+from nanolib import launch
 from nanolib.data import toyworld
 from nanolib.rundir import Run
+from nanolib.stages import worker
 from nanolib.ui import cli
 
 
@@ -215,7 +216,7 @@ def work_here(monkeypatch):
     """Stages run in this process: starting workers is tested elsewhere, and takes its time."""
 
     def work(run, place, of, log, follower):
-        stages.work(place.name, run, of)
+        worker.work(place.name, run, of)
 
     monkeypatch.setattr(launch, "_work", work)
 

@@ -382,7 +382,7 @@ def test_ranks_share_the_questions(model, cpu):
             return sum(told)
 
         for rank in range(3):
-            part = dataclasses.replace(cpu, rank=rank, ranks=3)
+            part = dataclasses.replace(cpu, rank=rank, world_size=3)
             object.__setattr__(part, "sum", add)
             last = core.evaluate(model, TOKENIZER, task, part, limit=7)
         assert last == whole
@@ -390,7 +390,7 @@ def test_ranks_share_the_questions(model, cpu):
 
 
 def test_more_ranks_than_questions(model, cpu):
-    part = dataclasses.replace(cpu, rank=5, ranks=8)
+    part = dataclasses.replace(cpu, rank=5, world_size=8)
     object.__setattr__(part, "sum", lambda values: values)
     assert core.evaluate(model, TOKENIZER, MADE[0], part, limit=2)["accuracy"] == 0
 

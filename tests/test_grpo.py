@@ -185,7 +185,7 @@ def test_the_ranks_share_the_questions_with_all_their_samples():
     whole, asked = source().rollouts(1), quiz()
     parts = []
     for rank in (0, 1):
-        asked.engine.runtime = dataclasses.replace(asked.engine.runtime, rank=rank, ranks=2)
+        asked.engine.runtime = dataclasses.replace(asked.engine.runtime, rank=rank, world_size=2)
         parts.append(source(asked).rollouts(1))
     assert [len(part) for part in parts] == [2, 1]
     assert [parts[i % 2][i // 2] for i in range(3)] == whole

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nanolib.attention import attend
 from nanolib.config import ModelConfig
 from nanolib.data.packing import Batch
-from nanolib.model import GPT, KVCache, norm, rotate, rotation
+from nanolib.model import GPT, KVCache, attend, norm, rotate, rotation
 
 VOCAB = 61
 CPU = torch.device("cpu")

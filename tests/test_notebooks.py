@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
-from nanolib import launch, lesson, pipeline, stages
+from nanolib import launch, lesson, pipeline
 from nanolib.rundir import Run
+from nanolib.stages import worker
 
 matplotlib.use("Agg")
 
@@ -202,7 +203,7 @@ def work_here(monkeypatch):
     """Stages run in this process: starting workers is tested elsewhere, and takes its time."""
 
     def work(run, place, of, log, follower):
-        stages.work(place.name, run, of)
+        worker.work(place.name, run, of)
 
     monkeypatch.setattr(launch, "_work", work)
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))

@@ -126,7 +126,7 @@ def _train(config: ModelConfig, runtime: Runtime) -> GPT:
         parts = torch.Generator().manual_seed(step)
         for weight in model.parameters():
             grads = torch.randn(4, *weight.shape, generator=parts)
-            weight.grad = grads[runtime.rank :: runtime.ranks].sum(0)
+            weight.grad = grads[runtime.rank :: runtime.world_size].sum(0)
         optimizer.step(0.5)
         optimizer.zero_grad()
     return model
@@ -136,7 +136,7 @@ def _rank(rank: int, ranks: int, config: ModelConfig, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
     cpu = torch.device("cpu")
-    runtime = Runtime(device=cpu, dtype=torch.float32, rank=rank, ranks=ranks)
+    runtime = Runtime(device=cpu, dtype=torch.float32, rank=rank, world_size=ranks)
     torch.save(_train(config, runtime).state_dict(), f"{folder}/rank_{rank}.pt")
     dist.destroy_process_group()
 

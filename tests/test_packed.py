@@ -28,7 +28,7 @@ def test_every_source_file_is_in_it_once_and_whole():
 def test_what_is_imported_comes_first():
     names = [path.relative_to(REPOSITORY).as_posix() for path in packed.files()]
     at = {name.removeprefix("nanolib/"): number for number, name in enumerate(names)}
-    order = ["config.py", "rundir.py", "model.py", "stages.py", "launch.py", "pipeline.py"]
+    order = ["config.py", "rundir.py", "model.py", "stages/worker.py", "launch.py", "pipeline.py"]
     places = [at[name] for name in [*order, "ui/cli.py", "__main__.py"]]
     assert names[0] == "README.md" and places == sorted(places)
     assert names.index("rust_tokenizer/src/bpe.rs") < names.index("notebooks/00_tour.py")

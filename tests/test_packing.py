@@ -70,7 +70,9 @@ def test_ranks_and_micro_batches_share_the_same_rows(ranks, device_batch):
     shards = _shards(5)
     whole = TextSource(shards, batch_rows=4, **SETTINGS)
     parts = [
-        TextSource(shards, batch_rows=4, rank=r, ranks=ranks, device_batch=device_batch, **SETTINGS)
+        TextSource(
+            shards, batch_rows=4, rank=r, world_size=ranks, device_batch=device_batch, **SETTINGS
+        )
         for r in range(ranks)
     ]
     for step in range(5):
@@ -85,7 +87,7 @@ def test_ranks_and_micro_batches_share_the_same_rows(ranks, device_batch):
 
 def test_batch_not_divisible_by_ranks():
     with pytest.raises(ValueError, match="4 rows cannot be shared equally by 3 ranks"):
-        TextSource(_shards(1), batch_rows=4, ranks=3, **SETTINGS)
+        TextSource(_shards(1), batch_rows=4, world_size=3, **SETTINGS)
 
 
 def test_empty_shards_are_an_error():

@@ -15,13 +15,14 @@ import torch
 from graded_stages import by_length
 from torch.testing import assert_close
 
-from nanolib import checkpoint, grpo, launch, stages
+from nanolib import checkpoint, grpo, launch
 from nanolib.bench import ranks
 from nanolib.config import MODELS, OptimConfig
 from nanolib.model import GPT
 from nanolib.optim import SLOTS, MuonAdamW
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
+from nanolib.stages import text, training, worker
 
 STEPS = 20
 CURVE = 0.3  # between GRPO's mean rewards of a step's 16 answers: some may have flipped
@@ -58,14 +59,14 @@ def make_run(shared_runs, monkeypatch):
 
 
 def _save_random_weights(run: Run, stage: str) -> None:
-    recipe, encoder = run.config.recipe, stages.load_tokenizer(run)
+    recipe, tokenizer = run.config.recipe, text.load_tokenizer(run)
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
-    model = GPT(recipe.model, encoder.vocab_size)
+    model = GPT(recipe.model, tokenizer.vocab_size)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-    about = stages.about_checkpoint(run, stage, encoder)
+    about = training.about_checkpoint(run, stage, tokenizer)
     optimizer = MuonAdamW(model, OptimConfig(), runtime)
     checkpoint.save(run.stage(stage).checkpoints, 0, model, optimizer, about, runtime)
 
@@ -122,7 +123,7 @@ def test_first_step_loss_and_every_gradient_are_equal(make_run):
 @pytest.mark.parametrize("stage", ["mid", "sft"])
 def test_first_step_on_conversations_is_equal(stage, make_run):
     one, two = make_run(stage, 1, 1), make_run(stage, 1, 2)
-    stages.work(stage, one)
+    worker.work(stage, one)
     launch.stage(stage, two)
     assert two.stage(stage).done()["machine"]["ranks"] == 2
     assert abs(_losses(one, stage)[0] - _losses(two, stage)[0]) < 1e-6
@@ -131,7 +132,7 @@ def test_first_step_on_conversations_is_equal(stage, make_run):
 
 def test_twelve_steps_on_conversations(make_run):
     one, two = make_run("mid", 12, 1), make_run("mid", 12, 2)
-    stages.work("mid", one)
+    worker.work("mid", one)
     launch.stage("mid", two)
     straight = _losses(one, "mid")
     assert len(straight) == 12 and straight[-1] < straight[0]
@@ -144,7 +145,7 @@ def test_twelve_steps_on_conversations(make_run):
 
 def test_first_rollouts_loss_and_gradients_of_grpo_are_equal(make_run, graded_by_length):
     one, two = make_run("grpo", 1, 1), make_run("grpo", 1, 2)
-    stages.work("grpo", one)
+    worker.work("grpo", one)
     launch.stage("grpo", two)
     (alone,), (together,) = (_rows(run, "grpo", "rollout") for run in (one, two))
     assert 0 < alone["reward"] < 1 and alone["mixed"] == 1
@@ -161,7 +162,7 @@ def test_first_rollouts_loss_and_gradients_of_grpo_are_equal(make_run, graded_by
 def test_rewards_of_grpo_take_the_same_road(make_run, graded_by_length):
     """After the first step only about: one flipped sample makes all later rollouts differ."""
     one, two = make_run("grpo", 8, 1), make_run("grpo", 8, 2)
-    stages.work("grpo", one)
+    worker.work("grpo", one)
     launch.stage("grpo", two)
     curves = [[row["reward"] for row in _rows(run, "grpo", "rollout")] for run in (one, two)]
     assert len(curves[0]) == len(curves[1]) == 8 and len(set(curves[0])) > 1
@@ -207,7 +208,7 @@ def test_four_ranks_share_the_optimizer_and_send_what_zero_2_sends(make_run, mon
     launch.stage("base", four)
     assert ranks.furthest(ranks.losses(four), ranks.losses(one)) < 1e-5
     width, depth = four.config.recipe.model.width, four.config.recipe.model.depth
-    vocab = stages.load_tokenizer(four).vocab_size
+    vocab = text.load_tokenizer(four).vocab_size
     assert depth == 2  # 8 square matrices; 2 each of `up` and `down`, made 4
     matrices = (8 + 4 * 4 + 4 * 4) * width**2
     ends = 2 * 4 * math.ceil(vocab / 4) * width

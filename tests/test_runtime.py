@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nanolib import stages
 from nanolib.config import MachineConfig
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
+from nanolib.stages import worker
 
 
 def test_no_attention_on_a_gpu_that_plans_for_every_shape(monkeypatch):
@@ -38,10 +38,10 @@ def test_a_rank_that_failed_does_not_wait_for_the_others(failing, monkeypatch):
         return {}
 
     monkeypatch.setattr(Runtime, "close", lambda runtime: closed.append(True))
-    monkeypatch.setitem(stages.WORK, "report", report)
+    monkeypatch.setitem(worker.WORK, "report", report)
     if failing:
         with pytest.raises(RuntimeError, match="this rank alone"):
-            stages.work("report", Run.open("smoke"))
+            worker.work("report", Run.open("smoke"))
     else:
-        stages.work("report", Run.open("smoke"))
+        worker.work("report", Run.open("smoke"))
     assert closed == [True] * (not failing)

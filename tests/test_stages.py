@@ -13,6 +13,7 @@ from nanolib.conversation import Conversation
 from nanolib.guard import Guard
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
+from nanolib.stages import evaluate, text, training, worker
 from nanolib.train import Stopped
 
 SMALL = {
@@ -37,7 +38,7 @@ def finished(tmp_path_factory):
         patch.setenv("NANOLIB_RUNS", str(folder))
         run = Run.open("smoke", "tiny", SMALL)
         for name in ("data", "tokenizer", "shards", "base", "mid", "sft"):
-            stages.work(name, run)
+            worker.work(name, run)
     return folder
 
 
@@ -70,47 +71,47 @@ def _context(run: Run, stage: str, of: str | None = None, guard: Guard | None = 
 
 
 def test_shards_are_bos_and_the_tokens_of_every_document(run):
-    encoder = stages.load_tokenizer(run)
-    _, validation = stages.shard_paths(run)
+    tokenizer = text.load_tokenizer(run)
+    _, validation = text.shard_paths(run)
     tokens = np.load(validation)
-    files = stages.hub.text_files(run.config, run.mirror())
-    texts = list(stages.hub.documents(files.validation))
-    assert encoder.decode(tokens[tokens != encoder.bos].tolist()) == "".join(texts)
-    assert int((tokens == encoder.bos).sum()) == len(texts)
+    files = text.hub.text_files(run.config, run.mirror())
+    texts = list(text.hub.documents(files.validation))
+    assert tokenizer.decode(tokens[tokens != tokenizer.bos].tolist()) == "".join(texts)
+    assert int((tokens == tokenizer.bos).sum()) == len(texts)
     result = run.stage("shards").done()["result"]
     assert result["validation_bytes"] == sum(len(text.encode()) for text in texts)
 
 
 def test_sft_targets_are_what_the_assistant_says(run):
     """Decoded targets of every row, in the order of the packed conversations."""
-    encoder, context = stages.load_tokenizer(run), _context(run, "sft")
-    student = stages._student(context)
-    settings = stages._row_settings(context, run.config.recipe.sft, student) | {"length": 256}
-    talks = stages._conversations(context, "smoltalk", "test", 30)
-    source, cut = stages._render(encoder, talks, settings)
+    tokenizer, context = text.load_tokenizer(run), _context(run, "sft")
+    student = training._student(context)
+    settings = training._row_settings(context, run.config.recipe.sft, student) | {"length": 256}
+    talks = training._conversations(context, "smoltalk", "test", 30)
+    source, cut = training._render(tokenizer, talks, settings)
     assert cut == 0
     found = []
     for number in range(len(source)):
         ids = source.batch([source.row(number)]).targets_BT[0]
-        found += [encoder.decode(ids[ids >= 0].tolist())]
+        found += [tokenizer.decode(ids[ids >= 0].tolist())]
     said = sorted(m.text for talk in talks for m in talk.messages if m.role == "assistant")
     assert sorted("".join(found).replace("<|assistant_end|>", "\0").split("\0")[:-1]) == said
 
 
 def test_a_conversation_without_a_target_is_left_out(run):
     """A question that fills the row leaves no room for an answer to learn from."""
-    encoder, context = stages.load_tokenizer(run), _context(run, "sft")
+    tokenizer, context = text.load_tokenizer(run), _context(run, "sft")
     talks = [Conversation.ask("why? " * 200, "so"), Conversation.ask("who?", "me")]
-    settings = stages._row_settings(context, run.config.recipe.sft, stages._student(context))
-    source, cut = stages._render(encoder, talks, settings)
+    settings = training._row_settings(context, run.config.recipe.sft, training._student(context))
+    source, cut = training._render(tokenizer, talks, settings)
     targets = source.batch([source.row(0)]).targets_BT
     assert len(source) == 1 and cut > 0
-    assert encoder.decode(targets[targets >= 0].tolist()) == "me<|assistant_end|>"
+    assert tokenizer.decode(targets[targets >= 0].tolist()) == "me<|assistant_end|>"
 
 
 def test_held_out_conversations_are_the_same_in_every_stage_and_training_ones_are_not(run):
     def drawn(stage: str, split: str) -> list[str]:
-        found = stages._conversations(_context(run, stage), "smoltalk", split, 20)
+        found = training._conversations(_context(run, stage), "smoltalk", split, 20)
         return [talk.messages[1].text for talk in found]
 
     assert drawn("mid", "test") == drawn("sft", "test")
@@ -133,16 +134,16 @@ def test_held_out_losses_of_a_stage_begin_where_those_of_the_one_before_ended(ru
 def test_validation_loss_is_of_what_the_assistant_says(run):
     """Against the mean over the targets of all rows, computed one by one."""
     context = _context(run, "sft")
-    student = stages._student(context)
-    settings = stages._row_settings(context, run.config.recipe.sft, student)
-    talks = stages._conversations(context, "smoltalk", "test", 30)
-    held, _ = stages._render(student.encoder, talks, settings)
+    student = training._student(context)
+    settings = training._row_settings(context, run.config.recipe.sft, student)
+    talks = training._conversations(context, "smoltalk", "test", 30)
+    held, _ = training._render(student.tokenizer, talks, settings)
     nats, count = 0.0, 0
     for number in range(len(held)):
         batch = held.batch([held.row(number)])
         nats += float(student.model.nll(batch)[batch.targets_BT >= 0].detach().sum())
         count += int((batch.targets_BT >= 0).sum())
-    mean = stages._validation_loss(student.model, held, context.runtime)
+    mean = training._validation_loss(student.model, held, context.runtime)
     assert mean == pytest.approx(nats / count)
 
 
@@ -151,19 +152,19 @@ def test_validation_loss_is_of_what_the_assistant_says(run):
 
 def test_grpo_scores_where_it_starts_once(run, tmp_path):
     fork = _fork(run, tmp_path / "begun", {})
-    stages.work("grpo", fork)
+    worker.work("grpo", fork)
     scored = [row["step"] for row in fork.stage("grpo").metrics.rows() if row["kind"] == "eval"]
     assert scored == [0, 2]
     (fork.stage("grpo").path / "done.json").unlink()
     shutil.rmtree(fork.stage("grpo").checkpoints / "step_00000002")
-    stages.work("grpo", fork)
+    worker.work("grpo", fork)
     scored = [row["step"] for row in fork.stage("grpo").metrics.rows() if row["kind"] == "eval"]
     assert scored == [0, 2]
 
 
 def test_shuffled_rewards_are_the_same_ones_dealt_anew():
     quiz = SimpleNamespace(grade=lambda question, texts: [float(len(text)) for text in texts])
-    reward = stages._shuffled(quiz, seed=3)
+    reward = training._shuffled(quiz, seed=3)
     answers = [["a" * n for n in range(8)], ["b" * n for n in range(8)]]
     dealt = [reward(question, texts) for question, texts in enumerate(answers)]
     for rewards in dealt:
@@ -180,7 +181,7 @@ def test_an_evaluation_tells_how_far_it_is(run, tmp_path, monkeypatch):
     monkeypatch.setattr(stages.Context, "progress", lambda self, *args, **how: told.append((args, how)))  # fmt: skip
     fork = _fork(run, tmp_path / "told", {})
     fork.stage("eval", "sft").path.mkdir(parents=True)
-    stages.evaluate(_context(fork, "eval", of="sft"))
+    evaluate.evaluate(_context(fork, "eval", of="sft"))
     within = [(args, how["message"]) for args, how in told if how]
     tasks_told = ("core/toy_choices", "core/toy_people", "core/toy_facts", "arc_easy", "facts")
     assert set(within) == {((0, 4), name) for name in tasks_told}
@@ -188,19 +189,19 @@ def test_an_evaluation_tells_how_far_it_is(run, tmp_path, monkeypatch):
 
 def test_a_finished_evaluation_of_a_task_is_not_repeated(run, monkeypatch):
     asked = []
-    evaluate = stages.choices.evaluate
+    original = evaluate.choices.evaluate
 
     def counted(engine, task, *args, **settings):
         asked.append(task.name)
-        return evaluate(engine, task, *args, **settings)
+        return original(engine, task, *args, **settings)
 
-    monkeypatch.setattr(stages.choices, "evaluate", counted)
+    monkeypatch.setattr(evaluate.choices, "evaluate", counted)
     context = _context(run, "eval", of="sft")
-    first = stages.evaluate(context)
+    first = evaluate.evaluate(context)
     assert asked == ["arc_easy", "facts"]
     core = {f"core/toy_{name}" for name in ("choices", "people", "facts")}
     assert set(first) == {"compression", *core, "core", *asked}
-    assert stages.evaluate(context) == first
+    assert evaluate.evaluate(context) == first
     assert asked == ["arc_easy", "facts"]
 
 
@@ -212,7 +213,7 @@ def test_shards_stop_between_groups_of_documents_and_leave_nothing_half(run, tmp
         shutil.copytree(run.stage(name).path, fresh.path / name)
     fresh.stage("shards").path.mkdir()
     with pytest.raises(Stopped):
-        stages.shards(_context(fresh, "shards", guard=guard))
+        text.shards(_context(fresh, "shards", guard=guard))
     assert not list(fresh.stage("shards").path.glob("*.npy"))
 
 
@@ -221,7 +222,7 @@ def test_without_base_and_mid_sft_starts_from_new_weights(run, tmp_path):
     bare = Run.open("smoke", str(tmp_path / "bare"), SMALL | left_out)
     for name in ("data", "tokenizer"):
         shutil.copytree(run.stage(name).path, bare.path / name)
-    result = stages.work("sft", bare)
+    result = worker.work("sft", bare)
     assert result["steps"] == 2
 
 
@@ -239,13 +240,13 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
         assert student.nll == student.model.nll == getattr(source, "nll", student.nll)
         return {}
 
-    monkeypatch.setattr(stages.planning, "fitting_rows", found)
-    monkeypatch.setattr(stages, "_train", train)
+    monkeypatch.setattr(training.planning, "fitting_rows", found)
+    monkeypatch.setattr(training, "_train", train)
     for given in (None, 5):
         machine = {"machine.device_batch": given}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stages, "passes", lambda *_: {})
-            stages.WORK[stage](_context(Run.load(run.id, machine), stage))
+            patch.setattr(training, "passes", lambda *_: {})
+            worker.WORK[stage](_context(Run.load(run.id, machine), stage))
     ((length, share),) = asked
     assert length == 128 and share == (16 if stage == "grpo" else 8)
     for given, source in seen.items():
@@ -257,28 +258,28 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
 
 
 def test_a_computer_too_small_is_told_before_training(run, monkeypatch):
-    monkeypatch.setattr(stages.planning, "main_memory", lambda ranks: 1e5)
+    monkeypatch.setattr(training.planning, "main_memory", lambda ranks: 1e5)
     with pytest.raises(ValueError, match=r"too small: one row .* lower model.sequence_len or"):
-        stages.base(_context(run, "base"))
+        training.base(_context(run, "base"))
 
 
 def test_data_that_changed_under_a_run_is_refused(mirror, tmp_path):
-    stages.work("data", mirror)
-    stages.work("tokenizer", mirror)
+    worker.work("data", mirror)
+    worker.work("tokenizer", mirror)
     text = sorted((tmp_path / "mirror" / "text").glob("*.parquet"))
     shutil.copy(text[1], text[0])
     with pytest.raises(ValueError, match="is not what run mirrored began with"):
-        stages.work("shards", mirror)
+        worker.work("shards", mirror)
 
 
 def test_one_byte_of_a_benchmark_is_other_data(mirror, tmp_path):
-    files = stages.hub.text_files(mirror.config, mirror.mirror())
-    before = stages._fingerprint(mirror, files)
+    files = text.hub.text_files(mirror.config, mirror.mirror())
+    before = text._fingerprint(mirror, files)
     benchmark = next((tmp_path / "mirror").glob("hub/openai/**/train*"))
     content = bytearray(benchmark.read_bytes())
     content[-9] ^= 1
     benchmark.write_bytes(content)
-    assert stages._fingerprint(mirror, files) != before
+    assert text._fingerprint(mirror, files) != before
 
 
 @pytest.mark.parametrize(
@@ -291,15 +292,15 @@ def test_one_byte_of_a_benchmark_is_other_data(mirror, tmp_path):
     ],
 )  # fmt: skip
 def test_what_a_later_stage_will_miss_is_told_at_the_beginning(mirror, tmp_path, missing, without):
-    stages.check_tasks(mirror)
+    text.check_tasks(mirror)
     found = list((tmp_path / "mirror").glob(f"**/{missing}*"))
     assert found, sorted((tmp_path / "mirror").glob("**/*"))
     for path in found:
         path.unlink()
     with pytest.raises(ValueError, match="mirror"):
-        stages.check_tasks(mirror)
+        text.check_tasks(mirror)
     overrides = SMALL | {"data.source": "hub", "machine.mirror": str(tmp_path / "mirror")}
-    stages.check_tasks(Run.open("smoke", str(tmp_path / "less"), overrides | without))
+    text.check_tasks(Run.open("smoke", str(tmp_path / "less"), overrides | without))
 
 
 def test_grpo_misses_its_task_though_no_other_stage_reads_it(mirror, tmp_path):
@@ -308,7 +309,7 @@ def test_grpo_misses_its_task_though_no_other_stage_reads_it(mirror, tmp_path):
     overrides = SMALL | {"data.source": "hub", "machine.mirror": str(tmp_path / "mirror")}
     alone = overrides | {"mid.rows.gsm8k": 0, "sft.rows.gsm8k": 0}
     with pytest.raises(ValueError, match="gsm8k"):
-        stages.check_tasks(Run.open("smoke", str(tmp_path / "alone"), alone))
+        text.check_tasks(Run.open("smoke", str(tmp_path / "alone"), alone))
 
 
 def test_a_task_by_a_wrong_name(run):
@@ -319,15 +320,15 @@ def test_a_task_by_a_wrong_name(run):
 def test_a_stage_before_its_needs(tmp_path):
     run = Run.open("smoke", str(tmp_path / "new"), SMALL)
     with pytest.raises(ValueError, match="no data yet: nanolib stage data"):
-        stages.shard_paths(run)
+        text.shard_paths(run)
     with pytest.raises(ValueError, match="no tokenizer"):
-        stages.load_tokenizer(run)
+        text.load_tokenizer(run)
 
 
 def test_a_checkpoint_depends_on_the_recipe_up_to_its_stage(run, tmp_path):
     """So a run that differs in a later stage may take over what comes before."""
     fork = _fork(run, tmp_path / "fork", {"grpo.steps": 1, "eval.tasks": []})
-    assert stages.work("grpo", fork)["steps"] == 1
+    assert worker.work("grpo", fork)["steps"] == 1
     other = _fork(run, tmp_path / "other", {"sft.lr": 0.25})
     with pytest.raises(ValueError, match=r"sft\.lr"):
-        stages.work("grpo", other)
+        worker.work("grpo", other)

@@ -114,12 +114,12 @@ def work() -> int:
     """The worker of any stage; base leaves ``rank_N.json`` in its directory."""
     import os
 
-    from nanolib import stages
+    from nanolib.stages import worker
 
     counts = Counts()
     if sys.argv[1] == "base":
         counts.install()
-    code = stages.main()
+    code = worker.main()
     if sys.argv[1] == "base" and code == 0:
         path = Path(sys.argv[2], "base", f"rank_{os.environ.get('RANK', 0)}.json")
         rundir.write_json(path, counts.about())

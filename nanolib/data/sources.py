@@ -34,16 +34,16 @@ class RowSource:
         bos: int,
         seed: int,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         device_batch: int | None = None,
     ):
-        if batch_rows % ranks:
+        if batch_rows % world_size:
             raise ValueError(
-                f"a batch of {batch_rows} rows cannot be shared equally by {ranks} ranks; "
+                f"a batch of {batch_rows} rows cannot be shared equally by {world_size} ranks; "
                 f"choose machine.ranks or batch_tokens so that it can"
             )
         self.length, self.batch_rows, self.bos, self.seed = length, batch_rows, bos, seed
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.world_size = rank, world_size
         self.device_batch = device_batch or batch_rows
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
@@ -58,7 +58,7 @@ class RowSource:
     def row_numbers(self, step: int) -> list[int]:
         """This rank's rows of a step."""
         first = step * self.batch_rows
-        places = range(first + self.rank, first + self.batch_rows, self.ranks)
+        places = range(first + self.rank, first + self.batch_rows, self.world_size)
         return [int(self._order(place // len(self))[place % len(self)]) for place in places]
 
     def updates(self, step: int) -> list[list[Batch]]:

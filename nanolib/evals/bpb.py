@@ -31,7 +31,7 @@ def bits_per_byte(
     `byte_lengths` [V] are the bytes each token stands for. Raises ValueError for no bytes at all.
     """
     length = model.config.sequence_len
-    mine = documents[runtime.rank :: runtime.ranks]
+    mine = documents[runtime.rank :: runtime.world_size]
     windows = [window for document in mine for window in _windows(document, length)]
     size = sum(int(byte_lengths[window[1:]].sum()) for window in windows)
     nats = sum(

@@ -8,7 +8,7 @@ graded, with the tool it has. Work is shared among the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from nanolib.conversation import LETTERS, Conversation, Message, answer_parts, c
 from nanolib.data.packing import batch_of_rows, groups, padded
 from nanolib.engine import Engine
 from nanolib.evals import programs
+from nanolib.evals.core import centred
 from nanolib.runtime import Runtime
 from nanolib.tasks import ChoiceTask, GradedTask, HumanEval, Task
 from nanolib.tools import Sandbox
@@ -46,7 +47,7 @@ def evaluate(
     stop. Raises ValueError for a task that cannot be graded.
     """
     count = len(task) if limit is None else min(limit, len(task))
-    rounds = _rounds(range(runtime.rank, count, runtime.ranks), progress)
+    rounds = _rounds(range(runtime.rank, count, runtime.world_size), progress)
     if isinstance(task, ChoiceTask):
         right = np.zeros(2)
         for rows in rounds:
@@ -104,15 +105,15 @@ def _summed(values: np.ndarray, runtime: Runtime) -> list[float]:
 @torch.inference_mode()
 def by_letter(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]:
     """For each row whether the right choice's letter has the largest logit of its letters."""
-    encoder, device = engine.tokenizer, engine.runtime.device
-    letter_ids = [encoder.encode(letter)[0] for letter in LETTERS]
+    tokenizer, device = engine.tokenizer, engine.runtime.device
+    letter_ids = [tokenizer.encode(letter)[0] for letter in LETTERS]
     prompts = [
-        Conversation.ask(choice_question(task.question(i), task.choices(i))).prompt(encoder)
+        Conversation.ask(choice_question(task.question(i), task.choices(i))).prompt(tokenizer)
         for i in rows
     ]
     best: dict[int, int] = {}
     for group in groups([len(prompt) for prompt in prompts], TOKENS_AT_ONCE):
-        ids_BT = padded([prompts[g] for g in group], encoder.bos)
+        ids_BT = padded([prompts[g] for g in group], tokenizer.bos)
         last_B = torch.tensor([len(prompts[g]) - 1 for g in group])
         with engine.runtime.autocast():
             hidden_BTD = engine.model.hidden(ids_BT.to(device))
@@ -125,9 +126,9 @@ def by_letter(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[boo
 @torch.inference_mode()
 def by_text(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]:
     """For each row whether the right choice's text is the likeliest answer to the bare question."""
-    encoder, runtime = engine.tokenizer, engine.runtime
+    tokenizer, runtime = engine.tokenizer, engine.runtime
     rendered = [
-        Conversation.ask(task.question(i), choice).render(encoder, engine.context + 1)
+        Conversation.ask(task.question(i), choice).render(tokenizer, engine.context + 1)
         for i in rows
         for choice in task.choices(i)
     ]
@@ -135,7 +136,7 @@ def by_text(engine: Engine, task: ChoiceTask, rows: Sequence[int]) -> list[bool]
     for group in groups([len(r.ids) for r in rendered], TOKENS_AT_ONCE):
         ids = [np.array(rendered[g].ids) for g in group]
         masks = [np.array(rendered[g].mask) for g in group]
-        batch = batch_of_rows(ids, masks, max(map(len, ids)) - 1, encoder.bos)
+        batch = batch_of_rows(ids, masks, max(map(len, ids)) - 1, tokenizer.bos)
         with runtime.autocast():
             nll_BT = engine.model.nll(batch.to(runtime.device))
         scores[group] = -nll_BT.sum(1).double().cpu().numpy()
@@ -159,16 +160,41 @@ def in_words(
     The outcome is what `grade` says of the row's number and the answer's text parts. A question
     that fills the context is not asked: it is TOO_LONG.
     """
-    encoder = engine.tokenizer
+    tokenizer = engine.tokenizer
     asked = [Conversation(task.conversation(i).messages[:-1]) for i in rows]
-    prompts = [conversation.prompt(encoder) for conversation in asked]
+    prompts = [conversation.prompt(tokenizer) for conversation in asked]
     fitting = [at for at, prompt in enumerate(prompts) if len(prompt) < engine.context]
     said = engine.complete([prompts[at] for at in fitting], max_new_tokens=max_new_tokens)
     answers = dict(zip(fitting, said, strict=True))
     graded = []
     for at, i in enumerate(rows):
         ids, question = answers.get(at, []), asked[at].turns[0].text
-        text = Message("assistant", answer_parts(ids, encoder)).text
+        text = Message("assistant", answer_parts(ids, tokenizer)).text
         outcome = grade(i, text) if at in answers else TOO_LONG
-        graded.append((i, question, encoder.decode(ids), outcome))
+        graded.append((i, question, tokenizer.decode(ids), outcome))
     return graded
+
+
+# ---------------------------------------------------------------------------- ChatCORE
+
+# Task -> which of its scores counts, and what a guesser gets.
+CHATCORE_PARTS = {
+    "arc_easy": ("letters", 0.25),
+    "arc_challenge": ("letters", 0.25),
+    "mmlu": ("letters", 0.25),
+    "gsm8k": ("accuracy", 0.0),
+    "humaneval": ("accuracy", 0.0),
+}
+
+
+def chatcore(scores: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """ChatCORE (nanochat, October 2025): the mean centred accuracy over the five tasks of a chat.
+
+    scores: task -> its scores. None unless all five are there.
+    """
+    if not all(measure in scores.get(task, {}) for task, (measure, _) in CHATCORE_PARTS.items()):
+        return None
+    parts = [
+        centred(scores[task][measure], chance) for task, (measure, chance) in CHATCORE_PARTS.items()
+    ]
+    return sum(parts) / len(parts)

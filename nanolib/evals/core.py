@@ -335,7 +335,7 @@ def evaluate(
     """
     draw = np.random.default_rng(seed_of(seed, "core", task.label))
     drawn = draw.permutation(len(task.rows))[:limit].tolist()
-    mine = drawn[runtime.rank :: runtime.ranks]
+    mine = drawn[runtime.rank :: runtime.world_size]
     right = cut = 0
     for start in range(0, len(mine), QUESTIONS_AT_ONCE):
         if progress is not None:

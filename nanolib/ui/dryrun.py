@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from nanolib import config, hub, launch, pipeline, planning, stages
+from nanolib import config, hub, launch, pipeline, planning
 from nanolib.accounting import Machine
 from nanolib.config import MODELS, Config, MachineConfig
 from nanolib.data.packing import Batch
 from nanolib.model import GPT
 from nanolib.rundir import Run
+from nanolib.stages import text
 
 
 def check(
@@ -47,7 +48,7 @@ def _data(run: Run) -> str:
     if mirror is None:
         return "data: from the hub, not looked at here (--mirror FOLDER would be)"
     files = hub.text_files(run.config, mirror)
-    stages.check_tasks(run)
+    text.check_tasks(run)
     return f"data: {mirror}: {len(files.train)} text files and one to validate; its tasks are whole"
 
 

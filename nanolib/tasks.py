@@ -241,3 +241,11 @@ def load(name: str, split: str, mirror: Path | None) -> Task:
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name](split, mirror)
+
+
+def load_graded(name: str, split: str, mirror: Path | None) -> GradedTask:
+    """A task whose answers are graded. Raises ValueError for one that has nothing to grade by."""
+    task = load(name, split, mirror)
+    if not isinstance(task, GradedTask):
+        raise ValueError(f"grpo.task must be one whose answers are graded, got {name!r}; try gsm8k")
+    return task

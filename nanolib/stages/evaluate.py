@@ -1,0 +1,131 @@
+"""The scores of one stage's model, and the report card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from nanolib import checkpoint, hub, report, tasks
+from nanolib.engine import Engine
+from nanolib.evals import choices, core
+from nanolib.evals.bpb import Trigram, bits_per_byte
+from nanolib.evals.choices import chatcore
+from nanolib.stages import Context
+from nanolib.stages.text import load_tokenizer, shard_paths, validation_documents
+from nanolib.stages.training import make_engine
+from nanolib.tools import Sandbox
+
+TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
+SAMPLE_PROMPTS = 4  # openings of validation documents that the base model continues
+
+Score = Callable[[], dict[str, Any]]
+
+
+def evaluate(context: Context) -> dict[str, Any]:
+    """Score one stage's model; each task's score is kept as soon as it is known."""
+    run, of = context.run, context.of or "base"
+    tokenizer = load_tokenizer(run)
+    model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
+    known = {
+        row["task"]: row["scores"] for row in context.stage.metrics.rows() if row["kind"] == "score"
+    }
+    with Sandbox() as sandbox:
+        engine = make_engine(context, model, tokenizer, sandbox)
+        parts = _text_scores(context, engine) | _core_scores(context, engine)
+        if of != "base":
+            parts |= _task_scores(context, engine)
+        for number, (name, score) in enumerate(parts.items()):
+            context.progress(number, len(parts), name)
+            if name in known:
+                continue
+            known[name] = score()
+            if context.runtime.is_lead:
+                context.stage.metrics.append(
+                    kind="score", step=number, task=name, scores=known[name]
+                )
+    return _with_means({name: known[name] for name in parts})
+
+
+def _with_means(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Scores with CORE and ChatCORE, where their parts are there."""
+    core_parts = {name: part for name, part in scores.items() if name.startswith("core/")}
+    if core_parts:
+        scores["core"] = {"accuracy": core.core(core_parts), "tasks": len(core_parts)}
+    chat = chatcore(scores)
+    if chat is not None:
+        scores["chatcore"] = {"accuracy": chat}
+    return scores
+
+
+def _text_scores(context: Context, engine: Engine) -> dict[str, Score]:
+    """Bits per byte (of base beside a trigram's), and what base writes after a few openings."""
+    run, tokenizer = context.run, engine.tokenizer
+    documents = validation_documents(run, tokenizer, run.config.recipe.base.eval_documents)
+    lengths = tokenizer.byte_lengths
+
+    def compression() -> dict[str, Any]:
+        bpb = bits_per_byte(engine.model, documents, lengths, tokenizer.bos, context.runtime)
+        return {"bpb": bpb}
+
+    def beside_trigram() -> dict[str, Any]:
+        train, _ = shard_paths(run)
+        tokens = np.concatenate([np.load(path, mmap_mode="r") for path in train])[:TRIGRAM_TOKENS]
+        trigram = Trigram(tokens, tokenizer.vocab_size)
+        return compression() | {
+            "trigram_bpb": trigram.bits_per_byte(np.concatenate(documents), lengths)
+        }
+
+    def samples() -> dict[str, Any]:
+        openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in documents]
+        openings = openings[:SAMPLE_PROMPTS]
+        continued = engine.complete(openings, max_new_tokens=48)
+        texts = [
+            [tokenizer.decode(opening[1:]), tokenizer.decode(new)]
+            for opening, new in zip(openings, continued, strict=True)
+        ]
+        return {"samples": texts}
+
+    if context.of == "base":
+        return {"compression": beside_trigram, "samples": samples}
+    return {"compression": compression}
+
+
+def _core_scores(context: Context, engine: Engine) -> dict[str, Score]:
+    """CORE's tasks, as core/LABEL."""
+    limit = context.run.config.recipe.eval.core_problems
+    if limit == 0:
+        return {}
+
+    def score(task: core.CoreTask) -> Score:
+        tell = partial(context.progress, message=f"core/{task.label}")
+        return lambda: core.evaluate(
+            engine.model, engine.tokenizer, task, context.runtime, limit=limit, progress=tell
+        )
+
+    bundle = core.load(hub.eval_bundle(context.run.mirror()))
+    return {f"core/{task.label}": score(task) for task in bundle}
+
+
+def _task_scores(context: Context, engine: Engine) -> dict[str, Score]:
+    config, mirror = context.run.config.recipe.eval, context.run.mirror()
+
+    def score(name: str) -> Score:
+        return lambda: choices.evaluate(
+            engine,
+            tasks.load(name, "test", mirror),
+            context.runtime,
+            limit=config.max_problems,
+            max_new_tokens=config.max_new_tokens,
+            progress=partial(context.progress, message=name),
+        )
+
+    return {name: score(name) for name in config.tasks}
+
+
+def write_report(context: Context) -> dict[str, Any]:
+    """The report card, from the run directory alone."""
+    report.build(context.run)
+    return {"file": "report.md"}

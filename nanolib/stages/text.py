@@ -1,0 +1,181 @@
+"""From text to token shards: the stages data, tokenizer and shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanolib import hub, report, tasks
+from nanolib.config import TokenizerConfig, flatten
+from nanolib.data import shards as token_shards
+from nanolib.data import toyworld
+from nanolib.evals import core
+from nanolib.rundir import Run
+from nanolib.stages import Context
+from nanolib.tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------- data
+
+
+def data(context: Context) -> dict[str, Any]:
+    """Write the toy world, or find the text; record what the run is made of."""
+    run = context.run
+    if run.config.recipe.data.source == "toyworld":
+        toyworld.write(context.stage.path / "mirror", run.config.recipe.seed)
+    files = hub.text_files(run.config, run.mirror())
+    check_tasks(run)
+    return {
+        "mirror": run.config.machine.mirror and str(run.mirror()),
+        "fingerprint": _fingerprint(run, files),
+        "train_files": [path.name for path in files.train],
+        "validation_file": files.validation.name,
+        "text_bytes": sum(path.stat().st_size for path in [*files.train, files.validation]),
+        "code": report.code_base(),
+    }
+
+
+def check_tasks(run: Run) -> None:
+    """Open what later stages will read, so that what is missing is told before the long wait."""
+    recipe, mirror = run.config.recipe, run.mirror()
+    if recipe.eval.core_problems != 0:
+        core.load(hub.eval_bundle(mirror))
+    for stage in (recipe.mid, recipe.sft):
+        for name, limit in flatten(stage.rows).items():
+            if stage.enabled and limit != 0:
+                tasks.load(name, "train", mirror)
+    if recipe.grpo.enabled:
+        tasks.load_graded(recipe.grpo.task, "train", mirror)
+    if set(recipe.models) - {"base"}:
+        for name in recipe.eval.tasks:
+            tasks.load(name, "test", mirror)
+
+
+def _fingerprint(run: Run, files: hub.TextFiles) -> str:
+    """A hash of the names, sizes and ends (parquet footers) of everything a run reads."""
+    digest = hashlib.sha256()
+    mirror = run.mirror()
+    others = [] if mirror is None else sorted(mirror.glob("hub/**/*.parquet"))
+    others += [] if mirror is None else sorted(mirror.glob("eval_bundle.zip"))
+    for path in [*files.train, files.validation, *others]:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 65_536))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()[:16]
+
+
+def _text_files(run: Run) -> hub.TextFiles:
+    """The run's text, checked to be what the data stage recorded."""
+    files = hub.text_files(run.config, run.mirror())
+    record = run.stage("data").done()
+    if record is not None and record["result"]["fingerprint"] != _fingerprint(run, files):
+        raise ValueError(
+            f"the data in {run.mirror() or 'the hub'} is not what run {run.id} began with; give "
+            f"--mirror the folder it had, or use `--run NAME` for a run of its own"
+        )
+    return files
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+
+def tokenizer(context: Context) -> dict[str, Any]:
+    """Train the run's tokenizer on its training text."""
+    config = context.run.config.recipe.tokenizer
+    files = _text_files(context.run)
+
+    def stop_or_go(phase: str, done: int, total: int | None) -> None:
+        context.progress(done, total or config.max_chars, phase)
+
+    texts = _training_text(files.train, config)
+    trained = Tokenizer.train(texts, config.vocab_size, progress=stop_or_go)
+    trained.save(context.stage.path / "tokenizer.json")
+    sample = _head(hub.documents(files.validation), 1_000_000)
+    tokens = sum(len(ids) for ids in trained.encode_batch(sample))
+    size = sum(len(text.encode()) for text in sample)
+    return {
+        "vocab_size": trained.vocab_size,
+        "fingerprint": trained.fingerprint(),
+        "validation_bytes_per_token": size / tokens,
+    }
+
+
+def _training_text(files: Iterable[Path], config: TokenizerConfig) -> Iterator[str]:
+    """Documents cut at max_document_chars until max_chars are reached."""
+    left = config.max_chars
+    for path in files:
+        for text in hub.documents(path):
+            text = text[: min(left, config.max_document_chars)]
+            left -= len(text)
+            yield text
+            if left <= 0:
+                return
+
+
+def _head(texts: Iterable[str], chars: int) -> list[str]:
+    """The first texts, until `chars` are reached."""
+    kept = []
+    for text in texts:
+        kept.append(text)
+        chars -= len(text)
+        if chars <= 0:
+            break
+    return kept
+
+
+def load_tokenizer(run: Run) -> Tokenizer:
+    """The run's tokenizer. Raises ValueError when it has none."""
+    path = run.stage("tokenizer").path / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"run {run.id} has no tokenizer yet: nanolib stage tokenizer")
+    return Tokenizer.load(path)
+
+
+# ---------------------------------------------------------------------------- shards
+
+
+def shards(context: Context) -> dict[str, Any]:
+    """Tokenize every text file; shards are shared out over the ranks, finished ones are kept."""
+    run, runtime = context.run, context.runtime
+    files = _text_files(run)
+    texts = [*files.train, files.validation]
+    tokenizer, folder = load_tokenizer(run), context.stage.path
+    for number, text in enumerate(texts):
+        target = token_shards.shard_path(folder, text)
+        if number % runtime.world_size == runtime.rank and not target.exists():
+            for documents in token_shards.tokenize(
+                text, target, tokenizer, torch.get_num_threads()
+            ):
+                context.progress(number, len(texts), f"{text.name}: {documents} documents")
+    runtime.barrier()
+    tokens = [np.load(token_shards.shard_path(folder, text), mmap_mode="r") for text in texts]
+    return {
+        "train_tokens": sum(map(len, tokens[:-1])),
+        "train_documents": int(sum((shard == tokenizer.bos).sum() for shard in tokens[:-1])),
+        "validation_tokens": len(tokens[-1]),
+        "validation_bytes": int(tokenizer.byte_lengths[tokens[-1]].sum()),
+    }
+
+
+def shard_paths(run: Run) -> tuple[list[Path], Path]:
+    """The token shards of training and of validation text."""
+    record = run.stage("data").done()
+    if record is None:
+        raise ValueError(f"run {run.id} has no data yet: nanolib stage data")
+    folder, result = run.stage("shards").path, record["result"]
+    names = [*result["train_files"], result["validation_file"]]
+    *train, validation = (token_shards.shard_path(folder, Path(name)) for name in names)
+    return train, validation
+
+
+def validation_documents(run: Run, tokenizer: Tokenizer, limit: int | None) -> list[np.ndarray]:
+    """The first `limit` documents (None: all) of the validation shard, as ids with BOS."""
+    _, validation = shard_paths(run)
+    tokens = np.load(validation, mmap_mode="r")
+    return token_shards.split_documents(tokens, tokenizer.bos)[:limit]

@@ -1,0 +1,312 @@
+"""The stages that leave a model: base, mid, sft and grpo."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanolib import checkpoint, planning, tasks
+from nanolib.config import MODELS, BaseConfig, ConversationConfig, GRPOConfig, flatten
+from nanolib.data.packing import Batch
+from nanolib.data.sources import ConversationSource, RowSource, TextSource
+from nanolib.engine import Engine
+from nanolib.evals.bpb import bits_per_byte
+from nanolib.grpo import PolicyGradient, Quiz, Reward, RolloutSource, passes
+from nanolib.model import GPT
+from nanolib.optim import MuonAdamW
+from nanolib.rundir import Run
+from nanolib.runtime import Runtime, seed_of
+from nanolib.stages import Context
+from nanolib.stages.text import load_tokenizer, shard_paths, validation_documents
+from nanolib.tokenizer import Tokenizer
+from nanolib.tools import Sandbox
+from nanolib.train import Loss, Trainer
+
+Nll = Callable[[Batch], torch.Tensor]  # what `GPT.nll` is, compiled or not
+
+HELD_OUT = 100  # conversations of each source in mid's and SFT's held-out losses
+
+
+def base(context: Context) -> dict[str, Any]:
+    """Pretrain on the token shards; bits per byte on the validation shard as it goes."""
+    run, config = context.run, context.run.config.recipe.base
+    train, _ = shard_paths(run)
+    student = _student(context)
+    tokenizer = student.tokenizer
+    source = TextSource.open(train, **_row_settings(context, config, student))
+    assert config.steps is not None
+    documents = validation_documents(run, tokenizer, config.eval_documents)
+
+    def score(step: int) -> None:
+        bpb = bits_per_byte(
+            student.model, documents, tokenizer.byte_lengths, tokenizer.bos, context.runtime
+        )
+        _eval_row(context, step, bpb=bpb)
+
+    return _train(context, config, student, source, config.steps, score) | {
+        "epochs": config.steps * source.batch_rows / len(source)
+    }
+
+
+def mid(context: Context) -> dict[str, Any]:
+    """Go on from base with conversations, four choices and word problems that use the tool."""
+    return _converse(context, context.run.config.recipe.mid)
+
+
+def sft(context: Context) -> dict[str, Any]:
+    """Finetune on a small, clean mixture of the same kind."""
+    return _converse(context, context.run.config.recipe.sft)
+
+
+def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
+    """Train on conversations: the loss covers what the assistant says, nothing else."""
+    student = _student(context)
+    tokenizer, settings = student.tokenizer, _row_settings(context, config, student)
+    mixture = {
+        name: _conversations(context, name, "train", limit)
+        for name, limit in flatten(config.rows).items()
+        if limit != 0
+    }
+    source, cut = _render(tokenizer, [c for part in mixture.values() for c in part], settings)
+    alike = settings | {"seed": context.run.config.recipe.seed}  # the same rows in every stage
+    held = {
+        name: _render(tokenizer, _conversations(context, name, "test", HELD_OUT), alike)[0]
+        for name in mixture
+    }
+    steps = config.steps or math.ceil(config.epochs * len(source) / source.batch_rows)
+
+    def score(step: int) -> None:
+        losses = {
+            f"{name}_loss": _validation_loss(student.model, rows, context.runtime)
+            for name, rows in held.items()
+        }
+        _eval_row(context, step, **losses)
+
+    _score_start(context, score)
+    return _train(context, config, student, source, steps, score) | {
+        "conversations": {name: len(part) for name, part in mixture.items()},
+        "cut_tokens": cut,
+        "epochs": steps * source.batch_rows / len(source),
+    }
+
+
+def grpo(context: Context) -> dict[str, Any]:
+    """Learn from answers that can be graded, the tool running; see `nanolib.grpo`."""
+    run, config, mirror = context.run, context.run.config.recipe.grpo, context.run.mirror()
+    student = _student(context)
+    seed = seed_of(run.config.recipe.seed, "grpo")
+    with Sandbox() as sandbox:
+        engine = make_engine(context, student.model, student.tokenizer, sandbox)
+        quiz, held = (
+            Quiz(engine, tasks.load_graded(config.task, split, mirror), config.max_new_tokens)
+            for split in ("train", "test")
+        )
+        source = RolloutSource(
+            quiz,
+            questions=config.questions,
+            samples=config.samples,
+            seed=seed,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            updates_each=config.updates_each,
+            device_batch=student.device_batch,
+            reward=_shuffled(quiz, seed) if config.shuffled else None,
+            nll=student.nll,
+            metrics=context.stage.metrics,
+        )
+        steps = config.steps or math.ceil(config.epochs * len(quiz.usable) / config.questions)
+
+        def score(step: int) -> None:
+            tell = partial(context.progress, message="answers to held-out questions")
+            asked = (config.eval_questions, config.eval_samples)
+            _eval_row(context, step, **passes(held, *asked, seed, tell))
+
+        _score_start(context, score)
+        loss = PolicyGradient(config.clip)
+        return _train(context, config, student, source, steps, score, loss) | {
+            "epochs": steps * config.questions / len(quiz.usable),
+            "answers": steps * config.questions * config.samples,
+        }
+
+
+def _shuffled(quiz: Quiz, seed: int) -> Reward:
+    """The control: the same rewards, dealt to a question's answers at random. Teaches nothing."""
+
+    def reward(question: int, texts: Sequence[str]) -> list[float]:
+        key = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        rng = np.random.default_rng(seed_of(seed, "shuffled", question, key))
+        return rng.permutation(quiz.grade(question, texts)).tolist()
+
+    return reward
+
+
+def _row_settings(
+    context: Context, config: BaseConfig | ConversationConfig, student: Student
+) -> dict[str, Any]:
+    run, runtime = context.run, context.runtime
+    length = run.config.recipe.model.sequence_len
+    return {
+        "length": length,
+        "batch_rows": config.batch_tokens // length,
+        "bos": student.tokenizer.bos,
+        "seed": seed_of(run.config.recipe.seed, context.stage.name),
+        "rank": runtime.rank,
+        "world_size": runtime.world_size,
+        "device_batch": student.device_batch,
+    }
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a training stage trains, and how much of it at once."""
+
+    tokenizer: Tokenizer
+    model: GPT
+    nll: Nll  # of the model, compiled on CUDA
+    device_batch: int  # rows in a micro-batch at most
+
+
+def _student(context: Context) -> Student:
+    """The model that a stage goes on with, and its micro-batch.
+
+    Before the optimizer is made: on CUDA the rows are found by trying.
+    """
+    config, runtime = context.run.config, context.runtime
+    tokenizer = load_tokenizer(context.run)
+    model = _new_model(context, tokenizer)
+    nll = model.compiled_nll() if runtime.device.type == "cuda" else model.nll
+    length = config.recipe.model.sequence_len
+    share = planning.share_of(config.recipe, context.stage.name, runtime.world_size)
+    rows = config.machine.device_batch or planning.fitting_rows(model, nll, length, share, runtime)
+    if runtime.is_lead:
+        print(f"micro-batch: {min(rows, share)} of a rank's {share} rows", flush=True)
+    return Student(tokenizer, model, nll, rows)
+
+
+def _new_model(context: Context, tokenizer: Tokenizer) -> GPT:
+    """A model with the weights of the run's training stage before this one, else drawn ones."""
+    run, recipe = context.run, context.run.config.recipe
+    vocab, device = recipe.tokenizer.vocab_size, context.runtime.device
+    model = GPT.build(recipe.model, vocab, device, recipe.seed)
+    earlier = recipe.models[: recipe.models.index(context.stage.name)]
+    if earlier:
+        found = checkpoint.latest(run.stage(earlier[-1]).checkpoints)
+        if found is None:
+            raise ValueError(
+                f"run {run.id} has no {earlier[-1]} model: nanolib stage {earlier[-1]}"
+            )
+        checkpoint.check_same(found, about_checkpoint(run, earlier[-1], tokenizer))
+        checkpoint.restore_model(found, model)
+    return model
+
+
+def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a stage's checkpoint depends on: the tokenizer, and the recipe up to that stage."""
+    later = {*MODELS[MODELS.index(stage) + 1 :], "eval"}
+    recipe = flatten(run.config.recipe)
+    return {
+        "recipe": {path: recipe[path] for path in recipe if path.split(".")[0] not in later},
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.fingerprint(),
+    }
+
+
+def _train(
+    context: Context,
+    config: BaseConfig | ConversationConfig | GRPOConfig,
+    student: Student,
+    source: RowSource | RolloutSource,
+    steps: int,
+    score: Callable[[int], None],
+    loss: Loss | None = None,
+) -> dict[str, Any]:
+    """Run the trainer; the result is read off the metrics, so a resumed stage tells the same."""
+    every = max(1, steps // 10)
+    trainer = Trainer(
+        stage=context.stage,
+        model=student.model,
+        nll=student.nll,
+        optimizer=MuonAdamW(student.model, context.run.config.recipe.optim, context.runtime),
+        source=source,
+        schedule=config,
+        steps=steps,
+        save_every=config.save_every or every,
+        eval_every=config.eval_every or every,
+        runtime=context.runtime,
+        guard=context.guard,
+        about=about_checkpoint(context.run, context.stage.name, student.tokenizer),
+        loss=loss,
+        hooks=[lambda trainer: score(trainer.step)],
+    )
+    trainer.fit()
+    context.runtime.barrier()
+    rows = context.stage.metrics.rows()
+    steps_done = [row for row in rows if row["kind"] == "train"]
+    scores = [row for row in rows if row["kind"] == "eval"]
+    seconds = sum(row["seconds"] for row in steps_done)
+    tokens = sum(row["tokens"] for row in steps_done)
+    final = {k: v for k, v in scores[-1].items() if k not in ("kind", "step")}
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "train_loss": steps_done[-1]["loss"],
+        **{f"validation_{name}": value for name, value in final.items()},
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _score_start(context: Context, score: Callable[[int], None]) -> None:
+    """Score the model that the stage starts from, once."""
+    if not any(row["kind"] == "eval" for row in context.stage.metrics.rows()):
+        score(0)
+
+
+def _eval_row(context: Context, step: int, **scores: float) -> None:
+    if context.runtime.is_lead:
+        context.stage.metrics.append(kind="eval", step=step, **scores)
+
+
+def _conversations(context: Context, name: str, split: str, limit: int | None) -> list:
+    """Conversations of a task, the first `limit` in a seeded order."""
+    task = tasks.load(name, split, context.run.mirror())
+    purpose = context.stage.name if split == "train" else "held out"
+    seed = seed_of(context.run.config.recipe.seed, "mixture", purpose, name)
+    order = np.random.default_rng(seed).permutation(len(task))
+    return [task.conversation(int(i)) for i in order[:limit]]
+
+
+def _render(
+    tokenizer: Tokenizer, conversations: list, settings: Mapping[str, Any]
+) -> tuple[ConversationSource, int]:
+    """Packed rows of conversations, and the tokens cut off those longer than a row."""
+    rendered = [c.render(tokenizer, max_tokens=settings["length"] + 1) for c in conversations]
+    usable = [r for r in rendered if any(r.mask[1:])]
+    source = ConversationSource([r.ids for r in usable], [r.mask for r in usable], **settings)
+    return source, sum(r.cut for r in rendered)
+
+
+@torch.no_grad()
+def _validation_loss(model: GPT, held: ConversationSource, runtime: Runtime) -> float:
+    """Nats a token on held-out conversations, one pass, shared among the ranks."""
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for number in range(held.rank, len(held), held.world_size):
+        batch = held.batch([held.row(number)]).to(runtime.device)
+        with runtime.autocast():
+            nll_BT = model.nll(batch)
+        sums += torch.stack([nll_BT.sum().double(), (batch.targets_BT >= 0).sum().double()])
+    total, count = runtime.sum(sums).tolist()
+    return total / count
+
+
+def make_engine(context: Context, model: GPT, tokenizer: Tokenizer, sandbox: Sandbox) -> Engine:
+    """An engine whose tool is the sandbox."""
+    return Engine(model, tokenizer, context.runtime, lambda source: sandbox.run(source).text)

@@ -1,0 +1,106 @@
+"""One rank of one stage, in a process of its own.
+
+python -m nanolib.stages.worker NAME DIR [--of STAGE] [--machine JSON]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanolib.config import STAGES
+from nanolib.guard import Guard
+from nanolib.rundir import Run, now
+from nanolib.runtime import Runtime, processor
+from nanolib.stages import Context, evaluate, text, training
+from nanolib.train import Stopped
+
+USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
+
+WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "data": text.data,
+    "tokenizer": text.tokenizer,
+    "shards": text.shards,
+    "base": training.base,
+    "mid": training.mid,
+    "sft": training.sft,
+    "grpo": training.grpo,
+    "eval": evaluate.evaluate,
+    "report": evaluate.write_report,
+}
+
+
+def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
+    """Do one stage in this process (one rank of it) and leave its done record."""
+    stage = run.stage(name, of)
+    started, clock = now(), time.perf_counter()
+    stage.path.mkdir(parents=True, exist_ok=True)
+    guard = Guard.start()  # first: joining ranks that are gone would wait for minutes
+    runtime = Runtime.start(run.config.machine)
+    context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
+    result = WORK[name](context)
+    runtime.barrier()
+    if runtime.is_lead:
+        rate = run.config.machine.dollars_per_hour
+        seconds = max(time.perf_counter() - clock, result.get("seconds", 0.0))
+        stage.finish(
+            result,
+            started=started,
+            seconds=seconds,
+            dollars=None if rate is None else rate * seconds / 3600,
+            machine=asdict(run.config.machine) | _hardware(runtime),
+        )
+    runtime.close()  # not after an error: it waits for the other ranks, who may wait for us
+    return result
+
+
+def _hardware(runtime: Runtime) -> dict[str, Any]:
+    cuda = runtime.device.type == "cuda"
+    return {
+        "ranks": runtime.world_size,
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> int:
+    """One rank of one stage. Exit code 2: the user's mistake; 75: stopped and saved."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanolib.stages.worker", description=main.__doc__
+    )
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("run", help="the run's directory")
+    parser.add_argument("--of", help="whose model to evaluate")
+    parser.add_argument("--machine", default="{}", help="machine settings as JSON")
+    given = parser.parse_args()
+    try:
+        run = Run.load(str(Path(given.run).resolve()), machine=json.loads(given.machine))
+        if run.stage(given.stage, given.of).done() is None:
+            work(given.stage, run, given.of)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return STOPPED
+    except (ValueError, FloatingPointError) as error:
+        traceback.print_exc()  # for the log; the launcher shows its user the last line alone
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USERS_MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
