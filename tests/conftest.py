@@ -1,5 +1,7 @@
 """What tests share: one CPU thread, a tiny model with every weight drawn at random, run folders."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,18 @@ from nanolib.runtime import Runtime
 from nanolib.stages import worker
 
 TINY = ModelConfig(depth=2, aspect=16, head_dim=16, kv_heads=1, sequence_len=32)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker for each core that we may use, up to four: many tests start processes."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(4, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: the last worker to finish then has little left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
