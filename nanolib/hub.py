@@ -212,9 +212,3 @@ def _download(url: str) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
-
-
-def encoding_file(name: str, mirror: Path | None) -> Path | None:
-    """Another tokenizer's ranks in tiktoken's format (`name`: r50k_base, cl100k_base), or None."""
-    path = None if mirror is None else Path(mirror) / f"encodings/{name}.tiktoken"
-    return path if path is not None and path.is_file() else None

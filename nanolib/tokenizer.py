@@ -6,7 +6,6 @@ that somebody types is ordinary text: only `Tokenizer.special` gives its id.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -186,17 +185,6 @@ class Tokenizer:
         lengths.flags.writeable = False
         return lengths
 
-    def compression(self, texts: Sequence[str], encodings: Path | None = None) -> dict[str, float]:
-        """Bytes of text a token, ours and of every known encoding in the folder `encodings`."""
-        encoders = {"nanolib": self._encoding}
-        if encodings is not None:
-            encoders |= published_encodings(encodings)
-        total = sum(len(text.encode()) for text in texts)
-        return {
-            name: total / sum(map(len, encoder.encode_ordinary_batch(list(texts), num_threads=1)))
-            for name, encoder in encoders.items()
-        }
-
 
 def _token_bytes(merges: Sequence[tuple[int, int]]) -> list[bytes]:
     """The bytes of every ordinary token, checking that `merges` is something BPE can produce."""
@@ -211,33 +199,3 @@ def _token_bytes(merges: Sequence[tuple[int, int]]) -> list[bytes]:
         known.add(token)
         tokens.append(token)
     return tokens
-
-
-# name for people, file, split pattern
-_PUBLISHED = (
-    (
-        "GPT-2",
-        "r50k_base.tiktoken",
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    ),
-    (
-        "GPT-4",
-        "cl100k_base.tiktoken",
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s++$|\s*[\r\n]|\s+(?!\S)|\s+",
-    ),
-)
-
-
-def published_encodings(folder: Path) -> dict[str, tiktoken.Encoding]:
-    """GPT-2's and GPT-4's encodings, as far as their ``.tiktoken`` files are in `folder`."""
-    found = {}
-    for name, file, pattern in _PUBLISHED:
-        path = Path(folder) / file
-        if path.is_file():
-            lines = (line.split() for line in path.read_bytes().splitlines() if line)
-            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-            found[name] = tiktoken.Encoding(
-                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-            )
-    return found

@@ -43,9 +43,6 @@ def test_tables_and_single_files(mirror):
     assert hub.table("someone/plain", "train", None, mirror).num_rows == 1
     (mirror / "eval_bundle.zip").write_text("")
     assert hub.eval_bundle(mirror) == mirror / "eval_bundle.zip"
-    (mirror / "encodings").mkdir()
-    (mirror / "encodings/r50k_base.tiktoken").write_text("")
-    assert hub.encoding_file("r50k_base", mirror) == mirror / "encodings/r50k_base.tiktoken"
 
 
 def test_a_mirror_never_falls_through_to_the_hub(mirror, monkeypatch):

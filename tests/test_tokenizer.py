@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rust_tokenizer
-from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, published_encodings
+from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -403,18 +403,3 @@ def test_damaged_files_are_refused_by_name(tokenizer, tmp_path):
         Tokenizer.load(tmp_path / "binary.json")
     with pytest.raises(ValueError, match=r"nowhere\.json.*run the tokenizer stage"):
         Tokenizer.load(tmp_path / "nowhere.json")
-
-
-def test_compression_beside_published_encodings(tokenizer, tmp_path):
-    """A folder with a made-up GPT-2 file of bare bytes: one byte a token, by definition."""
-    import base64
-
-    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
-    (tmp_path / "r50k_base.tiktoken").write_text("\n".join(lines) + "\n")
-    assert list(published_encodings(tmp_path)) == ["GPT-2"]
-    texts = corpus(5)
-    found = tokenizer.compression(texts, tmp_path)
-    assert found["GPT-2"] == 1.0
-    total = sum(len(text.encode()) for text in texts)
-    assert found["nanolib"] == total / sum(len(tokenizer.encode(text)) for text in texts)
-    assert tokenizer.compression(texts).keys() == {"nanolib"}

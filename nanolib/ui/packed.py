@@ -10,18 +10,12 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nanolib import hub, markdown
+from nanolib import markdown
 from nanolib.config import REPOSITORY
-from nanolib.rundir import Run
-from nanolib.tokenizer import published_encodings
-
-if TYPE_CHECKING:
-    import tiktoken
 
 LANGUAGES = {".py": "python", ".rs": "rust", ".toml": "toml", ".md": "markdown", ".html": "html"}
-BYTES_PER_TOKEN = 4  # of code, roughly; said where no GPT encoding is at hand
+BYTES_PER_TOKEN = 4  # of code, roughly
 
 
 def pack(tests: bool = False) -> str:
@@ -66,17 +60,8 @@ def _sources(package: Path) -> list[Path]:
 
 def size(text: str) -> str:
     """How long a text is, for one who pays by the token."""
-    characters, encoding = f"{len(text):,} characters", _encoding()
-    if encoding is None:
-        guess = round(len(text.encode()) / BYTES_PER_TOKEN, -3)
-        return f"{characters}, about {guess:,.0f} tokens (estimated: {BYTES_PER_TOKEN} bytes each)"
-    return f"{characters}, {len(encoding.encode_ordinary(text)):,} tokens of GPT-4's encoding"
-
-
-def _encoding() -> tiktoken.Encoding | None:
-    """GPT-4's encoding, if the mirror of the run opened last has its file."""
-    try:
-        file = hub.encoding_file("cl100k_base", Run.load().mirror())
-    except ValueError:  # no run yet
-        return None
-    return published_encodings(file.parent).get("GPT-4") if file else None
+    guess = round(len(text.encode()) / BYTES_PER_TOKEN, -3)
+    return (
+        f"{len(text):,} characters, about {guess:,.0f} tokens "
+        f"(estimated: {BYTES_PER_TOKEN} bytes each)"
+    )
