@@ -28,7 +28,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from nanolib import config, guard, rundir
+from nanolib import attempts, config, guard, rundir
 from nanolib.rundir import Run, StageDir
 
 WORKER: str = (
@@ -74,7 +74,8 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
                 follower.look()
                 time.sleep(POLL)
             elif place.done() is None:
-                _work(run, place, of, log, follower)
+                with attempts.recorded(place.path, run.config.machine.dollars_per_hour):
+                    _work(run, place, of, log, follower)
     follower.look()
     record = place.done()
     assert record is not None

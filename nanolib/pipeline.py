@@ -21,7 +21,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from nanolib import config, launch, runbook, rundir
+from nanolib import attempts, config, launch, runbook, rundir
 from nanolib.progress import Line, clock
 from nanolib.rundir import Run
 
@@ -45,7 +45,7 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
     line = Line()
-    with only_one(this):
+    with only_one(this), attempts.recorded(this.path, this.config.machine.dollars_per_hour):
         line.say(f"run {this.name}: {this.path}")
         try:
             for source in chapters():

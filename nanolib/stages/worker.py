@@ -13,12 +13,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nanolib import attempts
 from nanolib.config import STAGES
 from nanolib.guard import Guard
 from nanolib.rundir import Run, now
@@ -44,21 +46,23 @@ WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
 def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
     """Do one stage in this process (one rank of it) and leave its done record."""
     stage = run.stage(name, of)
-    started, clock = now(), time.perf_counter()
+    started, dollars_per_hour = now(), run.config.machine.dollars_per_hour
     stage.path.mkdir(parents=True, exist_ok=True)
     guard = Guard.start()  # first: joining ranks that are gone would wait for minutes
     runtime = Runtime.start(run.config.machine)
     context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
-    result = WORK[name](context)
-    runtime.barrier()
+    launched = os.environ.get("NANOLIB_GUARD") == "1"  # then the launcher records the attempt
+    with nullcontext() if launched else attempts.recorded(stage.path, dollars_per_hour):
+        result = WORK[name](context)
+        runtime.barrier()
     if runtime.is_lead:
-        rate = run.config.machine.dollars_per_hour
-        seconds = max(time.perf_counter() - clock, result.get("seconds", 0.0))
+        spent = attempts.spent(stage.path, now=time.time())
         stage.finish(
             result,
             started=started,
-            seconds=seconds,
-            dollars=None if rate is None else rate * seconds / 3600,
+            attempts=spent.attempts,
+            seconds=max(spent.seconds, result.get("seconds", 0.0)),  # older attempts: no record
+            dollars=spent.dollars,
             machine=asdict(run.config.machine) | _hardware(runtime),
         )
     runtime.close()  # not after an error: it waits for the other ranks, who may wait for us
