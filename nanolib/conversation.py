@@ -11,6 +11,7 @@ five harmless characters and more.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 PartKind = Literal["text", "python", "output"]
 Role = Literal["system", "user", "assistant"]
 LETTERS = "ABCDEFGH"
+# An assistant never says these: whichever comes, its turn is over.
+END_NAMES = (
+    "<|assistant_end|>",
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+)
 
 
 @dataclass(frozen=True)
@@ -203,37 +212,70 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
     return Conversation(tuple(messages))
 
 
-def answer_parts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[Part, ...]:
-    """The parts of what the assistant generated: ids after ``<|assistant_start|>``.
+class AnswerParser:
+    """The parts of an answer from its token ids, one at a time: ids after ``<|assistant_start|>``.
+
+    `feed` and `finish` return pieces: a part's kind and its next characters, always whole ones. An
+    empty piece opens a python or output part; text has no empty pieces. `parts` is all so far.
 
     Forgiving, since a model may write anything: ``<|assistant_end|>`` or a marker that no answer
     has ends it, a part left open reaches to the end, and a stray closing marker means nothing.
     """
-    special = tokenizer.special
-    opens: dict[int, PartKind] = {
-        special("<|python_start|>"): "python",
-        special("<|output_start|>"): "output",
-    }
-    closes = {special("<|python_end|>"), special("<|output_end|>")}
-    ends = {tokenizer.bos}
-    ends |= {
-        special(f"<|{who}_{what}|>") for who in ("user", "assistant") for what in ("start", "end")
-    }
-    parts: list[Part] = []
-    kind: PartKind = "text"
-    open_ids: list[int] = []
+
+    def __init__(self, tokenizer: Tokenizer):
+        special = tokenizer.special
+        self.parts: list[Part] = []
+        self._tokenizer = tokenizer
+        self._ends = {special(name) for name in END_NAMES}
+        # What follows each marker: a closing one is followed by text.
+        self._markers: dict[int, PartKind] = {
+            special("<|python_start|>"): "python",
+            special("<|output_start|>"): "output",
+            special("<|python_end|>"): "text",
+            special("<|output_end|>"): "text",
+        }
+        self._kind: PartKind = "text"
+        self._ended = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, id: int) -> list[Part]:
+        """The pieces that one more token makes; none after the end."""
+        if self._ended:
+            return []
+        if id in self._ends:
+            self._ended = True
+            return self.finish()
+        if id not in self._markers:
+            return self._add(self._decoder.decode(self._tokenizer.token_bytes(id)))
+        pieces = self.finish()
+        self._kind = self._markers[id]
+        if self._kind != "text":
+            self.parts.append(Part(self._kind, ""))
+            pieces.append(self.parts[-1])
+        return pieces
+
+    def finish(self) -> list[Part]:
+        """What an incomplete character at the end makes: U+FFFD."""
+        return self._add(self._decoder.decode(b"", final=True))
+
+    def _add(self, text: str) -> list[Part]:
+        if not text:
+            return []
+        piece = Part(self._kind, text)
+        if self.parts and self.parts[-1].kind == self._kind:
+            self.parts[-1] = Part(self._kind, self.parts[-1].text + text)
+        else:
+            self.parts.append(piece)
+        return [piece]
+
+
+def answer_parts(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[Part, ...]:
+    """The parts of a whole answer, as `AnswerParser` reads them."""
+    parser = AnswerParser(tokenizer)
     for id in ids:
-        if id not in opens and id not in closes and id not in ends:
-            open_ids.append(id)
-            continue
-        if open_ids or kind != "text":
-            parts.append(Part(kind, tokenizer.decode(open_ids)))
-        kind, open_ids = opens.get(id, "text"), []
-        if id in ends:
-            break
-    if open_ids or kind != "text":
-        parts.append(Part(kind, tokenizer.decode(open_ids)))
-    return _joined(parts)
+        parser.feed(id)
+    parser.finish()
+    return tuple(parser.parts)
 
 
 # ---------------------------------------------------------------------------- four choices

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nanolib.conversation import END_NAMES
 from nanolib.data.packing import padded
 from nanolib.model import GPT, KVCache
 from nanolib.runtime import Runtime, seed_of
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
     from nanolib.config import ModelConfig
     from nanolib.tokenizer import Tokenizer
 
-# No assistant ever says these: whichever comes, its turn is over.
-END_NAMES = (
-    "<|assistant_end|>",
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-)
 OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # the tool's alone
 TOOL_CALLS = 16  # of one row; a further one is answered by an error
 OUTPUT_TOKENS = 128  # of one result; a longer one is cut, so that the row can go on
@@ -68,7 +61,7 @@ def inverse_cdf(probabilities_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
 
     Never a token of probability zero.
     """
-    # A GPU sums in another order for each token: in float32 the sum may grow where nothing is added.
+    # GPU prefix sums are not monotone in float32, so a zero-probability token could be drawn.
     exact = torch.float64 if probabilities_BV.is_cuda else probabilities_BV.dtype
     cdf_BV = probabilities_BV.cumsum(dim=-1, dtype=exact)
     below_one = torch.tensor(uniform_B, device=cdf_BV.device, dtype=exact).clamp(max=1 - 2**-24)

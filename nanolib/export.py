@@ -17,7 +17,7 @@ from nanolib.config import ModelConfig
 from nanolib.engine import end_tokens
 from nanolib.model import GPT
 from nanolib.rundir import Run, saving, write_json
-from nanolib.session import speaker
+from nanolib.session import stage_with_model
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # Our parameter names, and theirs.
@@ -54,7 +54,7 @@ def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
     folder: None means ``export/`` in the run. Raises ValueError where there is no such model, and
     for a folder that holds something else.
     """
-    place = run.stage(speaker(run, of, "to export"))
+    place = run.stage(stage_with_model(run, of, "to export"))
     trained = checkpoint.load_model(place.checkpoints, torch.device("cpu"))
     tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
     folder = folder or run.path / "export"

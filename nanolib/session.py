@@ -1,23 +1,23 @@
-"""One conversation with one model: the only way for any user interface to talk.
+"""A conversation with a model: what the command line, the page and the notebook talk through.
 
     session = Session.open(run)
     for piece in session.stream("Where does Ada live?"):
         print(piece, end="", flush=True)
 
-The text that comes out is whole characters; what a user types is ordinary text, special tokens
-included. Python that the model writes runs in a sandbox of the session's own.
+Output arrives in whole characters. What a user types is ordinary text, special tokens included.
+Python that the model writes runs in the session's own sandbox.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import Any, Self
 
 from nanolib import checkpoint
 from nanolib.config import MODELS
-from nanolib.conversation import Conversation, Message, Part, answer_parts
+from nanolib.conversation import AnswerParser, Conversation, Message, Part
 from nanolib.engine import Engine, Token
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime, seed_of
@@ -28,8 +28,9 @@ from nanolib.tools import Sandbox
 class Session:
     """A conversation in progress.
 
-    `messages` is everything said so far, without the system message. `notice` is what a user
-    interface should say besides the present answer, or None; complete once the answer is.
+    `messages` is the history without the system message; `answer` is the latest answer so far, as
+    parts. `notice` is what a user interface should say besides the answer, or None; it is final
+    once the answer is.
     """
 
     def __init__(
@@ -46,19 +47,20 @@ class Session:
         self.temperature, self.top_k = temperature, top_k
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.messages: list[Message] = []
+        self.answer: list[Part] = []
         self.notice: str | None = None
-        self.of: str | None = None  # the stage whose model speaks, where `open` chose it
-        self._left_out = 0  # of the messages, as last told
-        self._close: weakref.finalize | None = None  # ends the sandbox, where `open` made one
+        self.of: str | None = None  # the stage whose model `open` loaded
+        self._left_out = 0  # messages that the user knows were left out of the prompt
+        self._close: weakref.finalize | None = None  # closes the sandbox that `open` started
 
     @classmethod
     def open(cls, run: Run, of: str | None = None, **settings) -> Session:
-        """Talk to the model of stage `of` of a run; None: the newest kind it has.
+        """Load the model of stage `of` of a run, by default the last stage that has one.
 
-        settings: as for the constructor. The session has a sandbox: close it, or leave that to
-        ``with``. Raises ValueError where there is no model yet.
+        settings: as for the constructor. The session starts a sandbox: close it or use ``with``.
+        Raises ValueError if there is no such model yet.
         """
-        of = speaker(run, of, "to talk to")
+        of = stage_with_model(run, of, "to talk to")
         runtime = Runtime.start(run.config.machine)
         model = checkpoint.load_model(run.stage(of).checkpoints, runtime.device)
         tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
@@ -69,9 +71,9 @@ class Session:
         return session
 
     def close(self) -> None:
-        """End the sandbox that `open` made; a program would be an error from now on.
+        """Close the sandbox that `open` started; running a program afterwards is an error.
 
-        Where nobody closes a session, it ends with the engine or, at the latest, with Python.
+        A session that is never closed loses its sandbox with its engine, at the latest at exit.
         """
         if self._close is not None:
             self._close()
@@ -85,36 +87,35 @@ class Session:
     # ------------------------------------------------------------------------ talking
 
     def stream(self, text: str) -> Generator[str]:
-        """Say `text`; the answer comes piece by piece, whatever kind of part it belongs to.
+        """Send `text`; yield the answer piece by piece as plain text.
 
-        Python and its output are announced by ``[python]`` or ``[output]`` on a new line;
-        `parts` gives the same with kinds. See there for stopping and errors.
+        Python and its output are announced by ``[python]`` or ``[output]`` on a new line. Stopping
+        and errors are those of `parts`.
         """
         return _labelled(self.parts(text))
 
     def parts(self, text: str) -> Generator[Part]:
-        """Say `text`; the answer comes as pieces of parts, a kind and its next characters each.
+        """Send `text`; yield the answer as the pieces of `AnswerParser`.
 
-        Closing the iterator stops the answer; what was said until then stays in `messages`. Raises
+        Closing the iterator stops the answer and keeps in `messages` what had arrived. Raises
         ValueError, before anything is generated, for a text that does not fit the context.
         """
-        said = Message("user", (Part("text", text),))
-        prompt = self._prompt(said)
-        return self._answer(said, prompt)
+        question = Message("user", (Part("text", text),))
+        return self._answer(question, self._prompt(question))
 
     def ask(self, text: str) -> str:
-        """Say `text`, print both sides, return the answer."""
+        """Send `text`, print question and answer, return the answer."""
         answer = "".join(self.stream(text)).strip()
         notice = f"({self.notice})\n" if self.notice else ""
         print(f"{notice}you: {text}\nmodel: {answer}")
         return answer
 
     def clear(self) -> None:
-        """Forget what was said; the system message stays."""
+        """Forget the history; the system message stays."""
         self.messages, self.notice, self._left_out = [], None, 0
 
     def transcript(self) -> list[dict[str, Any]]:
-        """What was said, the system message first, in the hub's schema.
+        """The conversation in the hub's schema, the system message first.
 
         `Conversation.from_messages` reads it back.
         """
@@ -125,12 +126,12 @@ class Session:
 
     # ------------------------------------------------------------------------ how
 
-    def _prompt(self, said: Message) -> list[int]:
-        """The newest turns that leave room for an answer, and `said`; tells what is left out."""
+    def _prompt(self, question: Message) -> list[int]:
+        """Ids of the question after as much history as leaves room for an answer."""
         context = self.engine.context
         room = context - min(self.max_new_tokens, context // 4)
         for left_out in range(0, len(self.messages) + 1, 2):
-            turns = [*self._system(), *self.messages[left_out:], said]
+            turns = [*self._system(), *self.messages[left_out:], question]
             prompt = Conversation(tuple(turns)).prompt(self.engine.tokenizer)
             if len(prompt) <= room:
                 break
@@ -141,7 +142,7 @@ class Session:
             )
         self.notice = None
         if left_out > self._left_out:
-            self._tell(
+            self._notify(
                 f"the conversation no longer fits the context of {context} tokens: the model does "
                 f"not see its first {left_out} messages"
             )
@@ -151,26 +152,24 @@ class Session:
     def _system(self) -> list[Message]:
         return [Message("system", (Part("text", self.system),))] if self.system else []
 
-    def _answer(self, said: Message, prompt: list[int]) -> Generator[Part]:
-        """Stream the answer, and put both turns into `messages` however it ends."""
-        tokenizer, ids = self.engine.tokenizer, []
-        shown: tuple[Part, ...] = ()
+    def _answer(self, question: Message, prompt: list[int]) -> Generator[Part]:
+        """Stream the answer, and add both turns to `messages` however it ends."""
+        parser = AnswerParser(self.engine.tokenizer)
+        self.answer = parser.parts
         finished = False
         try:
             for token in self._tokens(prompt):
                 if token.kind == "end":
                     break
-                ids.append(token.id)
-                before, shown = shown, _whole(answer_parts(ids, tokenizer))
-                yield from _news(before, shown)
+                yield from parser.feed(token.id)
             else:
-                self._tell(f"the answer reached its limit of {len(ids)} tokens")
+                limit = min(self.max_new_tokens, self.engine.context - len(prompt))
+                self._notify(f"the answer reached its limit of {limit} tokens")
             finished = True
-            before, shown = shown, answer_parts(ids, tokenizer)
-            yield from _news(before, shown)
+            yield from parser.finish()
         finally:
-            if shown or finished:  # a question stopped before the first word was never asked
-                self.messages += [said, Message("assistant", shown)]
+            if parser.parts or finished:  # a question stopped before the first word was never asked
+                self.messages += [question, Message("assistant", tuple(parser.parts))]
 
     def _tokens(self, prompt: list[int]) -> Iterator[Token]:
         steps = self.engine.generate(
@@ -182,14 +181,14 @@ class Session:
         )
         return (token for step in steps for token in step)
 
-    def _tell(self, notice: str) -> None:
+    def _notify(self, notice: str) -> None:
         self.notice = notice if self.notice is None else f"{self.notice}; {notice}"
 
 
-def speaker(run: Run, of: str | None, purpose: str) -> str:
-    """The stage whose model is meant: `of`, or the last one that the run has a model of (None).
+def stage_with_model(run: Run, of: str | None, purpose: str) -> str:
+    """`of`, or by default the last stage of the run that has saved a model.
 
-    purpose: such as "to talk to", for the ValueError where there is no such model.
+    purpose: such as "to talk to", for the ValueError if there is no such model.
     """
     if of not in (None, *MODELS):
         raise ValueError(f"stage {of!r} leaves no model {purpose}; try {' or '.join(MODELS)}")
@@ -209,35 +208,15 @@ def _content(message: Message) -> str | list[dict[str, str]]:
     return [{"type": part.kind, "text": part.text} for part in message.parts]
 
 
-def _whole(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Parts so far without a last character that may still be incomplete (decoded as U+FFFD)."""
-    if not parts or not parts[-1].text.endswith("\ufffd"):
-        return parts
-    last = Part(parts[-1].kind, parts[-1].text.rstrip("\ufffd"))
-    return parts[:-1] if last == Part("text", "") else (*parts[:-1], last)
-
-
-def _news(before: tuple[Part, ...], now: tuple[Part, ...]) -> Iterator[Part]:
-    """What `now`, which goes on from `before`, adds to it; an opened part is news even if empty."""
-    for number, part in enumerate(now):
-        known = before[number].text if number < len(before) else None
-        if known is None or part.text != known:
-            yield Part(part.kind, part.text[len(known or "") :])
-
-
-def grown(parts: Sequence[Part], piece: Part) -> list[Part]:
-    """An answer's parts so far with the next of `Session.parts`; an empty one opens a part."""
-    if parts and piece.text and parts[-1].kind == piece.kind:
-        return [*parts[:-1], Part(piece.kind, parts[-1].text + piece.text)]
-    return [*parts, piece]
-
-
 def _labelled(pieces: Generator[Part]) -> Generator[str]:
-    """Pieces as plain text; a part that is not text is announced on a line of its own."""
+    """Pieces as plain text, with a line break where the kind changes."""
     kind = "text"
-    with contextlib.closing(pieces):  # stopping us stops the answer at once
+    with contextlib.closing(pieces):  # closing this generator stops the answer at once
         for piece in pieces:
-            if piece.kind != kind or not (kind == "text" or piece.text):  # a new part
-                kind = piece.kind
-                yield "\n" if kind == "text" else f"\n[{kind}] "
-            yield piece.text
+            if not piece.text:
+                yield f"\n[{piece.kind}] "
+            elif piece.kind != kind:  # text again
+                yield f"\n{piece.text}"
+            else:
+                yield piece.text
+            kind = piece.kind

@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanolib.conversation import (
+    END_NAMES,
+    AnswerParser,
     Conversation,
     Message,
     Part,
@@ -149,6 +151,77 @@ def test_answer_parts_forgives_what_a_model_may_write():
     }
     for ids, expected in cases.items():
         assert answer_parts(ids, TOKENIZER) == expected
+
+
+def naive_parts(ids):
+    """The plainest reading: cut the ids at the markers, decode what stands between them."""
+    names = {TOKENIZER.special(name): name for name in SPECIAL_TOKENS}
+    parts, kind, between = [], "text", []
+    for id in [*ids, TOKENIZER.bos]:
+        if id not in names:
+            between.append(id)
+            continue
+        if between or kind != "text":
+            parts.append(Part(kind, TOKENIZER.decode(between)))
+        opened = names[id].removeprefix("<|").removesuffix("_start|>")
+        kind, between = opened if opened in ("python", "output") else "text", []
+        if names[id] in END_NAMES:
+            break
+    return Message("assistant", tuple(parts)).parts
+
+
+def joined(pieces):
+    """Pieces put together by their rule: an empty one, or one of another kind, opens a part."""
+    parts = []
+    for piece in pieces:
+        if piece.text and parts and parts[-1].kind == piece.kind:
+            parts[-1] = Part(piece.kind, parts[-1].text + piece.text)
+        else:
+            parts.append(piece)
+    return parts
+
+
+# Bytes of characters cut anywhere, bytes that are no text, words, and every marker.
+answer_ids = st.lists(
+    st.one_of(
+        st.sampled_from([*"é猫🐈‍".encode(), 0xFF, 0xC0, *b"ab"]),
+        st.sampled_from(TOKENIZER.encode("the cat")),
+        st.sampled_from([TOKENIZER.special(n) for n in SPECIAL_TOKENS if n not in END_NAMES]),
+        st.sampled_from([TOKENIZER.special(name) for name in SPECIAL_TOKENS]),
+    ),
+    max_size=30,
+)
+
+
+@given(answer_ids)
+@settings(max_examples=500, deadline=None)
+def test_one_token_at_a_time_gives_what_parsing_everything_anew_gives(ids):
+    parser, pieces = AnswerParser(TOKENIZER), []
+    for count, id in enumerate(ids, 1):
+        pieces += parser.feed(id)
+        assert joined(pieces) == parser.parts
+        whole = naive_parts(ids[:count])
+        if parser.parts != list(whole):  # an incomplete character is still to come
+            *before, last = whole
+            held = last.text.removesuffix("\ufffd")
+            assert held != last.text
+            missing = [] if (last.kind, held) == ("text", "") else [Part(last.kind, held)]
+            assert parser.parts == [*before, *missing]
+    pieces += parser.finish()
+    assert joined(pieces) == parser.parts == list(naive_parts(ids))
+    assert answer_parts(ids, TOKENIZER) == naive_parts(ids)
+    assert all(piece.text or piece.kind != "text" for piece in pieces)
+
+
+@given(st.lists(parts, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_no_piece_of_a_text_has_half_a_character(parts):
+    answer = Message("assistant", tuple(parts))
+    ids = Conversation((say("hi").messages[0], answer)).render(TOKENIZER).ids
+    parser = AnswerParser(TOKENIZER)
+    pieces = [piece for id in ids[ids.index(TOKENIZER.special("<|assistant_start|>")) + 1 :]
+              for piece in parser.feed(id)]  # fmt: skip
+    assert joined(pieces) == list(answer.parts)
 
 
 @pytest.mark.parametrize(

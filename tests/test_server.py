@@ -20,10 +20,10 @@ import pytest
 import scripted
 import uvicorn
 from browser import PATIENCE, wait_for
+from test_conversation import joined
 
 from nanolib.conversation import Part
 from nanolib.rundir import Run
-from nanolib.session import grown
 from nanolib.ui import cli, markup, server
 
 
@@ -55,8 +55,8 @@ class Watch:
 class Client:
     """The server as its clients see it."""
 
-    def __init__(self, port: int, watch: Watch, desk: server.Desk):
-        self.port, self.watch, self.desk = port, watch, desk
+    def __init__(self, port: int, watch: Watch, chats: server.ChatQueue):
+        self.port, self.watch, self.chats = port, watch, chats
 
     def request(self, method: str, path: str, body=None, headers=None) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
@@ -89,9 +89,9 @@ def started() -> Iterator[Client]:
     thread = threading.Thread(target=running.run, args=[[listener]])
     thread.start()
     try:
-        yield Client(listener.getsockname()[1], watch, app.state.desk)
+        yield Client(listener.getsockname()[1], watch, app.state.chats)
     finally:
-        app.state.desk.stop()
+        app.state.chats.stop()
         running.should_exit = True
         thread.join()
 
@@ -99,7 +99,7 @@ def started() -> Iterator[Client]:
 @pytest.fixture
 def client(started) -> Client:
     watch = started.watch
-    wait_for(lambda: not started.desk._stops and not watch.now, "the engine to be at rest")
+    wait_for(lambda: not started.chats._stops and not watch.now, "the engine to be at rest")
     watch.asked, watch.settings, watch.most, watch.fails = [], [], 0, False
     return started
 
@@ -121,16 +121,16 @@ def leave(response: http.client.HTTPResponse) -> None:
 
 def test_an_answer_streams_and_ends_with_all_of_it(client):
     *news, done = events(client.ask("What is 12 plus 30?"))
-    parts: list[Part] = []
+    pieces: list[Part] = []
     for event in news:
         if event["type"] == "piece":
-            parts = grown(parts, Part(event["kind"], event["text"]))
+            pieces.append(Part(event["kind"], event["text"]))
         else:
-            assert event == {"type": "html", "html": markup.answer_html(parts)}
+            assert event == {"type": "html", "html": markup.answer_html(joined(pieces))}
     assert sum(event["type"] == "html" for event in news) > 1, "nothing streamed"
     want = [Part("text", "Let me see. "), Part("python", "12+30"), Part("output", "42")]
     want.append(Part("text", "So the *sum* is in the `output`."))
-    assert parts == want
+    assert joined(pieces) == want
     written = [{"type": part.kind, "text": part.text} for part in want]
     html = markup.answer_html(want)
     assert done == {"type": "done", "html": html, "parts": written, "notice": None}
@@ -194,7 +194,7 @@ def test_one_is_answered_at_a_time_and_who_leaves_the_line_is_never_answered(cli
     for waiting in (left, stays):
         assert json.loads(waiting.readline()) == {"type": "wait"}
     leave(left)
-    wait_for(lambda: sum(stop.is_set() for stop in client.desk._stops), "the server to hear of it")
+    wait_for(lambda: sum(stop.is_set() for stop in client.chats._stops), "the server to hear of it")
     leave(first)
     assert events(stays)[-1]["type"] == "done"
     assert client.watch.most == 1
@@ -206,7 +206,7 @@ def test_the_end_of_the_server_ends_answers_with_what_was_said(client):
     response.readline()
     waiting = client.ask("hello")
     waiting.readline()
-    client.desk.stop()
+    client.chats.stop()
     last = events(response)[-1]
     assert last["type"] == "done" and last["parts"][0]["text"].startswith("1")
     assert events(waiting)[-1]["parts"] == []

@@ -2,7 +2,7 @@
 
 The page holds the conversation and sends all of it with each question; the server keeps nothing
 between two requests, so a tab is a conversation and a restart loses none. An answer comes as lines
-of JSON (see `Desk.lines`). Answers are written one at a time, in the order they were asked for;
+of JSON (see `ChatQueue.lines`). Answers are written one at a time, in the order they were asked for;
 whoever closes the connection stops theirs.
 """
 
@@ -30,7 +30,7 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from nanolib.conversation import Conversation, Part
 from nanolib.rundir import Run
-from nanolib.session import Session, grown
+from nanolib.session import Session
 from nanolib.ui import markup
 
 BODY_BYTES = 1024 * 1024
@@ -56,7 +56,7 @@ def serve(
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
-            app.state.desk.stop()  # or it would wait for the answers' ends
+            app.state.chats.stop()  # or it would wait for the answers' ends
             super().handle_exit(sig, frame)
 
     with _listen(host, port) as listener, Session.open(run, of, temperature=temperature) as opened:
@@ -154,7 +154,7 @@ def _options(asked: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- what is answered
 
 
-class Desk:
+class ChatQueue:
     """Where questions wait for a session's engine: one thread answers them in turn.
 
     The session's settings hold where a question has none of its own.
@@ -215,51 +215,50 @@ class Desk:
         stop = threading.Event()
 
         def write() -> None:
-            end = {"type": "done"}
+            end: dict[str, Any] = {"type": "done"}
             try:
                 with contextlib.closing(pieces):
                     for piece in pieces if not stop.is_set() else ():
-                        loop.call_soon_threadsafe(queue.put_nowait, piece)
+                        event = {"type": "piece", "kind": piece.kind, "text": piece.text}
+                        loop.call_soon_threadsafe(queue.put_nowait, (event, tuple(session.answer)))
                         if stop.is_set():
                             break
             except Exception as error:
                 _log.exception("an answer failed")
                 end = {"type": "error", "error": f"{type(error).__name__}: {error}"}
             self._stops.discard(stop)
-            loop.call_soon_threadsafe(queue.put_nowait, end)
+            loop.call_soon_threadsafe(queue.put_nowait, (end, tuple(session.answer)))
 
         waits = bool(self._stops)
-        self._stops.add(stop)  # before the first line: who has read one can be stopped
+        self._stops.add(stop)  # before the first line: an answer whose client has it can be stopped
         self._thread.submit(write)
         try:
             if waits:
                 yield _line(type="wait")
-            async for line in _news(queue, session):
+            async for line in _lines(queue, session):
                 yield line
         finally:
             stop.set()
 
 
-async def _news(queue: asyncio.Queue, session: Session) -> AsyncIterator[str]:
-    """The lines that what comes through the queue makes, in a batch every `PAUSE` seconds."""
-    shown: list[Part] = []
+async def _lines(queue: asyncio.Queue, session: Session) -> AsyncIterator[str]:
+    """The lines of the events in the queue, each with the answer so far; a batch every `PAUSE` s."""
     while True:
         batch = [await queue.get()]
         while not queue.empty():
             batch.append(queue.get_nowait())
-        for item in batch:
-            if isinstance(item, Part):
-                shown = grown(shown, item)
-                yield _line(type="piece", kind=item.kind, text=item.text)
-            elif item["type"] == "error":
-                yield _line(**item)
+        for event, parts in batch:
+            if event["type"] == "done":
+                said = [{"type": part.kind, "text": part.text} for part in parts]
+                event |= {
+                    "html": markup.answer_html(parts),
+                    "parts": said,
+                    "notice": session.notice,
+                }
+            yield _line(**event)
+            if event["type"] != "piece":
                 return
-            else:
-                parts = [{"type": part.kind, "text": part.text} for part in shown]
-                html = markup.answer_html(shown)
-                yield _line(type="done", html=html, parts=parts, notice=session.notice)
-                return
-        yield _line(type="html", html=markup.answer_html(shown))
+        yield _line(type="html", html=markup.answer_html(batch[-1][1]))
         await asyncio.sleep(PAUSE)
 
 
@@ -275,24 +274,24 @@ def _refusal(status: int, error: object) -> Response:
 
 
 def build(session: Session, about: dict[str, Any], *, local: bool = True) -> FastAPI:
-    """The app around a session's engine and settings (`Desk`).
+    """The app around a session's engine and settings (`ChatQueue`).
 
     about: what ``/info`` tells besides. local: only requests addressed to this machine by a
     loopback name are served, so that no foreign page can reach it by a name of its own.
     """
-    desk = Desk(session)
+    chats = ChatQueue(session)
     page, policy = _page()
     about = {**about, "context": session.engine.context, "temperature": session.temperature}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
         yield
-        await asyncio.to_thread(desk.close)
+        await asyncio.to_thread(chats.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.desk = desk
+    app.state.chats = chats
     app.add_middleware(_Guard, local=local, policy=policy)
-    app.post("/chat")(desk.chat)
+    app.post("/chat")(chats.chat)
 
     @app.get("/")
     def index() -> Response:

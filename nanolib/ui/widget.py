@@ -16,7 +16,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from nanolib.conversation import Message, Part
-from nanolib.session import Session, grown
+from nanolib.session import Session
 from nanolib.ui import markup
 
 REDRAW = 0.05  # seconds between two redraws of an answer
@@ -133,12 +133,10 @@ class Chat:
         with contextlib.closing(self.session.parts(text)) as pieces:
             self.box.value = ""
             self._draw(markup.user_html(text), markup.answer_html([Part("text", "…")]))
-            parts: list[Part] = []
             drawn = 0.0
-            for piece in pieces:
-                parts = grown(parts, piece)
+            for _ in pieces:
                 if time.monotonic() - drawn >= REDRAW:
-                    self.lines.children[-1].value = markup.answer_html(parts)
+                    self.lines.children[-1].value = markup.answer_html(self.session.answer)
                     drawn = time.monotonic()
                 if self._stop.is_set():
                     return
