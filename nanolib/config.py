@@ -1,34 +1,58 @@
-"""Everything a run can be told, in one place.
+"""Every setting of a run, with its default and its bounds.
 
 A setting's name is its dotted path, everywhere: TOML ``[base] steps = 100``, CLI ``--base.steps
-100``, notebook ``overrides = {"base.steps": 100}``. Profiles (``runs/*.toml``) and overrides stay
-flat dictionaries until `resolve`, which checks every path and value, derives what is missing and
-returns a complete, frozen `Config`.
+100``, notebook ``overrides = {"base.steps": 100}``. Profiles (``runs/*.toml``) and overrides are
+flat dictionaries, checked by `check_overrides`; `resolve` puts one on the other, derives what is
+missing and returns a complete, frozen `Config`.
 
-``Config.recipe`` is what is computed: the identity of a run. ``Config.machine`` is what it is
-computed on: it may differ every time a run is opened.
+``Config.recipe`` is what is computed, the identity of a run. ``Config.machine`` is what computes
+it, and may differ each time a run is opened.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import json
+import functools
 import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROFILES = REPOSITORY / "runs"
 MODELS = ("base", "mid", "sft", "grpo")  # the stages that leave a model, in order
 STAGES = ("data", "tokenizer", "shards", *MODELS, "eval", "report")
 NUM_SPECIAL_TOKENS = 9
+MIN_VOCAB = 256 + NUM_SPECIAL_TOKENS
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a value must be besides its type; `words` completes "base.steps must be …"."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Bound("at least 1", lambda value: value >= 1)]
+Limit = Annotated[int, Bound("0 or more, or none for all", lambda value: value >= 0)]
+Positive = Annotated[float, Bound("more than 0", lambda value: value > 0)]
+Fraction = Annotated[float, Bound("a fraction from 0 to 1", lambda value: 0 <= value <= 1)]
+VocabSize = Annotated[
+    int,
+    Bound(
+        f"at least {MIN_VOCAB} (256 bytes and {NUM_SPECIAL_TOKENS} special tokens)",
+        lambda value: value >= MIN_VOCAB,
+    ),
+]
+HeadDim = Annotated[
+    int, Bound("even (RoPE turns pairs) and at least 2", lambda value: value > 0 and not value % 2)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +61,14 @@ class DataConfig:
 
     source: Literal["toyworld", "hub"] = "hub"  # "hub": the mirror if one is given, else the hub
     repository: str = "karpathy/fineweb-edu-100b-shuffle"  # pretraining text on the hub
-    text_shards: int | None = None  # training shards to use; None: all the mirror has, or enough
+    text_shards: Count | None = None  # training shards to use; None: all the mirror has, or enough
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    vocab_size: int = 65_536  # rows of the embedding: 256 bytes, merges and special tokens
-    max_chars: int = 2_000_000_000  # text to train on
-    max_document_chars: int = 10_000  # of each document, so that no single one dominates
+    vocab_size: VocabSize = 65_536  # rows of the embedding: 256 bytes, merges and special tokens
+    max_chars: Count = 2_000_000_000  # text to train on
+    max_document_chars: Count = 10_000  # of each document, so that no single one dominates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +76,11 @@ class ModelConfig:
     """The depth dial and what hangs on it."""
 
     preset: Literal["classic"] = "classic"  # the October 2025 architecture
-    depth: int = 20
-    aspect: int = 64  # width = aspect * depth, rounded up to a multiple of head_dim
-    head_dim: int = 128
-    kv_heads: int | None = None  # key/value heads (GQA); None: as many as query heads
-    sequence_len: int = 2048  # T: tokens a row, and the longest context
+    depth: Count = 20
+    aspect: Count = 64  # width = aspect * depth, rounded up to a multiple of head_dim
+    head_dim: HeadDim = 128
+    kv_heads: Count | None = None  # key/value heads (GQA); None: as many as query heads
+    sequence_len: Count = 2048  # T: tokens a row, and the longest context
 
     @property
     def width(self) -> int:
@@ -98,9 +122,9 @@ class OptimConfig:
     weight_decay: float = 0.0  # AdamW, decoupled
     momentum: float = 0.95  # Muon, Nesterov, after its warmup
     momentum_start: float = 0.85
-    momentum_warmup: int = 300  # steps
-    newton_schulz_steps: int = 5
-    clip: float | None = 1.0  # global gradient norm
+    momentum_warmup: Count = 300  # steps
+    newton_schulz_steps: Count = 5
+    clip: Positive | None = 1.0  # global gradient norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,42 +132,42 @@ class Schedule:
     """What all training stages have; the learning rate goes up, stays, goes down (see `train`)."""
 
     enabled: bool = True
-    steps: int | None = None
-    eval_every: int | None = None  # steps between scores; None: about ten times a stage
-    save_every: int | None = None  # steps between checkpoints; None: about ten times a stage
-    lr: float = 1.0  # multiplies every learning rate of [optim]
-    warmup: float = 0.0  # fraction of the steps
-    warmdown: float = 0.2  # fraction of the steps
-    final: float = 0.0  # fraction of lr at the last step's end
+    steps: Count | None = None
+    eval_every: Count | None = None  # steps between scores; None: about ten times a stage
+    save_every: Count | None = None  # steps between checkpoints; None: about ten times a stage
+    lr: Positive = 1.0  # multiplies every learning rate of [optim]
+    warmup: Fraction = 0.0  # fraction of the steps
+    warmdown: Fraction = 0.2  # fraction of the steps
+    final: Fraction = 0.0  # fraction of lr at the last step's end
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig(Schedule):
     """Pretraining."""
 
-    tokens_per_parameter: float = 20.0  # the horizon, when steps is not given
-    batch_tokens: int = 524_288  # over all ranks and micro-batches
-    eval_documents: int | None = None  # of the validation shard; None: all
+    tokens_per_parameter: Positive = 20.0  # the horizon, when steps is not given
+    batch_tokens: Count = 524_288  # over all ranks and micro-batches
+    eval_documents: Count | None = None  # of the validation shard; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """Training rows taken from each source: None means all of them, 0 none."""
 
-    smoltalk: int | None = None
-    mmlu: int | None = 0
-    arc_easy: int | None = None
-    arc_challenge: int | None = None
-    gsm8k: int | None = None
+    smoltalk: Limit | None = None
+    mmlu: Limit | None = 0
+    arc_easy: Limit | None = None
+    arc_challenge: Limit | None = None
+    gsm8k: Limit | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationConfig(Schedule):
     """A stage that learns what the assistant says in a mixture of conversations."""
 
-    warmdown: float = 1.0
-    epochs: float = 1.0  # passes over the mixture, when steps is not given
-    batch_tokens: int = 524_288  # over all ranks and micro-batches, padding included
+    warmdown: Fraction = 1.0
+    epochs: Positive = 1.0  # passes over the mixture, when steps is not given
+    batch_tokens: Count = 524_288  # over all ranks and micro-batches, padding included
     rows: Mixture = field(default_factory=Mixture)
 
 
@@ -160,8 +184,8 @@ class MidConfig(ConversationConfig):
 class SFTConfig(ConversationConfig):
     """Supervised finetuning on a small, clean mixture, at low rates."""
 
-    lr: float = 0.02
-    batch_tokens: int = 65_536
+    lr: Positive = 0.02
+    batch_tokens: Count = 65_536
     rows: Mixture = field(default_factory=lambda: Mixture(smoltalk=10_000))
 
 
@@ -169,20 +193,20 @@ class SFTConfig(ConversationConfig):
 class GRPOConfig(Schedule):
     """Reinforcement learning from graded answers; see `nanolib.grpo`."""
 
-    lr: float = 0.05
-    warmdown: float = 1.0
+    lr: Positive = 0.05
+    warmdown: Fraction = 1.0
     task: str = "gsm8k"  # a task of `nanolib.tasks` that can be graded
-    epochs: float = 1.0  # passes over the task's questions, when steps is not given
-    questions: int = 16  # a step, over all ranks
-    samples: int = 16  # answers to each
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int | None = 50
-    updates_each: int = 1  # on the same answers; more than 1: clipped
-    clip: float = 0.2  # of the probability ratio, in further updates
+    epochs: Positive = 1.0  # passes over the task's questions, when steps is not given
+    questions: Count = 16  # a step, over all ranks
+    samples: Count = 16  # answers to each
+    max_new_tokens: Count = 256
+    temperature: Positive = 1.0
+    top_k: Count | None = 50
+    updates_each: Count = 1  # on the same answers; more than 1: clipped
+    clip: Positive = 0.2  # of the probability ratio, in further updates
     shuffled: bool = False  # a control: each question's rewards are dealt to its answers at random
-    eval_questions: int = 400  # held-out ones, scored on the way
-    eval_samples: int = 4
+    eval_questions: Count = 400  # held-out ones, scored on the way
+    eval_samples: Count = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,9 +214,9 @@ class EvalConfig:
     """Scores of every model: bits per byte, CORE, and (from mid on) the tasks."""
 
     tasks: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
-    max_problems: int | None = None  # of each task; None: all
-    max_new_tokens: int = 512  # for answers by generation
-    core_problems: int | None = None  # of each CORE task; None: all, 0: no CORE
+    max_problems: Count | None = None  # of each task; None: all
+    max_new_tokens: Count = 512  # for answers by generation
+    core_problems: Limit | None = None  # of each CORE task; None: all, 0: no CORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +244,11 @@ class Recipe:
 class MachineConfig:
     """What it is computed on: free to differ at every opening of a run."""
 
-    ranks: int | None = None  # processes; None: one a GPU, or one
+    ranks: Count | None = None  # processes; None: one a GPU, or one
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
-    device_batch: int | None = None  # rows a micro-batch on one rank; None: the stage's share
-    threads: int | None = None  # CPU threads a rank; None: the cores divided by the ranks
+    device_batch: Count | None = None  # rows a micro-batch on one rank; None: the stage's share
+    threads: Count | None = None  # CPU threads a rank; None: the cores divided by the ranks
     mirror: str | None = None  # a folder in the mirror's layout instead of the hub
     dollars_per_hour: float | None = None  # of the whole machine, for the report's cost
 
@@ -236,26 +260,25 @@ class Config:
     machine: MachineConfig
 
 
-ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks"}
+ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks", "depth": "model.depth"}
 
 
 # ---------------------------------------------------------------------------- flat dictionaries
 
 
-def fields_of(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> type of every leaf setting below a config class."""
+def _leaves(cls: type, prefix: str) -> dict[str, Any]:
+    """Dotted path -> type of every setting below a config class."""
     paths: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            paths |= fields_of(hint, f"{prefix}{name}.")
-        else:
-            paths[f"{prefix}{name}"] = hint
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        is_section = dataclasses.is_dataclass(hint)
+        paths |= _leaves(hint, f"{prefix}{name}.") if is_section else {prefix + name: hint}
     return paths
 
 
-def settings() -> dict[str, Any]:
-    """Dotted path -> type of every setting a profile or an override may name."""
-    return fields_of(Recipe) | fields_of(MachineConfig, "machine.")
+@functools.cache
+def settings() -> Mapping[str, Any]:
+    """Dotted path -> type of every setting that a profile or an override may name."""
+    return types.MappingProxyType(_leaves(Recipe, "") | _leaves(MachineConfig, "machine."))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -272,7 +295,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _overlay(tree: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
-    """A config dataclass with those of its settings replaced that a flat dictionary names."""
+    """A config dataclass with the settings replaced that a flat dictionary names."""
     values: dict[str, Any] = {}
     for name in (f.name for f in dataclasses.fields(tree)):
         path, value = prefix + name, getattr(tree, name)
@@ -289,17 +312,61 @@ def coerce(path: str, hint: Any, value: Any) -> Any:
 
     Raises ValueError that names the path, the value and what would be accepted.
     """
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-        if type(None) in options:
-            return None
-        raise ValueError(f"{path} must be {_describe(hint)}, got none")
-    for option in options:
+    for option in _options(hint):
+        kind, *bounds = typing.get_args(option) if _is(option, Annotated) else (option,)
         try:
-            return _coerce_one(option, value)
+            converted = _convert(kind, value)
         except (TypeError, ValueError):
             continue
-    raise ValueError(f"{path} must be {_describe(hint)}, got {value!r}")
+        for bound in bounds:
+            if not bound.holds(converted):
+                raise ValueError(f"{path} must be {bound.words}, got {value}")
+        return converted
+    accepted = " or ".join(map(_describe, _options(hint)))
+    got = "none" if value is None else repr(value)
+    raise ValueError(f"{path} must be {accepted}, got {got}")
+
+
+def _is(hint: Any, origin: Any) -> bool:
+    return typing.get_origin(hint) is origin
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the one type."""
+    is_union = _is(hint, types.UnionType) or _is(hint, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """`value` as one plain type; ValueError or TypeError where it is none of that type."""
+    text = value.lower() if isinstance(value, str) else None
+    if kind is type(None):
+        if value is None or text in ("none", "null"):
+            return None
+    elif _is(kind, Literal):
+        if value in typing.get_args(kind):
+            return value
+    elif _is(kind, tuple):
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(str(item).strip() for item in items if str(item).strip())
+    elif kind is bool:
+        if isinstance(value, bool) or text in ("true", "false"):
+            return value is True or text == "true"
+    elif kind in (int, float) and not isinstance(value, bool):
+        number = float(value.replace("_", "")) if isinstance(value, str) else float(value)
+        if math.isfinite(number) and (kind is float or number == int(number)):
+            return kind(number)
+    elif kind is str and isinstance(value, str | Path) and text not in ("none", "null"):
+        return str(value)
+    raise ValueError
+
+
+def _describe(option: Any) -> str:
+    kind = typing.get_args(option)[0] if _is(option, Annotated) else option
+    if _is(kind, Literal):
+        return "one of " + ", ".join(typing.get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, "none" if kind is type(None) else "a comma-separated list")
 
 
 def as_text(value: Any) -> str:
@@ -313,40 +380,12 @@ def as_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _coerce_one(option: Any, value: Any) -> Any:
-    if typing.get_origin(option) is Literal:
-        if value in typing.get_args(option):
-            return value
-    elif typing.get_origin(option) is tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        return tuple(str(item).strip() for item in items if str(item).strip())
-    elif option is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-    elif option in (int, float) and not isinstance(value, bool):
-        number = float(value.replace("_", "")) if isinstance(value, str) else float(value)
-        if math.isfinite(number) and (option is float or number == int(number)):
-            return option(number)
-    elif option is str and isinstance(value, str | Path):
-        return str(value)
-    raise ValueError
-
-
-def _describe(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(hint, "none" if hint is type(None) else "a comma-separated list")
-
-
 def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides with aliases resolved and values coerced; ValueError for an unknown path."""
-    known = settings()
-    checked = {}
+    """Overrides with aliases resolved and values coerced.
+
+    Raises ValueError for an unknown path or a value that its setting does not take.
+    """
+    known, checked = settings(), {}
     for path, value in overrides.items():
         path = ALIASES.get(path, path)
         if path not in known:
@@ -357,9 +396,6 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-# ---------------------------------------------------------------------------- profiles
-
-
 def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate ``--dotted.path VALUE`` (or an alias) from a command's own words.
 
@@ -368,22 +404,27 @@ def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]
     >>> split_settings(["run", "demo", "--base.steps", "9", "--nproc=2", "--run", "x"])
     (['run', 'demo', '--run', 'x'], {'base.steps': 9, 'machine.ranks': 2})
     """
-    words, overrides, known = [], {}, settings()
+    words: list[str] = []
+    given: dict[str, str] = {}
     rest = iter(arguments)
     for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")
         path = name.replace("-", "_")
-        is_setting = "." in path or path in known or path in ALIASES
+        is_setting = "." in path or path in settings() or path in ALIASES
         if not word.startswith("--") or not is_setting:
             words.append(word)
             continue
         value = value if equals else next(rest, "--")
         if value.startswith("--"):
             raise ValueError(f"--{name} needs a value")
-        overrides |= check_overrides({path: value})
+        given[path] = value
+    overrides = check_overrides(given)
     if mirror := overrides.get("machine.mirror"):
         overrides["machine.mirror"] = str(Path(mirror).expanduser().absolute())
     return words, overrides
+
+
+# ---------------------------------------------------------------------------- profiles
 
 
 def profiles() -> list[str]:
@@ -391,7 +432,7 @@ def profiles() -> list[str]:
 
 
 def load_profile(profile: str) -> dict[str, Any]:
-    """The flat settings of ``runs/<profile>.toml``."""
+    """The flat settings of ``runs/<profile>.toml``, checked."""
     path = PROFILES / f"{profile}.toml"
     if profile not in profiles():
         raise ValueError(f"there is no profile {profile!r}; there are {', '.join(profiles())}")
@@ -410,15 +451,19 @@ def resolve(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
 
 
 def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
-    """A complete configuration from checked flat settings (a profile's or a manifest's)."""
+    """A complete configuration from checked flat settings (a profile's or a manifest's).
+
+    Settings that `flat` lacks have their defaults, names that are no settings are passed over.
+    Raises ValueError for settings that contradict each other.
+    """
     recipe = _overlay(Recipe(), flat)
     machine = _overlay(MachineConfig(), flat, "machine.")
-    _validate(recipe, machine)
+    _check_together(recipe, machine)
     return Config(profile=profile, recipe=_derive(recipe), machine=machine)
 
 
 def _derive(recipe: Recipe) -> Recipe:
-    """Fill what the dial decides: the pretraining horizon and the intervals."""
+    """Fill what the depth decides: the pretraining horizon and the intervals."""
     base = recipe.base
     parameters = recipe.model.parameters(recipe.tokenizer.vocab_size)
     horizon = math.ceil(base.tokens_per_parameter * parameters / base.batch_tokens)
@@ -433,44 +478,9 @@ def _derive(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, base=base)
 
 
-# Last parts of the paths of settings that count something.
-AT_LEAST_ONE = frozenset([
-    "depth", "aspect", "head_dim", "kv_heads", "sequence_len", "batch_tokens", "steps",
-    "eval_every", "save_every", "eval_documents", "text_shards", "max_chars",
-    "max_document_chars", "max_problems", "max_new_tokens", "momentum_warmup",
-    "newton_schulz_steps", "ranks", "device_batch", "threads", "questions", "samples", "top_k",
-    "updates_each", "eval_questions", "eval_samples",
-])  # fmt: skip
-ABOVE_ZERO = frozenset(["tokens_per_parameter", "epochs", "lr", "clip", "temperature"])
-
-
-def _check_ranges(flat: Mapping[str, Any]) -> None:
-    """Each setting by itself."""
-    for path, value in flat.items():
-        name = path.split(".")[-1]
-        if value is None:
-            continue
-        if name in AT_LEAST_ONE and value < 1:
-            raise ValueError(f"{path} must be at least 1, got {value}")
-        if name in ABOVE_ZERO and value <= 0:
-            raise ValueError(f"{path} must be more than 0, got {value}")
-        if (".rows." in path or name == "core_problems") and value < 0:
-            raise ValueError(f"{path} must be 0 or more, or none for all, got {value}")
-        if name in ("warmup", "warmdown", "final") and not 0 <= value <= 1:
-            raise ValueError(f"{path} is a fraction from 0 to 1, got {value}")
-
-
-def _validate(recipe: Recipe, machine: MachineConfig) -> None:
-    """Settings by themselves and together; ValueError names the value and what would do."""
-    model, ranks = recipe.model, machine.ranks or 1
-    _check_ranges(flatten(recipe) | flatten(machine, "machine."))
-    if recipe.tokenizer.vocab_size < 256 + NUM_SPECIAL_TOKENS:
-        raise ValueError(
-            f"tokenizer.vocab_size must be at least {256 + NUM_SPECIAL_TOKENS} (256 bytes and "
-            f"{NUM_SPECIAL_TOKENS} special tokens), got {recipe.tokenizer.vocab_size}"
-        )
-    if model.head_dim % 2:
-        raise ValueError(f"model.head_dim must be even (RoPE turns pairs), got {model.head_dim}")
+def _check_together(recipe: Recipe, machine: MachineConfig) -> None:
+    """Settings that must fit each other; ValueError names the value and what would do."""
+    model = recipe.model
     if model.heads % model.num_kv_heads:
         raise ValueError(
             f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
@@ -481,7 +491,7 @@ def _validate(recipe: Recipe, machine: MachineConfig) -> None:
             "leave the mirror out, or choose data.source = hub"
         )
     for name in MODELS:
-        _check_stage(name, getattr(recipe, name), model.sequence_len, ranks)
+        _check_stage(name, getattr(recipe, name), model.sequence_len, machine.ranks or 1)
     if recipe.grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):
         raise ValueError(
             "grpo.enabled needs a model that answers questions: set mid.enabled or sft.enabled, "
@@ -519,13 +529,22 @@ def _check_stage(name: str, stage: Any, sequence_len: int, ranks: int) -> None:
 # ---------------------------------------------------------------------------- identity
 
 
+def up_to(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The flat settings that a stage's result depends on: its own and those of the stages before.
+
+    stage: one of data, tokenizer, shards and MODELS.
+    """
+    sections = ["seed", "data"]
+    if stage != "data":
+        sections += ["tokenizer"]
+    if stage in MODELS:
+        sections += ["model", "optim", *MODELS[: MODELS.index(stage) + 1]]
+    flat = flatten(recipe)
+    return {path: value for path, value in flat.items() if path.split(".")[0] in sections}
+
+
 def recipe_difference(mine: Recipe, theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(path, mine, theirs) for every setting in which a recipe and a saved flat one differ."""
     flat = flatten(mine)
     paths = sorted(flat.keys() | theirs.keys())
     return [(p, flat.get(p), theirs.get(p)) for p in paths if flat.get(p) != theirs.get(p)]
-
-
-def short_hash(overrides: Mapping[str, Any]) -> str:
-    """Six hex digits that name a set of recipe overrides."""
-    return hashlib.sha256(json.dumps(dict(overrides), sort_keys=True).encode()).hexdigest()[:6]

@@ -17,15 +17,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanolib import config as settings
 from nanolib.config import Config
@@ -84,6 +87,7 @@ def write_json(path: Path, value: Any) -> None:
 # ---------------------------------------------------------------------------- metrics
 
 
+@dataclass(frozen=True)
 class Metrics:
     """Rows of numbers in a JSONL file, written by one process and read by any number.
 
@@ -91,24 +95,15 @@ class Metrics:
     seconds, seconds_left and tokens_per_second depend on the clock.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._repaired = False
+    path: Path
 
     def append(self, **row: Any) -> None:
         """Add one row, visible to readers at once."""
         with saving(self.path):
-            if not self._repaired:
-                self._repair()
-            with self.path.open("ab") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                _cut_torn_line(file)
                 file.write(json.dumps(row).encode() + b"\n")
-
-    def _repair(self) -> None:
-        """Cut the torn last line that a killed writer may have left."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
-        self._repaired = True
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole rows; a torn last line is left out."""
@@ -121,6 +116,22 @@ class Metrics:
         """Drop what lies after `step`: a resumed stage writes those rows again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Drop what a killed writer left after the last newline; reads no more than that line."""
+    end = size = file.seek(0, os.SEEK_END)
+    block = 1  # enough where the last line is whole
+    while end:
+        start = max(0, end - block)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end, block = start, 4096
+    if end < size:
+        file.truncate(end)
 
 
 # ---------------------------------------------------------------------------- one stage
@@ -188,10 +199,10 @@ class Run:
         recipe. Raises ValueError for an unknown profile, path or value, and where the run was
         made with another recipe.
         """
-        this = cls.peek(profile, run, overrides)
-        if not this.exists():
-            _create(this.path, this.config, settings.check_overrides(overrides or {}))
-            this = cls.peek(profile, run, overrides)
+        given = settings.check_overrides(overrides or {})
+        this = cls._find(profile, run, given)
+        if not this.exists() and not _create(this.path, this.config, given):
+            this = cls._find(profile, run, given)  # another process was first
         _remember(this.path)
         return this
 
@@ -200,19 +211,26 @@ class Run:
         cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
     ) -> Run:
         """The run that `open` would open or make; nothing is written. Raises what `open` raises."""
-        overrides = settings.check_overrides(overrides or {})
-        config = settings.resolve(profile, overrides)
-        this = cls(_locate(run or _default_id(config, overrides)), config)
-        if this.id == LATEST:
+        return cls._find(profile, run, settings.check_overrides(overrides or {}))
+
+    @classmethod
+    def _find(cls, profile: str, run: str | None, given: Mapping[str, Any]) -> Run:
+        """`peek` for checked overrides; the one place where a profile is read and resolved."""
+        defaults = settings.load_profile(profile)
+        path = _locate(run or _default_id(profile, defaults, given))
+        if path.name == LATEST:
             raise ValueError(
                 f"{LATEST!r} is kept for the run opened last; choose another --run NAME"
             )
-        if not this.exists():
-            return this
-        manifest = this.manifest()
-        _check_same_recipe(this.path, manifest, profile, overrides)
-        flat = manifest["recipe"] | settings.flatten(config.machine, "machine.")
-        return cls(this.path, settings.from_flat(profile, flat))
+        if not (path / "manifest.json").exists():
+            return cls(path, settings.from_flat(profile, {**defaults, **given}))
+        manifest = _read_manifest(path)
+        if manifest["profile"] != profile:
+            raise _refusal(path, "profile", manifest["profile"], profile)
+        asked = settings.from_flat(profile, defaults | manifest["overrides"] | given)
+        _check_same_recipe(path, manifest, asked, given)
+        machine = settings.flatten(asked.machine, "machine.")
+        return cls(path, settings.from_flat(profile, manifest["recipe"] | machine))
 
     @classmethod
     def load(cls, run: str | None = None, machine: Mapping[str, Any] | None = None) -> Run:
@@ -228,17 +246,16 @@ class Run:
                 if run
                 else f"there is no run yet in {runs_folder()}; make one: nanolib run demo"
             )
-        manifest = _read_manifest(path)
-        profile, given = manifest["profile"], settings.check_overrides(machine or {})
-        flat = settings.load_profile(profile) if profile in settings.profiles() else {}
-        flat = {key: value for key, value in (flat | given).items() if key.startswith("machine.")}
-        loaded = cls(path, settings.from_flat(profile, manifest["recipe"] | flat))
-        recipe = settings.flatten(loaded.config.recipe)
-        for key in given.keys() & recipe.keys():
-            asked = list(given[key]) if isinstance(given[key], tuple) else given[key]
-            if asked != recipe[key]:
-                raise _refusal(path, key, recipe[key], asked)
-        return loaded
+        manifest, given = _read_manifest(path), settings.check_overrides(machine or {})
+        profile = manifest["profile"]
+        defaults = settings.load_profile(profile) if profile in settings.profiles() else {}
+        flat = {k: v for k, v in (defaults | given).items() if k.startswith("machine.")}
+        config = settings.from_flat(profile, manifest["recipe"] | flat)
+        asked = settings.flatten(given)
+        for key, before, wanted in settings.recipe_difference(config.recipe, asked):
+            if key in asked and not key.startswith("machine."):
+                raise _refusal(path, key, before, wanted)
+        return cls(path, config)
 
     def exists(self) -> bool:
         return (self.path / "manifest.json").exists()
@@ -263,11 +280,13 @@ class Run:
         return settings.REPOSITORY / Path(given).expanduser() if given else None
 
 
-def _default_id(config: Config, overrides: Mapping[str, Any]) -> str:
-    plain = settings.flatten(settings.resolve(config.profile).recipe)
-    recipe = {k: v for k, v in settings.flatten(dict(overrides)).items() if k in plain}
-    changed = {key: value for key, value in recipe.items() if plain[key] != value}
-    return f"{config.profile}-{settings.short_hash(changed)}" if changed else config.profile
+def _default_id(profile: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The profile's name, and a hash of the overrides that change its recipe if there are any."""
+    plain = settings.flatten(settings.from_flat(profile, defaults).recipe)
+    recipe = settings.flatten({path: given[path] for path in given if path in plain})
+    changed = {path: value for path, value in recipe.items() if plain[path] != value}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+    return f"{profile}-{digest[:6]}" if changed else profile
 
 
 def _locate(run: str) -> Path:
@@ -286,8 +305,8 @@ def _existing() -> str:
     return f"; there are {', '.join(n for n in names if n != LATEST)}" if names else ""
 
 
-def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> None:
-    """Write the manifest once; where two processes try, the first one's stands."""
+def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> bool:
+    """Write the manifest; False where another process did so first, and its own stands."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a run's directory; choose another --run NAME")
     visible = [name for name in os.listdir(path) if name[0] != "."] if path.exists() else []
@@ -308,42 +327,58 @@ def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> None:
         with tempfile.TemporaryDirectory(dir=path, prefix=".") as folder:
             draft = Path(folder) / "manifest.json"
             write_json(draft, manifest)
-            with contextlib.suppress(FileExistsError):
+            try:
                 os.link(draft, path / "manifest.json")
+            except FileExistsError:
+                return False
+    return True
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest with its recipe's values checked; settings this version lacks are dropped."""
+    """The manifest with its settings checked; those this version lacks are named and left out."""
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         known = settings.settings()
-        recipe = {k: v for k, v in manifest["recipe"].items() if k in known}
-        return manifest | {"recipe": settings.check_overrides(recipe)}
+        unknown = sorted(manifest["recipe"].keys() - known.keys())
+        for part in ("recipe", "overrides"):
+            flat = {key: value for key, value in manifest[part].items() if key in known}
+            manifest[part] = settings.check_overrides(flat)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged ({error}); restore it, or start a new run with --run NAME"
         ) from None
+    if unknown:
+        _warn(f"{file} has settings that this version lacks and leaves out: {', '.join(unknown)}")
+    return manifest
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Print a warning, each one once a process."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _check_same_recipe(
-    path: Path, manifest: Mapping[str, Any], profile: str, overrides: Mapping[str, Any]
+    path: Path, manifest: Mapping[str, Any], asked: Config, given: Mapping[str, Any]
 ) -> None:
-    """The recipe asked for now must be the run's; overrides it was made with are inherited."""
-    if manifest["profile"] != profile:
-        raise _refusal(path, "profile", manifest["profile"], profile)
-    saved = settings.flatten(settings.from_flat(profile, manifest["recipe"]).recipe)
-    asked = settings.resolve(profile, {**manifest["overrides"], **overrides}).recipe
-    differences = settings.recipe_difference(asked, saved)
-    for key, asked_now, before in differences:
-        if key in overrides:
-            raise _refusal(path, key, before, asked_now)
-    for key, asked_now, before in differences:
-        raise ValueError(
-            f"run {path.name!r} was made with {key} = {before}, and profile {profile} now says "
-            f"{asked_now}; restore the profile to go on with that run, or start a new one with "
-            f"--run NAME (this one is {path})"
-        )
+    """The recipe asked for now must be the run's.
+
+    Overrides that the run was made with are part of `asked`. A setting newer than the run is not
+    in its manifest: the run has the setting's default, whatever the profile says by now.
+    """
+    saved = settings.flatten(settings.from_flat(asked.profile, manifest["recipe"]).recipe)
+    differences = settings.recipe_difference(asked.recipe, saved)
+    for key, now_asked, before in differences:
+        if key in given:
+            raise _refusal(path, key, before, now_asked)
+    for key, now_asked, before in differences:
+        if key in manifest["recipe"]:
+            raise ValueError(
+                f"run {path.name!r} was made with {key} = {before}, and profile {asked.profile} "
+                f"now says {now_asked}; restore the profile to go on with that run, or start a "
+                f"new one with --run NAME (this one is {path})"
+            )
 
 
 def _refusal(path: Path, key: str, saved: Any, asked: Any) -> ValueError:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nanolib import config
-from nanolib.config import ModelConfig, Recipe, flatten, resolve
+from nanolib.config import MODELS, ModelConfig, Recipe, flatten, resolve
 
 
 def test_the_original_at_depth_20():
@@ -61,8 +61,10 @@ def test_flat_names_cover_everything_and_no_stage_is_optional():
         ("machine.mirror", "/a b", "/a b"),
         ("mirror", "x", "x"),
         ("nproc", "2", 2),
+        ("depth", "26", 26),
         ("eval.tasks", "mmlu, facts", ("mmlu", "facts")),
         ("eval.tasks", ["mmlu"], ("mmlu",)),
+        ("machine.mirror", "none", None),
     ],
 )
 def test_values_are_coerced(path, given, value):
@@ -99,6 +101,8 @@ def test_other_values_and_names_are_refused(path, given, message):
         ({"machine.ranks": 0}, r"machine\.ranks must be at least 1, got 0"),
         ({"tokenizer.vocab_size": 264}, r"vocab_size must be at least 265 .* got 264"),
         ({"model.head_dim": 15}, r"head_dim must be even .* got 15"),
+        ({"eval.core_problems": -1}, r"eval\.core_problems must be 0 or more"),
+        ({"grpo.temperature": 0}, r"grpo\.temperature must be more than 0"),
         ({"model.kv_heads": 3}, r"kv_heads must divide the 2 query heads, got 3"),
         ({"base.batch_tokens": 1000}, r"multiple of model\.sequence_len \(128\), got 1000"),
         ({"sft.batch_tokens": 64}, r"sft\.batch_tokens must be a multiple"),
@@ -106,7 +110,7 @@ def test_other_values_and_names_are_refused(path, given, message):
         ({"machine.threads": 0}, r"machine\.threads must be at least 1, got 0"),
         ({"sft.epochs": 0}, r"sft\.epochs must be more than 0"),
         ({"sft.rows.mmlu": -1}, r"sft\.rows\.mmlu must be 0 or more"),
-        ({"base.warmdown": 1.5}, r"base\.warmdown is a fraction"),
+        ({"base.warmdown": 1.5}, r"base\.warmdown must be a fraction"),
         ({"base.warmup": 0.7, "base.warmdown": 0.7}, r"warmup \+ base\.warmdown must be at most 1"),
         ({"mirror": "/there"}, r"machine\.mirror is /there, but data\.source = toyworld"),
         ({"machine.ranks": 3}, r"1024 makes 8 rows, which 3 ranks cannot .* machine\.ranks or"),
@@ -140,12 +144,21 @@ def test_overrides_win_and_derive():
     assert derived.base.steps == -(-parameters // derived.base.batch_tokens)
 
 
-def test_differences_and_names():
+def test_differences():
     assert config.recipe_difference(Recipe(), flatten(Recipe())) == []
     theirs = flatten(Recipe(seed=2))
     assert config.recipe_difference(Recipe(seed=3), theirs) == [("seed", 3, 2)]
-    assert config.short_hash({"a": 1, "b": 2}) == config.short_hash({"b": 2, "a": 1})
-    assert len({config.short_hash({"a": n}) for n in range(50)}) == 50
+
+
+def test_a_stage_depends_on_its_own_settings_and_on_those_before_it():
+    sections = {
+        stage: {path.split(".")[0] for path in config.up_to(Recipe(), stage)}
+        for stage in ("data", "tokenizer", "shards", *MODELS)
+    }
+    assert sections["data"] == {"seed", "data"}
+    assert sections["shards"] == sections["tokenizer"] == {"seed", "data", "tokenizer"}
+    assert sections["base"] == sections["shards"] | {"model", "optim", "base"}
+    assert sections["grpo"] == sections["base"] | {"mid", "sft", "grpo"}
 
 
 def test_doctests():

@@ -1,6 +1,7 @@
 """A run's directory: made once, opened again with the same recipe, never half a file."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -55,6 +56,8 @@ def test_the_default_name_tells_recipes_apart_and_machines_not():
     other = Run.open("tiny", overrides={"base.steps": 11})
     assert other.id.startswith("tiny-") and other.config.recipe.base.steps == 11
     assert Run.open("tiny", overrides={"base.steps": "1_1"}) == other
+    assert other.id == "tiny-7b6a57"  # ids are for ever: a run is found again by its overrides
+    assert len({Run.open("tiny", overrides={"base.steps": n}).id for n in range(1, 30)}) == 29
 
 
 def test_the_recipe_is_inherited_and_the_machine_is_not():
@@ -102,6 +105,47 @@ def test_a_manifest_of_an_older_version_opens(folder):
     manifest["recipe"]["model.gone"] = 1
     path.write_text(json.dumps(manifest))
     assert Run.open("tiny").config == Run.load("tiny").config == config.resolve("tiny")
+
+
+def test_a_setting_newer_than_the_run_has_its_default_and_can_be_asked_for(folder):
+    """The profile may set it by now: the run was made without it."""
+    path = Run.open("tiny").path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recipe"]["grpo.top_k"]
+    path.write_text(json.dumps(manifest))
+    profile = folder / "profiles/tiny.toml"
+    profile.write_text(profile.read_text() + "grpo.top_k = 7\n")
+    assert Run.open("tiny").config.recipe.grpo.top_k == 50
+    with pytest.raises(ValueError, match=r"'tiny' was made with grpo\.top_k = 50, not 7"):
+        Run.open("tiny", overrides={"grpo.top_k": 7}, run="tiny")
+
+
+def test_unknown_settings_of_a_manifest_are_named_once(folder, capsys):
+    path = Run.open("tiny", overrides={"base.steps": 3}).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["recipe"] |= {"model.gone": 1, "base.old": None}
+    manifest["overrides"]["model.gone"] = 1
+    path.write_text(json.dumps(manifest))
+    opened = Run.open("tiny", overrides={"base.steps": 3})
+    assert opened == Run.load() and opened.config.recipe.base.steps == 3
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and errors.endswith("leaves out: base.old, model.gone\n")
+
+
+def test_a_run_is_opened_with_one_read_of_its_profile(monkeypatch):
+    calls = []
+
+    def counted(name):
+        call = getattr(config, name)
+        return lambda *given: [calls.append(name), call(*given)][1]
+
+    for name in ("load_profile", "check_overrides"):
+        monkeypatch.setattr(config, name, counted(name))
+    given = {"base.steps": 3, "machine.ranks": 2}
+    for checks in (2, 4):  # profile and overrides; then the two parts of the manifest, too
+        calls.clear()
+        Run.open("tiny", overrides=given)
+        assert calls.count("load_profile") == 1 and calls.count("check_overrides") == checks
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"profile": "tiny"}'])
@@ -168,7 +212,7 @@ def test_the_manifest_is_written_once(folder):
     """What happens when two processes find no manifest at the same moment."""
     path = Run.open("tiny").path
     before = (path / "manifest.json").read_bytes()
-    rundir._create(path, config.resolve("tiny", {"seed": 9}), {"seed": 9})
+    assert not rundir._create(path, config.resolve("tiny", {"seed": 9}), {"seed": 9})
     assert (path / "manifest.json").read_bytes() == before
 
 
@@ -226,6 +270,38 @@ def test_metrics_survive_a_writer_killed_in_the_middle_of_a_line(tmp_path):
     assert metrics.rows() == [{"step": 1, "kind": "train", "loss": 2.0}]
     Metrics(metrics.path).append(step=2, kind="train", loss=1.0)
     assert [row["step"] for row in metrics.rows()] == [1, 2]
+
+
+@pytest.mark.parametrize("torn", [b"", b"x", b"y" * 10_000])
+def test_an_appended_row_reads_no_more_than_the_end(tmp_path, monkeypatch, torn):
+    """However long the file is, and though each row comes from a Metrics of its own."""
+    path = tmp_path / "metrics.jsonl"
+    for step in range(1000):
+        Metrics(path).append(step=step, kind="train")
+    with path.open("ab") as file:
+        file.write(torn)
+    read = 0
+
+    class Counted(io.BufferedRandom):
+        def read(self, size=-1):
+            nonlocal read
+            found = super().read(size)
+            read += len(found)
+            return found
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Counted(io.FileIO(path, mode)))
+    monkeypatch.setattr(Path, "read_bytes", None)
+    Metrics(path).append(step=1000, kind="train")
+    monkeypatch.undo()
+    assert read <= len(torn) + 4096 + 1
+    assert [row["step"] for row in Metrics(path).rows()] == list(range(1001))
+
+
+def test_metrics_that_are_one_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"z" * 5000)
+    Metrics(path).append(step=1)
+    assert path.read_bytes() == b'{"step": 1}\n'
 
 
 def test_truncate_drops_what_will_be_written_again(tmp_path):

@@ -115,7 +115,7 @@ class Commands:
         """Go the whole road of a profile, from text to chat, chapter by chapter.
 
         The same command goes on where the last one ended. Any setting may follow by its dotted
-        path (--base.steps 100); --mirror FOLDER and --nproc RANKS are short for two of them.
+        path (--base.steps 100); short are --depth N, --mirror FOLDER and --nproc RANKS.
 
         Args:
             profile: A file in runs/, such as demo.
@@ -144,24 +144,23 @@ class Commands:
     def plan(
         self,
         profile: Annotated[str, tyro.conf.arg(metavar="PROFILE")] = "speedrun",
-        depth: int | None = None,
         on: Annotated[str, tyro.conf.arg(metavar="MACHINE")] = "8xH100",
         dollars_per_hour: float | None = None,
     ) -> None:
         """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
 
+        --depth 26 is the dial; any other setting may follow by its dotted path.
+
         Args:
             profile: A file in runs/.
-            depth: The dial; short for --model.depth.
             on: A number of devices of one kind, such as 8xH100 or A100.
             dollars_per_hour: Of the whole machine. [$3 a device]
         """
         from nanolib import planning
         from nanolib.accounting import Machine
 
-        dial = {} if depth is None else {"model.depth": depth}
         machine = Machine.parse(on, dollars_per_hour)
-        asked = {"machine.ranks": machine.count, **self.overrides, **dial}
+        asked = {"machine.ranks": machine.count, **self.overrides}
         print("\n".join(planning.plan(config.resolve(profile, asked), machine)))
 
     def stage(
