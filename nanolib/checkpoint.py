@@ -25,10 +25,10 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from nanolib.config import from_flat
+from nanolib.config import flatten, recipe_from, settings
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
-from nanolib.rundir import saving
+from nanolib.rundir import saving, warn_once
 from nanolib.runtime import Runtime
 
 VERSION = 1
@@ -208,7 +208,7 @@ def load_model(folder: Path, device: torch.device) -> GPT:
     checkpoint = latest(folder)
     if checkpoint is None:
         raise ValueError(f"there is no checkpoint in {folder}: run that stage first")
-    config = from_flat("checkpoint", checkpoint.index["recipe"]).recipe.model
+    config = recipe_from(checkpoint.index["recipe"]).model
     model = GPT.empty(config, checkpoint.index["vocab_size"], device)
     restore_model(checkpoint, model)
     return model
@@ -232,17 +232,19 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: MuonAdamW) -> None:
 
 
 def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a checkpoint was made by the recipe and tokenizer of `about`."""
-    for key, mine in about.items():
-        theirs = checkpoint.index.get(key)
-        if theirs != mine:
-            detail = f"{theirs!r} instead of {mine!r}"
-            if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-                paths = sorted(
-                    p for p in mine.keys() | theirs.keys() if mine.get(p) != theirs.get(p)
-                )
-                detail = ", ".join(f"{p} {theirs.get(p)!r} != {mine.get(p)!r}" for p in paths)
-            raise ValueError(
-                f"{checkpoint.path} belongs to another run ({key}: {detail}); use `--run NAME` "
-                f"for a run of its own"
-            )
+    """Raise ValueError unless a checkpoint was made by the recipe and tokenizer of `about`.
+
+    The checkpoint may be of another version: a setting that it lacks had the default, one that
+    this version lacks is named and ignored.
+    """
+    saved = checkpoint.index["recipe"]
+    if unknown := saved.keys() - settings().keys():
+        warn_once(f"{checkpoint.path} has settings unknown here: {', '.join(sorted(unknown))}")
+    theirs = flatten(recipe_from(saved)) | {k: checkpoint.index[k] for k in about if k != "recipe"}
+    mine = about["recipe"] | {k: about[k] for k in about if k != "recipe"}
+    differences = [f"{k} {theirs[k]!r} != {v!r}" for k, v in mine.items() if theirs[k] != v]
+    if differences:
+        raise ValueError(
+            f"{checkpoint.path} belongs to another run ({', '.join(differences)}); use "
+            f"`--run NAME` for a run of its own"
+        )

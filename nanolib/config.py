@@ -453,13 +453,20 @@ def resolve(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
 def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     """A complete configuration from checked flat settings (a profile's or a manifest's).
 
-    Settings that `flat` lacks have their defaults, names that are no settings are passed over.
     Raises ValueError for settings that contradict each other.
     """
-    recipe = _overlay(Recipe(), flat)
+    recipe = recipe_from(flat)
     machine = _overlay(MachineConfig(), flat, "machine.")
     _check_together(recipe, machine)
     return Config(profile=profile, recipe=_derive(recipe), machine=machine)
+
+
+def recipe_from(flat: Mapping[str, Any]) -> Recipe:
+    """A recipe from saved settings, such as a checkpoint's, which may be of another version.
+
+    Settings that `flat` lacks have their defaults; names that are no settings are ignored.
+    """
+    return _overlay(Recipe(), flat)
 
 
 def _derive(recipe: Recipe) -> Recipe:

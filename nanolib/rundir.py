@@ -46,6 +46,12 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """Print a warning, each one once a process."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------- files
 
 
@@ -349,14 +355,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file} is damaged ({error}); restore it, or start a new run with --run NAME"
         ) from None
     if unknown:
-        _warn(f"{file} has settings that this version lacks and leaves out: {', '.join(unknown)}")
+        warn_once(f"{file} has settings that this version lacks and leaves out: {', '.join(unknown)}")
     return manifest
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    """Print a warning, each one once a process."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def _check_same_recipe(

@@ -270,6 +270,30 @@ def test_another_runs_checkpoint_is_refused(tmp_path, random_model, cpu):
         _trainer(tmp_path, random_model(), cpu).fit()
 
 
+def test_a_checkpoint_of_another_version_goes_on(tmp_path, random_model, cpu, capsys):
+    """A setting that it lacks had the default; one that is unknown now is named and ignored."""
+    trainer = _saved(tmp_path, random_model, cpu)
+    index = trainer.stage.checkpoints / "step_00000004" / "index.json"
+    content = json.loads(index.read_text())
+    del content["recipe"]["optim.clip"], content["recipe"]["model.kv_heads"]
+    content["recipe"]["optim.gone"] = 3
+    index.write_text(json.dumps(content))
+    again = _trainer(tmp_path, random_model(), cpu)
+    again.fit()
+    assert again.step == 6 and "settings unknown here: optim.gone" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_read_though_later_stages_could_not_follow(tmp_path, random_model, cpu):
+    """Rows of 96 tokens do not share mid's default batch; base's checkpoint knows no mid."""
+    trainer = _saved(tmp_path, random_model, cpu)
+    for index in trainer.stage.checkpoints.glob("*/index.json"):
+        content = json.loads(index.read_text())
+        sizes = {"model.depth": 2, "model.aspect": 16, "model.head_dim": 16, "model.kv_heads": 1}
+        content["recipe"] = sizes | {"model.sequence_len": 96}
+        index.write_text(json.dumps(content))
+    assert checkpoint.load_model(trainer.stage.checkpoints, cpu.device).config.sequence_len == 96
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, random_model, cpu, monkeypatch):
     trainer = _saved(tmp_path, random_model, cpu)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanolib import checkpoint, planning, tasks
-from nanolib.config import MODELS, BaseConfig, ConversationConfig, GRPOConfig, flatten
+from nanolib.config import BaseConfig, ConversationConfig, GRPOConfig, flatten, up_to
 from nanolib.data.packing import Batch
 from nanolib.data.sources import ConversationSource, RowSource, TextSource
 from nanolib.engine import Engine
@@ -209,10 +209,8 @@ def _new_model(context: Context, tokenizer: Tokenizer) -> GPT:
 
 def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a stage's checkpoint depends on: the tokenizer, and the recipe up to that stage."""
-    later = {*MODELS[MODELS.index(stage) + 1 :], "eval"}
-    recipe = flatten(run.config.recipe)
     return {
-        "recipe": {path: recipe[path] for path in recipe if path.split(".")[0] not in later},
+        "recipe": up_to(run.config.recipe, stage),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": tokenizer.fingerprint(),
     }
