@@ -355,7 +355,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file} is damaged ({error}); restore it, or start a new run with --run NAME"
         ) from None
     if unknown:
-        warn_once(f"{file} has settings that this version lacks and leaves out: {', '.join(unknown)}")
+        warn_once(
+            f"{file} has settings that this version lacks and leaves out: {', '.join(unknown)}"
+        )
     return manifest
 
 
