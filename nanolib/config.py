@@ -250,6 +250,7 @@ class MachineConfig:
     device_batch: Count | None = None  # rows a micro-batch on one rank; None: the stage's share
     threads: Count | None = None  # CPU threads a rank; None: the cores divided by the ranks
     mirror: str | None = None  # a folder in the mirror's layout instead of the hub
+    save_minutes: Positive | None = None  # between checkpoints at most; None: 10 on CUDA, else any
     dollars_per_hour: float | None = None  # of the whole machine, for the report's cost
 
 

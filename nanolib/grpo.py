@@ -259,9 +259,8 @@ class RolloutSource:
 
     @torch.no_grad()
     def _with_old_nll(self, batch: Batch) -> Batch:
-        batch = batch.to(self.runtime.device)
         with self.runtime.autocast():
-            old_nll_BT = self.nll(batch)
+            old_nll_BT = self.nll(batch.to(self.runtime.device))
         return replace(batch, fields=batch.fields | {"old_nll": old_nll_BT})
 
     def _tell(self, step: int, rollouts: Sequence[Rollout]) -> None:

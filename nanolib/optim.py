@@ -136,8 +136,9 @@ class Group:
 class MuonAdamW:
     """The optimizer of every stage.
 
-    `step` takes the gradients as this rank's sums (already divided by the global token count),
-    sums them over ranks, clips by the global norm and updates the model in place.
+    A parameter's `grad` is this rank's part of the gradient. `reduce` sums the parts over ranks,
+    `update` clips by the global norm and changes the model in place; `step` does both. The trainer
+    calls the two itself, to read the norm from the device together with its own sums.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime):
@@ -179,15 +180,26 @@ class MuonAdamW:
         warm = min(1.0, self.steps / c.momentum_warmup) if c.momentum_warmup else 1.0
         return c.momentum_start + (c.momentum - c.momentum_start) * warm
 
-    @torch.no_grad()
     def step(self, lr_scale: float) -> float:
-        """Update the model from its gradients; returns the global gradient norm before clipping.
+        """`reduce` and `update`; returns the global gradient norm before clipping."""
+        grads, squares = self.reduce()
+        norm = float(self.runtime.sum(squares).sqrt())
+        self.update(grads, norm, lr_scale)
+        return norm
+
+    @torch.no_grad()
+    def reduce(self) -> tuple[list[Tensor], Tensor]:
+        """This rank's share of the global gradient by group, and its sum of squares (float64)."""
+        grads = [self._reduce_group(group) for group in self.groups]
+        squares = torch.stack([grad.square().sum(dtype=torch.float64) for grad in grads]).sum()
+        return grads, squares
+
+    @torch.no_grad()
+    def update(self, grads: list[Tensor], norm: float, lr_scale: float) -> None:
+        """Update the model from what `reduce` gave; `norm` is that of all ranks' gradients.
 
         Raises FloatingPointError, and changes nothing, when the norm is not finite.
         """
-        grads = [self._reduce(group) for group in self.groups]
-        squares = torch.stack([grad.square().sum(dtype=torch.float64) for grad in grads]).sum()
-        norm = float(self.runtime.sum(squares).sqrt())
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm} at update {self.steps + 1}")
         clip = self.config.clip
@@ -196,15 +208,14 @@ class MuonAdamW:
         momentum = self.momentum()
         self.steps += 1
         for group, grad in zip(self.groups, grads, strict=True):
-            self._update(group, grad, lr_scale, momentum)
-        return norm
+            self._update_group(group, grad, lr_scale, momentum)
 
     def zero_grad(self) -> None:
         for group in self.groups:
             for param in group.params:
                 param.grad = None
 
-    def _reduce(self, group: Group) -> Tensor:
+    def _reduce_group(self, group: Group) -> Tensor:
         """This rank's share of the gradients, summed over ranks."""
         stacked = group.stack(
             [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params],
@@ -216,20 +227,19 @@ class MuonAdamW:
         dist.reduce_scatter_tensor(share, stacked.contiguous())
         return share
 
-    def _update(self, group: Group, grad: Tensor, lr_scale: float, momentum: float) -> None:
+    def _update_group(self, group: Group, grad: Tensor, lr_scale: float, momentum: float) -> None:
         stacked = group.stack([p.data for p in group.params], self.runtime.world_size)
         first = self.runtime.rank * group.share
         weight = stacked[first : first + group.share].clone()
         lr = group.lr * lr_scale
         if group.rule == "muon":
-            steps = self.config.newton_schulz_steps
             muon_step(
                 weight,
                 grad,
                 group.state["momentum"],
                 lr=lr,
                 momentum=momentum,
-                newton_schulz_steps=steps,
+                newton_schulz_steps=self.config.newton_schulz_steps,
             )
         else:
             adamw_step(

@@ -1,8 +1,8 @@
 """One trainer for every stage: base, mid, SFT and GRPO differ in their source and their loss.
 
-The sums come first and one division last: a step's token count is known from its batches alone, is
-summed over micro-batches and ranks before the first backward pass, and divides the summed loss of
-each. So any split of the same rows into micro-batches and ranks gives the same gradient.
+Sum first, divide once: a step's tokens are counted over micro-batches and ranks before the first
+backward pass, and that count divides the summed loss of each micro-batch. So any split of the same
+rows into micro-batches and ranks gives the same gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from nanolib.runtime import Runtime
 
 
 class Loss(Protocol):
-    """What a stage minimises: ``sum(nll) / count``, both over all ranks and micro-batches."""
+    """What a stage minimises: ``sum(nll) / count``, both over all ranks and micro-batches.
+
+    `count` is asked of a batch in the host's memory, before it goes to the device.
+    """
 
     def count(self, batch: Batch) -> int: ...
 
@@ -69,7 +72,8 @@ class Trainer:
     """Train a model from its newest checkpoint to the last step, saving on the way.
 
     `hooks` are called after every step that `eval_every` divides and after the last one; they
-    append a row of kind "eval", without which a resume calls them again. nll: `model.nll`,
+    append a row of kind "eval", without which a resume calls them again. save_minutes: the most
+    that a crash may cost, by the lead rank's clock; None: only `save_every` counts. nll: `model.nll`,
     compiled; None: as it is. Raises Stopped when the guard asks for it, after saving.
     """
 
@@ -83,6 +87,7 @@ class Trainer:
         schedule: Schedule,
         steps: int,
         save_every: int,
+        save_minutes: float | None = None,
         eval_every: int,
         runtime: Runtime,
         guard: Guard,
@@ -93,12 +98,13 @@ class Trainer:
     ):
         self.stage, self.model, self.optimizer, self.source = stage, model, optimizer, source
         self.schedule, self.steps = schedule, steps
-        self.save_every, self.eval_every = save_every, eval_every
+        self.save_every, self.save_minutes, self.eval_every = save_every, save_minutes, eval_every
         self.runtime, self.guard, self.about = runtime, guard, about
         self.loss: Loss = loss or CrossEntropy()
         self.hooks = hooks
         self.step = 0  # steps done
         self.saved: int | None = None  # the step of the newest checkpoint
+        self._saved_at = time.monotonic()
         self.nll = nll or model.nll
         self._pace: float | None = None  # seconds a step, smoothed
 
@@ -109,9 +115,9 @@ class Trainer:
             self.run_hooks()
         while self.step < self.steps:
             started = time.perf_counter()
-            row, stop = self.train_step()
+            row, stop, save = self.train_step()
             self.log(row, time.perf_counter() - started)
-            if stop or self.step % self.save_every == 0 or self.step == self.steps:
+            if stop or save or self.step % self.save_every == 0 or self.step == self.steps:
                 self.save()
             if stop and self.step < self.steps:
                 raise Stopped(f"stopped and saved after step {self.step} of {self.steps}")
@@ -133,30 +139,37 @@ class Trainer:
             self.stage.metrics.truncate(self.step)
         self.runtime.barrier()
 
-    def train_step(self) -> tuple[dict[str, Any], bool]:
-        """One step: every update of the source's batches. Returns (metrics, whether to stop)."""
+    def train_step(self) -> tuple[dict[str, Any], bool, bool]:
+        """One step: every update of the source's batches.
+
+        Returns (metrics, whether to stop, whether to save); all ranks return the same.
+        """
         scale = lr_scale(self.schedule, self.step, self.steps)
-        loss, tokens, norm, stop = 0.0, 0, 0.0, False
+        loss, tokens, norm, stop, save = 0.0, 0, 0.0, False, False
         for batches in self.source.updates(self.step):
-            count, asked = self._agree(batches)
-            stop = stop or asked
-            loss = self.forward_backward(batches, count)
-            norm = self.optimizer.step(scale)
+            count = sum(self.loss.count(batch) for batch in batches)
+            mine = [count, self.guard.stop_requested, self._save_due()]
+            counts = self.runtime.sum(torch.tensor(mine, device=self.runtime.device))
+            part = self.forward_backward(batches, counts[0])
+            grads, squares = self.optimizer.reduce()
+            sums = self.runtime.sum(torch.stack((part, squares)))
+            # The one transfer from the device: it waits for everything above.
+            count, stops, saves, loss, squares = torch.cat((counts, sums)).tolist()
+            self._check(count, loss)
+            norm = math.sqrt(squares)
+            self.optimizer.update(grads, norm, scale)
             self.optimizer.zero_grad()
-            tokens += count
+            tokens += int(count)
+            stop, save = stop or stops > 0, save or saves > 0
         self.step += 1
-        return {"loss": loss, "grad_norm": norm, "lr": scale, "tokens": tokens}, stop
+        # "lr" is the schedule's multiplier of the rates in [optim], not a rate.
+        return {"loss": loss, "grad_norm": norm, "lr": scale, "tokens": tokens}, stop, save
 
-    def _agree(self, batches: Sequence[Batch]) -> tuple[int, bool]:
-        """The global number of tokens, and whether any rank was asked to stop."""
-        mine = [sum(self.loss.count(batch) for batch in batches), int(self.guard.stop_requested)]
-        count, stop = self.runtime.sum(torch.tensor(mine, device=self.runtime.device)).tolist()
-        if count == 0:
-            raise ValueError(f"step {self.step} of {self.stage.name} has no token to learn from")
-        return count, stop > 0
+    def forward_backward(self, batches: Sequence[Batch], count: Tensor | int) -> Tensor:
+        """Add the gradient of each batch's sum / count; returns this rank's part of the loss.
 
-    def forward_backward(self, batches: Sequence[Batch], count: int) -> float:
-        """Add each batch's gradient of sum / count; returns the global loss in nats a token."""
+        count: over all ranks. The parts add up to the global loss in nats a token.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for batch in batches:
             batch = batch.to(self.runtime.device)
@@ -165,13 +178,24 @@ class Trainer:
             loss = self.loss.sum(nll_BT, batch) / count
             loss.backward()
             total += loss.detach()
-        value = float(self.runtime.sum(total))
-        if not math.isfinite(value):
+        return total
+
+    def _save_due(self) -> bool:
+        """Whether `save_minutes` have passed on the lead rank's clock; other ranks never ask."""
+        if self.save_minutes is None or not self.runtime.is_lead:
+            return False
+        return time.monotonic() - self._saved_at >= 60 * self.save_minutes
+
+    def _check(self, count: float, loss: float) -> None:
+        """Raise, before the update, where there was nothing to learn or the loss is not finite."""
+        name = self.stage.name
+        if count == 0:
+            raise ValueError(f"step {self.step} of {name} has no token to learn from")
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {value} at step {self.step} of {self.stage.name}; lower "
-                f"{self.stage.name}.lr (now {self.schedule.lr})"
+                f"the loss is {loss} at step {self.step} of {name}; lower {name}.lr "
+                f"(now {self.schedule.lr})"
             )
-        return value
 
     def log(self, row: Mapping[str, Any], seconds: float) -> None:
         """Append one line to metrics.jsonl (the lead rank alone)."""
@@ -202,4 +226,4 @@ class Trainer:
     def save(self) -> None:
         folder = self.stage.checkpoints
         checkpoint.save(folder, self.step, self.model, self.optimizer, self.about, self.runtime)
-        self.saved = self.step
+        self.saved, self._saved_at = self.step, time.monotonic()

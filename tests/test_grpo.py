@@ -156,7 +156,7 @@ def test_several_updates_hold_on_to_the_probabilities_before_the_first(tmp_path)
         assert_close(batch.fields["old_nll"], rollouts.engine.model.nll(batch))
     loop = trainer(tmp_path, rollouts, lr=2.0)
     before = batch.fields["old_nll"].clone()
-    row, _ = loop.train_step()
+    row, *_ = loop.train_step()
     assert row["tokens"] == 3 * PolicyGradient().count(batch)
     with torch.no_grad():
         assert not torch.allclose(rollouts.engine.model.nll(batch), before, atol=1e-3)
@@ -329,7 +329,7 @@ def test_it_learns_what_is_rewarded(updates_each, tmp_path):
 def test_equal_rewards_teach_nothing(tmp_path):
     rollouts = source(reward=lambda question, texts: [1.0] * len(texts))
     before = [weight.detach().clone() for weight in rollouts.engine.model.parameters()]
-    row, _ = trainer(tmp_path, rollouts).train_step()
+    row, *_ = trainer(tmp_path, rollouts).train_step()
     assert row["loss"] == 0 and row["grad_norm"] == 0
     for weight, old in zip(rollouts.engine.model.parameters(), before, strict=True):
         assert weight.equal(old)

@@ -85,8 +85,8 @@ def test_shards_are_bos_and_the_tokens_of_every_document(run):
 def test_sft_targets_are_what_the_assistant_says(run):
     """Decoded targets of every row, in the order of the packed conversations."""
     tokenizer, context = text.load_tokenizer(run), _context(run, "sft")
-    student = training._student(context)
-    settings = training._row_settings(context, run.config.recipe.sft, student) | {"length": 256}
+    setup = training._setup(context)
+    settings = training._row_settings(context, run.config.recipe.sft, setup) | {"length": 256}
     talks = training._conversations(context, "smoltalk", "test", 30)
     source, cut = training._render(tokenizer, talks, settings)
     assert cut == 0
@@ -102,7 +102,7 @@ def test_a_conversation_without_a_target_is_left_out(run):
     """A question that fills the row leaves no room for an answer to learn from."""
     tokenizer, context = text.load_tokenizer(run), _context(run, "sft")
     talks = [Conversation.ask("why? " * 200, "so"), Conversation.ask("who?", "me")]
-    settings = training._row_settings(context, run.config.recipe.sft, training._student(context))
+    settings = training._row_settings(context, run.config.recipe.sft, training._setup(context))
     source, cut = training._render(tokenizer, talks, settings)
     targets = source.batch([source.row(0)]).targets_BT
     assert len(source) == 1 and cut > 0
@@ -134,16 +134,16 @@ def test_held_out_losses_of_a_stage_begin_where_those_of_the_one_before_ended(ru
 def test_validation_loss_is_of_what_the_assistant_says(run):
     """Against the mean over the targets of all rows, computed one by one."""
     context = _context(run, "sft")
-    student = training._student(context)
-    settings = training._row_settings(context, run.config.recipe.sft, student)
+    setup = training._setup(context)
+    settings = training._row_settings(context, run.config.recipe.sft, setup)
     talks = training._conversations(context, "smoltalk", "test", 30)
-    held, _ = training._render(student.tokenizer, talks, settings)
+    held, _ = training._render(setup.tokenizer, talks, settings)
     nats, count = 0.0, 0
     for number in range(len(held)):
         batch = held.batch([held.row(number)])
-        nats += float(student.model.nll(batch)[batch.targets_BT >= 0].detach().sum())
+        nats += float(setup.model.nll(batch)[batch.targets_BT >= 0].detach().sum())
         count += int((batch.targets_BT >= 0).sum())
-    mean = training._validation_loss(student.model, held, context.runtime)
+    mean = training._validation_loss(setup.model, held, context.runtime)
     assert mean == pytest.approx(nats / count)
 
 
@@ -235,9 +235,9 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
         asked.append((length, share))
         return 3
 
-    def train(context, config, student, source, *_):
+    def train(context, config, setup, source, *_):
         seen[context.run.config.machine.device_batch] = source
-        assert student.nll == student.model.nll == getattr(source, "nll", student.nll)
+        assert setup.nll == setup.model.nll == getattr(source, "nll", setup.nll)
         return {}
 
     monkeypatch.setattr(training.planning, "fitting_rows", found)

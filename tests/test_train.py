@@ -1,23 +1,30 @@
 """The trainer: schedule, sums before division, stopping, resuming, checkpoints and damage."""
 
+import datetime
 import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanolib import checkpoint
-from nanolib.config import OptimConfig, Recipe, Schedule, flatten
+from nanolib import checkpoint, train
+from nanolib.config import ModelConfig, OptimConfig, Recipe, Schedule, flatten
 from nanolib.data.packing import batch_of_rows
 from nanolib.data.sources import ConversationSource, TextSource
 from nanolib.guard import Guard
+from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import StageDir
+from nanolib.runtime import Runtime
 from nanolib.train import CrossEntropy, Stopped, Trainer, lr_scale
 
 BOS = 299
@@ -90,12 +97,31 @@ def test_micro_batches_of_unequal_masks_give_the_gradient_of_one_batch(tmp_path,
         assert_close(weight.grad, grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_asks_the_device_once(tmp_path, random_model, cpu, monkeypatch):
+    """Count, loss and norm come in one transfer. Counting targets is done in the host's memory."""
+    transfers = []
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(CrossEntropy, "count", lambda _, batch: batch.targets_BT.numel())
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: transfers.append("tolist") or to_list(x))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation is torch.ops.aten._local_scalar_dense.default:
+                transfers.append("item")
+            return operation(*args, **(kwargs or {}))
+
+    trainer = _trainer(tmp_path, random_model(), cpu, source=_text_source(device_batch=1))
+    with Watch():
+        trainer.train_step()
+    assert transfers == ["tolist"]
+
+
 def test_a_fully_masked_row_is_no_nan(tmp_path, random_model, cpu):
     ids = [[BOS, *range(20)], [BOS, *range(30)]]
     masks = [[False] * 21, [False] * 10 + [True] * 21]
     source = ConversationSource(ids, masks, length=32, batch_rows=2, bos=BOS, seed=1)
     trainer = _trainer(tmp_path, random_model(), cpu, source=source)
-    row, _ = trainer.train_step()
+    row, *_ = trainer.train_step()
     assert math.isfinite(row["loss"]) and row["tokens"] == 21
 
 
@@ -110,8 +136,10 @@ def test_a_step_without_targets_is_an_error(tmp_path, random_model, cpu):
 def test_a_loss_that_is_not_finite_names_step_and_remedy(tmp_path, random_model, cpu):
     model = random_model()
     model.head.weight.data.fill_(float("nan"))
+    kept = model.embedding.weight.detach().clone()
     with pytest.raises(FloatingPointError, match=r"nan at step 0 of base; lower base\.lr"):
         _trainer(tmp_path, model, cpu).train_step()
+    assert torch.equal(model.embedding.weight, kept), "the update was made all the same"
 
 
 def test_it_learns(tmp_path, random_model, cpu):
@@ -204,6 +232,73 @@ def test_a_step_is_an_optimizer_update_not_a_micro_batch(tmp_path, random_model,
     for one, many in zip(rows[None], rows[1], strict=True):
         assert one["lr"] == many["lr"] and one["tokens"] == many["tokens"]
         assert math.isclose(one["loss"], many["loss"], rel_tol=1e-4)
+
+
+# ---------------------------------------------------------------------------- by the clock
+
+
+class Clock:
+    """Time as the trainer sees it: so many minutes pass in every step."""
+
+    def __init__(self, minutes_a_step: float):
+        self.minutes, self.minutes_a_step = 0.0, minutes_a_step
+
+    def monotonic(self) -> float:
+        return 60 * self.minutes
+
+    def perf_counter(self) -> float:  # the trainer's, before and after a step
+        self.minutes += self.minutes_a_step / 2
+        return 60 * self.minutes
+
+
+def _saved_steps(trainer) -> list[int]:
+    """Train to the end; the steps at which a checkpoint was written."""
+    steps, save = [], trainer.save
+
+    def saved():
+        steps.append(trainer.step)
+        save()
+
+    trainer.save = saved
+    trainer.fit()
+    return steps
+
+
+def test_saves_by_the_clock_between_those_by_the_step(tmp_path, random_model, cpu, monkeypatch):
+    """Four minutes a step: after ten have passed the next step saves, and the clock starts again."""
+    settings = {"steps": 12, "save_every": 7}
+    straight = _trainer(tmp_path / "a", random_model(), cpu, **settings)
+    assert _saved_steps(straight) == [7, 12]
+    monkeypatch.setattr(train, "time", Clock(minutes_a_step=4))
+    found = _trainer(tmp_path / "b", random_model(), cpu, save_minutes=10.0, **settings)
+    assert _saved_steps(found) == [3, 6, 7, 10, 12]
+    for step in (10, 12):  # going on from one saved by the clock changes nothing
+        shutil.rmtree(found.stage.checkpoints / "step_00000012", ignore_errors=step == 12)
+        again = _trainer(tmp_path / "b", random_model(seed=9), cpu, **settings)
+        again.fit()
+        for one, two in zip(straight.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(one, two)
+
+
+def _train_with_a_clock(rank: int, folder: str) -> None:
+    """Rank 0 waits four minutes a step, rank 1 a hundred."""
+    torch.set_num_threads(1)
+    store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=60)  # against hanging
+    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timeout)
+    train.time = Clock((4, 100)[rank])  # ty: ignore[invalid-assignment]
+    runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32, rank=rank, world_size=2)
+    model = GPT.build(ModelConfig(depth=1, aspect=16, head_dim=16), 300, runtime.device, seed=1)
+    source = _text_source(rank=rank, world_size=2)
+    settings = {"steps": 7, "save_every": 100, "save_minutes": 10.0, "source": source}
+    steps = _saved_steps(_trainer(Path(folder), model, runtime, **settings))
+    Path(folder, f"rank_{rank}.json").write_text(json.dumps(steps))
+    dist.destroy_process_group()
+
+
+def test_all_ranks_save_when_the_lead_ranks_clock_says_so(tmp_path):
+    mp.spawn(_train_with_a_clock, (str(tmp_path),), nprocs=2)
+    saved = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    assert saved == [[3, 6, 7], [3, 6, 7]]
 
 
 # ---------------------------------------------------------------------------- checkpoints

@@ -94,7 +94,7 @@ class Counts:
 
         setattr(Trainer, "train_step", step)  # noqa: B010 (a plain assignment is not typed)
         wrap(Trainer, "forward_backward")
-        wrap(MuonAdamW, "step")
+        wrap(MuonAdamW, "update")
         for name in COLLECTIVES:
             wrap(dist, name, collective=True)
 
@@ -189,7 +189,7 @@ def measured(run: Run, alone: Run) -> dict[str, str]:
         "reduce-scatter, ms": f"{1e3 * each('reduce_scatter_tensor'):.1f}",
         "all-gather, ms": f"{1e3 * each('all_gather_into_tensor'):.1f}",
         "all-reduce, ms": f"{1e3 * each('all_reduce'):.1f}",
-        "rest of the update, ms": f"{1e3 * each('step'):.1f}",
+        "rest of the update, ms": f"{1e3 * each('update'):.1f}",
         "GRPO, answers/s": f"{_answers_per_second(run):.1f}",
         "scores, s": f"{(run.stage('eval', of='grpo').done() or {})['seconds']:.1f}",
     }

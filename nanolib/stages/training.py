@@ -31,6 +31,7 @@ from nanolib.train import Loss, Trainer
 
 Nll = Callable[[Batch], torch.Tensor]  # what `GPT.nll` is, compiled or not
 
+SAVE_MINUTES_ON_CUDA = 10.0  # unless machine.save_minutes is given
 HELD_OUT = 100  # conversations of each source in mid's and SFT's held-out losses
 
 
@@ -38,19 +39,19 @@ def base(context: Context) -> dict[str, Any]:
     """Pretrain on the token shards; bits per byte on the validation shard as it goes."""
     run, config = context.run, context.run.config.recipe.base
     train, _ = shard_paths(run)
-    student = _student(context)
-    tokenizer = student.tokenizer
-    source = TextSource.open(train, **_row_settings(context, config, student))
+    setup = _setup(context)
+    tokenizer = setup.tokenizer
+    source = TextSource.open(train, **_row_settings(context, config, setup))
     assert config.steps is not None
     documents = validation_documents(run, tokenizer, config.eval_documents)
 
     def score(step: int) -> None:
         bpb = bits_per_byte(
-            student.model, documents, tokenizer.byte_lengths, tokenizer.bos, context.runtime
+            setup.model, documents, tokenizer.byte_lengths, tokenizer.bos, context.runtime
         )
         _eval_row(context, step, bpb=bpb)
 
-    return _train(context, config, student, source, config.steps, score) | {
+    return _train(context, config, setup, source, config.steps, score) | {
         "epochs": config.steps * source.batch_rows / len(source)
     }
 
@@ -67,8 +68,8 @@ def sft(context: Context) -> dict[str, Any]:
 
 def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
     """Train on conversations: the loss covers what the assistant says, nothing else."""
-    student = _student(context)
-    tokenizer, settings = student.tokenizer, _row_settings(context, config, student)
+    setup = _setup(context)
+    tokenizer, settings = setup.tokenizer, _row_settings(context, config, setup)
     mixture = {
         name: _conversations(context, name, "train", limit)
         for name, limit in flatten(config.rows).items()
@@ -84,13 +85,13 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
 
     def score(step: int) -> None:
         losses = {
-            f"{name}_loss": _validation_loss(student.model, rows, context.runtime)
+            f"{name}_loss": _validation_loss(setup.model, rows, context.runtime)
             for name, rows in held.items()
         }
         _eval_row(context, step, **losses)
 
     _score_start(context, score)
-    return _train(context, config, student, source, steps, score) | {
+    return _train(context, config, setup, source, steps, score) | {
         "conversations": {name: len(part) for name, part in mixture.items()},
         "cut_tokens": cut,
         "epochs": steps * source.batch_rows / len(source),
@@ -100,10 +101,10 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
 def grpo(context: Context) -> dict[str, Any]:
     """Learn from answers that can be graded, the tool running; see `nanolib.grpo`."""
     run, config, mirror = context.run, context.run.config.recipe.grpo, context.run.mirror()
-    student = _student(context)
+    setup = _setup(context)
     seed = seed_of(run.config.recipe.seed, "grpo")
     with Sandbox() as sandbox:
-        engine = make_engine(context, student.model, student.tokenizer, sandbox)
+        engine = make_engine(context, setup.model, setup.tokenizer, sandbox)
         quiz, held = (
             Quiz(engine, tasks.load_graded(config.task, split, mirror), config.max_new_tokens)
             for split in ("train", "test")
@@ -116,9 +117,9 @@ def grpo(context: Context) -> dict[str, Any]:
             temperature=config.temperature,
             top_k=config.top_k,
             updates_each=config.updates_each,
-            device_batch=student.device_batch,
+            device_batch=setup.device_batch,
             reward=_shuffled(quiz, seed) if config.shuffled else None,
-            nll=student.nll,
+            nll=setup.nll,
             metrics=context.stage.metrics,
         )
         steps = config.steps or math.ceil(config.epochs * len(quiz.usable) / config.questions)
@@ -130,7 +131,7 @@ def grpo(context: Context) -> dict[str, Any]:
 
         _score_start(context, score)
         loss = PolicyGradient(config.clip)
-        return _train(context, config, student, source, steps, score, loss) | {
+        return _train(context, config, setup, source, steps, score, loss) | {
             "epochs": steps * config.questions / len(quiz.usable),
             "answers": steps * config.questions * config.samples,
         }
@@ -148,35 +149,35 @@ def _shuffled(quiz: Quiz, seed: int) -> Reward:
 
 
 def _row_settings(
-    context: Context, config: BaseConfig | ConversationConfig, student: Student
+    context: Context, config: BaseConfig | ConversationConfig, setup: Setup
 ) -> dict[str, Any]:
     run, runtime = context.run, context.runtime
     length = run.config.recipe.model.sequence_len
     return {
         "length": length,
         "batch_rows": config.batch_tokens // length,
-        "bos": student.tokenizer.bos,
+        "bos": setup.tokenizer.bos,
         "seed": seed_of(run.config.recipe.seed, context.stage.name),
         "rank": runtime.rank,
         "world_size": runtime.world_size,
-        "device_batch": student.device_batch,
+        "device_batch": setup.device_batch,
     }
 
 
 @dataclass(frozen=True)
-class Student:
-    """What a training stage trains, and how much of it at once."""
+class Setup:
+    """What a training stage starts with."""
 
     tokenizer: Tokenizer
     model: GPT
     nll: Nll  # of the model, compiled on CUDA
-    device_batch: int  # rows in a micro-batch at most
+    device_batch: int  # most rows in a micro-batch
 
 
-def _student(context: Context) -> Student:
-    """The model that a stage goes on with, and its micro-batch.
+def _setup(context: Context) -> Setup:
+    """The tokenizer, the model that a stage starts from, and its micro-batch.
 
-    Before the optimizer is made: on CUDA the rows are found by trying.
+    Call it before the optimizer is made: on CUDA the micro-batch is found by trying.
     """
     config, runtime = context.run.config, context.runtime
     tokenizer = load_tokenizer(context.run)
@@ -187,11 +188,11 @@ def _student(context: Context) -> Student:
     rows = config.machine.device_batch or planning.fitting_rows(model, nll, length, share, runtime)
     if runtime.is_lead:
         print(f"micro-batch: {min(rows, share)} of a rank's {share} rows", flush=True)
-    return Student(tokenizer, model, nll, rows)
+    return Setup(tokenizer, model, nll, rows)
 
 
 def _new_model(context: Context, tokenizer: Tokenizer) -> GPT:
-    """A model with the weights of the run's training stage before this one, else drawn ones."""
+    """A model with the weights of the run's training stage before this one, else initial ones."""
     run, recipe = context.run, context.run.config.recipe
     vocab, device = recipe.tokenizer.vocab_size, context.runtime.device
     model = GPT.build(recipe.model, vocab, device, recipe.seed)
@@ -219,32 +220,40 @@ def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, An
 def _train(
     context: Context,
     config: BaseConfig | ConversationConfig | GRPOConfig,
-    student: Student,
+    setup: Setup,
     source: RowSource | RolloutSource,
     steps: int,
     score: Callable[[int], None],
     loss: Loss | None = None,
 ) -> dict[str, Any]:
-    """Run the trainer; the result is read off the metrics, so a resumed stage tells the same."""
+    """Train to the last step; returns the stage's result."""
+    runtime, machine = context.runtime, context.run.config.machine
     every = max(1, steps // 10)
+    save_minutes = SAVE_MINUTES_ON_CUDA if runtime.device.type == "cuda" else None
     trainer = Trainer(
         stage=context.stage,
-        model=student.model,
-        nll=student.nll,
-        optimizer=MuonAdamW(student.model, context.run.config.recipe.optim, context.runtime),
+        model=setup.model,
+        nll=setup.nll,
+        optimizer=MuonAdamW(setup.model, context.run.config.recipe.optim, runtime),
         source=source,
         schedule=config,
         steps=steps,
         save_every=config.save_every or every,
+        save_minutes=machine.save_minutes or save_minutes,
         eval_every=config.eval_every or every,
-        runtime=context.runtime,
+        runtime=runtime,
         guard=context.guard,
-        about=about_checkpoint(context.run, context.stage.name, student.tokenizer),
+        about=about_checkpoint(context.run, context.stage.name, setup.tokenizer),
         loss=loss,
         hooks=[lambda trainer: score(trainer.step)],
     )
     trainer.fit()
-    context.runtime.barrier()
+    runtime.barrier()
+    return _result(context, setup.model)
+
+
+def _result(context: Context, model: GPT) -> dict[str, Any]:
+    """What a finished stage tells, from its metrics: the same however often it was resumed."""
     rows = context.stage.metrics.rows()
     steps_done = [row for row in rows if row["kind"] == "train"]
     scores = [row for row in rows if row["kind"] == "eval"]
@@ -252,9 +261,9 @@ def _train(
     tokens = sum(row["tokens"] for row in steps_done)
     final = {k: v for k, v in scores[-1].items() if k not in ("kind", "step")}
     return {
-        "steps": steps,
+        "steps": len(steps_done),
         "tokens": tokens,
-        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "train_loss": steps_done[-1]["loss"],
         **{f"validation_{name}": value for name, value in final.items()},
         "seconds": seconds,
