@@ -36,7 +36,7 @@ DEVICES = {
     "RTX 4090": Device(165e12, 24),
 }
 
-# Model FLOPs utilisation by depth, measured in bfloat16 on one H100 (2026-11-24, runs/bench_device.md):
+# Model FLOPs utilisation by depth, measured in bfloat16 on one H100 (2026-11-24, runs/bench/device.md):
 # of whole runs at 8 and 20, at the others of forward, backward and update. What ranks say to each
 # other is not in it. (nanochat of July 2026 on one: 0.41 at 12, 0.487 at 20.)
 MEASURED_MFU = {8: 0.346, 12: 0.427, 20: 0.474, 26: 0.485, 32: 0.526}

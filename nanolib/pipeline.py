@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Generator, Mapping
@@ -141,6 +142,7 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
     from nbclient.exceptions import DeadKernelError
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    _copy_helpers(target.parent)
     try:
         papermill.execute_notebook(
             read(source),
@@ -161,6 +163,12 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
             f"the kernel of chapter {source.stem} died (killed, or out of memory?); what its "
             "stages saved is kept: run the same command to go on"
         ) from None
+
+
+def _copy_helpers(folder: Path) -> None:
+    """Put what chapters import (lesson.py) beside executed chapters: they can be run there again."""
+    for helper in NOTEBOOKS.glob("[!0-9]*.py"):
+        shutil.copy(helper, folder)
 
 
 def _engine() -> str:

@@ -23,7 +23,7 @@ from nanolib.runtime import Runtime
 
 MARGIN = 0.92  # of a GPU's memory: the rest is for the allocator's gaps and the ranks' messages
 # Of the activations that `accounting` counts, the part that a compiled bfloat16 program keeps: what
-# brings the estimate within a tenth of the peaks that were measured on an H100 (runs/bench_device.md).
+# brings the estimate within a tenth of the peaks that were measured on an H100 (runs/bench/device.md).
 KEPT_ON_CUDA = 0.82
 ENOUGH = 65_536  # tokens of a micro-batch, the original's most: more would only take more memory
 ORIGINAL_SECONDS = 3 * 3600 + 51 * 60  # the original's d20 on 8xH100, all stages; $92

@@ -48,7 +48,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch.testing import assert_close
 
-from nanolib import accounting, config, lesson
+import lesson
+from nanolib import accounting, config
 from nanolib.model import GPT
 from nanolib.rundir import StageDir
 from nanolib.tokenizer import Tokenizer

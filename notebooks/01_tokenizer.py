@@ -43,7 +43,8 @@ import numpy as np
 import regex
 import tiktoken
 
-from nanolib import config, hub, launch, lesson
+import lesson
+from nanolib import config, hub, launch
 from nanolib.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 
 run = lesson.begin(profile, run, overrides)
@@ -165,7 +166,7 @@ print("more than five times as fast, on a text this small")
 # on two threads: the longer the bar, the longer the wait.
 
 # %%
-table = (config.REPOSITORY / "runs" / "bench_tokenizer.md").read_text()
+table = (config.REPOSITORY / "runs" / "bench" / "tokenizer.md").read_text()
 print(table.split(", load")[0].strip())
 cells = [line.split("|")[1:4] for line in table.splitlines() if line.count("|") == 6]
 race = {name.strip(): float(s.split()[0]) for name, threads, s in cells if threads.strip() == "2"}

@@ -35,7 +35,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch.testing import assert_close
 
-from nanolib import lesson, model
+import lesson
+from nanolib import model
 from nanolib.config import ModelConfig
 
 run = lesson.begin(profile, run, overrides)

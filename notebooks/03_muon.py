@@ -39,7 +39,8 @@ import torch
 import torch._dynamo  # torch.optim's first optimizer needs it: seconds, and better here than below
 from torch.testing import assert_close
 
-from nanolib import launch, lesson, optim
+import lesson
+from nanolib import launch, optim
 from nanolib.config import ModelConfig, OptimConfig
 from nanolib.data.sources import TextSource
 from nanolib.model import GPT

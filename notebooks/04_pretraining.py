@@ -39,7 +39,8 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from nanolib import checkpoint, launch, lesson
+import lesson
+from nanolib import checkpoint, launch
 from nanolib.config import ModelConfig, Schedule
 from nanolib.data.packing import batch_of_rows
 from nanolib.data.shards import split_documents

@@ -43,7 +43,8 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from nanolib import accounting, checkpoint, launch, lesson
+import lesson
+from nanolib import accounting, checkpoint, launch
 from nanolib.model import attend
 from nanolib.config import ModelConfig
 from nanolib.data.shards import split_documents

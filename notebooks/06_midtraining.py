@@ -41,7 +41,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from nanolib import checkpoint, launch, lesson, tasks
+import lesson
+from nanolib import checkpoint, launch, tasks
 from nanolib.config import flatten
 from nanolib.conversation import Conversation, Message, Part, answer_parts
 from nanolib.data.packing import batch_of_rows

@@ -36,7 +36,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from nanolib import checkpoint, launch, lesson, tasks
+import lesson
+from nanolib import checkpoint, launch, tasks
 from nanolib.conversation import LETTERS, Conversation, choice_question
 from nanolib.data.packing import batch_of_rows
 from nanolib.data.sources import ConversationSource

@@ -41,7 +41,8 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from nanolib import checkpoint, grpo, launch, lesson, tasks
+import lesson
+from nanolib import checkpoint, grpo, launch, tasks
 from nanolib.config import ModelConfig
 from nanolib.data.packing import Batch, batch_of_rows
 from nanolib.engine import Engine

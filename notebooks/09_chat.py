@@ -38,7 +38,8 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from nanolib import checkpoint, config, launch, lesson
+import lesson
+from nanolib import checkpoint, config, launch
 from nanolib.conversation import Conversation
 from nanolib.engine import Engine, inverse_cdf, probabilities
 from nanolib.runtime import Runtime

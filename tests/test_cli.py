@@ -72,6 +72,17 @@ def test_the_command_and_the_module_are_the_same():
         assert result.stderr.startswith("error: there is no profile 'nix'")
 
 
+def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
+    assert "bench" in nanolib("--help")[1]
+    code, out, _ = nanolib("bench")
+    names = [line.split()[0] for line in out.splitlines()]
+    assert code == 0 and names == ["demo", "device", "faults", "ranks", "tokenizer"]
+    code, out, _ = nanolib("bench", "ranks", "--help")
+    assert code == 0 and "--steps" in out
+    code, _, errors = nanolib("bench", "ranks", "--model.dept", "3")
+    assert code == 2 and "model.dept" in errors
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
@@ -110,6 +121,7 @@ def test_the_command_and_the_module_are_the_same():
         ("serve", r"no run yet"),
         ("report --run nix", r"no run 'nix'"),
         ("notebooks", r"needs one of --refresh and --check"),
+        ("bench dmeo", r"no measurement 'dmeo'; there are demo, device, faults, ranks, tokenizer"),
     ],
 )
 def test_a_mistake_is_one_line_that_helps(nanolib, words, message):

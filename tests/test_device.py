@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanolib import planning
-from nanolib.bench import device
+from runs.bench import device
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A run killed in every stage ends with the numbers of one that was left alone.
 
-Real workers in profile smoke, started by chapters that only launch; see `nanolib.bench.faults`
+Real workers in profile smoke, started by chapters that only launch; see `runs.bench.faults`
 for the long version over the whole course.
 """
 
@@ -17,9 +17,9 @@ import pytest
 from chain import COMMAND, chapter
 
 from nanolib import launch
-from nanolib.bench import faults
 from nanolib.config import MODELS, REPOSITORY
 from nanolib.rundir import Run, StageDir
+from runs.bench import faults
 
 # Each stage, the rows of metrics after which it is struck (0: while it starts), and how.
 ROAD = [

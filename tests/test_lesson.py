@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanolib import lesson
+import lesson
+from nanolib.config import REPOSITORY
 from nanolib.rundir import Run, StageDir
 
 matplotlib.use("Agg")
@@ -56,11 +57,19 @@ def rows(count: int, steps: int = 50) -> list[dict]:
 
 def test_importing_lesson_imports_nothing_heavy():
     code = (
-        "import sys, nanolib.lesson; "
+        "import sys, lesson; "
         "heavy = {'torch', 'matplotlib', 'IPython', 'numpy'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY / "notebooks")
+
+
+def test_the_library_does_without_the_chapters():
+    imports = re.compile(r"^\s*(import|from) (lesson|pairs|notebooks|runs)\b", re.MULTILINE)
+    found = [
+        path for path in (REPOSITORY / "nanolib").rglob("*.py") if imports.search(path.read_text())
+    ]
+    assert found == []
 
 
 # ---------------------------------------------------------------------------- begin

@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
-from nanolib import launch, lesson, pipeline
+import lesson
+from nanolib import launch, pipeline
 from nanolib.rundir import Run
 from nanolib.stages import worker
 

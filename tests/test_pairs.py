@@ -2,12 +2,14 @@
 
 import shutil
 
+import nbclient
 import nbformat
 import pytest
 
 from nanolib import pipeline
+from nanolib.config import REPOSITORY
 from nanolib.rundir import Run
-from nanolib.ui import pairs
+from notebooks import pairs
 
 CHAPTER = """# %% [markdown]
 # # A chapter
@@ -20,8 +22,8 @@ overrides = {}
 # %%
 import datetime
 import ipywidgets
-from nanolib.rundir import Run
-this = Run.open(profile, run, overrides)
+import lesson
+this = lesson.begin(profile, run, overrides)
 print(this.path, object(), datetime.datetime.now(datetime.UTC).isoformat())
 
 # %%
@@ -38,6 +40,7 @@ def chapter(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(pipeline, "NOTEBOOKS", folder)
     (folder / "00_only.py").write_text(CHAPTER)
+    shutil.copy(REPOSITORY / "notebooks" / "lesson.py", folder)
     return folder / "00_only.py"
 
 
@@ -54,9 +57,18 @@ def test_a_refresh_twice_gives_the_same_bytes(chapter):
     notebook = nbformat.read(twin, as_version=4)
     nbformat.validate(notebook)
     outputs = [c.outputs for c in notebook.cells if c.cell_type == "code"]
-    assert outputs[1][0].text == "runs/out/demo <object object at 0x…> (date)\n"
+    assert outputs[1][0].text.splitlines()[1] == "runs/out/demo <object object at 0x…> (date)"
     assert outputs[2] == [] and outputs[3][0].data == {"text/plain": "42"}
     assert notebook.metadata == {"kernelspec": pairs.KERNEL}
+
+
+def test_an_executed_copy_runs_in_its_own_folder(chapter):
+    """As a reader opens it in JupyterLab, whose kernels start where the notebook is."""
+    copy = pipeline.run("smoke").path / "chapters" / "00_only.ipynb"
+    notebook = nbformat.read(copy, as_version=4)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": copy.parent}}).execute()
+    assert "run smoke: depth 2" in str(notebook.cells)
+    assert (copy.parent / "lesson.py").read_bytes() == (chapter.parent / "lesson.py").read_bytes()
 
 
 @pytest.mark.parametrize(

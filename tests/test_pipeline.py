@@ -16,11 +16,11 @@ import pytest
 from chain import COMMAND, chapter
 
 from nanolib import config, pipeline
-from nanolib.bench import faults
-from nanolib.bench.faults import survivors
 from nanolib.config import REPOSITORY
 from nanolib.rundir import Run
 from nanolib.ui import background, cli
+from runs.bench import faults
+from runs.bench.faults import survivors
 
 # Ending a kernel takes longer than nbclient's second between two looks at whether it lives: what
 # happens now and then on a busy machine happens always.

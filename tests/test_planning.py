@@ -27,7 +27,7 @@ def test_doctests():
 # ---------------------------------------------------------------------------- the estimate
 
 
-PEAKS = [  # depth, vocabulary, rows, bytes: measured on an H100, runs/bench_device.md
+PEAKS = [  # depth, vocabulary, rows, bytes: measured on an H100, runs/bench/device.md
     (8, 16_384, 32, 15.3e9),
     (12, 16_384, 32, 29.0e9),
     (20, 65_536, 16, 46.5e9),

@@ -16,13 +16,13 @@ from graded_stages import by_length
 from torch.testing import assert_close
 
 from nanolib import checkpoint, grpo, launch
-from nanolib.bench import ranks
 from nanolib.config import MODELS, OptimConfig
 from nanolib.model import GPT
 from nanolib.optim import SLOTS, MuonAdamW
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 from nanolib.stages import text, training, worker
+from runs.bench import ranks
 
 STEPS = 20
 CURVE = 0.3  # between GRPO's mean rewards of a step's 16 answers: some may have flipped
@@ -204,7 +204,7 @@ def test_four_ranks_share_the_optimizer_and_send_what_zero_2_sends(make_run, mon
     """What `nanolib bench ranks` measures, against a count by hand: stacks of whole fours."""
     one, four = make_run("base", 4, 1), make_run("base", 4, 4)
     launch.stage("base", one)
-    monkeypatch.setattr(launch, "WORKER", "nanolib.bench.ranks")
+    monkeypatch.setattr(launch, "WORKER", "runs.bench.ranks")
     launch.stage("base", four)
     assert ranks.furthest(ranks.losses(four), ranks.losses(one)) < 1e-5
     width, depth = four.config.recipe.model.width, four.config.recipe.model.depth

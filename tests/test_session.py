@@ -15,7 +15,6 @@ from test_conversation import joined
 from test_model import CPU, tiny
 
 from nanolib import checkpoint
-from nanolib.bench.faults import survivors
 from nanolib.config import flatten
 from nanolib.conversation import Conversation, Message, Part, answer_parts
 from nanolib.engine import Engine, Token
@@ -26,6 +25,7 @@ from nanolib.runtime import Runtime
 from nanolib.session import Session
 from nanolib.tokenizer import Tokenizer
 from nanolib.ui import terminal
+from runs.bench.faults import survivors
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ code 2. Nothing heavy is imported before it is needed.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
-import pkgutil
 import signal
 import sys
 import threading
@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
@@ -44,10 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     if "UV_RUN_RECURSION_DEPTH" in os.environ:
         threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
-        if arguments[:1] == ["bench"]:
-            return _bench(*arguments[1:])
-        words, overrides = config.split_settings(arguments)
-        _dispatch(words, overrides)
+        first = 2 if "bench" in arguments[:1] else len(arguments)  # a script parses the rest
+        words, overrides = config.split_settings(arguments[:first])
+        _dispatch(words, overrides, arguments[first:])
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # such as `nanolib settings | head`
@@ -59,17 +59,6 @@ def main(arguments: Sequence[str]) -> int:
     except (launch.WorkerError, pipeline.ChapterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    return 0
-
-
-def _bench(name: str = "", *arguments: str) -> int:
-    """Run one of the measurements behind the tables under runs/; the rest are its own words."""
-    names = sorted(
-        m.name for m in pkgutil.iter_modules([str(Path(__file__).parent.parent / "bench")])
-    )
-    if name not in names:
-        raise ValueError(f"there is no measurement {name!r}; there are {', '.join(names)}")
-    importlib.import_module(f"nanolib.bench.{name}").main(list(arguments))
     return 0
 
 
@@ -85,9 +74,9 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _dispatch(words: Sequence[str], overrides: dict[str, Any]) -> None:
+def _dispatch(words: Sequence[str], overrides: dict[str, Any], rest: Sequence[str]) -> None:
     """Let tyro match the words to a method of `Commands` and call it."""
-    commands = Commands(overrides)
+    commands = Commands(overrides, rest)
     names = [name for name in vars(Commands) if not name.startswith("_")]
     tyro.extras.subcommand_cli_from_dict(
         {name: getattr(commands, name) for name in names},
@@ -103,6 +92,7 @@ class Commands:
     """One method a command; settings given by their dotted paths are in `overrides`."""
 
     overrides: dict[str, Any]
+    rest: Sequence[str]  # the words after `bench NAME`
 
     def run(
         self,
@@ -282,14 +272,31 @@ class Commands:
             refresh: Execute profile demo and renew every .ipynb with its outputs.
             check: Name the twins that differ; the exit code is 2 if any do.
         """
-        from nanolib.ui import pairs
-
         if refresh == check:
             raise ValueError("nanolib notebooks needs one of --refresh and --check")
+        pairs = _from_checkout("notebooks.pairs")
         if refresh:
             pairs.refresh(self.overrides)
         else:
             pairs.check()
+
+    def bench(
+        self, name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = ""
+    ) -> None:
+        """Run one of the measurements in runs/bench/; without a NAME, list them.
+
+        Words after NAME are its own: nanolib bench NAME --help.
+        """
+        scripts = sorted((config.REPOSITORY / "runs" / "bench").glob("*.py"))
+        if name and name not in [path.stem for path in scripts]:
+            names = ", ".join(path.stem for path in scripts)
+            raise ValueError(f"there is no measurement {name!r}; there are {names}")
+        if name:
+            _from_checkout(f"runs.bench.{name}").main(list(self.rest))
+            return
+        for path in scripts:
+            about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            print(f"{path.stem:<10} {about.splitlines()[0]}")
 
     def settings(self, profile: ProfileName = "demo") -> None:
         """List every setting's dotted path with its value in a profile."""
@@ -300,6 +307,12 @@ class Commands:
 
     def _open(self, run: str | None) -> Run:
         return Run.load(_place(run), self.overrides)
+
+
+def _from_checkout(module: str) -> ModuleType:
+    """Import a module that is in the checkout but not in the package, such as notebooks.pairs."""
+    sys.path.insert(0, str(config.REPOSITORY))
+    return importlib.import_module(module)
 
 
 def _place(run: str | None) -> str | None:

@@ -39,8 +39,9 @@ def files(tests: bool = False) -> Iterator[Path]:
         yield from [path.with_suffix(".py")] if not path.is_dir() else _sources(path)
     crate = REPOSITORY / "rust_tokenizer"
     yield from (crate / "Cargo.toml", *sorted((crate / "src").glob("*.rs")))
-    yield from sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.py"))
+    yield from sorted((REPOSITORY / "notebooks").glob("*.py"))
     yield from sorted((REPOSITORY / "runs").glob("*.toml"))
+    yield from sorted((REPOSITORY / "runs" / "bench").glob("*.py"))
     if tests:
         yield from sorted((REPOSITORY / "tests").glob("*.py"))
 

@@ -1,4 +1,4 @@
-"""The race of the BPE trainers: `python -m nanolib.bench.tokenizer --mirror FOLDER`.
+"""The race of the BPE trainers: `nanolib bench tokenizer --mirror FOLDER`.
 
 Every measurement is a process of its own, and ours runs right before each of its peers, so that
 both see the same machine. Peers come from PyPI into a throwaway environment; one that cannot be
@@ -302,7 +302,7 @@ def report(folder: Path, options: argparse.Namespace) -> str:
     ]
     if micro:
         parts += ["The crate's microbenchmark on the same corpus:", f"```\n{micro}\n```"]
-    command = "uv run python -m nanolib.bench.tokenizer --mirror FOLDER"
+    command = "uv run nanolib bench tokenizer --mirror FOLDER"
     return "\n\n".join([*parts, f"Made by `{command}`."]) + "\n"
 
 

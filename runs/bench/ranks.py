@@ -8,7 +8,7 @@ the ranks go on. Throughput is of the steps before the middle; after it every ph
 that its time is its own, and bytes are counted. Bytes sent are what a ring sends: of S bytes
 reduce-scattered or all-gathered among R ranks each sends S (R − 1) / R, all-reduced twice that.
 
-As a program (``python -m nanolib.bench.ranks base DIR``) this module is the worker that counts.
+As a program (``python -m runs.bench.ranks base DIR``) this module is the worker that counts.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from nanolib import accounting, launch, markdown, rundir
-from nanolib.bench.faults import command_line
 from nanolib.config import split_settings
 from nanolib.rundir import Run, StageDir
+from runs.bench.faults import command_line
 
 # Collective -> how many times (R − 1) / R of its bytes a ring sends.
 COLLECTIVES = {"reduce_scatter_tensor": 1, "all_gather_into_tensor": 1, "all_reduce": 2}
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=48, help="of base")
     given = parser.parse_args(words)
-    launch.WORKER = "nanolib.bench.ranks"
+    launch.WORKER = "runs.bench.ranks"
     most = max(given.ranks)
     overrides = SHORT | {
         "base.steps": given.steps,
