@@ -240,11 +240,9 @@ class AnswerParser:
 
     def feed(self, id: int) -> list[Part]:
         """The pieces that one more token makes; none after the end."""
+        self._ended = self._ended or id in self._ends
         if self._ended:
             return []
-        if id in self._ends:
-            self._ended = True
-            return self.finish()
         if id not in self._markers:
             return self._add(self._decoder.decode(self._tokenizer.token_bytes(id)))
         pieces = self.finish()

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from nanolib import hub
 from nanolib.conversation import LETTERS, Conversation, Message, Part, choice_question
+from nanolib.tools import without_commas
 
 
 class Task:
@@ -193,7 +194,7 @@ def python_says(expression: str) -> str | None:
         raise ValueError(f"{expression!r} is more than a sum of numbers")
 
     try:
-        return repr(value(ast.parse(expression.strip(), mode="eval").body))
+        return repr(value(ast.parse(without_commas(expression.strip()), mode="eval").body))
     except (ArithmeticError, KeyError, RecursionError, SyntaxError, ValueError):
         return None
 

@@ -73,6 +73,7 @@ _LACKING = re.compile(
     r"|NameError: name '(?P<name>\w+)' is not defined"
     r"|AttributeError: (?:type object )?'(?P<type>\w+)' (?:object )?has no attribute '(?P<method>\w+)'"
 )
+_ARITHMETIC = re.compile(r"[0-9\s.,()+\-*/%]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +144,12 @@ class Sandbox:
     def run(self, source: str) -> ToolResult:
         """Run what stands between ``<|python_start|>`` and ``<|python_end|>``: "12*7" gives "84".
 
-        An expression gives its repr (None gives nothing), statements what they print. Nothing
-        that the source does raises here. A flood of more than `OUTPUT_BYTES` is an error.
+        An expression gives its repr (None gives nothing), statements what they print. In plain
+        arithmetic commas between digits are ignored (`without_commas`). Nothing that the source
+        does raises here. A flood of more than `OUTPUT_BYTES` is an error.
         """
         output = monty.CollectString(max_bytes=OUTPUT_BYTES)
-        error = self._feed(_RUN, {"source": source.strip()}, output)
+        error = self._feed(_RUN, {"source": without_commas(source.strip())}, output)
         return ToolResult(output.output.rstrip("\n"), error)
 
     def check(self, program: str) -> Verdict:
@@ -205,6 +207,16 @@ class Sandbox:
             return f"MemoryError: the program needed more than {MEMORY_BYTES >> 20} MiB"
         line = " ".join(error.split())
         return line if len(line) <= ERROR_CHARACTERS else line[: ERROR_CHARACTERS - 1] + "…"
+
+
+def without_commas(source: str) -> str:
+    """Plain arithmetic without the commas between its digits: ``1,000*3`` becomes ``1000*3``.
+
+    As in nanochat's calculator, any such comma counts, also in ``(1,2)``, if all else is digits,
+    operators, dots, round brackets and blanks. Any other source, such as ``max(12,300)``, stays.
+    """
+    plain = _ARITHMETIC.fullmatch(source)
+    return re.sub(r"(?<=[0-9]),(?=[0-9])", "", source) if plain else source
 
 
 def _write_launcher(folder: Path, seconds: float) -> Path:

@@ -72,15 +72,16 @@ def test_gsm8k_marks_become_a_tool_call_and_its_output(mirror):
 
 
 def test_gsm8k_outputs_are_what_the_tool_says(mirror):
-    """The last two are no sums that Python takes: what was written stays."""
-    sums = ["48/2=24", "2.5*12=30", "-(3-10)//2=3", " 7%4=3", "0.1+0.2=.3", "1/0=0", "1,000+1=1001"]
+    """The last two are nothing that Python computes: what was written stays."""
+    sums = ["48/2=24", "2.5*12=30", "-(3-10)//2=3", " 7%4=3", "0.1+0.2=.3", "1,000*3=3,000"]
+    sums += ["(1,200 - 1,000)/ 4=50", "1/0=0", "2x=4"]
     row = {"question": "?", "answer": "".join(f"<<{sum}>>, " for sum in sums) + "#### 1"}
     task = tasks.load("gsm8k", "test", mirror("openai/gsm8k/main/test", row))
     parts = task.conversation(0).messages[1].parts
     calls, outputs = ([p.text for p in parts if p.kind == kind] for kind in ("python", "output"))
     with Sandbox(workers=1) as sandbox:
-        assert outputs[:5] == [sandbox.run(call).text for call in calls[:5]]
-    assert outputs[0] == "24.0" and outputs[5:] == ["0", "1001"]
+        assert outputs[:7] == [sandbox.run(call).text for call in calls[:7]]
+    assert outputs[0] == "24.0" and outputs[5] == "3000" and outputs[7:] == ["0", "4"]
 
 
 @pytest.mark.parametrize("text", ["__import__('os')", "'a'*9", "2**9**9**9", "(" * 9000])

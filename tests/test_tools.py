@@ -65,6 +65,27 @@ def test_prints_as_python_does(sandbox: Sandbox, source: str) -> None:
     assert sandbox.run(source) == ToolResult(repr(eval(source.strip())))
 
 
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("1,000*3", "3000"),
+        (" (1,234,567 + 1.5) / 2 ", "617284.25"),
+        ("(1,2)", "12"),  # nanochat's calculator ignores every comma
+        ("12, 300", "(12, 300)"),
+        ("[1,000]", "[1, 0]"),
+        ("max(12,300)", "300"),
+        ("'1,000'", "'1,000'"),
+        ("print(1,000)", "1 0"),
+    ],
+)
+def test_commas_between_digits_are_ignored_in_plain_arithmetic_alone(sandbox, source, output):
+    assert sandbox.run(source) == ToolResult(output)
+
+
+def test_commas_stay_in_graded_programs(sandbox: Sandbox) -> None:
+    assert sandbox.check("(1,200) / 2").outcome == "failed"  # a tuple divided by a number
+
+
 def test_rounds_as_python_does(sandbox: Sandbox) -> None:
     source = "[round(n / 1000, 2) for n in range(5, 4000, 10)]"
     assert sandbox.run(source).output == repr(eval(source))
