@@ -1,11 +1,13 @@
 """Checkpoints that survive a crash at any instant and load on any number of ranks.
 
-``<stage>/checkpoints/step_00000100/`` holds one safetensors file a rank and ``index.json``. Every
-weight and every slot of optimizer state is a logical tensor (``blocks.0.mlp.up.weight``,
-``blocks.0.mlp.up.weight.momentum``); the rank that owns a range of its rows writes it, and the
-index says which rows are where, with a hash of each file. The folder is written under another
-name, flushed to disk and then renamed, so that a checkpoint is there in full or not at all. The
-last two are kept; a damaged one is refused by name and the one before it is used.
+``<stage>/checkpoints/step_00000100/`` holds ``index.json`` and two safetensors files of each rank,
+one of weights and one of optimizer state, which only a resumed training reads (the first edition
+had both in one file, which is read as well). Every weight and every slot of optimizer state is a
+logical tensor (``blocks.0.mlp.up.weight``, ``blocks.0.mlp.up.weight.momentum``); the rank that owns
+a range of its rows writes it, and the index says which rows are where, with a hash of each file.
+The folder is written under another name, flushed to disk and then renamed, so a checkpoint is there
+in full or not at all. The last two are kept; a damaged one is refused by name and the one before it
+is used.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from nanolib.runtime import Runtime
 
 VERSION = 1
 KEPT = 2
+OPTIMIZER = ".optimizer.safetensors"  # how the name of a file with optimizer state ends
 
 
 class DamagedCheckpoint(ValueError):
@@ -81,21 +84,14 @@ def save(
     final = folder / f"step_{step:08d}"
     partial = folder / f"{final.name}.partial"
     if runtime.is_lead:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in folder.glob("*.partial"):  # of processes that were killed while saving
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     runtime.barrier()
-    name = f"rank_{runtime.rank}.safetensors"
-    owned = list(_owned_tensors(model, optimizer, runtime.rank))
-    data = to_safetensors({f"{key}@{rows[0]}": values for key, rows, _, values in owned})
-    _write(partial / name, data)
-    mine = {
-        "file": name,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "parts": [(key, rows, shape) for key, rows, shape, _ in owned],
-    }
-    every = runtime.gather(mine)
+    files = runtime.gather(_write_share(partial, model, optimizer))
     if runtime.is_lead:
-        index = _index(every) | {"step": step, "updates": optimizer.steps, **about}
+        index = _index([file for rank in files for file in rank])
+        index |= {"step": step, "updates": optimizer.steps, **about}
         _write(partial / "index.json", json.dumps(index).encode())
         _sync_folder(partial)
         if final.exists():  # a damaged one that we resumed behind
@@ -107,28 +103,38 @@ def save(
     runtime.barrier()
 
 
-def _owned_tensors(
-    model: GPT, optimizer: MuonAdamW, rank: int
-) -> Iterator[tuple[str, list[int], list[int], Tensor]]:
-    """(logical name, row range, whole shape, values) of everything this rank must write."""
+def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[dict[str, Any]]:
+    """Write what this rank owns; returns what the index must know of each of the two files."""
+    rank = optimizer.runtime.rank
     params = dict(model.named_parameters())
-    for group in optimizer.groups:
-        for name, rows, inner in group.owned(rank):
-            bounds, shape = [rows.start, rows.stop], list(params[name].shape)
-            weights = params[name].detach()[rows]
-            yield name, bounds, shape, weights.cpu().contiguous()
-            for slot, state in group.state.items():
-                values = state[inner].reshape(weights.shape)
-                yield f"{name}.{slot}", bounds, shape, values.cpu().contiguous()
+    written = []
+    for name in (f"rank_{rank}.safetensors", f"rank_{rank}{OPTIMIZER}"):
+        tensors: dict[str, Tensor] = {}
+        parts = []
+        for group in optimizer.groups:
+            for weight, rows, inner in group.owned(rank):
+                values = {weight: params[weight].detach()[rows]}
+                if name.endswith(OPTIMIZER):
+                    shape = values[weight].shape
+                    values = {
+                        f"{weight}.{s}": x[inner].reshape(shape) for s, x in group.state.items()
+                    }
+                for key, value in values.items():
+                    tensors[f"{key}@{rows.start}"] = value.cpu().contiguous()
+                    parts.append((key, [rows.start, rows.stop], list(params[weight].shape)))
+        data = to_safetensors(tensors)
+        _write(folder / name, data)
+        written.append({"file": name, "sha256": hashlib.sha256(data).hexdigest(), "parts": parts})
+    return written
 
 
-def _index(every: list[dict[str, Any]]) -> dict[str, Any]:
+def _index(written: list[dict[str, Any]]) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
-    for rank in every:
-        for name, rows, shape in rank["parts"]:
+    for file in written:
+        for name, rows, shape in file["parts"]:
             entry = tensors.setdefault(name, {"shape": shape, "parts": []})
-            entry["parts"].append({"file": rank["file"], "rows": rows})
-    files = {rank["file"]: rank["sha256"] for rank in every}
+            entry["parts"].append({"file": file["file"], "rows": rows})
+    files = {file["file"]: file["sha256"] for file in written}
     return {"version": VERSION, "files": files, "tensors": tensors}
 
 
@@ -156,10 +162,10 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def verify(path: Path) -> Checkpoint:
+def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
     """The checkpoint in a folder, every byte of it checked against the index's hashes.
 
-    Raises DamagedCheckpoint that names the file.
+    weights_only: leave the optimizer's state unread, more than half of a checkpoint. Raises DamagedCheckpoint that names the file.
     """
     try:
         index = json.loads((path / "index.json").read_bytes())
@@ -169,6 +175,8 @@ def verify(path: Path) -> Checkpoint:
     if version != VERSION:
         raise DamagedCheckpoint(f"{path} has version {version}; this nanolib reads {VERSION}")
     for name, expected in index["files"].items():
+        if weights_only and name.endswith(OPTIMIZER):
+            continue
         try:
             with (path / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -179,7 +187,7 @@ def verify(path: Path) -> Checkpoint:
     return Checkpoint(path, index)
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
     """The newest undamaged checkpoint below `folder`, or None where there never was one.
 
     A damaged one is named on stderr and the one before it used. Raises DamagedCheckpoint when
@@ -188,7 +196,7 @@ def latest(folder: Path) -> Checkpoint | None:
     errors = []
     for path in _folders(folder):
         try:
-            return verify(path)
+            return verify(path, weights_only=weights_only)
         except DamagedCheckpoint as error:
             errors.append(str(error))
             print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
@@ -205,7 +213,7 @@ def load_model(folder: Path, device: torch.device) -> GPT:
 
     Raises ValueError when the stage has none.
     """
-    checkpoint = latest(folder)
+    checkpoint = latest(folder, weights_only=True)
     if checkpoint is None:
         raise ValueError(f"there is no checkpoint in {folder}: run that stage first")
     config = recipe_from(checkpoint.index["recipe"]).model

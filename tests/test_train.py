@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -318,7 +320,7 @@ def test_the_last_two_are_kept(tmp_path, random_model, cpu):
     assert names == ["step_00000004", "step_00000006"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "index"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "index", "optimizer"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
     damage, tmp_path, random_model, cpu, capsys
 ):
@@ -335,6 +337,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
 
 def _damage(folder, kind):
     file = folder / "rank_0.safetensors"
+    if kind == "optimizer":
+        kind, file = "cut", folder / "rank_0.optimizer.safetensors"
     data = bytearray(file.read_bytes())
     if kind == "flip":
         data[len(data) // 2] ^= 1
@@ -353,6 +357,55 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path, random_model, cpu):
     shutil.copytree(whole, trainer.stage.checkpoints / "step_00000006.partial")
     found = checkpoint.latest(trainer.stage.checkpoints)
     assert found is not None and found.path == whole
+
+
+def test_what_a_killed_process_left_behind_goes_with_the_next_save(tmp_path, random_model, cpu):
+    """Also of a step that is never saved again: the clock may have chosen it."""
+    trainer = _saved(tmp_path, random_model, cpu)
+    folder = trainer.stage.checkpoints
+    for step in (3, 5):
+        shutil.copytree(folder / "step_00000004", folder / f"step_{step:08d}.partial")
+    _trainer(tmp_path, random_model(), cpu).fit()
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step_00000004", "step_00000006"]
+
+
+def test_weights_are_read_without_the_optimizers_state(tmp_path, random_model, cpu, monkeypatch):
+    """A chat reads and checks the files of weights alone; training goes on only from both."""
+    trainer = _saved(tmp_path, random_model, cpu)
+    opened = []
+    path_open = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda p, *a, **k: opened.append(p.name) or path_open(p, *a, **k)
+    )
+    found = checkpoint.latest(trainer.stage.checkpoints, weights_only=True)
+    assert found is not None and set(opened) == {"index.json", "rank_0.safetensors"}
+    monkeypatch.undo()
+    with safe_open(found.path / "rank_0.safetensors", "pt") as file:
+        kept = {f"{name}@0" for name, _ in trainer.model.named_parameters()}
+        assert set(file.keys()) == kept
+    (found.path / "rank_0.optimizer.safetensors").unlink()
+    model = random_model(seed=9)
+    checkpoint.restore_model(found, model)
+    for one, two in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    before = checkpoint.latest(trainer.stage.checkpoints)
+    assert before is not None and before.step == 2
+
+
+def test_a_checkpoint_of_the_first_edition_is_read(tmp_path):
+    """Weights and the optimizer's state were in one file; training goes on from it."""
+    with zipfile.ZipFile(Path(__file__).with_name("first_edition.zip")) as kept:
+        kept.extractall(tmp_path)
+    folder = tmp_path / "run" / "base" / "checkpoints"
+    found = checkpoint.latest(folder)
+    assert found is not None and list(found.index["files"]) == ["rank_0.safetensors"]
+    model = checkpoint.load_model(folder, torch.device("cpu"))
+    runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    optimizer = MuonAdamW(model, OptimConfig(), runtime)
+    checkpoint.restore_optimizer(found, optimizer)
+    assert optimizer.steps == 8
+    assert all(bool(x.any()) for group in optimizer.groups for x in group.state.values())
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path, random_model, cpu):

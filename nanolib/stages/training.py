@@ -198,7 +198,7 @@ def _new_model(context: Context, tokenizer: Tokenizer) -> GPT:
     model = GPT.build(recipe.model, vocab, device, recipe.seed)
     earlier = recipe.models[: recipe.models.index(context.stage.name)]
     if earlier:
-        found = checkpoint.latest(run.stage(earlier[-1]).checkpoints)
+        found = checkpoint.latest(run.stage(earlier[-1]).checkpoints, weights_only=True)
         if found is None:
             raise ValueError(
                 f"run {run.id} has no {earlier[-1]} model: nanolib stage {earlier[-1]}"
