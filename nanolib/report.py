@@ -1,26 +1,32 @@
 """The report card: one Markdown file that says what a run did, from its directory alone.
 
-Every number stands under the name of the file it was read from; what is missing is said to be.
+This module gathers the figures; ``templates/report.md.j2`` has the words. Every number stands above
+the name of the file it was read from; what is missing is said to be.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from nanolib import accounting
-from nanolib import markdown as md
+from nanolib import accounting, attempts
 from nanolib.config import MODELS, REPOSITORY, as_text, flatten, recipe_difference
 from nanolib.progress import clock
-from nanolib.rundir import Run, StageDir, write_atomic
+from nanolib.rundir import Run, write_atomic
 
-Scores = dict[str, dict[str, Any]]  # task -> what was measured
-
+TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = 8  # shown of each evaluation
+EVALUATIONS = 12  # rows shown of a stage's scores along the way
+BARS = " ▁▂▃▄▅▆▇█"
+DASH = "—"
+_INLINE = str.maketrans("|\n", "¦ ")  # what would end a table's cell
 
-# The system this course rebuilds, at depth 20 (its own report of October 2025): column, task.
+# The system this course rebuilds, at depth 20 (its own report of October 2025): stage, task.
 ORIGINAL = {
     "base": {"core": 0.2219},
     "mid": {
@@ -55,117 +61,9 @@ LABELS = {
 }
 
 
-def build(run: Run) -> str:
-    """Write ``report.md`` into the run's directory and return its text.
-
-    The same directory always gives the same text.
-    """
-    sections = [
-        *(_head, _summary, _levels, _costs, _machine, _model, _data),
-        *(_training, _evaluations, _core, _samples, _code),
-    ]
-    lines = [line for section in sections for line in [*section(run), ""]]
-    text = "\n".join(lines).rstrip() + "\n"
-    write_atomic(run.path / "report.md", text)
-    return text
-
-
-# ---------------------------------------------------------------------------- what there is
-
-
-def _stages(run: Run) -> list[StageDir]:
-    """Every stage the run should have, in order; evaluations once a model."""
-    return [run.stage(*name) for name in _names(run)]
-
-
-def _names(run: Run) -> list[tuple[str, str | None]]:
-    recipe = run.config.recipe
-    models = recipe.models
-    names = ["data", "tokenizer", "shards", *models]
-    return [(name, None) for name in names] + [("eval", name) for name in models]
-
-
-def _title(stage: StageDir) -> str:
-    return stage.name if stage.path.name == stage.name else f"{stage.name}/{stage.path.name}"
-
-
-def _state(stage: StageDir) -> str:
-    """Whether a stage is finished, and how far it came if not."""
-    if stage.done():
-        return "finished"
-    kinds = ("train",) if stage.name in MODELS else ("train", "progress")
-    rows = [row for row in stage.metrics.rows() if row["kind"] in kinds]
-    last = rows[-1] if rows else None
-    if last is None:
-        return "not begun"
-    return f"unfinished, at {last['step']:,} of {last['steps']:,}"
-
-
-def _result(stage: StageDir) -> dict[str, Any]:
-    record = stage.done()
-    return record["result"] if record else {}
-
-
-# ---------------------------------------------------------------------------- sections
-
-
-def _head(run: Run) -> Iterator[str]:
-    recipe, manifest = run.config.recipe, run.manifest()
-    yield f"# Report card of run `{run.id}`"
-    yield ""
-    model, vocab = recipe.model, recipe.tokenizer.vocab_size
-    data = "the toy world" if recipe.data.source == "toyworld" else "real text"
-    yield (
-        f"Profile `{run.config.profile}`, made {manifest['created']}: depth {model.depth}, width "
-        f"{model.width}, vocabulary {vocab:,}, {model.parameters(vocab):,} parameters, trained on "
-        f"{data}. Source: `manifest.json`."
-    )
-    changed = manifest.get("overrides") or {}
-    if changed:
-        yield ""
-        yield "Set by hand: " + ", ".join(f"`{key} = {value}`" for key, value in changed.items())
-    states = [(_title(stage), _state(stage)) for stage in _stages(run)]
-    missing = [f"{title} ({state})" for title, state in states if state != "finished"]
-    if missing:
-        yield ""
-        yield f"**Not finished:** {', '.join(missing)}. What follows is what there is."
-
-
-def _summary(run: Run) -> Iterator[str]:
-    """BASE and SFT side by side, and the original beside them."""
-    yield "## Summary"
-    yield ""
-    found = _all_measures(run)
-    measures = dict.fromkeys(measure for _, measure in found)
-    if not measures:
-        yield "No evaluation is finished."
-        return
-    chances = {
-        task: scores.get("chance") for n in MODELS for task, scores in _scores(run, n).items()
-    }
-    models = run.config.recipe.models
-    rows = []
-    for measure in measures:
-        task = measure.split(", ")[0]
-        ours = [*(found.get((name, measure)) for name in models), chances.get(task)]
-        asked_alike = measure == task or measure.endswith("letters")
-        theirs = [ORIGINAL[name].get(task) if asked_alike else None for name in models]
-        rows.append([_measure_label(measure), *map(md.score, [*ours, *theirs])])
-    ours = [COLUMNS[name] for name in models]
-    header = ["", *ours, "chance", *(f"original {name}" for name in ours)]
-    yield from md.table(header, rows)
-    yield ""
-    yield (
-        "Source: `eval/*/done.json`. The original is the system this course rebuilds, at depth 20 "
-        "with 561 M parameters on the real tasks (its report of October 2025)."
-    )
-    if run.config.recipe.data.source == "toyworld":
-        yield "This run's tasks are the toy world's: only their form is the original's."
-
-
 @dataclass(frozen=True)
 class Level:
-    """A step of a game: a score of some model that some known system has reached."""
+    """A mark that some known system has reached, and the score that any model of a run may."""
 
     name: str
     task: str
@@ -189,240 +87,325 @@ LEVELS = (
 )
 
 
-def _levels(run: Run) -> Iterator[str]:
+def build(run: Run) -> str:
+    """Write ``report.md`` into the run's directory and return its text.
+
+    The same directory always gives the same text.
+    """
+    stages, recipe = _stages(run), run.config.recipe
+    vocab_size, by_title = recipe.tokenizer.vocab_size, {stage.title: stage for stage in stages}
+    base = by_title.get("base", Stage("base", None, {}, []))
+    text = _render(
+        "report.md.j2",
+        run=run,
+        manifest=run.manifest(),
+        toy=recipe.data.source == "toyworld",
+        model=recipe.model,
+        vocab_size=vocab_size,
+        parameters=recipe.model.parts(vocab_size),
+        flops_per_token=accounting.training_flops(recipe.model, vocab_size),
+        base_tokens=base.result.get("tokens"),
+        base_mfu=_utilisation(run, base),
+        stages=stages,
+        models=MODELS,
+        finished=[stage for stage in stages if stage.record],
+        unfinished=[stage for stage in stages if not stage.record],
+        summary=_summary(stages),
+        levels=_levels(run, stages),
+        commands=attempts.spent(run.path),
+        environment=_environment(stages),
+        core=_core(stages),
+        samples=_samples(stages),
+        code=by_title["data"].result.get("code"),
+    )
+    write_atomic(run.path / "report.md", text)
+    return text
+
+
+def compare(run: Run, other: Run) -> str:
+    """Two runs side by side, as Markdown: settings that differ, scores, time and money."""
+    differences = recipe_difference(run.config.recipe, flatten(other.config.recipe))
+    ours, theirs = _all_measures(_stages(run)), _all_measures(_stages(other))
+    scores = []
+    for key in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get(key), theirs.get(key)
+        change = None if a is None or b is None else f"{a - b:+.4f}"
+        scores.append([f"{COLUMNS[key[0]]} {_measure_label(key[1])}", a, b, change])
+    times = []
+    for stage in _stages(run):
+        records = [stage.record, Stage.read(other, stage.name, stage.of).record]
+        seconds = [clock(r["seconds"]) if "seconds" in r else None for r in records]
+        times.append([stage.title, *seconds, *(dollars(r.get("dollars")) for r in records)])
+    return _render(
+        "compare.md.j2",
+        run=run,
+        other=other,
+        settings=[[path, as_text(mine), as_text(its)] for path, mine, its in differences],
+        scores=scores,
+        times=times,
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": number, "dollars": dollars, "share": share}
+    environment.filters |= {"clock": clock, "fenced": fenced}
+    return environment.get_template(template).render(values, table=table, chart=chart)
+
+
+# ---------------------------------------------------------------------------- one stage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage left in its directory."""
+
+    name: str
+    of: str | None  # whose model an evaluation is of
+    record: dict[str, Any]  # done.json; empty: not finished
+    rows: list[dict[str, Any]]  # metrics.jsonl
+
+    @classmethod
+    def read(cls, run: Run, name: str, of: str | None = None) -> Stage:
+        stage = run.stage(name, of)
+        record = stage.done()
+        known = {} if record is None else {"attempts": None, "dollars": None} | record
+        return cls(name, of, known, stage.metrics.rows())
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}/{self.of}" if self.of else self.name
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.record.get("result", {})
+
+    @property
+    def state(self) -> str:
+        """Whether the stage is finished, and how far it came if not."""
+        if self.record:
+            return "finished"
+        kinds = ("train",) if self.name in MODELS else ("train", "progress")
+        last = next((row for row in reversed(self.rows) if row["kind"] in kinds), None)
+        if last is None:
+            return "not begun"
+        return f"unfinished, at {last['step']:,} of {last['steps']:,}"
+
+    @property
+    def training_seconds(self) -> float:
+        """Of the training steps that were kept."""
+        return self.result.get("seconds", 0.0) if self.name in MODELS else 0.0
+
+    @property
+    def figures(self) -> list[list[str]]:
+        """The numbers and words of the result, but for those with a section of their own."""
+        flat = _flat({key: value for key, value in self.result.items() if key != "code"})
+        return [[key.replace("_", " "), number(value)] for key, value in flat.items()]
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """(step, mean reward) where there are rollouts, else (step, training loss)."""
+        kind, key = ("rollout", "reward") if self.name == "grpo" else ("train", "loss")
+        return [(row["step"], row[key]) for row in self.rows if row["kind"] == kind]
+
+    @property
+    def held_out(self) -> str:
+        """The scores along the way, as a table of evenly spaced steps."""
+        scores = [row for row in self.rows if row["kind"] == "eval"]
+        if not scores:
+            return ""
+        names = [key for key in scores[-1] if key not in ("kind", "step", "steps", "time")]
+        header = ["step", *(LABELS.get(name, name.replace("_", " ")) for name in names)]
+        shown = thinned(scores, EVALUATIONS)
+        return table(header, [[row["step"], *(row.get(name) for name in names)] for row in shown])
+
+    @property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Task -> numbers and words of an evaluation."""
+        tasks = {t: _flat(values) for t, values in self.result.items() if isinstance(values, dict)}
+        return {task: values for task, values in tasks.items() if values}
+
+    @property
+    def task_table(self) -> str:
+        """An evaluation's tasks; those of CORE have a table of their own."""
+        scores = {t: values for t, values in self.scores.items() if not t.startswith("core/")}
+        columns = dict.fromkeys(key for values in scores.values() for key in values)
+        header = ["task", *(LABELS.get(column, column) for column in columns)]
+        rows = [[LABELS.get(t, t), *map(values.get, columns)] for t, values in scores.items()]
+        return table(header, rows) if rows else ""
+
+
+def _stages(run: Run) -> list[Stage]:
+    """Every stage the run should have, in order; evaluations once a model."""
+    models = run.config.recipe.models
+    names = ["data", "tokenizer", "shards", *models]
+    return [
+        *(Stage.read(run, name) for name in names),
+        *(Stage.read(run, "eval", model) for model in models),
+    ]
+
+
+def _evaluations(stages: Iterable[Stage]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model -> task -> scores."""
+    return {stage.of: stage.scores for stage in stages if stage.of}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Numbers and words of a nested dictionary; lists (samples) are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key} ")
+        elif isinstance(value, int | float | str):
+            flat[prefix + key] = value
+    return flat
+
+
+# ---------------------------------------------------------------------------- sections
+
+
+def _summary(stages: Sequence[Stage]) -> str:
+    """Every score, a column a model, and the original's beside them."""
+    found, scores = _all_measures(stages), _evaluations(stages)
+    rows = []
+    for measure in dict.fromkeys(measure for _, measure in found):
+        task = measure.split(", ")[0]
+        chances = [of[task]["chance"] for of in scores.values() if "chance" in of.get(task, {})]
+        # The original compared the letters' probabilities, which we call "letters".
+        comparable = measure == task or measure.endswith("letters")
+        rows.append(
+            [
+                _measure_label(measure),
+                *(found.get((model, measure)) for model in scores),
+                chances[-1] if chances else None,
+                *(ORIGINAL[model].get(task) if comparable else None for model in scores),
+            ]
+        )
+    models = [COLUMNS[model] for model in scores]
+    header = ["", *models, "chance", *(f"original {model}" for model in models)]
+    return table(header, rows) if rows else ""
+
+
+def _all_measures(stages: Iterable[Stage]) -> dict[tuple[str, str], float]:
+    """(model, measure) -> score."""
+    return {
+        (model, measure): value
+        for model, tasks in _evaluations(stages).items()
+        for task, scores in tasks.items()
+        for measure, value in _measures(task, scores)
+    }
+
+
+def _measures(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(measure, number) of a task for the summary: what is a score, not a count or chance."""
+    if task.startswith("core/"):  # these have a table of their own
+        return
+    for key, value in scores.items():
+        words = key.split()
+        if isinstance(value, float) and not {"chance", "seconds"} & set(words):
+            how = " ".join(word for word in words if word != "accuracy")
+            name = task if not how else how if task == "compression" else f"{task}, {how}"
+            yield name, value
+
+
+def _measure_label(measure: str) -> str:
+    task, *how = measure.split(", ")
+    return ", ".join([LABELS.get(task, task), *how])
+
+
+def _levels(run: Run, stages: Sequence[Stage]) -> list[list[Any]]:
     """Which known marks some model of the run has reached."""
-    yield "## Levels"
-    yield ""
     toy = run.config.recipe.data.source == "toyworld"
     rows = []
     for level in (level for level in LEVELS if level.toy == toy):
-        less_is_better = level.score == "ratio"
-        best = _best(run, level)
-        passed = best is not None and (best <= level.bar if less_is_better else best >= level.bar)
-        sign = "≤" if less_is_better else "≥"
+        found = [scores.get(level.task, {}) for scores in _evaluations(stages).values()]
+        if level.score == "ratio":
+            ratios = [s["bpb"] / s["trigram_bpb"] for s in found if "trigram_bpb" in s]
+            best, sign = min(ratios, default=None), "≤"
+            passed = best is not None and best <= level.bar
+        else:
+            best = max((float(s[level.score]) for s in found if level.score in s), default=None)
+            passed, sign = best is not None and best >= level.bar, "≥"
         mark = "passed" if passed else "not yet"
-        rows.append([level.name, f"{sign} {level.bar:g}", md.score(best), mark])
-    yield from md.table(["level", "bar", "best of this run", ""], rows)
-    yield ""
-    yield (
-        "Source: `eval/*/done.json`; the original's figures are of October 2025, GPT-2's CORE "
-        "(0.256525) is that of nanochat's leaderboard."
+        rows.append([level.name, f"{sign} {level.bar:g}", best, mark])
+    return rows
+
+
+def _utilisation(run: Run, base: Stage) -> float | None:
+    """Base's MFU. Of the other stages' tokens only some are counted, but all are computed."""
+    recipe, machine = run.config.recipe, base.record.get("machine", {})
+    if not (speed := base.result.get("tokens_per_second")):
+        return None
+    return accounting.mfu(
+        recipe.model,
+        recipe.tokenizer.vocab_size,
+        tokens_per_second=speed,
+        device=str(machine.get("device")),
+        ranks=machine.get("ranks", 1),
     )
 
 
-def _best(run: Run, level: Level) -> float | None:
-    """The best score of a level over the run's models."""
-    scores = [_scores(run, name).get(level.task, {}) for name in MODELS]
-    if level.score == "ratio":
-        ratios = [s["bpb"] / s["trigram_bpb"] for s in scores if "trigram_bpb" in s]
-        return min(ratios, default=None)
-    return max((float(s[level.score]) for s in scores if level.score in s), default=None)
-
-
-def _costs(run: Run) -> Iterator[str]:
-    """Time, speed and money of each stage."""
-    yield "## Time and cost"
-    yield ""
-    recipe, records = run.config.recipe, [(stage, stage.done()) for stage in _stages(run)]
-    rows, seconds, money = [], 0.0, []
-    for stage, record in records:
-        if record is None:
-            rows.append([_title(stage), _state(stage), md.DASH, md.DASH, md.DASH, md.DASH])
-            continue
-        result, machine = record["result"], record.get("machine", {})
-        speed = result.get("tokens_per_second")
-        share = (
-            stage.name == "base"
-            and speed
-            and accounting.mfu(
-                recipe.model,
-                recipe.tokenizer.vocab_size,
-                tokens_per_second=speed,
-                device=str(machine.get("device")),
-                ranks=machine.get("ranks", 1),
-            )
-        )
-        seconds += record["seconds"]
-        money.append(record.get("dollars"))
-        rows.append(
-            [
-                _title(stage),
-                clock(record["seconds"]),
-                md.number(result.get("tokens")),
-                md.DASH if speed is None else f"{speed:,.0f}",
-                f"{share:.1%}" if share else md.DASH,
-                md.dollars(money[-1]),
-            ]
-        )
-    priced = [m for m in money if m is not None]
-    total = md.dollars(sum(priced) if priced else None)
-    rows.append(["**all**", f"**{clock(seconds)}**", "", "", "", f"**{total}**"])
-    yield from md.table(["stage", "time", "tokens", "tokens/s", "MFU", "cost"], rows)
-    yield ""
-    yield (
-        "Source: each stage's `done.json`. Tokens are those learned from (in SFT what the assistant "
-        "says). MFU: base's share of the device's bfloat16 peak, where known. Cost: time x "
-        "`machine.dollars_per_hour`, where given."
-    )
-
-
-def _machine(run: Run) -> Iterator[str]:
-    """What it was computed on; once if all stages agree."""
-    yield "## Environment"
-    yield ""
-    records = [(_title(stage), stage.done()) for stage in _stages(run)]
-    machines = {title: record.get("machine", {}) for title, record in records if record}
-    keys = dict.fromkeys(key for machine in machines.values() for key in machine)
+def _environment(stages: Sequence[Stage]) -> list[list[str]]:
+    """What it was computed on; once where all stages agree."""
+    machines = {stage.title: stage.record.get("machine", {}) for stage in stages if stage.record}
     rows = []
-    for key in keys:
+    for key in dict.fromkeys(key for machine in machines.values() for key in machine):
         values = {title: machine.get(key) for title, machine in machines.items()}
-        if all(value is None for value in values.values()):
-            continue
-        alike = len(set(map(str, values.values()))) == 1
-        one = next(iter(values.values()))
-        shown = one if alike else ", ".join(f"{title}: {value}" for title, value in values.items())
-        rows.append([key, str(shown)])
-    yield from md.table(["", ""], rows) if rows else ["No stage is finished."]
-    if rows:
-        yield ""
-        yield "Source: `machine` in each stage's `done.json`."
+        distinct = list(dict.fromkeys(map(str, values.values())))
+        each = ", ".join(f"{title}: {value}" for title, value in values.items())
+        if distinct != ["None"]:
+            rows.append([key, distinct[0] if len(distinct) == 1 else each])
+    return rows
 
 
-def _model(run: Run) -> Iterator[str]:
-    yield "## Model"
-    yield ""
-    model, vocab = run.config.recipe.model, run.config.recipe.tokenizer.vocab_size
-    counts = model.parts(vocab)
-    flops = accounting.training_flops(model, vocab)
-    rows = [
-        ["depth x width", f"{model.depth} x {model.width}"],
-        ["heads (key/value heads)", f"{model.heads} ({model.num_kv_heads})"],
-        ["context", f"{model.sequence_len:,} tokens"],
-        *([f"parameters, {part}", f"{count:,}"] for part, count in counts.items()),
-        ["parameters", f"{sum(counts.values()):,}"],
-        ["training FLOPs a token", f"{flops:.3g}"],
-    ]
-    tokens = _result(run.stage("base")).get("tokens")
-    if tokens:
-        rows.append(["base: tokens a parameter", f"{tokens / sum(counts.values()):.2f}"])
-        rows.append(["base: training FLOPs", f"{flops * tokens:.3g}"])
-    yield from md.table(["", ""], rows)
-    yield ""
-    yield "Source: counted by `nanolib.accounting` from the recipe in `manifest.json`"
-    yield "and the tokens in `base/done.json`."
-
-
-def _data(run: Run) -> Iterator[str]:
-    yield "## Data and tokenizer"
-    for name in ("data", "tokenizer", "shards"):
-        yield from ["", f"### {name}", ""]
-        yield from _result_table(run.stage(name))
-
-
-def _training(run: Run) -> Iterator[str]:
-    """Each training stage: its result, its loss as a curve, its scores along the way."""
-    yield "## Training"
-    for stage in _stages(run):
-        if stage.name not in MODELS:
-            continue
-        yield from ["", f"### {stage.name}", ""]
-        yield from _result_table(stage)
-        rows = stage.metrics.rows()
-        losses = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
-        rewards = [(row["step"], row["reward"]) for row in rows if row["kind"] == "rollout"]
-        curve, name = (
-            (rewards, "Mean reward") if rewards else (losses, "Training loss, nats a token")
-        )
-        if curve:
-            yield from ["", f"{name}, by step:", "", "```text"]
-            yield from md.chart(curve)
-            yield "```"
-        scores = [row for row in rows if row["kind"] == "eval"]
-        if scores:
-            names = [key for key in scores[-1] if key not in ("kind", "step", "steps", "time")]
-            shown = md.thinned(scores, 12)
-            yield from ["", "On held-out data:", ""]
-            yield from md.table(
-                ["step", *(LABELS.get(name, name.replace("_", " ")) for name in names)],
-                [[f"{row['step']:,}", *(md.score(row.get(n)) for n in names)] for row in shown],
-            )
-        if losses or scores:
-            yield from ["", f"Source: `{stage.name}/metrics.jsonl`."]
-
-
-def _evaluations(run: Run) -> Iterator[str]:
-    yield "## Evaluations"
-    for stage in _stages(run):
-        if stage.name != "eval":
-            continue
-        yield from ["", f"### {stage.path.name}", ""]
-        scores = {
-            task: values
-            for task, values in _scores(run, stage.path.name).items()
-            if not task.startswith("core/")
-        }
-        columns = dict.fromkeys(key for task in scores.values() for key in task)
-        if not columns:
-            yield f"{_state(stage).capitalize()}."
-            continue
-        rows = [
-            [LABELS.get(task, task), *(md.score(values.get(key)) for key in columns)]
-            for task, values in scores.items()
-        ]
-        yield from md.table(["task", *(LABELS.get(column, column) for column in columns)], rows)
-        yield from ["", f"Source: `{_title(stage)}/done.json`."]
-
-
-def _core(run: Run) -> Iterator[str]:
+def _core(stages: Sequence[Stage]) -> str:
     """CORE's tasks one by one, a column a model."""
-    models = [name for name in MODELS if _core_tasks(run, name)]
-    if not models:
-        return
-    yield "## CORE"
-    yield ""
-    tasks = {name: _core_tasks(run, name) for name in models}
+    scores = {
+        model: {t.removeprefix("core/"): s for t, s in tasks.items() if t.startswith("core/")}
+        for model, tasks in _evaluations(stages).items()
+    }
+    scores = {model: tasks for model, tasks in scores.items() if tasks}
     rows = []
-    for label in dict.fromkeys(label for found in tasks.values() for label in found):
-        known = [tasks[name].get(label, {}) for name in models]
-        about = next(scores for scores in known if scores)
-        questions = [md.number(about.get(key)) for key in ("shots", "questions")]
-        accuracies = [md.score(scores.get("accuracy")) for scores in known]
-        rows.append([label, *questions, md.score(about.get("chance")), *accuracies])
-    means = [_scores(run, name).get("core", {}).get("accuracy") for name in models]
-    rows.append(["**CORE** (mean of centred)", "", "", "", *map(md.score, means)])
-    columns = [COLUMNS[name] for name in models]
-    yield from md.table(["task", "shots", "questions", "chance", *columns], rows)
-    yield ""
-    yield "Accuracies; centred means (accuracy − chance) / (1 − chance). Source: `eval/*/done.json`."
+    for label in dict.fromkeys(label for tasks in scores.values() for label in tasks):
+        known = [tasks.get(label, {}) for tasks in scores.values()]
+        about = next(task for task in known if task)
+        facts = [about.get(key) for key in ("shots", "questions", "chance")]
+        rows.append([label, *facts, *(task.get("accuracy") for task in known)])
+    evaluations = _evaluations(stages)
+    means = [evaluations[model].get("core", {}).get("accuracy") for model in scores]
+    rows.append(["**CORE** (mean of centred)", "", "", "", *means])
+    header = ["task", "shots", "questions", "chance", *(COLUMNS[model] for model in scores)]
+    return table(header, rows) if scores else ""
 
 
-def _core_tasks(run: Run, model: str) -> Scores:
-    scores = _scores(run, model)
-    return {t.removeprefix("core/"): s for t, s in scores.items() if t.startswith("core/")}
-
-
-def _samples(run: Run) -> Iterator[str]:
-    """What the models say, verbatim."""
-    yield "## Samples"
-    found = False
-    for stage in _stages(run):
-        samples, source = list(_texts(_result(stage)))[:SAMPLES], "done.json"
-        rollouts = [row for row in stage.metrics.rows() if row["kind"] == "rollout"]
+def _samples(stages: Sequence[Stage]) -> list[tuple[str, str]]:
+    """(file, what a model said in it), of every stage that kept samples."""
+    found = []
+    for stage in stages:
+        samples, source = list(_texts(stage.result))[:SAMPLES], "done.json"
+        rollouts = [row for row in stage.rows if row["kind"] == "rollout"]
         if rollouts:
             samples, source = rollouts[-1]["samples"], "metrics.jsonl"
         if samples:
-            found = True
-            yield from [
-                "",
-                f"From `{_title(stage)}/{source}`: what was given, then what came.",
-                "",
-            ]
-            yield from md.fenced("\n\n".join(map(md.quoted, samples)))
-    if not found:
-        yield from ["", "No samples were recorded."]
+            found.append((f"{stage.title}/{source}", "\n\n".join(map(quoted, samples))))
+    return found
 
 
-# ---------------------------------------------------------------------------- the code base
+def _texts(result: Mapping[str, Any]) -> Iterator[Sequence[str | bool]]:
+    """Every sample anywhere in a result: a list of texts, and perhaps whether the last is right."""
+    for key, value in result.items():
+        if key == "samples" and isinstance(value, list):
+            yield from ([said] if isinstance(said, str) else said for said in value)
+        elif isinstance(value, Mapping):
+            yield from _texts(value)
 
 
 def code_base() -> dict[str, int]:
@@ -445,110 +428,94 @@ def code_base() -> dict[str, int]:
     return counts | {"dependencies": len(project["dependencies"])}
 
 
-def _code(run: Run) -> Iterator[str]:
-    code = _result(run.stage("data")).get("code")
-    if not code:
-        return
-    yield "## Code base"
-    yield ""
-    yield from md.table(["", ""], [[name, md.number(count)] for name, count in code.items()])
-    yield ""
-    yield "When the run began; blank lines left out, direct dependencies. Source: `data/done.json`."
+# ---------------------------------------------------------------------------- Markdown of figures
 
 
-# ---------------------------------------------------------------------------- two runs
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; a float has four decimals and a missing value is a dash."""
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *map(table_row, rows)]
+    return "\n".join(lines)
 
 
-def compare(run: Run, other: Run) -> str:
-    """Two runs side by side, as Markdown: settings that differ, scores, time and money."""
-    lines = [f"# `{run.id}` against `{other.id}`", "", "## Settings that differ", ""]
-    names = ["setting", run.id, other.id]
-    differences = recipe_difference(run.config.recipe, flatten(other.config.recipe))
-    rows = [[path, as_text(mine), as_text(theirs)] for path, mine, theirs in differences]
-    lines += list(md.table(names, rows)) if rows else ["None: the recipes are the same."]
-    lines += ["", "## Scores", ""]
-    ours, others = _all_measures(run), _all_measures(other)
-    rows = []
-    for key in dict.fromkeys([*ours, *others]):
-        a, b = ours.get(key), others.get(key)
-        label = f"{COLUMNS[key[0]]} {_measure_label(key[1])}"
-        change = md.DASH if a is None or b is None else f"{a - b:+.4f}"
-        rows.append([label, md.score(a), md.score(b), change])
-    lines += list(md.table(["score", run.id, other.id, "difference"], rows))
-    lines += ["", "## Time and cost", ""]
-    rows = []
-    for mine_, theirs_ in [(run.stage(*n), other.stage(*n)) for n in _names(run)]:
-        records = [stage.done() or {} for stage in (mine_, theirs_)]
-        times = [clock(r["seconds"]) if "seconds" in r else md.DASH for r in records]
-        rows.append([_title(mine_), *times, *(md.dollars(r.get("dollars")) for r in records)])
-    lines += list(md.table(["stage", run.id, other.id, f"{run.id}, $", f"{other.id}, $"], rows))
-    return "\n".join(lines) + "\n"
+def table_row(values: Sequence[Any]) -> str:
+    cells = [f"{value:.4f}" if isinstance(value, float) else number(value) for value in values]
+    return f"| {' | '.join(cell.translate(_INLINE) for cell in cells)} |"
 
 
-def _all_measures(run: Run) -> dict[tuple[str, str], float]:
-    """(model, measure) -> score."""
-    return {
-        (name, measure): number
-        for name in MODELS
-        for task, scores in _scores(run, name).items()
-        for measure, number in _measures(task, scores)
-    }
+def number(value: Any) -> str:
+    """A figure for a reader: 1,234,567 or 0.1235; None is a dash, words stay as they are."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
-# ---------------------------------------------------------------------------- reading results
+def dollars(value: float | None) -> str:
+    return DASH if value is None else f"${value:,.2f}"
 
 
-def _scores(run: Run, model: str) -> Scores:
-    """Task -> flat scalars of the evaluation of one stage's model."""
-    result = _result(run.stage("eval", of=model))
-    tasks = {task: _flat(values) for task, values in result.items() if isinstance(values, dict)}
-    return {task: values for task, values in tasks.items() if values}
+def share(part: float | None, whole: float = 1.0) -> str:
+    """A part of a whole in percent."""
+    return f"{part / whole:.1%}" if part else DASH
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Numbers and words of a nested dictionary; lists (samples) are left out."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key} ")
-        elif isinstance(value, int | float | str):
-            flat[prefix + key] = value
-    return flat
+def quoted(sample: Sequence[str | bool | float]) -> str:
+    """A sample: what was given, and each text that came on a line of its own."""
+    text = ""
+    for position, part in enumerate(sample):
+        if isinstance(part, bool):
+            text += " (right)" if part else " (wrong)"
+        elif isinstance(part, float):
+            text += f" (reward {part:g})"
+        else:
+            text += f"\n  {part!r}" if position else f"> {part!r}"
+    return text
 
 
-def _measures(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(measure, number) of a task for the summary: what is a score, not a count or chance."""
-    if task.startswith("core/"):  # these have a table of their own
-        return
-    for key, value in scores.items():
-        words = key.split()
-        if isinstance(value, float) and not {"chance", "seconds"} & set(words):
-            how = " ".join(word for word in words if word != "accuracy")
-            name = task if not how else how if task == "compression" else f"{task}, {how}"
-            yield name, value
+def fenced(text: str, language: str = "text") -> str:
+    """Text in a code fence that nothing in it can close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _measure_label(measure: str) -> str:
-    task, *how = measure.split(", ")
-    return ", ".join([LABELS.get(task, task), *how])
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the rows, evenly, the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
 
 
-def _texts(result: Mapping[str, Any]) -> Iterator[Sequence[str | bool]]:
-    """Every sample anywhere in a result: a list of texts, and perhaps whether the last is right."""
-    for key, value in result.items():
-        if key == "samples" and isinstance(value, list):
-            yield from ([said] if isinstance(said, str) else said for said in value)
-        elif isinstance(value, Mapping):
-            yield from _texts(value)
+def chart(points: Sequence[tuple[float, float]], width: int = 64, height: int = 8) -> str:
+    """A curve as lines of text: columns of block characters, with the extremes named.
+
+    Each column is the mean of the points that fall into it; x grows evenly from left to right.
+    """
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if not points:
+        return "(nothing to draw)"
+    means = _column_means(points, min(width, len(points)))
+    known = [mean for mean in means if mean is not None]
+    low, high = min(known), max(known)
+    steps = 8 * height - 1  # a column is at least an eighth of a line high
+    levels = [0 if m is None else 1 + round((m - low) / ((high - low) or 1) * steps) for m in means]
+    lines = []
+    for line in reversed(range(height)):
+        blocks = "".join(BARS[min(8, max(0, level - 8 * line))] for level in levels)
+        name = number(high) if line == height - 1 else number(low) if line == 0 else ""
+        lines.append(f"{name:>8} │{blocks}".rstrip())
+    first, last = number(points[0][0]), number(points[-1][0])
+    ends = first + f"{last:>{max(1, len(means) - len(first))}}"
+    return "\n".join([*lines, f"{'':>8} └{'─' * len(means)}", f"{'':>10}{ends}"])
 
 
-def _result_table(stage: StageDir) -> Iterator[str]:
-    """The scalars of a stage's result, or how far it came."""
-    result = _flat(_result(stage))
-    if not result:
-        yield f"{_state(stage).capitalize()}."
-        return
-    rows = [[key.replace("_", " "), md.number(value)] for key, value in result.items()]
-    yield from md.table(["", ""], rows)
-    yield ""
-    yield f"Source: `{_title(stage)}/done.json`."
+def _column_means(points: Sequence[tuple[float, float]], columns: int) -> list[float | None]:
+    """The mean y of the points in each of `columns` equal parts of x; None where there are none."""
+    first, last = points[0][0], points[-1][0]
+    bins: list[list[float]] = [[] for _ in range(columns)]
+    for x, y in points:
+        fraction = (x - first) / (last - first) if last > first else 0.0
+        bins[min(int(fraction * columns), columns - 1)].append(y)
+    return [sum(column) / len(column) if column else None for column in bins]

@@ -8,14 +8,21 @@ import shutil
 
 import pytest
 
-from nanolib import markdown, report
+from nanolib import attempts, report
 from nanolib.rundir import Run
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "ranks": 1, "dtype": "bfloat16", "torch": "2.11.0"}
 
 
 def finish(run: Run, name: str, result: dict, of: str | None = None, **about) -> None:
-    about = {"seconds": 90.0, "dollars": 0.25, "machine": MACHINE, "started": "then", **about}
+    about = {
+        "seconds": 90.0,
+        "dollars": 0.25,
+        "machine": MACHINE,
+        "started": "then",
+        "attempts": 1,
+        **about,
+    }
     run.stage(name, of).finish(result, **about)
 
 
@@ -33,7 +40,13 @@ def run() -> Run:
             metrics.append(kind="train", step=step, steps=40, loss=loss, lr=1.0)
             if step % 2 == 0:
                 metrics.append(kind="eval", step=step, bpb=loss / 3)
-        result = {"steps": 40, "tokens": 40_960, "train_loss": 1.22, "tokens_per_second": 250_000.0}
+        result = {
+            "steps": 40,
+            "tokens": 40_960,
+            "train_loss": 1.22,
+            "seconds": 40.5,
+            "tokens_per_second": 250_000.0,
+        }
         finish(run, stage, result)
     metrics = run.stage("grpo").metrics
     for step in range(1, 11):
@@ -102,12 +115,15 @@ def test_every_stage_is_there_with_time_cost_and_results(run):
     text = report.build(run)
     assert "Not finished" not in text
     costs = section(text, "Time and cost")
-    assert cells(costs, "data") == ["1:30", "—", "—", "—", "$0.25"]
-    assert cells(costs, "**all**") == ["**16:30**", "", "", "", "**$2.75**"]
+    assert cells(costs, "stage") == [
+        *("attempts", "time", "training", "tokens", "tokens/s", "MFU", "cost"),
+    ]
+    assert cells(costs, "data") == ["1", "1:30", "—", "—", "—", "—", "$0.25"]
+    assert cells(costs, "**all**") == ["", "**16:30**", "12.3%", "", "", "", "**$2.75**"]
     speed = cells(costs, "base")
-    assert speed[:3] == ["1:30", "40,960", "250,000"]
-    assert re.fullmatch(r"\d+\.\d%", speed[3])
-    assert cells(costs, "sft")[3] == "—", "its tokens are only those the assistant says"
+    assert speed[:5] == ["1", "1:30", "45.0%", "40,960", "250,000"]
+    assert re.fullmatch(r"\d+\.\d%", speed[5])
+    assert cells(costs, "sft")[5] == "—", "its tokens are only those the assistant says"
     assert cells(section(text, "Environment"), "device") == ["NVIDIA H100 80GB HBM3"]
     assert cells(section(text, "Model"), "parameters")[0] == f"{run.config.recipe.model.parameters(512):,}"  # fmt: skip
     data = section(text, "Data and tokenizer")
@@ -116,6 +132,28 @@ def test_every_stage_is_there_with_time_cost_and_results(run):
     assert cells(data, "train tokens") == ["987,654"]
     assert cells(section(text, "Training"), "train loss") == ["1.22"]
     assert cells(section(text, "Evaluations"), "MMLU")[:3] == ["0.9375", "0.2625", "0.2500"]
+
+
+def test_commands_are_told_beside_the_stages(run):
+    """What a command took is more than its stages: kernels, lessons, work lost to a kill."""
+    assert "`nanolib run`" not in report.build(run)
+    (run.path / attempts.FILE).write_text(
+        '{"started": 1000.0, "dollars_per_hour": 3.0, "ended": 1528.0}\n'
+        '{"started": 2000.0, "dollars_per_hour": 3.0, "ended": 2872.0}\n'
+    )
+    costs = section(report.build(run), "Time and cost")
+    assert cells(costs, "`nanolib run`") == ["2", "23:20", "8.7%", "", "", "", "$1.17"]
+    assert "Source: `attempts.jsonl`" in costs
+
+
+def test_an_older_record_is_told_to_be_one(run):
+    assert "an older version" not in report.build(run)
+    record = run.stage("mid").done()
+    result, attempt = record.pop("result"), record.pop("attempts")
+    run.stage("mid").finish(result, **record)
+    costs = section(report.build(run), "Time and cost")
+    assert attempt == 1 and cells(costs, "mid")[:2] == ["—", "1:30"]
+    assert "recorded by an older version, which counted the last attempt alone" in costs
 
 
 def test_the_curve_of_grpo_is_its_reward(run):
@@ -192,6 +230,12 @@ def test_samples_cannot_break_out_of_their_fence(run):
     assert "\n# Hi" not in text
 
 
+def test_no_value_breaks_its_table():
+    assert report.table(["a"], [["x | y\n\n# Hi"], [None], [0.5], [1234]]).split("\n") == [
+        *("| a |", "|---|", "| x ¦ y  # Hi |", "| — |", "| 0.5000 |", "| 1,234 |")
+    ]
+
+
 def test_the_card_comes_from_the_directory_alone(run, tmp_path):
     first = report.build(run)
     assert (run.path / "report.md").read_text() == first
@@ -217,7 +261,7 @@ def test_missing_stages_are_said_to_be():
         file.write('{"kind": "train", "st')  # a writer was killed here
     text = report.build(run)
     assert "**Not finished:** tokenizer (not begun), shards (not begun), base (unfinished, at 3 of 20)" in text  # fmt: skip
-    assert cells(section(text, "Time and cost"), "data") == ["1:30", "—", "—", "—", "—"]
+    assert cells(section(text, "Time and cost"), "data")[:2] == ["1", "1:30"]
     assert "Unfinished, at 3 of 20." in section(text, "Training")
 
 
@@ -238,32 +282,33 @@ def test_machines_that_differ_are_told_apart(run):
 # ---------------------------------------------------------------------------- the curve
 
 
-def heights(lines: list[str]) -> list[int]:
+def heights(chart: str) -> list[int]:
     """Eighths of each column of a chart."""
-    rows = [line.split("│")[1] for line in lines if "│" in line]
+    rows = [line.split("│")[1] for line in chart.split("\n") if "│" in line]
     width = max(map(len, rows))
     rows = [row.ljust(width) for row in rows]
-    return [sum(markdown.BARS.index(row[column]) for row in rows) for column in range(width)]
+    return [sum(report.BARS.index(row[column]) for row in rows) for column in range(width)]
 
 
 def test_chart_columns_are_means_scaled_to_the_extremes():
     points = [(x, y) for x, y in enumerate([9, 7, 5, 5, 4, 2, 1, 1])]
-    lines = markdown.chart(points, width=4, height=2)
-    assert heights(lines) == [16, round(1 + (5 - 1) / 7 * 15), round(1 + 2 / 7 * 15), 1]
-    assert lines[0].split("│")[0].strip() == "8"
-    assert lines[1].split("│")[0].strip() == "1"
-    assert lines[-1].split() == ["0", "7"]
+    chart = report.chart(points, width=4, height=2)
+    assert heights(chart) == [16, round(1 + (5 - 1) / 7 * 15), round(1 + 2 / 7 * 15), 1]
+    top, bottom, _, ends = chart.split("\n")
+    assert top.split("│")[0].strip() == "8"
+    assert bottom.split("│")[0].strip() == "1"
+    assert ends.split() == ["0", "7"]
 
 
 def test_chart_survives_few_equal_and_infinite_points():
-    assert heights(markdown.chart([(5, 2.0)])) == [1]
-    assert heights(markdown.chart([(1, 2.0), (2, 2.0)])) == [1, 1]
-    assert heights(markdown.chart([(1, 1.0), (2, math.inf), (3, 2.0)], height=1)) == [1, 8]
-    assert markdown.chart([(1, math.nan)]) == ["(nothing to draw)"]
+    assert heights(report.chart([(5, 2.0)])) == [1]
+    assert heights(report.chart([(1, 2.0), (2, 2.0)])) == [1, 1]
+    assert heights(report.chart([(1, 1.0), (2, math.inf), (3, 2.0)], height=1)) == [1, 8]
+    assert report.chart([(1, math.nan)]) == "(nothing to draw)"
 
 
 @pytest.mark.parametrize("inside", ["no fence", "```", "````python\n```\n````"])
 def test_no_text_closes_its_fence(inside):
-    fence, *body, end = markdown.fenced(inside, "")
+    fence, *body, end = report.fenced(inside, "").split("\n")
     assert "\n".join(body) == inside and fence == end
     assert set(fence) == {"`"} and len(fence) >= 3 and fence not in inside

@@ -11,10 +11,11 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanolib import markdown
+from nanolib import report
 from nanolib.config import REPOSITORY
 
 LANGUAGES = {".py": "python", ".rs": "rust", ".toml": "toml", ".md": "markdown", ".html": "html"}
+LANGUAGES |= {".j2": "jinja", ".json": "json"}
 BYTES_PER_TOKEN = 4  # of code, roughly
 
 
@@ -24,7 +25,7 @@ def pack(tests: bool = False) -> str:
     for number, path in enumerate(files(tests), 1):
         name, text = path.relative_to(REPOSITORY).as_posix(), path.read_text(encoding="utf-8")
         contents.append(f"{number}. {name} ({len(text.splitlines()):,} lines)")
-        fenced = "\n".join(markdown.fenced(text.rstrip(), LANGUAGES[path.suffix]))
+        fenced = report.fenced(text.rstrip(), LANGUAGES[path.suffix])
         parts.append(f"## {name}\n\n{fenced}")
     title = "# The code of nanolib, in reading order"
     return "\n\n".join([title, "\n".join(contents), *parts]) + "\n"
@@ -37,6 +38,7 @@ def files(tests: bool = False) -> Iterator[Path]:
     for module in layers():
         path = REPOSITORY / "nanolib" / module
         yield from [path.with_suffix(".py")] if not path.is_dir() else _sources(path)
+    yield from _sources(REPOSITORY / "nanolib" / "templates")
     crate = REPOSITORY / "rust_tokenizer"
     yield from (crate / "Cargo.toml", *sorted((crate / "src").glob("*.rs")))
     yield from sorted((REPOSITORY / "notebooks").glob("*.py"))
@@ -55,7 +57,7 @@ def layers() -> list[str]:
 
 
 def _sources(package: Path) -> list[Path]:
-    found = (p for kind in ("*.py", "*.html", "*.toml") for p in package.rglob(kind))
+    found = (path for path in package.rglob("*") if path.suffix in LANGUAGES)
     return sorted(path for path in found if path.stat().st_size)
 
 

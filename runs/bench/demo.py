@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from nanolib import launch, markdown, tasks
+from nanolib import launch, report, tasks
 from nanolib.rundir import Run
 
 CHOICE_TASKS = ("mmlu", "arc_easy")
@@ -135,7 +135,7 @@ def table(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> str:
     cells = [f"{result['bpb']:.3f}" for result in results]
     rows.append(["base bits per byte", "as it is", *cells, ""])
     header = ["figure", "wanted", *(f"seed {seed}" for seed in seeds), "holds"]
-    return "\n".join(markdown.table(header, rows))
+    return report.table(header, rows)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nanolib import accounting, config, markdown, planning
+from nanolib import accounting, config, planning, report
 from nanolib.data.packing import Batch
 from nanolib.engine import Engine, inverse_cdf
 from nanolib.model import GPT
@@ -197,5 +197,6 @@ def main(arguments: Sequence[str]) -> None:
     today = datetime.datetime.now(datetime.UTC).date()
     what = " ".join([given.profile, *(f"{path}={value}" for path, value in overrides.items())])
     print(f"{what}, {today}, {name}, {bench.runtime.dtype}, torch {torch.__version__}\n")
-    for line in markdown.table(["", ""], bench.rows()):
-        print(line, flush=True)
+    print(report.table(["", ""], []))
+    for row in bench.rows():
+        print(report.table_row(row), flush=True)

@@ -25,7 +25,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanolib import accounting, launch, markdown, rundir
+from nanolib import accounting, launch, report, rundir
 from nanolib.config import split_settings
 from nanolib.rundir import Run, StageDir
 from runs.bench.faults import command_line
@@ -178,7 +178,7 @@ def measured(run: Run, alone: Run) -> dict[str, str]:
         "ranks": str(ranks),
         "tokens/s": f"{speed:,.0f}",
         "to one rank": f"{speed / speed_alone:.2f}",
-        "MFU": f"{share:.1%}" if share else markdown.DASH,
+        "MFU": report.share(share),
         "furthest loss": f"{furthest(losses(run), losses(alone)):.1e}",
         "peak memory a rank, MB": f"{max(c['peak'] for c in counted) / 1e6:,.0f}",
         "optimizer state a rank, MB": " · ".join(
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str]) -> None:
     today = datetime.datetime.now(datetime.UTC).date()
     print(f"\n{today}, {record['device']}, {record['cores']} cores, {record['dtype']}\n")
     header, *rows = [[name, *(figures[name] for figures in tables)] for name in tables[0]]
-    print("\n".join(markdown.table(header, rows)))
+    print(report.table(header, rows))
     if most > 1:
         struck = begin(given.profile, "struck", most, overrides, runs[0])
         print("\n" + struck_and_resumed(struck, runs[0]))
