@@ -1,17 +1,21 @@
-"""The one place that turns (repository, config, split) into files: mirror first, then the hub.
+"""Data sets and other files as a mirror: a folder that holds everything a run reads.
 
-A mirror is a folder with ``text/*.parquet`` (pretraining text; the last name is the validation
-shard), ``hub/REPOSITORY/[CONFIG/]SPLIT.parquet``, ``eval_bundle.zip`` and ``encodings/``. A given
-mirror is complete: what it lacks is an error, never fetched from the hub.
+A mirror has ``text/*.parquet`` (pretraining text; the last name is the validation shard),
+``hub/REPOSITORY/[CONFIG/]SPLIT.parquet`` and ``eval_bundle.zip``. The user's own, the toy world and
+what `fetch` brings from the Hugging Face hub look the same; only `fetch` uses the network.
 """
 
 from __future__ import annotations
 
-import http.client
+import contextlib
+import hashlib
+import math
 import os
 import shutil
 import urllib.request
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +27,10 @@ from nanolib.config import Config
 BYTES_PER_TOKEN = 5.0  # of a 65,536-token vocabulary on English, rounded up: 4.8 was measured
 EVAL_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's
 LOOK_ELSEWHERE = "give --mirror DIR with a complete mirror, or leave --mirror out to use the hub"
+OFFLINE = "give --mirror DIR, or data.source = toyworld to work offline"
+
+Split = tuple[str, str | None, str]  # repository, configuration, split
+Progress = Callable[[int, int, str], object]  # done, total, what is next; may raise to stop
 
 
 @dataclass(frozen=True)
@@ -33,16 +41,13 @@ class TextFiles:
     validation: Path
 
 
-def text_files(config: Config, mirror: Path | None) -> TextFiles:
+def text_files(config: Config, mirror: Path) -> TextFiles:
     """The parquet shards of pretraining text, each checked to have a column `text`.
 
-    ``data.text_shards`` limits the training shards; without it a mirror gives all it has and the
-    hub as many as the pretraining horizon needs.
+    ``data.text_shards`` limits the training shards (None: all the mirror has).
     """
     wanted = config.recipe.data.text_shards
-    if mirror is None:
-        return _text_from_hub(config, wanted)
-    folder = Path(mirror) / "text"
+    folder = mirror / "text"
     if not folder.is_dir():
         raise ValueError(f"the mirror {mirror} has no folder text/; {LOOK_ELSEWHERE}")
     files = sorted(folder.glob("*.parquet"))
@@ -65,50 +70,16 @@ def _check_listing(found: int, where: str, wanted: int | None) -> None:
         )
 
 
-def _text_from_hub(config: Config, wanted: int | None) -> TextFiles:
-    from huggingface_hub import HfApi, hf_hub_download
-
-    repository = config.recipe.data.repository
-
-    def fetch(name: str) -> Path:
-        path = Path(hf_hub_download(repository, name, repo_type="dataset"))
-        _open_text(path)
-        return path
-
-    try:
-        listing = HfApi().list_repo_files(repository, repo_type="dataset")
-        names = sorted(name for name in listing if name.endswith(".parquet"))
-        _check_listing(len(names), repository, wanted)
-        validation = fetch(names[-1])
-        train: list[Path] = []
-        base = config.recipe.base
-        missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens
-        for name in names[:-1]:
-            if len(train) == wanted or (wanted is None and train and missing <= 0):
-                break
-            train.append(fetch(name))
-            missing -= _text_bytes(train[-1])
-    except OSError as error:  # huggingface_hub's own errors are OSErrors too
-        raise ValueError(
-            f"cannot fetch {repository} from the hub ({error}); give --mirror DIR, or data.source "
-            "= toyworld to work offline"
-        ) from error
-    return TextFiles(train, validation)
-
-
-def _text_bytes(path: Path) -> int:
-    """Bytes of text in a shard, estimated from its footer."""
-    metadata = pq.read_metadata(path)
-    column = metadata.schema.to_arrow_schema().get_field_index("text")
-    groups = range(metadata.num_row_groups)
-    return sum(metadata.row_group(g).column(column).total_uncompressed_size for g in groups)
-
-
 # ---------------------------------------------------------------------------- reading parquet
 
 
 def _open(path: Path) -> pq.ParquetFile:
     """A parquet file that has rows, or a ValueError that names it."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"{path} was linked to {path.readlink()}, which is gone: delete data/done.json of the "
+            "run and give the command again"
+        )
     if not path.is_file():
         raise ValueError(f"{path} is missing; {LOOK_ELSEWHERE}")
     if path.stat().st_size == 0:
@@ -159,32 +130,20 @@ def _checked(path: Path, read) -> pa.Table:
     return table
 
 
-def table(repository: str, split: str, config_name: str | None, mirror: Path | None) -> pa.Table:
+def table(repository: str, split: str, config_name: str | None, mirror: Path) -> pa.Table:
     """All rows of one split of a data set."""
-    if mirror is not None:
-        path = Path(mirror) / "hub" / repository / (config_name or "") / f"{split}.parquet"
-        file = _open(path)
-        return _checked(path, file.read)
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(repository, config_name, split=split)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot fetch {repository} ({config_name or 'no config'}, {split}) from the hub "
-            f"({error}); give --mirror DIR, or data.source = toyworld to work offline"
-        ) from error
-    return rows.with_format("arrow")[:]
+    path = _table_path(mirror, (repository, config_name, split))
+    return _checked(path, _open(path).read)
 
 
-# ---------------------------------------------------------------------------- single files
+def _table_path(mirror: Path, split: Split) -> Path:
+    repository, name, part = split
+    return mirror / "hub" / repository / (name or "") / f"{part}.parquet"
 
 
-def eval_bundle(mirror: Path | None) -> Path:
-    """The evaluation bundle of CORE: the mirror's, or fetched once into the user's cache."""
-    if mirror is None:
-        return _download(EVAL_BUNDLE)
-    path = Path(mirror) / "eval_bundle.zip"
+def eval_bundle(mirror: Path) -> Path:
+    """The evaluation bundle of CORE."""
+    path = mirror / "eval_bundle.zip"
     if not path.is_file():
         raise ValueError(
             f"the mirror {mirror} has no eval_bundle.zip: copy it there, or set "
@@ -193,22 +152,155 @@ def eval_bundle(mirror: Path | None) -> Path:
     return path
 
 
+# ---------------------------------------------------------------------------- the network
+
+
+def fetch(
+    config: Config, splits: Iterable[Split], folder: Path, progress: Progress
+) -> dict[str, str]:
+    """Fill `folder` as a mirror from the hub; returns each repository's revision (commit hash).
+
+    Text as far as ``data.text_shards`` or the pretraining horizon needs, `splits`, and the
+    evaluation bundle if CORE is scored. Files of the cache are linked, not copied. Raises
+    ValueError for trouble with the network and for files that come damaged twice.
+    """
+    revisions = {config.recipe.data.repository: _fetch_text(config, folder / "text", progress)}
+    if config.recipe.eval.core_problems != 0:
+        progress(0, 1, "the evaluation bundle")
+        (folder / "eval_bundle.zip").symlink_to(_download(EVAL_BUNDLE))
+    splits = list(splits)
+    for number, split in enumerate(splits):
+        progress(number, len(splits), " ".join(filter(None, split)))
+        _fetch_table(split, folder, revisions)
+    return revisions
+
+
+@contextlib.contextmanager
+def _network(what: str, remedy: str = OFFLINE) -> Generator[None, None, None]:
+    """Turn the network's errors into a ValueError with a remedy; wrap library calls alone."""
+    try:
+        yield
+    except Exception as error:  # httpx2, hf_xet, fsspec and datasets share no base but this one
+        raise ValueError(
+            f"cannot fetch {what} ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+
+
+def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
+    """Link the text's parquet files into `folder`, the validation shard first."""
+    from huggingface_hub import HfApi
+
+    repository, wanted = config.recipe.data.repository, config.recipe.data.text_shards
+    with _network(repository):
+        info = HfApi().dataset_info(repository, files_metadata=True)
+    assert info.sha is not None
+    files = {Path(file.rfilename).name: file for file in info.siblings or []}
+    names = sorted(name for name in files if name.endswith(".parquet"))
+    _check_listing(len(names), repository, wanted)
+    folder.mkdir()
+    base = config.recipe.base
+    size = missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens
+    for number, name in enumerate([names[-1], *names[:-1]]):
+        left = wanted + 1 - number if wanted else max(2 - number, math.ceil(missing / size))
+        if left <= 0:
+            break
+        progress(number, number + left, name)
+        path = _fetch_file(repository, files[name], info.sha)
+        _open_text(path)
+        (folder / name).symlink_to(path)
+        if number:
+            size = _text_bytes(path)
+            missing -= size
+    return info.sha
+
+
+def _fetch_file(repository: str, file, revision: str) -> Path:
+    """One file in the hub's cache, of the size and hash listed; a damaged one is fetched again."""
+    from huggingface_hub import hf_hub_download
+
+    problem = ""
+    for again in (False, True):
+        with _network(repository):
+            path = Path(
+                hf_hub_download(
+                    repository,
+                    file.rfilename,
+                    repo_type="dataset",
+                    revision=revision,
+                    force_download=again,
+                )
+            ).resolve()
+        problem = _difference(path, file.size, file.lfs and file.lfs.sha256)
+        if not problem:
+            return path
+        print(f"{path} {problem}: fetching it again", flush=True)
+    raise ValueError(f"{repository} gave {file.rfilename} damaged twice ({problem}); {OFFLINE}")
+
+
+def _difference(path: Path, size: int | None, sha256: str | None) -> str:
+    """How a file differs from its listing; empty if it does not."""
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return f"has {found} of {size} bytes"
+    if sha256:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                return "has another SHA-256 than the hub lists"
+    return ""
+
+
+def _text_bytes(path: Path) -> int:
+    """Bytes of text in a shard, estimated from its footer."""
+    metadata = pq.read_metadata(path)
+    column = metadata.schema.to_arrow_schema().get_field_index("text")
+    groups = range(metadata.num_row_groups)
+    return sum(metadata.row_group(g).column(column).total_uncompressed_size for g in groups)
+
+
+def _fetch_table(split: Split, folder: Path, revisions: dict[str, str]) -> None:
+    """One split as the mirror's parquet file, at the revision that `revisions` has or gets."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    repository, name, part = split
+    target = _table_path(folder, split)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _network(f"{repository} ({name or 'no config'}, {part})"):
+        if repository not in revisions:
+            revisions[repository] = HfApi().dataset_info(repository).sha or "main"
+        rows = datasets.load_dataset(repository, name, split=part, revision=revisions[repository])
+        rows.to_parquet(target)
+
+
 def _download(url: str) -> Path:
-    """A file of the web in the user's cache; whole or not there."""
+    """A zip file of the web in the user's cache, whole; a damaged one there is fetched again."""
     target = Path.home() / ".cache/nanolib" / url.rsplit("/", 1)[-1]
     if target.is_file():
-        return target
+        problem = _zip_problem(target)
+        if not problem:
+            return target
+        print(f"{target} {problem}: fetching it again", flush=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as reply, partial.open("wb") as file:
-            shutil.copyfileobj(reply, file)
+        with _network(url, "give --mirror DIR, or set eval.core_problems = 0 to leave CORE out"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=60) as reply, partial.open("wb") as file:
+                shutil.copyfileobj(reply, file)
+            length = reply.headers["Content-Length"]
+            problem = _difference(partial, length and int(length), None) or _zip_problem(partial)
+            if problem:
+                raise ConnectionError(f"the download {problem}")
         partial.replace(target)
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(
-            f"cannot fetch {url} ({error}); give --mirror DIR, or set eval.core_problems = 0 to "
-            "leave CORE out"
-        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _zip_problem(path: Path) -> str:
+    """What is wrong with a zip file; empty if its checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError) as error:
+        return f"is no whole zip file ({error})"
+    return f"has damaged {bad}" if bad else ""

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -88,6 +89,20 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file whole or not at all."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Generator[Path, None, None]:
+    """A new folder to fill, which takes the place of `folder` when nothing went wrong."""
+    for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+        shutil.rmtree(abandoned)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    with saving(folder):
+        draft.mkdir(parents=True)
+        yield draft
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
 
 
 # ---------------------------------------------------------------------------- metrics
@@ -273,17 +288,18 @@ class Run:
         """The directory of a stage; evaluations are kept per model: ``stage("eval", of="sft")``."""
         return StageDir(name, self.path / name / of if of else self.path / name)
 
-    def mirror(self) -> Path | None:
-        """The folder with the run's text and tasks in the mirror's layout; None: the hub.
+    def mirror(self) -> Path:
+        """The folder with the run's text and tasks; its layout is in `nanolib.hub`.
 
-        The toy world's own, else this opening's machine.mirror, else the one the data stage used.
+        This opening's machine.mirror, else the one the data stage used, else the one it fetched
+        or, for the toy world, wrote.
         """
-        if self.config.recipe.data.source == "toyworld":
-            return self.stage("data").path / "mirror"
         given = self.config.machine.mirror
         if given is None and (record := self.stage("data").done()):
             given = record["result"].get("mirror")
-        return settings.REPOSITORY / Path(given).expanduser() if given else None
+        if given is None:
+            return self.stage("data").path / "mirror"
+        return settings.REPOSITORY / Path(given).expanduser()
 
 
 def _default_id(profile: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> str:

@@ -31,8 +31,8 @@ class Task:
     train_split = "train"  # the repository's name for what we train on
     columns: tuple[str, ...]
 
-    def __init__(self, split: str, mirror: Path | None):
-        self.split = self.train_split if split == "train" else split
+    def __init__(self, split: str, mirror: Path):
+        _, _, self.split = self.source(split)
         table = hub.table(self.repository, self.split, self.config, mirror)
         missing = [column for column in self.columns if column not in table.column_names]
         if missing:
@@ -41,6 +41,11 @@ class Task:
                 f"{', '.join(table.column_names)}; take the data set's own parquet files"
             )
         self.table: pa.Table = table
+
+    @classmethod
+    def source(cls, split: str) -> hub.Split:
+        """Where a split is on the hub: repository, configuration and the split's name there."""
+        return cls.repository, cls.config, cls.train_split if split == "train" else split
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -133,7 +138,7 @@ class GSM8K(GradedTask):
     name, repository, config = "gsm8k", "openai/gsm8k", "main"
     columns = ("question", "answer")
 
-    def __init__(self, split: str, mirror: Path | None):
+    def __init__(self, split: str, mirror: Path):
         super().__init__(split, mirror)
         for i, answer in enumerate(self.table["answer"].to_pylist()):
             if final_number(answer) is None:
@@ -237,14 +242,19 @@ TASKS = {
 }
 
 
-def load(name: str, split: str, mirror: Path | None) -> Task:
-    """A task by name. Raises ValueError for an unknown one."""
+def find(name: str) -> type[Task]:
+    """A task's class by name. Raises ValueError for an unknown one."""
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
-    return TASKS[name](split, mirror)
+    return TASKS[name]
 
 
-def load_graded(name: str, split: str, mirror: Path | None) -> GradedTask:
+def load(name: str, split: str, mirror: Path) -> Task:
+    """One split of a task. Raises ValueError for an unknown task."""
+    return find(name)(split, mirror)
+
+
+def load_graded(name: str, split: str, mirror: Path) -> GradedTask:
     """A task whose answers are graded. Raises ValueError for one that has nothing to grade by."""
     task = load(name, split, mirror)
     if not isinstance(task, GradedTask):

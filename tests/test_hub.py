@@ -1,11 +1,19 @@
 """Files from a mirror, and bad input that is refused by name."""
 
+import http.server
+import io
+import re
+import threading
+import zipfile
+from types import SimpleNamespace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_hub import FakeHub
 
 from nanolib import hub
-from nanolib.config import Config, MachineConfig, Recipe, from_flat
+from nanolib.config import Config, Recipe, from_flat
 
 
 def config(**flat) -> Config:
@@ -41,6 +49,8 @@ def test_tables_and_single_files(mirror):
         "question": ["why?"]
     }
     assert hub.table("someone/plain", "train", None, mirror).num_rows == 1
+    with pytest.raises(ValueError, match=r"no eval_bundle.zip.*core_problems = 0"):
+        hub.eval_bundle(mirror)
     (mirror / "eval_bundle.zip").write_text("")
     assert hub.eval_bundle(mirror) == mirror / "eval_bundle.zip"
 
@@ -51,19 +61,75 @@ def test_a_mirror_never_falls_through_to_the_hub(mirror, monkeypatch):
         hub.table("someone/else", "train", None, mirror)
 
 
-def test_the_bundle_is_fetched_once_or_not_at_all(mirror, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"no eval_bundle.zip.*core_problems = 0"):
-        hub.eval_bundle(mirror)
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path / "home")
-    monkeypatch.setattr(hub, "EVAL_BUNDLE", (tmp_path / "web" / "eval_bundle.zip").as_uri())
-    with pytest.raises(ValueError, match=r"cannot fetch .*eval_bundle.zip.*core_problems = 0"):
-        hub.eval_bundle(None)
-    assert not list((tmp_path / "home").rglob("*.zip*"))
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web" / "eval_bundle.zip").write_bytes(b"tasks")
-    fetched = hub.eval_bundle(None)
-    (tmp_path / "web" / "eval_bundle.zip").unlink()
-    assert hub.eval_bundle(None) == fetched and fetched.read_bytes() == b"tasks"
+# ---------------------------------------------------------------------------- single files
+
+
+def zipped(text: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("core.yaml", text)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A server whose `body` is the bundle, of which it sends as many bytes as `sent` says."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            page.requests += 1
+            self.send_response(200 if page.body else 404)
+            self.send_header("Content-Length", str(len(page.body)))
+            self.end_headers()
+            self.wfile.write(page.body[: page.sent])
+
+        def log_message(self, *_):
+            pass
+
+    page = SimpleNamespace(body=zipped(b"tasks" * 1000), sent=None, requests=0)
+    page.cached = tmp_path / "home/.cache/nanolib/eval_bundle.zip"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path / "home")
+        address = f"http://127.0.0.1:{server.server_port}/eval_bundle.zip"
+        monkeypatch.setattr(hub, "EVAL_BUNDLE", address)
+        yield page
+        server.shutdown()
+
+
+def test_a_download_cut_short_is_not_kept(web):
+    web.sent = len(web.body) // 2
+    half = f"has {web.sent} of {len(web.body)} bytes"
+    with pytest.raises(ValueError, match=f"cannot fetch .*{half}.*--mirror DIR.*core_problems = 0"):
+        hub._download(hub.EVAL_BUNDLE)
+    assert not list(web.cached.parent.iterdir())
+    web.sent = None
+    assert hub._download(hub.EVAL_BUNDLE).read_bytes() == web.body
+
+
+def test_a_download_is_kept_and_a_damaged_one_is_named_and_fetched_again(web, capsys):
+    for _ in range(2):
+        assert hub._download(hub.EVAL_BUNDLE) == web.cached
+    assert web.requests == 1
+    damaged = bytearray(web.body)
+    damaged[1000] ^= 1
+    for content, problem in ((web.body[:-30], "no whole zip file"), (damaged, "has damaged core")):
+        web.cached.write_bytes(content)
+        assert hub._download(hub.EVAL_BUNDLE).read_bytes() == web.body
+        assert re.search(f"{web.cached} .*{problem}.*: fetching it again", capsys.readouterr().out)
+
+
+def test_a_page_that_is_not_the_bundle_is_refused(web):
+    web.body = b"<html>Please log in</html>"
+    with pytest.raises(ValueError, match=r"cannot fetch .*no whole zip file.*--mirror DIR"):
+        hub._download(hub.EVAL_BUNDLE)
+    web.body = b""
+    with pytest.raises(ValueError, match=r"cannot fetch .*404.*--mirror DIR"):
+        hub._download(hub.EVAL_BUNDLE)
+    assert not list(web.cached.parent.iterdir())
+
+
+# ---------------------------------------------------------------------------- bad text
 
 
 def binary_text(path):
@@ -121,42 +187,98 @@ def test_a_folder_that_is_no_mirror(tmp_path):
         hub.text_files(config(), tmp_path)
 
 
-def test_the_hub_gives_as_many_shards_as_the_horizon_needs(mirror, monkeypatch):
-    import huggingface_hub
+# ---------------------------------------------------------------------------- the hub
 
-    fetched = []
 
-    def download(repository, name, repo_type):
-        fetched.append(name)
-        return mirror / "text" / name
+@pytest.fixture
+def fetch(mirror, tmp_path, monkeypatch):
+    """`hub.fetch` into a folder, from a hub that has the mirror's files."""
+    fake = FakeHub(mirror, monkeypatch)
 
-    names = ["README.md", *(f"shard_{i}.parquet" for i in (2, 0, 3, 1))]
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    def call(splits=(), **flat):
+        folder = tmp_path / f"fetched-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        given = config(eval__core_problems=0, **flat)
+        fake.revisions = hub.fetch(given, splits, folder, lambda *_: None)
+        return hub.text_files(given, folder), folder
+
+    fake.fetch = call
+    return fake
+
+
+def test_the_hub_gives_as_many_shards_as_the_horizon_needs(fetch, mirror):
     size = hub._text_bytes(mirror / "text/shard_0.parquet")
     tokens = int(1.5 * size / hub.BYTES_PER_TOKEN)
-    recipe = {"base.steps": tokens, "base.batch_tokens": 1, "model.sequence_len": 1}
-    files = hub.text_files(
-        Config(profile="t", recipe=_recipe(recipe), machine=MachineConfig()), None
-    )
+    one_each = {"base__batch_tokens": 1, "model__sequence_len": 1, "sft__batch_tokens": 1}
+    files, _ = fetch.fetch(base__steps=tokens, **one_each)
     assert [path.name for path in files.train] == ["shard_0.parquet", "shard_1.parquet"]
-    assert fetched == ["shard_3.parquet", "shard_0.parquet", "shard_1.parquet"]
+    assert [name for name, _ in fetch.downloads] == [f"shard_{i}.parquet" for i in (3, 0, 1)]
+    assert [path.name for path in fetch.fetch(data__text_shards=1)[0].train] == ["shard_0.parquet"]
 
 
-def _recipe(flat) -> Recipe:
-    return from_flat("t", {"sft.batch_tokens": 1} | flat).recipe
+def test_every_file_is_of_one_revision_and_looks_like_a_mirrors(fetch, mirror):
+    splits = [("someone/questions", "main", "test"), ("someone/plain", None, "train")]
+    files, folder = fetch.fetch(splits)
+    assert {revision for _, revision in fetch.downloads} == {FakeHub.COMMIT}
+    assert fetch.revisions == dict.fromkeys(
+        (Recipe().data.repository, "someone/questions", "someone/plain"), FakeHub.COMMIT
+    )
+    assert [list(hub.documents(path)) for path in files.train] == [
+        list(hub.documents(path)) for path in sorted((mirror / "text").glob("*"))[:3]
+    ]
+    for repository, name, split in splits:
+        tables = [hub.table(repository, split, name, place) for place in (mirror, folder)]
+        assert tables[0].to_pylist() == tables[1].to_pylist()
 
 
-def test_no_network_says_what_to_do(monkeypatch):
-    import datasets
-    import huggingface_hub
+@pytest.mark.parametrize("wrong", ["size", "hash"])
+def test_a_damaged_file_of_the_hubs_cache_is_named_and_fetched_again(fetch, mirror, wrong, capsys):
+    path = mirror / "text/shard_0.parquet"
+    whole = path.read_bytes()
+    bad = whole[:-20] if wrong == "size" else bytes([whole[0] ^ 1]) + whole[1:]
+    fetch.cached[path.name] = bad
+    files, _ = fetch.fetch(data__text_shards=1)
+    assert files.train[0].read_bytes() == whole
+    problem = f"has {len(bad)} of {len(whole)} bytes" if wrong == "size" else "another SHA-256"
+    assert re.search(f"shard_0.* {problem}.*: fetching it again", capsys.readouterr().out)
+    fetch.cached[path.name] = fetch.fresh[path.name] = bad
+    with pytest.raises(ValueError, match=r"gave shard_0.parquet damaged twice.*--mirror DIR"):
+        fetch.fetch(data__text_shards=1)
 
-    def fail(*_, **__):
-        raise ConnectionError("no route")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ValueError, match=r"no route.*--mirror DIR.*toyworld"):
-        hub.text_files(config(), None)
-    with pytest.raises(ValueError, match=r"someone/x .*no route.*--mirror DIR.*toyworld"):
-        hub.table("someone/x", "test", None, None)
+def test_a_download_that_left_the_cache_is_named(fetch):
+    files, folder = fetch.fetch()
+    files.train[1].resolve().unlink()
+    with pytest.raises(ValueError, match=r"shard_1.parquet was linked to .*gone: delete .*done"):
+        hub.text_files(config(), folder)
+
+
+def network_errors():
+    """One of every family that huggingface_hub and datasets let through."""
+    import datasets.exceptions
+    import httpx2
+    from huggingface_hub import errors
+
+    reply = httpx2.Response(503, request=httpx2.Request("GET", "https://hub"))
+    return [
+        ConnectionError("no route"),
+        httpx2.ConnectError("no route"),
+        httpx2.ReadTimeout("no route"),
+        httpx2.RemoteProtocolError("no route"),
+        httpx2.InvalidURL("no route"),
+        errors.HfHubHTTPError("no route", response=reply),
+        errors.OfflineModeIsEnabled("no route"),
+        errors.XetDownloadError("no route"),
+        datasets.exceptions.DatasetGenerationError("no route"),
+        RuntimeError("no route"),
+    ]
+
+
+@pytest.mark.parametrize("error", network_errors(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("call", ["dataset_info", "hf_hub_download", "load_dataset"])
+def test_no_network_says_what_to_do(fetch, error, call):
+    fetch.broken[call] = error
+    name = "someone/plain" if call == "load_dataset" else Recipe().data.repository
+    message = f"cannot fetch {name}.*{type(error).__name__}: .*no route.*--mirror DIR.*toyworld"
+    with pytest.raises(ValueError, match=message):
+        fetch.fetch([("someone/plain", None, "train")])

@@ -241,7 +241,7 @@ def test_processes_that_open_at_once_agree(monkeypatch):
 
 def test_mirror(folder):
     assert Run.open("tiny").mirror() == folder / "out/tiny/data/mirror"
-    assert Run.open("real").mirror() is None
+    assert Run.open("real").mirror() == folder / "out/real/data/mirror"
     assert Run.open("real", overrides={"mirror": "/there"}).mirror() == Path("/there")
     assert Run.load("real", {"mirror": "x"}).mirror() == config.REPOSITORY / "x"
     Run.load("real").stage("data").finish({"mirror": "/recorded"})

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fake_hub import FakeHub
 
 from nanolib import stages, tasks
 from nanolib.conversation import Conversation
@@ -263,6 +264,79 @@ def test_a_computer_too_small_is_told_before_training(run, monkeypatch):
         training.base(_context(run, "base"))
 
 
+# ---------------------------------------------------------------------------- data
+
+
+@pytest.fixture
+def hub_run(run, tmp_path, monkeypatch):
+    """A run whose data comes from a hub that has the toy world's, and that hub."""
+    shutil.copytree(run.mirror(), tmp_path / "mirror")
+    hub = FakeHub(tmp_path / "mirror", monkeypatch)
+    bundle = tmp_path / "mirror/eval_bundle.zip"
+    monkeypatch.setattr(text.hub, "_download", lambda url: hub.call("bundle") or bundle)
+    return Run.open("smoke", str(tmp_path / "hubbed"), SMALL | {"data.source": "hub"}), hub
+
+
+def test_after_the_data_stage_no_stage_needs_the_network(hub_run, run):
+    """What was fetched trains as the same files in a mirror do; the revisions are recorded."""
+    hubbed, hub = hub_run
+    data = worker.work("data", hubbed)
+    assert set(data["revisions"].values()) == {FakeHub.COMMIT} and len(data["revisions"]) == 6
+    hub.broken = dict.fromkeys(hub.calls, ConnectionError("no network any more"))
+    for name in ("tokenizer", "shards", "base", "mid", "sft", "grpo"):
+        result = worker.work(name, hubbed)
+        if name in ("base", "mid", "sft"):
+            assert result["train_loss"] == run.stage(name).done()["result"]["train_loss"]
+    scores = worker.work("eval", hubbed, of="sft")
+    assert {"core", "arc_easy", "facts"} <= scores.keys()
+
+
+def test_a_run_that_kept_no_data_gathers_it_again_and_checks_it(hub_run, tmp_path):
+    """As runs of the first edition did, whose stages each asked the hub."""
+    hubbed, _ = hub_run
+    worker.work("data", hubbed)
+    shutil.rmtree(hubbed.mirror())
+    worker.work("tokenizer", hubbed)
+    shutil.rmtree(hubbed.mirror())
+    shards = sorted((tmp_path / "mirror/text").glob("*"))
+    shutil.copy(shards[1], shards[0])
+    with pytest.raises(ValueError, match="is not what run hubbed began with"):
+        worker.work("shards", hubbed)
+
+
+@pytest.mark.parametrize("source", ["hub", "toyworld"])
+def test_data_stops_between_files_and_leaves_no_mirror(source, hub_run, tmp_path, monkeypatch):
+    hubbed, hub = hub_run
+    fresh = hubbed if source == "hub" else Run.open("smoke", str(tmp_path / "toy"), SMALL)
+    fresh.stage("data").path.mkdir(parents=True)
+    context = _context(fresh, "data")
+    written = []
+    original = text.toyworld._write_table
+
+    def write(path, rows):
+        written.append(path)
+        original(path, rows)
+        context.guard.request_stop()
+
+    monkeypatch.setattr(text.toyworld, "_write_table", write)
+    monkeypatch.setattr(text.hub, "_open_text", lambda path: context.guard.request_stop())
+    with pytest.raises(Stopped, match="shard_"):
+        text.data(context)
+    assert len(written) + len(hub.downloads) == 1
+    assert [row["message"] for row in context.stage.metrics.rows()][:1]
+    assert not fresh.mirror().exists()
+
+
+@pytest.mark.parametrize("stage", ["data", "tokenizer", "shards"])
+def test_text_is_prepared_on_a_computer_without_the_gpu_of_the_run(stage, run, tmp_path):
+    meant_for = Run.open("smoke", str(tmp_path / "cuda"), SMALL | {"machine.device": "cuda"})
+    for name in ("data", "tokenizer", "shards")[: ("data", "tokenizer", "shards").index(stage)]:
+        shutil.copytree(run.stage(name).path, meant_for.path / name)
+    assert worker.work(stage, meant_for)
+    with pytest.raises(ValueError, match="'cuda', which torch does not see"):
+        worker.work("base", meant_for)
+
+
 def test_data_that_changed_under_a_run_is_refused(mirror, tmp_path):
     worker.work("data", mirror)
     worker.work("tokenizer", mirror)
@@ -288,7 +362,8 @@ def test_one_byte_of_a_benchmark_is_other_data(mirror, tmp_path):
         ("eval_bundle.zip", {"eval.core_problems": 0}),
         ("openai/gsm8k/main/train", {"mid.rows.gsm8k": 0, "sft.rows.gsm8k": 0, "grpo.enabled": False}),
         ("cais/mmlu/all/auxiliary_train", {"mid.rows.mmlu": 0, "sft.rows.mmlu": 0}),
-        ("allenai/ai2_arc/ARC-Easy/test", {"eval.tasks": ["facts"]}),
+        ("allenai/ai2_arc/ARC-Easy/test", {"eval.tasks": ["facts"], "mid.rows.arc_easy": 0, "sft.rows.arc_easy": 0}),
+        ("HuggingFaceTB/smol-smoltalk/test", {"mid.rows.smoltalk": 0, "sft.rows.smoltalk": 0}),
     ],
 )  # fmt: skip
 def test_what_a_later_stage_will_miss_is_told_at_the_beginning(mirror, tmp_path, missing, without):

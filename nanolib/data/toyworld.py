@@ -22,10 +22,8 @@ import io
 import itertools
 import json
 import operator
-import os
 import random
 import re
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,8 +32,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanolib import hub
 from nanolib.data import toywords as words
 from nanolib.data.toywords import RELATIONS, phrases
+from nanolib.rundir import whole_folder
 
 NUMBERS = range(3, 41)
 HARD_SHARE = 0.6  # of the word problems: what SFT leaves to GRPO
@@ -444,27 +444,31 @@ def tables(world: World, seed: int) -> dict[str, list[dict]]:
     return made
 
 
-def write(folder: Path, seed: int, shards: int = 4, rows: int = 15_000) -> Path:
+def write(
+    folder: Path,
+    seed: int,
+    shards: int = 4,
+    rows: int = 15_000,
+    progress: hub.Progress = lambda *_: None,
+) -> Path:
     """Write the whole mirror into `folder`, which appears when it is complete.
 
     `shards` training shards of `rows` documents each, and a last, smaller one for validation.
+    `progress(done, total, name)` is called before each file and may raise to stop.
     """
-    folder = Path(folder)
-    for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
-        shutil.rmtree(abandoned)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    made = world(seed)
-    text = documents(made, seed)
-    for shard in range(shards + 1):
-        count = rows if shard < shards else min(rows, 1000)
-        shard_rows = [{"text": document} for document in itertools.islice(text, count)]
-        _write_table(temporary / f"text/shard_{shard:05}.parquet", shard_rows)
-    for path, table in tables(made, seed).items():
-        _write_table(temporary / f"hub/{path}.parquet", table)
-    (temporary / "eval_bundle.zip").write_bytes(core_bundle(made, draw(seed, "core")))
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with whole_folder(Path(folder)) as draft:
+        made = world(seed)
+        text = documents(made, seed)
+        for shard in range(shards + 1):
+            name = f"shard_{shard:05}.parquet"
+            progress(shard, shards + 1, name)
+            count = rows if shard < shards else min(rows, 1000)
+            shard_rows = [{"text": document} for document in itertools.islice(text, count)]
+            _write_table(draft / "text" / name, shard_rows)
+        for path, table in tables(made, seed).items():
+            progress(shards + 1, shards + 1, path)
+            _write_table(draft / f"hub/{path}.parquet", table)
+        (draft / "eval_bundle.zip").write_bytes(core_bundle(made, draw(seed, "core")))
     return folder
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from nanolib import hub, report, tasks
-from nanolib.config import TokenizerConfig, flatten
+from nanolib.config import Recipe, TokenizerConfig, flatten
 from nanolib.data import shards as token_shards
 from nanolib.data import toyworld
 from nanolib.evals import core
-from nanolib.rundir import Run
+from nanolib.rundir import Run, whole_folder
 from nanolib.stages import Context
 from nanolib.tokenizer import Tokenizer
 
@@ -24,14 +24,14 @@ from nanolib.tokenizer import Tokenizer
 
 
 def data(context: Context) -> dict[str, Any]:
-    """Write the toy world, or find the text; record what the run is made of."""
+    """Write or fetch what the run will read, check it, and record what the run is made of."""
     run = context.run
-    if run.config.recipe.data.source == "toyworld":
-        toyworld.write(context.stage.path / "mirror", run.config.recipe.seed)
+    revisions = gather(context) if run.config.machine.mirror is None else {}
     files = hub.text_files(run.config, run.mirror())
-    check_tasks(run)
+    check_tasks(run, context.progress)
     return {
         "mirror": run.config.machine.mirror and str(run.mirror()),
+        "revisions": revisions,
         "fingerprint": _fingerprint(run, files),
         "train_files": [path.name for path in files.train],
         "validation_file": files.validation.name,
@@ -40,29 +40,66 @@ def data(context: Context) -> dict[str, Any]:
     }
 
 
-def check_tasks(run: Run) -> None:
-    """Open what later stages will read, so that what is missing is told before the long wait."""
+def gather(context: Context) -> dict[str, str]:
+    """Write the toy world or fetch from the hub; the revisions of what was fetched."""
+    recipe, folder = context.run.config.recipe, context.run.stage("data").path / "mirror"
+    if recipe.data.source == "toyworld":
+        toyworld.write(folder, recipe.seed, progress=context.progress)
+        return {}
+    splits = [tasks.find(name).source(split) for name, split in _splits(recipe)]
+    with whole_folder(folder) as draft:
+        return hub.fetch(context.run.config, splits, draft, context.progress)
+
+
+def gather_if_gone(context: Context) -> None:
+    """Gather again what a finished data stage left, for example one of a version that kept none."""
+    run, runtime = context.run, context.runtime
+    folder = run.stage("data").path / "mirror"
+    if runtime.is_lead and run.mirror() == folder and not folder.is_dir():
+        gather(context)
+    runtime.barrier()
+
+
+def _splits(recipe: Recipe) -> list[tuple[str, str]]:
+    """Each task and split that a later stage reads."""
+    found = {
+        (name, split)
+        for stage in (recipe.mid, recipe.sft)
+        for name, limit in flatten(stage.rows).items()
+        for split in ("train", "test")
+        if stage.enabled and limit != 0
+    }
+    if recipe.grpo.enabled:
+        found |= {(recipe.grpo.task, "train"), (recipe.grpo.task, "test")}
+    if set(recipe.models) - {"base"}:
+        found |= {(name, "test") for name in recipe.eval.tasks}
+    return sorted(found)
+
+
+def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
+    """Open what later stages will read, so that what is missing shows before the long wait."""
     recipe, mirror = run.config.recipe, run.mirror()
     if recipe.eval.core_problems != 0:
         core.load(hub.eval_bundle(mirror))
-    for stage in (recipe.mid, recipe.sft):
-        for name, limit in flatten(stage.rows).items():
-            if stage.enabled and limit != 0:
-                tasks.load(name, "train", mirror)
+    splits = _splits(recipe)
+    for number, (name, split) in enumerate(splits):
+        progress(number, len(splits), f"checking {name} ({split})")
+        tasks.load(name, split, mirror)
     if recipe.grpo.enabled:
         tasks.load_graded(recipe.grpo.task, "train", mirror)
-    if set(recipe.models) - {"base"}:
-        for name in recipe.eval.tasks:
-            tasks.load(name, "test", mirror)
 
 
 def _fingerprint(run: Run, files: hub.TextFiles) -> str:
-    """A hash of the names, sizes and ends (parquet footers) of everything a run reads."""
+    """A hash of the names, sizes and ends (parquet footers) of what a run reads.
+
+    Of what was fetched from the hub the text alone: `revisions` say the rest.
+    """
     digest = hashlib.sha256()
     mirror = run.mirror()
-    others = [] if mirror is None else sorted(mirror.glob("hub/**/*.parquet"))
-    others += [] if mirror is None else sorted(mirror.glob("eval_bundle.zip"))
-    for path in [*files.train, files.validation, *others]:
+    fetched = run.config.recipe.data.source == "hub" and mirror == run.stage("data").path / "mirror"
+    tables = [] if fetched else sorted(mirror.glob("hub/**/*.parquet"))
+    bundle = [] if fetched else sorted(mirror.glob("eval_bundle.zip"))
+    for path in [*files.train, files.validation, *tables, *bundle]:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 65_536))
@@ -76,7 +113,7 @@ def _text_files(run: Run) -> hub.TextFiles:
     record = run.stage("data").done()
     if record is not None and record["result"]["fingerprint"] != _fingerprint(run, files):
         raise ValueError(
-            f"the data in {run.mirror() or 'the hub'} is not what run {run.id} began with; give "
+            f"the data in {run.mirror()} is not what run {run.id} began with; give "
             f"--mirror the folder it had, or use `--run NAME` for a run of its own"
         )
     return files

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from nanolib.runtime import Runtime, processor
 from nanolib.stages import Context, evaluate, text, training
 from nanolib.train import Stopped
 
+ON_CPU = ("data", "tokenizer", "shards")  # wherever data is prepared, GPU or none
 USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
 
 WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
@@ -49,10 +50,15 @@ def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
     started, dollars_per_hour = now(), run.config.machine.dollars_per_hour
     stage.path.mkdir(parents=True, exist_ok=True)
     guard = Guard.start()  # first: joining ranks that are gone would wait for minutes
-    runtime = Runtime.start(run.config.machine)
+    machine = run.config.machine
+    if name in ON_CPU:
+        machine = replace(machine, device="cpu")
+    runtime = Runtime.start(machine)
     context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
     launched = os.environ.get("NANOLIB_GUARD") == "1"  # then the launcher records the attempt
     with nullcontext() if launched else attempts.recorded(stage.path, dollars_per_hour):
+        if name not in ("data", "report"):
+            text.gather_if_gone(context)
         result = WORK[name](context)
         runtime.barrier()
     if runtime.is_lead:

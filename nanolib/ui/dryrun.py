@@ -45,7 +45,7 @@ def _data(run: Run) -> str:
     if run.config.recipe.data.source == "toyworld":
         return "data: the toy world, which the run writes itself"
     mirror = run.mirror()
-    if mirror is None:
+    if run.config.machine.mirror is None and not mirror.is_dir():
         return "data: from the hub, not looked at here (--mirror FOLDER would be)"
     files = hub.text_files(run.config, mirror)
     text.check_tasks(run)
