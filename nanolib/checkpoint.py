@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from nanolib.config import flatten, recipe_from, settings
+from nanolib.config import FIRST_EDITION, flatten, recipe_from, settings
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import saving, warn_once
@@ -245,7 +245,7 @@ def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
     The checkpoint may be of another version: a setting that it lacks had the default, one that
     this version lacks is named and ignored.
     """
-    saved = checkpoint.index["recipe"]
+    saved = FIRST_EDITION | checkpoint.index["recipe"]
     if unknown := saved.keys() - settings().keys():
         warn_once(f"{checkpoint.path} has settings unknown here: {', '.join(sorted(unknown))}")
     theirs = flatten(recipe_from(saved)) | {k: checkpoint.index[k] for k in about if k != "recipe"}

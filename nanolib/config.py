@@ -125,6 +125,7 @@ class OptimConfig:
     momentum_warmup: Count = 300  # steps
     newton_schulz_steps: Count = 5
     clip: Positive | None = 1.0  # global gradient norm
+    every_stage: bool = False  # clip beyond base and warm momentum up beyond mid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,6 @@ class Mixture:
 class ConversationConfig(Schedule):
     """A stage that learns what the assistant says in a mixture of conversations."""
 
-    warmdown: Fraction = 1.0
     epochs: Positive = 1.0  # passes over the mixture, when steps is not given
     batch_tokens: Count = 524_288  # over all ranks and micro-batches, padding included
     rows: Mixture = field(default_factory=Mixture)
@@ -185,6 +185,7 @@ class SFTConfig(ConversationConfig):
     """Supervised finetuning on a small, clean mixture, at low rates."""
 
     lr: Positive = 0.02
+    warmdown: Fraction = 1.0
     batch_tokens: Count = 65_536
     rows: Mixture = field(default_factory=lambda: Mixture(smoltalk=10_000))
 
@@ -460,6 +461,10 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     machine = _overlay(MachineConfig(), flat, "machine.")
     _check_together(recipe, machine)
     return Config(profile=profile, recipe=_derive(recipe), machine=machine)
+
+
+# What recipes that were saved by the first edition mean where they lack a newer setting.
+FIRST_EDITION = {"optim.every_stage": True}
 
 
 def recipe_from(flat: Mapping[str, Any]) -> Recipe:

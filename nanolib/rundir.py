@@ -248,7 +248,8 @@ class Run:
         manifest = _read_manifest(path)
         if manifest["profile"] != profile:
             raise _refusal(path, "profile", manifest["profile"], profile)
-        asked = settings.from_flat(profile, defaults | manifest["overrides"] | given)
+        asked = manifest["recipe"] | defaults | manifest["overrides"] | given
+        asked = settings.from_flat(profile, asked)
         _check_same_recipe(path, manifest, asked, given)
         machine = settings.flatten(asked.machine, "machine.")
         return cls(path, settings.from_flat(profile, manifest["recipe"] | machine))
@@ -366,6 +367,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         for part in ("recipe", "overrides"):
             flat = {key: value for key, value in manifest[part].items() if key in known}
             manifest[part] = settings.check_overrides(flat)
+        manifest["recipe"] = settings.FIRST_EDITION | manifest["recipe"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged ({error}); restore it, or start a new run with --run NAME"

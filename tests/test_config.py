@@ -27,6 +27,20 @@ def test_the_dial_rounds_the_width_up_to_whole_heads(depth, aspect, head_dim, wi
     assert (model.width, model.heads) == (width, heads)
 
 
+def test_learning_rates_of_each_stage_fall_as_in_the_original():
+    """Constant for 80 % and then down to 0 in base and mid, down from the first step after them."""
+    recipe = config.from_flat("d20", {}).recipe
+    shapes = {name: getattr(recipe, name) for name in config.MODELS}
+    found = {name: (s.lr, s.warmup, s.warmdown, s.final) for name, s in shapes.items()}
+    assert found == {
+        "base": (1.0, 0.0, 0.2, 0.0),
+        "mid": (1.0, 0.0, 0.2, 0.0),
+        "sft": (0.02, 0.0, 1.0, 0.0),
+        "grpo": (0.05, 0.0, 1.0, 0.0),
+    }
+    assert resolve("d32").recipe.tokenizer.max_chars == 4_000_000_000
+
+
 @pytest.mark.parametrize("profile", config.profiles())
 def test_every_profile_resolves_and_survives_the_manifest(profile):
     resolved = resolve(profile)

@@ -100,7 +100,8 @@ def _assert_same_gradients(one: Run, two: Run, stage: str) -> None:
     """After one step the first moments are (1 − β) times the clipped gradient."""
     saved = [checkpoint.latest(run.stage(stage).checkpoints) for run in (one, two)]
     config = one.config.recipe.optim
-    kept = {"momentum": 1 - config.momentum_start, "moment1": 1 - config.adam_beta1}
+    momentum = config.momentum_start if stage in ("base", "mid") else config.momentum
+    kept = {"momentum": 1 - momentum, "moment1": 1 - config.adam_beta1}
     compared = 0
     for name in saved[0].index["tensors"]:
         slot = name.rsplit(".", 1)[1]

@@ -1,6 +1,7 @@
 """The stages in this process: what they read, what they resume, what they refuse."""
 
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from fake_hub import FakeHub
 
 from nanolib import stages, tasks
+from nanolib.config import MODELS
 from nanolib.conversation import Conversation
 from nanolib.guard import Guard
 from nanolib.rundir import Run
@@ -146,6 +148,27 @@ def test_validation_loss_is_of_what_the_assistant_says(run):
         count += int((batch.targets_BT >= 0).sum())
     mean = training._validation_loss(setup.model, held, context.runtime)
     assert mean == pytest.approx(nats / count)
+
+
+@pytest.mark.parametrize("every_stage", [False, True])
+def test_base_clips_and_base_and_mid_warm_momentum_up(every_stage, run, tmp_path, monkeypatch):
+    """As in the original, unless optim.every_stage says otherwise (as in the first edition)."""
+    fork = _fork(run, tmp_path / "fork", {"optim.every_stage": every_stage})
+    found = {}
+
+    def made(*, stage, optimizer, **_):
+        found[stage.name] = (optimizer.config.clip, optimizer.momentum())
+        raise Stopped("seen")
+
+    monkeypatch.setattr(training, "Trainer", made)
+    monkeypatch.setattr(training.checkpoint, "check_same", lambda *_: None)
+    monkeypatch.setattr(training, "passes", lambda *_: {})
+    for name in MODELS:
+        with pytest.raises(Stopped):
+            worker.WORK[name](_context(fork, name))
+    every = dict.fromkeys(MODELS, (1.0, 0.85))
+    original = {"mid": (None, 0.85), "sft": (None, 0.95), "grpo": (None, 0.95)}
+    assert found == every | ({} if every_stage else original)
 
 
 # ---------------------------------------------------------------------------- grpo
@@ -407,3 +430,42 @@ def test_a_checkpoint_depends_on_the_recipe_up_to_its_stage(run, tmp_path):
     other = _fork(run, tmp_path / "other", {"sft.lr": 0.25})
     with pytest.raises(ValueError, match=r"sft\.lr"):
         worker.work("grpo", other)
+
+
+# ---------------------------------------------------------------------------- older runs
+
+
+@pytest.fixture
+def first_edition(tmp_path) -> Path:
+    """The runs folder with a run that the first edition made: `mid` and `sft` done, `grpo` begun."""
+    with zipfile.ZipFile(Path(__file__).with_name("first_edition.zip")) as kept:
+        kept.extractall(tmp_path)
+    return tmp_path / "run"
+
+
+def test_a_run_of_the_first_edition_keeps_its_recipe(first_edition, tmp_path):
+    """Defaults have changed since: the run goes on with what it was made with, however opened."""
+    mirror = {"machine.mirror": str(tmp_path / "mirror")}
+    recipes = [
+        Run.load(str(first_edition), mirror).config.recipe,
+        Run.open("smoke", str(first_edition), mirror).config.recipe,
+    ]
+    for recipe in recipes:
+        assert recipe.mid.warmdown == 1.0 and recipe.optim.every_stage
+    assert Run.open("smoke", str(tmp_path / "new")).config.recipe.mid.warmdown == 0.2
+    with pytest.raises(ValueError, match=r"was made with mid\.warmdown = 1\.0, not 0\.5"):
+        Run.open("smoke", str(first_edition), mirror | {"mid.warmdown": 0.5})
+
+
+def test_a_run_of_the_first_edition_goes_on(first_edition, tmp_path):
+    """Its grpo was killed in step 2 of 2, after the checkpoint of step 1."""
+    run = Run.load(str(first_edition), {"machine.mirror": str(tmp_path / "mirror")})
+    place = run.stage("grpo")
+    before = [row for row in place.metrics.rows() if row["step"] < 2]
+    assert place.done() is None and [p.name for p in place.checkpoints.iterdir()] == [
+        "step_00000001"
+    ]
+    assert worker.work("grpo", run)["steps"] == 2
+    rows = place.metrics.rows()
+    assert rows[: len(before)] == before and rows[-1]["step"] == 2
+    assert {p.name for p in place.checkpoints.iterdir()} == {"step_00000001", "step_00000002"}

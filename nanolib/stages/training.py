@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanolib import checkpoint, planning, tasks
-from nanolib.config import BaseConfig, ConversationConfig, GRPOConfig, flatten, up_to
+from nanolib.config import BaseConfig, ConversationConfig, GRPOConfig, OptimConfig, flatten, up_to
 from nanolib.data.packing import Batch
 from nanolib.data.sources import ConversationSource, RowSource, TextSource
 from nanolib.engine import Engine
@@ -234,7 +234,7 @@ def _train(
         stage=context.stage,
         model=setup.model,
         nll=setup.nll,
-        optimizer=MuonAdamW(setup.model, context.run.config.recipe.optim, runtime),
+        optimizer=MuonAdamW(setup.model, _optim(context), runtime),
         source=source,
         schedule=config,
         steps=steps,
@@ -250,6 +250,16 @@ def _train(
     trainer.fit()
     runtime.barrier()
     return _result(context, setup.model)
+
+
+def _optim(context: Context) -> OptimConfig:
+    """The recipe's, as far as it holds here: the original clips in base, warms up in base and mid."""
+    config, stage = context.run.config.recipe.optim, context.stage.name
+    if stage == "base" or config.every_stage:
+        return config
+    return replace(
+        config, clip=None, momentum_warmup=config.momentum_warmup if stage == "mid" else 0
+    )
 
 
 def _result(context: Context, model: GPT) -> dict[str, Any]:
