@@ -120,6 +120,9 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         ("chat", r"no run yet"),
         ("serve", r"no run yet"),
         ("report --run nix", r"no run 'nix'"),
+        ("run smoke --dry-run --from demo", r"leave --detach and --from out"),
+        ("run smoke --from nix", r"no run 'nix'"),
+        ("stage sft --profile smoke --from nix", r"no run 'nix'"),
         ("notebooks", r"needs one of --refresh and --check"),
         ("bench dmeo", r"no measurement 'dmeo'; there are demo, device, faults, ranks, tokenizer"),
     ],
@@ -246,6 +249,37 @@ def test_the_commands_that_read_a_run(nanolib, copy):
     code, out, errors = nanolib(*question)
     assert code == 0 and out.strip(), errors
     assert nanolib(*question, "--of", "sft")[:2] == (0, out)
+
+
+def test_runs_are_listed_with_how_far_they_are(nanolib, copy):
+    Run.open("smoke", "young", {"grpo.enabled": False}).stage("data").finish({})
+    (Run.open("smoke", "spoilt").path / "manifest.json").write_text("{")
+    code, out, errors = nanolib("runs")
+    assert code == 0 and not errors
+    rows = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert set(rows) == {"smoke", "young", "spoilt"}
+    assert re.search(r"smoke +smoke +grpo \(7 of 7\) +- +[\d.]+ MB +\d{4}-", rows["smoke"])
+    assert re.search(r"young +smoke +data \(1 of 6\) +tokenizer +0\.0 MB", rows["young"])
+    assert "cannot be read" in rows["spoilt"]
+
+
+def test_there_are_no_runs_to_list(nanolib):
+    code, out, _ = nanolib("runs")
+    assert code == 0 and "make one: nanolib run demo" in out
+
+
+def test_another_grpo_setting_begins_with_what_the_first_run_learned(nanolib, copy, work_here):
+    words = ("stage", "grpo", "--profile", "smoke", "--run", "second", "--grpo.steps", "2")
+    code, out, errors = nanolib(*words, "--from", "smoke")
+    assert code == 0, errors
+    assert "taken over from run smoke: tokenizer, shards, base, eval of base, mid" in out
+    assert "grpo is not taken over: grpo.steps is 6 there, 2 here" in out
+    second = Run.load("second")
+    assert second.stage("grpo").metrics.rows()[-1]["step"] == 2
+    for name in ("base", "mid", "sft"):
+        assert (second.stage(name).done() or {})["taken_over"] == "smoke"
+        weights = list(second.stage(name).checkpoints.glob("*/*.safetensors"))
+        assert weights and all(file.stat().st_nlink > 1 for file in weights)
 
 
 def test_a_talk_in_a_terminal(copy):

@@ -8,6 +8,7 @@ code 2. Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import os
 import signal
@@ -22,10 +23,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanolib import config, launch, pipeline
+from nanolib import config, launch, pipeline, takeover
 from nanolib.progress import Line
 from nanolib.rundir import Run, write_atomic
-from nanolib.ui import background
+from nanolib.ui import background, runs
 
 FAILED, USERS_MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
@@ -33,6 +34,10 @@ ProfileName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROFIL
 RunName = Annotated[
     str | None,
     tyro.conf.arg(metavar="NAME", help="A run's name, or its path with a slash. [last opened]"),
+]
+SourceName = Annotated[
+    str | None,
+    tyro.conf.arg(name="from", metavar="RUN", help="Take over this run's equal, finished stages."),
 ]
 ModelName = Annotated[
     str | None, tyro.conf.arg(metavar="STAGE", help="The stage whose model is meant. [the last]")
@@ -98,6 +103,7 @@ class Commands:
         self,
         profile: ProfileName,
         run: RunName = None,
+        source: SourceName = None,
         detach: bool = False,
         dry_run: bool = False,
         on: Annotated[str | None, tyro.conf.arg(metavar="MACHINE")] = None,
@@ -113,19 +119,28 @@ class Commands:
             dry_run: Check chapters, settings, shapes, memory and data; write and train nothing.
             on: With --dry-run: the machine it is for, such as 8xH100. [this one]
         """
-        asked = (profile, _place(run), self.overrides)
-        if dry_run and detach:
-            raise ValueError("--dry-run is over in a moment: leave --detach out")
+        asked = (profile, _absolute(run), self.overrides)
+        if dry_run and (detach or source):
+            raise ValueError("--dry-run only checks: leave --detach and --from out")
         if dry_run:
             from nanolib.ui import dryrun
 
             print("\n".join(dryrun.check(*asked, on)))
-        elif on is not None:
+            return
+        if on is not None:
             raise ValueError("--on names the machine of a --dry-run; a run runs here")
-        elif detach:
+        if source is not None:
+            other = Run.load(_absolute(source))
+            _take_over(Run.open(*asked), other)
+        if detach:
             background.detach(*asked)
         else:
             pipeline.run(*asked)
+
+    @staticmethod  # tyro reads no method that takes nothing but self
+    def runs() -> None:
+        """List the runs there are: profile, stages finished, size and last change."""
+        print(runs.table())
 
     def watch(self, run: RunName = None) -> None:
         """Follow a run from any terminal, until it ends; Ctrl-C leaves the run alone."""
@@ -158,6 +173,7 @@ class Commands:
         name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")],
         run: RunName = None,
         of: ModelName = None,
+        source: SourceName = None,
         profile: Annotated[str | None, tyro.conf.arg(metavar="PROFILE")] = None,
     ) -> None:
         """Bring one stage, and what is missing before it, to its end, without notebooks.
@@ -166,7 +182,10 @@ class Commands:
             name: One of data, tokenizer, shards, base, mid, sft, grpo, eval, report.
             profile: Open a run of this profile, making it if there is none.
         """
-        opened = Run.open(profile, _place(run), self.overrides) if profile else self._open(run)
+        other = Run.load(_absolute(source)) if source else None
+        opened = Run.open(profile, _absolute(run), self.overrides) if profile else self._open(run)
+        if other is not None:
+            _take_over(opened, other)
         line = Line()
         try:
             result = launch.stage(name, opened, of, watch=line)
@@ -234,7 +253,7 @@ class Commands:
 
         opened = self._open(run)
         if against is not None:
-            print(report.compare(opened, Run.load(_place(against))))
+            print(report.compare(opened, Run.load(_absolute(against))))
             return
         report.build(opened)
         print(opened.path / "report.md")
@@ -306,7 +325,7 @@ class Commands:
             print(f"{path:<28} {config.as_text(value)}")
 
     def _open(self, run: str | None) -> Run:
-        return Run.load(_place(run), self.overrides)
+        return Run.load(_absolute(run), self.overrides)
 
 
 def _from_checkout(module: str) -> ModuleType:
@@ -315,6 +334,12 @@ def _from_checkout(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def _place(run: str | None) -> str | None:
-    """A run's path, relative to the shell, made absolute; a name stays as it is."""
+def _take_over(run: Run, source: Run) -> None:
+    with contextlib.closing(Line()) as line:
+        for sentence in takeover.take_over(run, source, line):
+            line.say(sentence)
+
+
+def _absolute(run: str | None) -> str | None:
+    """A run's path, relative to the shell, made absolute; a run's name stays as it is."""
     return str(Path(run).expanduser().absolute()) if run and "/" in run else run

@@ -1,0 +1,51 @@
+"""The runs there are: ``nanolib runs``."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import stat
+from pathlib import Path
+
+from nanolib import launch, rundir
+from nanolib.rundir import Run
+
+HEADER = ("run", "profile", "finished", "next", "size", "last change")
+
+
+def table() -> str:
+    """A line for each run in the runs folder, the one changed last first."""
+    found = {path.parent.resolve() for path in rundir.runs_folder().glob("*/manifest.json")}
+    lines = sorted(map(_line, found), key=lambda line: line[-1], reverse=True)
+    if not lines:
+        return f"there is no run yet in {rundir.runs_folder()}; make one: nanolib run demo"
+    widths = [max(map(len, column)) for column in zip(HEADER, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [HEADER, *lines]
+    )
+
+
+def _line(path: Path) -> tuple[str, ...]:
+    total, changed = 0, 0.0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a stage at work renames and deletes
+            status = file.lstat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+            changed = max(changed, status.st_mtime)
+    when = datetime.datetime.fromtimestamp(changed).isoformat(" ", timespec="minutes")
+    size = f"{total / 1e6:,.1f} MB"
+    try:
+        run = Run.load(str(path))
+    except ValueError:
+        return path.name, "?", "its manifest.json cannot be read", "?", size, when
+    return run.name, run.config.profile, *_progress(run), size, when
+
+
+def _progress(run: Run) -> tuple[str, str]:
+    """The last finished stage that leaves a model or comes before one, and the one to come."""
+    road = ["data", "tokenizer", "shards", *run.config.recipe.models]
+    done = [name for name in road if run.stage(name).done()]
+    left = [name for name in [*road, "report"] if not run.stage(name).done()]
+    upcoming = f"{left[0]}{' (running)' * launch.is_running(run.stage(left[0]))}" if left else "-"
+    return f"{done[-1] if done else '-'} ({len(done)} of {len(road)})", upcoming
