@@ -13,7 +13,6 @@ import datetime
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 from nanolib import launch, report, tasks
 from nanolib.rundir import Run
+from nanolib.takeover import take_over
 
 CHOICE_TASKS = ("mmlu", "arc_easy")
 MORE_PROBLEMS = {"grpo.eval_questions": 400, "grpo.eval_samples": 4}  # than the demo has time for
@@ -92,9 +92,7 @@ def _fork(run: Run, name: str, overrides: dict[str, Any]) -> Run:
     given = {"seed": run.config.recipe.seed} | MORE_PROBLEMS | overrides
     machine = {"machine.threads": run.config.machine.threads}
     fork = Run.open(run.config.profile, name, given | machine)
-    for stage in launch.before("grpo", run):
-        if not (fork.path / stage).exists():
-            shutil.copytree(run.path / stage, fork.path / stage)
+    take_over(fork, run)
     return fork
 
 
