@@ -93,8 +93,7 @@ def build(run: Run) -> str:
     The same directory always gives the same text.
     """
     stages, recipe = _stages(run), run.config.recipe
-    vocab_size, by_title = recipe.tokenizer.vocab_size, {stage.title: stage for stage in stages}
-    base = by_title.get("base", Stage("base", None, {}, []))
+    vocab_size, base = recipe.tokenizer.vocab_size, Stage.read(run, "base")
     text = _render(
         "report.md.j2",
         run=run,
@@ -116,7 +115,7 @@ def build(run: Run) -> str:
         environment=_environment(stages),
         core=_core(stages),
         samples=_samples(stages),
-        code=by_title["data"].result.get("code"),
+        code=stages[0].result.get("code"),
     )
     write_atomic(run.path / "report.md", text)
     return text

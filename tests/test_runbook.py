@@ -13,6 +13,7 @@ from nanolib.rundir import Run
 pytestmark = pytest.mark.filterwarnings("ignore:Your element with mimetype")  # it is left out
 NAMES = ["00_first", "01_second", "02_third"]
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"
 REMOTE = r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)\s*=\s*[\"']?(?:https?:)?//"
 
 
@@ -59,6 +60,7 @@ def test_pages_load_nothing_and_their_links_exist(run):
     assert sorted(found) == [*NAMES, "index"]
     for text in found.values():
         assert "<script" not in text and "@import" not in text
+        assert f'content="{POLICY}"' in text.split("<title>")[0]
         assert not re.search(REMOTE, text)
         for link in re.findall(r'href="([^"#]*)', text):
             assert link.startswith("https://") or (run.path / "chapters" / link).exists(), link
