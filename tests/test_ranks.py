@@ -7,6 +7,7 @@ rewards of GRPO are by length (see `graded_stages`), for nobody's answer is righ
 import json
 import math
 import shutil
+from pathlib import Path
 
 import nbclient
 import nbformat
@@ -24,6 +25,7 @@ from nanolib.runtime import Runtime
 from nanolib.stages import text, training, worker
 from runs.bench import ranks
 
+MANY = [("base", 1), ("mid", 1), ("sft", 1), ("mid", 12), ("grpo", 1), ("grpo", 8)]  # stage, steps
 STEPS = 20
 CURVE = 0.3  # between GRPO's mean rewards of a step's 16 answers: some may have flipped
 
@@ -34,28 +36,28 @@ def shared_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOLIB_RUNS", str(folder))
-        launch.stage("shards", Run.open("smoke"))
+        for name in ("data", "tokenizer", "shards"):
+            worker.work(name, Run.open("smoke"))
     return folder
 
 
-@pytest.fixture
-def make_run(shared_runs, monkeypatch):
-    """Runs with those shards and random weights at step 0 of a stage; what is before it is done."""
-    monkeypatch.setenv("NANOLIB_RUNS", str(shared_runs))
-
-    def make(stage: str, steps: int, ranks: int) -> Run:
-        overrides = {f"{stage}.steps": steps, f"{stage}.save_every": 10, "machine.ranks": ranks}
-        run = Run.open("smoke", f"{stage}-{steps}-on-{ranks}", overrides)
-        for name in ("data", "tokenizer", "shards"):
-            shutil.copytree(shared_runs / "smoke" / name, run.path / name, dirs_exist_ok=True)
-        earlier = MODELS[: MODELS.index(stage)]
-        for name in (*earlier, stage):
-            _save_random_weights(run, name)
-        for name in earlier:
-            run.stage(name).finish({})
-        return run
-
-    return make
+def _make_run(folder: Path, stage: str, steps: int, ranks: int) -> Run:
+    """A run with those shards and random weights at step 0 of a stage; what is before it is done."""
+    overrides = {
+        f"{stage}.steps": steps,
+        f"{stage}.save_every": 10,
+        f"{stage}.eval_every": 10,
+        "machine.ranks": ranks,
+    }
+    run = Run.open("smoke", str(folder / f"{stage}-{steps}-on-{ranks}"), overrides)
+    for name in ("data", "tokenizer", "shards"):
+        shutil.copytree(folder / "smoke" / name, run.path / name)
+    earlier = MODELS[: MODELS.index(stage)]
+    for name in (*earlier, stage):
+        _save_random_weights(run, name)
+    for name in earlier:
+        run.stage(name).finish({})
+    return run
 
 
 def _save_random_weights(run: Run, stage: str) -> None:
@@ -71,21 +73,46 @@ def _save_random_weights(run: Run, stage: str) -> None:
     checkpoint.save(run.stage(stage).checkpoints, 0, model, optimizer, about, runtime)
 
 
-@pytest.fixture
-def graded_by_length(monkeypatch):
-    """Rewards that differ between answers, here and in the workers that are launched."""
-    monkeypatch.setattr(launch, "WORKER", "tests.graded_stages")
-    monkeypatch.setattr(grpo.Quiz, "grade", by_length)
+@pytest.fixture(scope="module")
+def pairs(shared_runs):
+    """(stage, steps) -> the same training on one rank and on two, and base resumed on the other.
+
+    One rank: in this process. Two: `tests.many_stages`, launched from a notebook cell.
+    """
+    folder, asked = shared_runs, [*MANY, ("base", STEPS)]
+    made = {(s, n): tuple(_make_run(folder, s, n, ranks) for ranks in (1, 2)) for s, n in asked}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.Quiz, "grade", by_length)
+        for (stage, _), (one, _) in made.items():
+            worker.work(stage, one)
+        resumed_on_two = _half_done(made["base", STEPS][0])
+        jobs = [(stage, made[stage, steps][1]) for stage, steps in MANY]
+        jobs = [(stage, str(run.path)) for stage, run in [*jobs, ("base", resumed_on_two)]]
+        patch.setenv("MANY_STAGES", json.dumps(jobs))
+        _launch_from_a_cell(made["base", STEPS][1])
+        resumed_on_one = _half_done(made["base", STEPS][1])
+        worker.work("base", resumed_on_one)
+    return made | {"resumed": (resumed_on_one, resumed_on_two)}
+
+
+def _half_done(run: Run) -> Run:
+    """A copy of a run that was killed before the end of base."""
+    copy = run.path.with_name(f"{run.id}-killed")
+    shutil.copytree(run.path, copy)
+    shutil.rmtree(copy / "base" / "checkpoints" / f"step_{STEPS:08d}")
+    (copy / "base" / "done.json").unlink()
+    return Run.load(str(copy), {"machine.ranks": 1})
 
 
 def _launch_from_a_cell(run: Run) -> None:
     source = (
         f"from nanolib import launch\nfrom nanolib.rundir import Run\n"
-        f"run = Run.load({run.id!r}, {{'machine.ranks': {run.config.machine.ranks}}})\n"
+        f"launch.WORKER = 'tests.many_stages'\n"
+        f"run = Run.load({str(run.path)!r}, {{'machine.ranks': {run.config.machine.ranks}}})\n"
         f"launch.stage('base', run)"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=1200).execute()
 
 
 def _rows(run: Run, stage: str, kind: str) -> list[dict]:
@@ -113,28 +140,16 @@ def _assert_same_gradients(one: Run, two: Run, stage: str) -> None:
     assert compared == len(list(GPT(one.config.recipe.model, 265).parameters()))
 
 
-def test_first_step_loss_and_every_gradient_are_equal(make_run):
-    one, two = make_run("base", 1, 1), make_run("base", 1, 2)
-    launch.stage("base", one)
-    _launch_from_a_cell(two)
-    assert abs(_losses(one)[0] - _losses(two)[0]) < 1e-6
-    _assert_same_gradients(one, two, "base")
-
-
-@pytest.mark.parametrize("stage", ["mid", "sft"])
-def test_first_step_on_conversations_is_equal(stage, make_run):
-    one, two = make_run(stage, 1, 1), make_run(stage, 1, 2)
-    worker.work(stage, one)
-    launch.stage(stage, two)
+@pytest.mark.parametrize("stage", ["base", "mid", "sft"])
+def test_first_step_loss_and_every_gradient_are_equal(stage, pairs):
+    one, two = pairs[stage, 1]
     assert two.stage(stage).done()["machine"]["ranks"] == 2
     assert abs(_losses(one, stage)[0] - _losses(two, stage)[0]) < 1e-6
     _assert_same_gradients(one, two, stage)
 
 
-def test_twelve_steps_on_conversations(make_run):
-    one, two = make_run("mid", 12, 1), make_run("mid", 12, 2)
-    worker.work("mid", one)
-    launch.stage("mid", two)
+def test_twelve_steps_on_conversations(pairs):
+    one, two = pairs["mid", 12]
     straight = _losses(one, "mid")
     assert len(straight) == 12 and straight[-1] < straight[0]
     assert_close(_losses(two, "mid"), straight, rtol=0, atol=1e-4)
@@ -144,10 +159,8 @@ def test_twelve_steps_on_conversations(make_run):
             assert abs(alone[f"{source}_loss"] - together[f"{source}_loss"]) < 1e-4
 
 
-def test_first_rollouts_loss_and_gradients_of_grpo_are_equal(make_run, graded_by_length):
-    one, two = make_run("grpo", 1, 1), make_run("grpo", 1, 2)
-    worker.work("grpo", one)
-    launch.stage("grpo", two)
+def test_first_rollouts_loss_and_gradients_of_grpo_are_equal(pairs):
+    one, two = pairs["grpo", 1]
     (alone,), (together,) = (_rows(run, "grpo", "rollout") for run in (one, two))
     assert 0 < alone["reward"] < 1 and alone["mixed"] == 1
     for value in ("reward", "mixed", "answer_tokens", "cut"):
@@ -160,32 +173,21 @@ def test_first_rollouts_loss_and_gradients_of_grpo_are_equal(make_run, graded_by
     assert first[0] == first[1]
 
 
-def test_rewards_of_grpo_take_the_same_road(make_run, graded_by_length):
+def test_rewards_of_grpo_take_the_same_road(pairs):
     """After the first step only about: one flipped sample makes all later rollouts differ."""
-    one, two = make_run("grpo", 8, 1), make_run("grpo", 8, 2)
-    worker.work("grpo", one)
-    launch.stage("grpo", two)
-    curves = [[row["reward"] for row in _rows(run, "grpo", "rollout")] for run in (one, two)]
+    curves = [[row["reward"] for row in _rows(run, "grpo", "rollout")] for run in pairs["grpo", 8]]
     assert len(curves[0]) == len(curves[1]) == 8 and len(set(curves[0])) > 1
     assert abs(curves[0][0] - curves[1][0]) < 1e-12
     assert_close(curves[1], curves[0], rtol=0, atol=CURVE)
 
 
-def test_twenty_steps_and_resuming_on_another_number_of_ranks(make_run):
-    runs = {ranks: make_run("base", STEPS, ranks) for ranks in (1, 2)}
-    for run in runs.values():
-        launch.stage("base", run)
-    straight = _losses(runs[1])
+def test_twenty_steps_and_resuming_on_another_number_of_ranks(pairs):
+    one, two = pairs["base", STEPS]
+    straight = _losses(one)
     assert len(straight) == STEPS and straight[-1] < straight[0]
-    assert_close(_losses(runs[2]), straight, rtol=0, atol=1e-4)
-    for saved_on, resumed_on in ((2, 1), (1, 2)):
-        run = runs[saved_on]
-        place = run.stage("base")
-        shutil.rmtree(place.checkpoints / f"step_{STEPS:08d}")
-        (place.path / "done.json").unlink()
-        launch.stage("base", Run.load(run.id, {"machine.ranks": resumed_on}))
-        record = place.done()
-        assert record is not None and record["machine"]["ranks"] == resumed_on
+    assert_close(_losses(two), straight, rtol=0, atol=1e-4)
+    for run, count in zip(pairs["resumed"], (1, 2), strict=True):
+        assert run.stage("base").done()["machine"]["ranks"] == count
         assert_close(_losses(run), straight, rtol=0, atol=1e-4)
 
 
@@ -201,10 +203,10 @@ def test_a_phase_counts_without_those_within_it(monkeypatch):
     assert counts.bytes["all_reduce"] == 120
 
 
-def test_four_ranks_share_the_optimizer_and_send_what_zero_2_sends(make_run, monkeypatch):
+def test_four_ranks_share_the_optimizer_and_send_what_zero_2_sends(shared_runs, monkeypatch):
     """What `nanolib bench ranks` measures, against a count by hand: stacks of whole fours."""
-    one, four = make_run("base", 4, 1), make_run("base", 4, 4)
-    launch.stage("base", one)
+    one, four = (_make_run(shared_runs, "base", 4, count) for count in (1, 4))
+    worker.work("base", one)
     monkeypatch.setattr(launch, "WORKER", "runs.bench.ranks")
     launch.stage("base", four)
     assert ranks.furthest(ranks.losses(four), ranks.losses(one)) < 1e-5
