@@ -117,6 +117,28 @@ def test_a_number_that_is_an_answer_is_no_list():
     assert len(check(answer_html([text("1. a\n   1. b")])).of("ol")) == 2
 
 
+@pytest.mark.parametrize("number", ["42", "-5", "1,234.50", "$42", "50%"])
+def test_the_final_answer_is_no_heading(number):
+    for said in (
+        f"#### {number}",
+        f"####{number}.",
+        f"so\n#### {number} \nDone.",
+        f"> #### {number}",
+    ):
+        markup = answer_html([text(said)])
+        assert f'<p class="final">Answer: <strong>{number}</strong></p>' in markup
+        assert not check(markup).of("h4")
+
+
+def test_other_headings_and_code_stay():
+    for said in ("#### Steps", "#### 2024 in review", "#### 1. First", "### 42", "#### ", "#### -"):
+        read = check(answer_html([text(said)]))
+        assert read.of(f"h{said.count('#')}") and "Answer" not in read.text
+    for said in ("```\n#### 42\n```", "    #### 42", "so\n    #### 42", "see #### 42", "##### 42"):
+        read = check(answer_html([text(said)]))
+        assert "#### 42" in said and "Answer" not in read.text
+
+
 def test_a_special_token_in_an_answer_is_text():
     assert check(answer_html([text("<|bos|> `<|user_end|>`")])).text.strip() == "<|bos|> <|user_end|>"  # fmt: skip
 

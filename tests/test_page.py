@@ -112,6 +112,14 @@ def test_a_talk(talk):
     talk.page.get_by_text("smoke · sft").wait_for()
     assert talk.page.locator("#log").inner_text() == before
     assert "has 20 special tokens" in talk.ask("and now?")
+
+    # GSM8K's form of a final answer is shown as one.
+    talk.box.fill("so\n#### 42")
+    talk.button("Send").click()
+    talk.button("Send").wait_for()
+    assert talk.answers.last.locator("p.final").inner_text() == "Answer: 42"
+    assert not talk.answers.last.locator("h4").count()
+    talk.shoot("11-final-answer")
     talk.button("New chat").click()
     assert not talk.users.count() and talk.page.get_by_text("Talk to what you trained").is_visible()
     assert "has 4 special tokens" in talk.ask("and now?")

@@ -346,6 +346,36 @@ def test_the_terminal_shows_tool_calls_and_an_answer_cut_short(tokenizer, capsys
     assert errors == ""
 
 
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("so 72.\n#### 72", "so 72.\nAnswer: 72"),
+        ("#### $1,234.50\nand more", "Answer: $1,234.50\nand more"),
+        ("####-7", "Answer: -7"),
+        ("#### Steps\n#### 2024 was\n# 4\n#", "#### Steps\n#### 2024 was\n# 4\n#"),
+        ("see #### 42\n\n##### 4", "see #### 42\n\n##### 4"),
+    ],
+)
+def test_the_terminal_shows_the_final_answer_as_the_page_does(tokenizer, capsys, answer, shown):
+    talk = session(tokenizer, answer)
+    terminal.answer(talk, "add")
+    assert capsys.readouterr().out == shown + "\n"
+    assert talk.messages[1].text == answer
+
+
+def test_the_terminal_holds_back_only_what_may_be_a_final_answer():
+    pieces = ["the ", "cat\n##", "## ", "4", "2\nsat", " #", "#"]
+    shown = list(terminal._final_answers(pieces))
+    assert [piece for piece in shown if piece] == [
+        "the ",
+        "cat\n",
+        "Answer: 42\n",
+        "sat",
+        " #",
+        "#",
+    ]
+
+
 def talked(monkeypatch, capsys, talk: Session, *lines: str, folder=Path()) -> tuple[str, str]:
     """What a terminal shows, on stdout and stderr, when these lines are typed."""
     typed = [*lines, EOFError]

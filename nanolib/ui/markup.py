@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LINKS = ("http://", "https://", "mailto:")
 SUMMARY_CHARACTERS = 60  # of a program's or a result's first line
+# How GSM8K ends an answer: a line such as "#### 42". Any other line with #### is a heading.
+FINAL_ANSWER = re.compile(r"####[ \t]*(-?\$?[\d.,]*\d%?)\.?[ \t]*")
 
 # Every colour derives from the text's own, so that it suits a light and a dark surrounding.
 CSS = """
@@ -41,6 +43,8 @@ CSS = """
   padding: .25em .7em; border: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
 .nanolib-answer blockquote { margin: .6em 0; padding-left: .8em;
   border-left: .2em solid color-mix(in srgb, currentColor 25%, transparent); }
+.nanolib-answer .final { width: fit-content; padding: .15em .8em; border-radius: .5em;
+  background: color-mix(in srgb, currentColor 8%, transparent); }
 .nanolib-answer .tool { margin: .6em 0; padding: .35em .8em; border-radius: .5em;
   border: 1px solid color-mix(in srgb, currentColor 22%, transparent); }
 .nanolib-answer .tool summary { cursor: pointer; opacity: .85;
@@ -103,8 +107,9 @@ def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True})
     markdown.enable("table").disable("image")  # an image becomes a link to itself
     markdown.validateLink = lambda url: url.lower().startswith(LINKS)
-    interrupts = ["paragraph", "reference", "blockquote"]  # as the rule has it itself
+    interrupts = ["paragraph", "reference", "blockquote"]  # as the list rule has it itself
     markdown.block.ruler.at("list", _list, {"alt": interrupts})
+    markdown.block.ruler.before("heading", "final", _final_answer, {"alt": interrupts})
     markdown.add_render_rule("link_open", _link_open)
     return markdown
 
@@ -113,8 +118,26 @@ def _list(state, start: int, end: int, silent: bool) -> bool:
     """Lists, but for a number and a full stop alone: "42." is an answer, not an empty list."""
     from markdown_it.rules_block import list_block
 
-    line = state.src[state.bMarks[start] + state.tShift[start] : state.eMarks[start]]
-    return not re.fullmatch(r"\d+[.)]\s*", line) and list_block(state, start, end, silent)
+    alone = re.fullmatch(r"\d+[.)]\s*", _line(state, start))
+    return not alone and list_block(state, start, end, silent)
+
+
+def _final_answer(state, start: int, end: int, silent: bool) -> bool:
+    """A line such as "#### 42" as "Answer: 42"."""
+    found = FINAL_ANSWER.fullmatch(_line(state, start))
+    if found is None:
+        return False
+    if not silent:
+        state.line = start + 1
+        state.push("paragraph_open", "p", 1).attrSet("class", "final")
+        inline = state.push("inline", "", 0)
+        inline.content, inline.children = f"Answer: **{found[1]}**", []
+        state.push("paragraph_close", "p", -1)
+    return True
+
+
+def _line(state, number: int) -> str:
+    return state.src[state.bMarks[number] + state.tShift[number] : state.eMarks[number]]
 
 
 def _link_open(renderer, tokens, index, options, env) -> str:

@@ -7,12 +7,15 @@ is said to the model.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
 from nanolib import rundir
 from nanolib.session import Session
+from nanolib.ui.markup import FINAL_ANSWER
 
 HELP = """\
 /clear          start over
@@ -32,12 +35,34 @@ def answer(session: Session, text: str) -> None:
     """
     with contextlib.closing(session.stream(text)) as pieces:
         try:
-            for piece in pieces:
+            for piece in _final_answers(pieces):
                 print(piece.translate(VISIBLE), end="", flush=True)
         finally:
             print()
             if session.notice:  # of history left out, or of an answer that met its limit
                 print(f"({session.notice})", file=sys.stderr)
+
+
+def _final_answers(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text with a line such as "#### 42" as "Answer: 42", which is how the page shows it.
+
+    A line that may still become one is held back until that is decided.
+    """
+    line, shown = "", 0  # the current line, and how many of its characters were yielded
+    for piece in pieces:
+        *complete, line = (line + piece).split("\n")
+        for text in complete:
+            yield _final_answer(text)[shown:] + "\n"
+            shown = 0
+        if not re.fullmatch(r"#{0,3}|####[ \t]*[-$\d.,%]*[ \t]*", line):
+            yield line[shown:]
+            shown = len(line)
+    yield _final_answer(line)[shown:]
+
+
+def _final_answer(line: str) -> str:
+    found = FINAL_ANSWER.fullmatch(line)
+    return f"Answer: {found[1]}" if found else line
 
 
 def talk(session: Session, folder: Path = Path()) -> None:
