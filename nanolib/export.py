@@ -1,7 +1,7 @@
-"""To Hugging Face's format: a folder that transformers loads as `NanoChatForCausalLM`.
+"""Export to Hugging Face's format: a folder that transformers loads as `NanoChatForCausalLM`.
 
-Our preset ``classic`` is the same function, so its logits are the same. One thing differs, in the
-tokenizer: there, a special token that somebody types in plain text becomes the special token.
+Our preset ``classic`` computes the same function, so the logits are the same. The tokenizers differ
+in one thing: theirs turns a special token typed as plain text into the special token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nanolib.rundir import Run, saving, write_json
 from nanolib.session import stage_with_model
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-# Our parameter names, and theirs.
+# Our parameter names -> those of transformers.
 NAMES = {
     "embedding.": "model.embed_tokens.",
     "head.": "lm_head.",
@@ -54,8 +54,8 @@ def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
     folder: None means ``export/`` in the run. Raises ValueError where there is no such model, and
     for a folder that holds something else.
     """
-    place = run.stage(stage_with_model(run, of, "to export"))
-    trained = checkpoint.load_model(place.checkpoints, torch.device("cpu"))
+    stage = run.stage(stage_with_model(run, of, "to export"))
+    trained = checkpoint.load_model(stage.checkpoints, torch.device("cpu"))
     tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
     folder = folder or run.path / "export"
     write(trained, tokenizer, folder)
@@ -64,7 +64,7 @@ def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
 
 def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights (float32), configuration, tokenizer and chat template into `folder`."""
-    if folder.exists() and (not folder.is_dir() or _is_strange(folder)):
+    if folder.exists() and (not folder.is_dir() or _is_foreign(folder)):
         raise ValueError(f"{folder} exists and is no earlier export; give another --out")
     ends = end_tokens(tokenizer)
     files = {
@@ -97,8 +97,8 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         write_json(folder / name, content)
 
 
-def _is_strange(folder: Path) -> bool:
-    """Whether a folder holds something, but no NanoChat model."""
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds files, but no NanoChat model."""
     config = folder / "config.json"
     if config.is_file():
         return '"NanoChatForCausalLM"' not in config.read_text(encoding="utf-8", errors="replace")
@@ -112,7 +112,7 @@ def _their_name(name: str) -> str:
 
 
 def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json: what `NanoChatConfig` calls our settings."""
+    """Our settings as ``config.json`` of `NanoChatConfig`."""
     end = end_tokens(tokenizer)[0]
     return {
         "architectures": ["NanoChatForCausalLM"],

@@ -124,7 +124,7 @@ def build(run: Run) -> str:
 def compare(run: Run, other: Run) -> str:
     """Two runs side by side, as Markdown: settings that differ, scores, time and money."""
     differences = recipe_difference(run.config.recipe, flatten(other.config.recipe))
-    ours, theirs = _all_measures(_stages(run)), _all_measures(_stages(other))
+    ours, theirs = _measures(_stages(run)), _measures(_stages(other))
     scores = []
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
@@ -168,13 +168,13 @@ class Stage:
     """What a stage left in its directory."""
 
     name: str
-    of: str | None  # whose model an evaluation is of
+    of: str  # whose model an evaluation is of; "" for the other stages
     record: dict[str, Any]  # done.json; empty: not finished
     rows: list[dict[str, Any]]  # metrics.jsonl
 
     @classmethod
-    def read(cls, run: Run, name: str, of: str | None = None) -> Stage:
-        stage = run.stage(name, of)
+    def read(cls, run: Run, name: str, of: str = "") -> Stage:
+        stage = run.stage(name, of or None)
         record = stage.done()
         known = {} if record is None else {"attempts": None, "dollars": None} | record
         return cls(name, of, known, stage.metrics.rows())
@@ -252,11 +252,6 @@ def _stages(run: Run) -> list[Stage]:
     ]
 
 
-def _evaluations(stages: Iterable[Stage]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Model -> task -> scores."""
-    return {stage.of: stage.scores for stage in stages if stage.of}
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Numbers and words of a nested dictionary; lists (samples) are left out."""
     flat: dict[str, Any] = {}
@@ -273,46 +268,33 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _summary(stages: Sequence[Stage]) -> str:
     """Every score, a column a model, and the original's beside them."""
-    found, scores = _all_measures(stages), _evaluations(stages)
+    found, evaluations = _measures(stages), [stage for stage in stages if stage.of]
     rows = []
     for measure in dict.fromkeys(measure for _, measure in found):
         task = measure.split(", ")[0]
-        chances = [of[task]["chance"] for of in scores.values() if "chance" in of.get(task, {})]
-        # The original compared the letters' probabilities, which we call "letters".
-        comparable = measure == task or measure.endswith("letters")
-        rows.append(
-            [
-                _measure_label(measure),
-                *(found.get((model, measure)) for model in scores),
-                chances[-1] if chances else None,
-                *(ORIGINAL[model].get(task) if comparable else None for model in scores),
-            ]
-        )
-    models = [COLUMNS[model] for model in scores]
+        scores = [stage.scores.get(task, {}) for stage in evaluations]
+        chances = [score["chance"] for score in scores if "chance" in score]
+        comparable = measure == task or measure.endswith("letters")  # the original's way to score
+        theirs = [ORIGINAL[stage.of].get(task) if comparable else None for stage in evaluations]
+        ours = [found.get((stage.of, measure)) for stage in evaluations]
+        rows.append([_measure_label(measure), *ours, chances[-1] if chances else None, *theirs])
+    models = [COLUMNS[stage.of] for stage in evaluations]
     header = ["", *models, "chance", *(f"original {model}" for model in models)]
     return table(header, rows) if rows else ""
 
 
-def _all_measures(stages: Iterable[Stage]) -> dict[tuple[str, str], float]:
-    """(model, measure) -> score."""
-    return {
-        (model, measure): value
-        for model, tasks in _evaluations(stages).items()
-        for task, scores in tasks.items()
-        for measure, value in _measures(task, scores)
-    }
-
-
-def _measures(task: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(measure, number) of a task for the summary: what is a score, not a count or chance."""
-    if task.startswith("core/"):  # these have a table of their own
-        return
-    for key, value in scores.items():
-        words = key.split()
-        if isinstance(value, float) and not {"chance", "seconds"} & set(words):
-            how = " ".join(word for word in words if word != "accuracy")
-            name = task if not how else how if task == "compression" else f"{task}, {how}"
-            yield name, value
+def _measures(stages: Iterable[Stage]) -> dict[tuple[str, str], float]:
+    """(model, measure) -> number: what is a score, not a count or chance; CORE without its tasks."""
+    found = {}
+    for stage in stages:
+        for task, scores in stage.scores.items() if stage.of else ():
+            for key, value in scores.items():
+                words = key.split()
+                if isinstance(value, float) and not {"chance", "seconds"} & set(words):
+                    how = " ".join(word for word in words if word != "accuracy")
+                    name = task if not how else how if task == "compression" else f"{task}, {how}"
+                    found[stage.of, name] = value
+    return {key: value for key, value in found.items() if not key[1].startswith("core/")}
 
 
 def _measure_label(measure: str) -> str:
@@ -325,7 +307,7 @@ def _levels(run: Run, stages: Sequence[Stage]) -> list[list[Any]]:
     toy = run.config.recipe.data.source == "toyworld"
     rows = []
     for level in (level for level in LEVELS if level.toy == toy):
-        found = [scores.get(level.task, {}) for scores in _evaluations(stages).values()]
+        found = [stage.scores.get(level.task, {}) for stage in stages if stage.of]
         if level.score == "ratio":
             ratios = [s["bpb"] / s["trigram_bpb"] for s in found if "trigram_bpb" in s]
             best, sign = min(ratios, default=None), "≤"
@@ -367,22 +349,19 @@ def _environment(stages: Sequence[Stage]) -> list[list[str]]:
 
 def _core(stages: Sequence[Stage]) -> str:
     """CORE's tasks one by one, a column a model."""
-    scores = {
-        model: {t.removeprefix("core/"): s for t, s in tasks.items() if t.startswith("core/")}
-        for model, tasks in _evaluations(stages).items()
-    }
-    scores = {model: tasks for model, tasks in scores.items() if tasks}
+    models = [stage for stage in stages if "core" in stage.scores]
+    tasks = [task for stage in models for task in stage.scores if task.startswith("core/")]
     rows = []
-    for label in dict.fromkeys(label for tasks in scores.values() for label in tasks):
-        known = [tasks.get(label, {}) for tasks in scores.values()]
-        about = next(task for task in known if task)
+    for task in dict.fromkeys(tasks):
+        known = [stage.scores.get(task, {}) for stage in models]
+        about = next(scores for scores in known if scores)
         facts = [about.get(key) for key in ("shots", "questions", "chance")]
-        rows.append([label, *facts, *(task.get("accuracy") for task in known)])
-    evaluations = _evaluations(stages)
-    means = [evaluations[model].get("core", {}).get("accuracy") for model in scores]
+        accuracies = [scores.get("accuracy") for scores in known]
+        rows.append([task.removeprefix("core/"), *facts, *accuracies])
+    means = [stage.scores["core"].get("accuracy") for stage in models]
     rows.append(["**CORE** (mean of centred)", "", "", "", *means])
-    header = ["task", "shots", "questions", "chance", *(COLUMNS[model] for model in scores)]
-    return table(header, rows) if scores else ""
+    header = ["task", "shots", "questions", "chance", *(COLUMNS[stage.of] for stage in models)]
+    return table(header, rows) if models else ""
 
 
 def _samples(stages: Sequence[Stage]) -> list[tuple[str, str]]:
@@ -413,6 +392,7 @@ def code_base() -> dict[str, int]:
         "nanolib": "nanolib/**/*.py",
         "rust_tokenizer": "rust_tokenizer/src/*.rs",
         "notebooks": "notebooks/*.py",
+        "benchmarks": "runs/bench/*.py",
         "tests": "tests/*.py",
     }
     counts = {
