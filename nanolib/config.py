@@ -207,7 +207,7 @@ class GRPOConfig(Schedule):
     clip: Positive = 0.2  # of the probability ratio, in further updates
     shuffled: bool = False  # a control: each question's rewards are dealt to its answers at random
     eval_questions: Count = 400  # held-out ones, scored on the way
-    eval_samples: Count = 4
+    eval_samples: Count = 8  # of each, for pass@1 to pass@8; with `top_k`, at temperature 1
 
 
 @dataclass(frozen=True, kw_only=True)

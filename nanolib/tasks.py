@@ -1,16 +1,17 @@
-"""Tasks: data sets as conversations, with what grading them needs.
+"""Tasks: data sets as conversations, and how to grade answers to them.
 
-Each class is one data set of the hub. `conversation(i)` is a row with its reference answer, as
-training shows it. Four-choice tasks also give `question`, `choices` and `answer`; tasks answered
-in words grade what was generated.
+Each class is one data set of the hub. `conversation(i)` is row i with its reference answer, as
+training shows it. A `ChoiceTask` also gives `question`, `choices` and `answer`; a `GradedTask`
+grades what a model wrote.
 """
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
-from collections.abc import Callable
+import textwrap
+import weakref
+from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import pyarrow as pa
 
 from nanolib import hub
 from nanolib.conversation import LETTERS, Conversation, Message, Part, choice_question
-from nanolib.tools import without_commas
+from nanolib.tools import Sandbox, without_commas
+
+PROGRAM_SECONDS = 6  # that a HumanEval function may take with its tests
 
 
 class Task:
@@ -57,17 +60,21 @@ class Task:
         """Row i with its reference answer."""
         raise NotImplementedError
 
+    def unanswered(self, i: int) -> Conversation:
+        """Row i without its last turn, the answer: what a model is asked."""
+        return Conversation(self.conversation(i).messages[:-1])
+
 
 class GradedTask(Task):
-    """Questions answered in words."""
+    """Questions that are answered by writing text."""
 
-    def grade(self, i: int, answer: str) -> bool:
-        """Whether a generated answer to row i is right."""
+    def grade(self, i: int, answer: str) -> bool | None:
+        """Whether an answer to row i is right; None where that cannot be found out here."""
         raise NotImplementedError
 
 
 class ChoiceTask(Task):
-    """Questions with a few choices, one of them right; training answers with its letter."""
+    """Multiple choice, one choice right; in training the answer is its letter."""
 
     def question(self, i: int) -> str:
         return self.row(i)["question"]
@@ -76,7 +83,7 @@ class ChoiceTask(Task):
         return list(self.row(i)["choices"])
 
     def answer(self, i: int) -> int:
-        """The right choice's place."""
+        """The index of the right choice."""
         return int(self.row(i)["answer"])
 
     def conversation(self, i: int) -> Conversation:
@@ -93,7 +100,7 @@ class MMLU(ChoiceTask):
 
 
 class ARC(ChoiceTask):
-    """The AI2 reasoning challenge (arXiv:1803.05457); a subclass names its half."""
+    """The AI2 reasoning challenge (arXiv:1803.05457), in two halves."""
 
     repository = "allenai/ai2_arc"
     columns = ("question", "choices", "answerKey")
@@ -132,7 +139,8 @@ class SmolTalk(Task):
 class GSM8K(GradedTask):
     """Grade-school word problems (arXiv:2110.14168); ``<<a+b=c>>`` becomes a tool call.
 
-    Its output is what Python says. One written result in four differs in form: 24 for 48/2.
+    The call's output is what Python prints, which differs in form from one written result in
+    four: 24.0 for 48/2.
     """
 
     name, repository, config = "gsm8k", "openai/gsm8k", "main"
@@ -150,11 +158,11 @@ class GSM8K(GradedTask):
     def conversation(self, i: int) -> Conversation:
         row = self.row(i)
         parts = list(calculator_parts(row["answer"]))
-        for place, (call, result) in enumerate(pairwise(parts), 1):
+        for index, (call, result) in enumerate(pairwise(parts), 1):
             if call.kind == "python":
-                parts[place] = Part("output", python_says(call.text) or result.text)
-        asked = Message("user", (Part("text", row["question"]),))
-        return Conversation((asked, Message("assistant", tuple(parts))))
+                parts[index] = Part("output", evaluated(call.text) or result.text)
+        question = Message("user", (Part("text", row["question"]),))
+        return Conversation((question, Message("assistant", tuple(parts))))
 
     def grade(self, i: int, answer: str) -> bool:
         """Whether the number after the last #### is the reference's."""
@@ -162,45 +170,25 @@ class GSM8K(GradedTask):
 
 
 def calculator_parts(answer: str) -> tuple[Part, ...]:
-    """GSM8K's marks as parts: text, a python expression, its output, text, …"""
+    """GSM8K's annotations as parts: text, a python expression, its output, text, …"""
     parts: list[Part] = []
     for number, piece in enumerate(re.split(r"<<([^<>]*)>>", answer)):
-        if number % 2 == 0:
-            parts += [Part("text", piece)] if piece else []
-            continue
-        expression, _, result = piece.rpartition("=")
-        parts += [Part("python", expression), Part("output", result)]
+        if number % 2:
+            expression, _, result = piece.rpartition("=")
+            parts += [Part("python", expression), Part("output", result)]
+        elif piece:
+            parts.append(Part("text", piece))
     return tuple(parts)
 
 
-_OPERATORS: dict[type, Callable[..., float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
-
-
-def python_says(expression: str) -> str | None:
-    """What Python prints for a sum of numbers, as the tool does; None for anything else."""
-
-    def value(node: ast.expr) -> float:
-        match node:
-            case ast.Constant(value=int() | float() as number):
-                return number
-            case ast.BinOp(left, op, right):
-                return _OPERATORS[type(op)](value(left), value(right))
-            case ast.UnaryOp(op, operand):
-                return _OPERATORS[type(op)](value(operand))
-        raise ValueError(f"{expression!r} is more than a sum of numbers")
-
+def evaluated(expression: str) -> str | None:
+    """What the tool prints for arithmetic on numbers; None for any other source."""
+    expression = without_commas(expression.strip())
+    if not re.fullmatch(r"[0-9\s.()+*/%-]+", expression) or "**" in expression:
+        return None
     try:
-        return repr(value(ast.parse(without_commas(expression.strip()), mode="eval").body))
-    except (ArithmeticError, KeyError, RecursionError, SyntaxError, ValueError):
+        return repr(eval(expression, {"__builtins__": {}}))
+    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
         return None
 
 
@@ -210,8 +198,8 @@ def final_number(text: str) -> str | None:
     return found[-1].replace(",", "") if found else None
 
 
-class HumanEval(Task):
-    """Functions to complete (arXiv:2107.03374)."""
+class HumanEval(GradedTask):
+    """Functions to complete (arXiv:2107.03374), graded by running their tests in a sandbox."""
 
     name, repository = "humaneval", "openai/openai_humaneval"
     columns = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
@@ -220,9 +208,49 @@ class HumanEval(Task):
         row = self.row(i)
         return Conversation.ask(row["prompt"], row["prompt"] + row["canonical_solution"])
 
+    def grade(self, i: int, answer: str) -> bool | None:
+        """Whether the function in an answer passes its tests; None: the sandbox lacks something."""
+        verdict = self._sandbox.check(program(self.row(i), answer))
+        return None if verdict.outcome == "unsupported" else verdict.passed
+
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        sandbox = Sandbox(seconds=PROGRAM_SECONDS)
+        weakref.finalize(self, sandbox.close)
+        return sandbox.__enter__()
+
+
+def program(row: Mapping[str, str], answer: str) -> str:
+    """A HumanEval answer's function with what the prompt defines before it, its tests and a call.
+
+    Fenced code counts alone; without a fence, everything from the first line that looks like
+    code. An answer may be the whole function, or only the body that continues the prompt.
+    """
+    prompt, name = row["prompt"], row["entry_point"]
+    code = _code(answer, name)
+    if _definition(code, name):
+        before = _definition(prompt, name)
+        code = prompt[: before.start() if before else 0] + code  # imports and helpers
+    else:
+        indented = code.lstrip("\n")[:1] in (" ", "\t")
+        code = prompt + (code if indented else textwrap.indent(code, "    "))
+    return f"{code}\n\n{row['test']}\n\ncheck({name})\n"
+
+
+def _code(answer: str, name: str) -> str:
+    blocks = re.findall(r"```[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", answer, re.DOTALL)
+    if blocks:
+        return next((block for block in blocks if _definition(block, name)), blocks[0])
+    first = re.search(r"^(?:def|class|import|from|@)", answer, re.MULTILINE)
+    return answer[first.start() :] if first and _definition(answer, name) else answer
+
+
+def _definition(code: str, name: str) -> re.Match[str] | None:
+    return re.search(rf"^def {re.escape(name)}\b", code, re.MULTILINE)
+
 
 class Facts(GradedTask):
-    """The toy world's held-out facts, asked in words and answered in words."""
+    """Questions about the toy world's held-out facts."""
 
     name, repository = "facts", "nanolib/toy-facts"
     columns = ("question", "answer", "others")
@@ -233,8 +261,8 @@ class Facts(GradedTask):
 
     def grade(self, i: int, answer: str) -> bool:
         """Whether the answer names the right value and no other of its kind."""
-        row, said = self.row(i), set(re.findall(r"\w+", answer))
-        return row["answer"] in said and not said & set(row["others"])
+        row, words = self.row(i), set(re.findall(r"\w+", answer))
+        return row["answer"] in words and not words & set(row["others"])
 
 
 TASKS = {
@@ -255,7 +283,7 @@ def load(name: str, split: str, mirror: Path) -> Task:
 
 
 def load_graded(name: str, split: str, mirror: Path) -> GradedTask:
-    """A task whose answers are graded. Raises ValueError for one that has nothing to grade by."""
+    """A task whose answers can be graded. Raises ValueError for any other."""
     task = load(name, split, mirror)
     if not isinstance(task, GradedTask):
         raise ValueError(f"grpo.task must be one whose answers are graded, got {name!r}; try gsm8k")

@@ -250,7 +250,7 @@ print(letter_probabilities(model, quiz.question(rows[0]), quiz.choices(rows[0]))
 answers = [letter_probabilities(model, quiz.question(i), quiz.choices(i)) for i in rows]
 table_NC, right_N = torch.stack(answers), torch.tensor([quiz.answer(i) for i in rows])
 by_hand = (table_NC.argmax(dim=1) == right_N).tolist()
-assert by_hand == by_letter(Engine(model, tokenizer, cpu), quiz, rows)
+assert (by_hand, 0) == by_letter(Engine(model, tokenizer, cpu), quiz, rows)
 print(f"{np.mean(by_hand):.0%} right by letter")
 
 # %%
@@ -277,7 +277,7 @@ right = []
 for i in rows:
     points = [text_score(model, quiz.question(i), choice) for choice in quiz.choices(i)]
     right.append(points.index(max(points)) == quiz.answer(i))
-assert right == by_text(Engine(model, tokenizer, cpu), quiz, rows)
+assert (right, 0) == by_text(Engine(model, tokenizer, cpu), quiz, rows)
 print(f"{np.mean(right):.0%} right by text")
 
 # %% [markdown]

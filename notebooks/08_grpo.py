@@ -35,6 +35,7 @@ overrides = {}
 
 # %%
 import itertools
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,7 +47,8 @@ from nanolib import checkpoint, grpo, launch, tasks
 from nanolib.config import ModelConfig
 from nanolib.data.packing import Batch, batch_of_rows
 from nanolib.engine import Engine
-from nanolib.grpo import PolicyGradient, Quiz, RolloutSource, pass_at_k
+from nanolib.evals.answers import Questions, pass_at_k
+from nanolib.grpo import PolicyGradient, RolloutSource
 from nanolib.model import GPT
 from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
@@ -274,12 +276,13 @@ model = checkpoint.load_model(run.stage("sft").checkpoints, cpu.device)
 with Sandbox() as sandbox:
     engine = Engine(model, tokenizer, cpu, lambda source: sandbox.run(source).text)
     task = tasks.load(settings.task, "train", run.mirror())
-    quiz = Quiz(engine, task, min(64, settings.max_new_tokens))
-    source = RolloutSource(quiz, questions=4, samples=8, seed=1, top_k=settings.top_k)
+    questions = Questions(engine, task, min(64, settings.max_new_tokens))
+    few = replace(settings, questions=4, samples=8)
+    source = RolloutSource(questions, few, seed=1)
     rollouts = source.rollouts(step=0)
-    (batches,) = source.updates(step=0)  # the same rollouts again, as batches
+    batches = source.updates(step=0)[0]  # the same rollouts again, as batches
 rollout = max(rollouts, key=lambda rollout: np.std(rollout.rewards))
-print(quiz.asked(rollout.question).messages[0].text)
+print(task.unanswered(rollout.question).messages[0].text)
 graded = zip(rollout.answers, rollout.rewards, grpo.advantages(rollout.rewards), strict=True)
 for answer, reward, advantage in graded:
     print(f"{reward:.0f} {advantage:+.2f}  {tokenizer.decode(answer.ids)!r}")

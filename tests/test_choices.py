@@ -1,6 +1,7 @@
-"""Scores against the plain way: one question at a time, no padding, no batch."""
+"""Multiple choice against the plain way: one answer at a time, no padding, no batch."""
 
-import dataclasses
+import itertools
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from nanolib.tokenizer import Tokenizer
 
 TEXT = "Which colour does Mira like best? Mira likes red, blue, green and golden. (A) (B) (C) (D)"
 TOKENIZER = Tokenizer.train([TEXT] * 3, 300)
+WORDS = ("Mira", "red", "blue", "green")
 CONFIG = ModelConfig(depth=2, aspect=16, head_dim=16, sequence_len=256)
 
 
@@ -48,7 +50,7 @@ def test_by_text_is_the_likeliest_whole_answer(engine, mirror):
             for choice in task.choices(i)
         ]
         expected.append(scores.index(max(scores)) == task.answer(i))
-    assert choices.by_text(engine, task, range(24)) == expected
+    assert choices.by_text(engine, task, range(24)) == (expected, 0)
     assert 0 < sum(expected) < 24
 
 
@@ -61,148 +63,107 @@ def test_by_letter_compares_the_letters_after_the_prompt(engine, mirror):
         prompt = Conversation.ask(text).prompt(TOKENIZER)
         logits = engine.model(torch.tensor([prompt]))[0, -1, letters]
         expected.append(int(logits.argmax()) == task.answer(i))
-    assert choices.by_letter(engine, task, range(24)) == expected
+    assert choices.by_letter(engine, task, range(24)) == (expected, 0)
     assert 0 < sum(expected) < 24
 
 
-def test_small_groups_score_like_large_ones(engine, mirror, monkeypatch):
-    task = tasks.load("mmlu", "test", mirror)
-    whole = choices.evaluate(engine, task, engine.runtime, limit=20)
-    monkeypatch.setattr(choices, "TOKENS_AT_ONCE", 1)
-    assert choices.evaluate(engine, task, engine.runtime, limit=20) == whole
-    assert whole["questions"] == 20
-    assert whole["chance"] == 0.25
+@pytest.fixture
+def arc(tmp_path):
+    """Makes ARC-Easy of (question, choices); the first choice is right."""
+
+    def make(*rows):
+        path = tmp_path / "hub/allenai/ai2_arc/ARC-Easy/test.parquet"
+        path.parent.mkdir(parents=True)
+        table = [
+            {
+                "question": question,
+                "choices": {"text": texts, "label": list("ABCD"[: len(texts)])},
+                "answerKey": "A",
+            }
+            for question, texts in rows
+        ]
+        pq.write_table(pa.Table.from_pylist(table), path)
+        return tasks.load("arc_easy", "test", tmp_path)
+
+    return make
 
 
-def test_only_the_letters_of_choices_there_are_count(engine, tmp_path):
-    path = tmp_path / "hub/allenai/ai2_arc/ARC-Easy/test.parquet"
-    path.parent.mkdir(parents=True)
-    rows = [
-        {
-            "question": f"Question {i}?",
-            "choices": {"text": ["red", "blue"], "label": ["A", "B"]},
-            "answerKey": "A",
-        }
-        for i in range(8)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    task = tasks.load("arc_easy", "test", tmp_path)
+def test_only_the_letters_of_choices_there_are_count(engine, arc):
+    task = arc(*((f"Question {i}?", ["red", "blue"]) for i in range(8)))
     with torch.no_grad():  # the model always says C, which is no choice here
         engine.model.head.weight[TOKENIZER.encode("C")[0]] *= 100
-    scores = choices.evaluate(engine, task, engine.runtime)
-    assert scores["chance"] == 0.5
+    assert choices.evaluate(engine, task, range(8))["chance"] == 0.5
     prompt = Conversation.ask(choice_question("Question 0?", ["red", "blue"])).prompt(TOKENIZER)
     a, b = engine.model(torch.tensor([prompt]))[0, -1, [TOKENIZER.encode(c)[0] for c in "AB"]]
-    assert choices.by_letter(engine, task, [0]) == [bool(a >= b)]
+    assert choices.by_letter(engine, task, [0]) == ([bool(a >= b)], 0)
 
 
-def test_words_are_graded_as_the_engine_says_them(engine, mirror, monkeypatch):
-    task = tasks.load("facts", "test", mirror)
-    answers = [f"The {task.row(i)['answer' if i % 3 else 'others']}" for i in range(9)]
-    said = {}
-
-    def complete(prompts, max_new_tokens):
-        for i, prompt in enumerate(prompts):
-            assert prompt == Conversation.ask(task.row(i)["question"]).prompt(TOKENIZER)
-        said["limit"] = max_new_tokens
-        return [TOKENIZER.encode(answer) for answer in answers]
-
-    monkeypatch.setattr(engine, "complete", complete)
-    scores = choices.evaluate(engine, task, engine.runtime, limit=9, max_new_tokens=5)
-    assert scores["accuracy"] == 6 / 9
-    assert scores["samples"][1] == [task.row(1)["question"], answers[1], True]
-    assert said["limit"] == 5
-
-
-def saying(monkeypatch, engine, *answers):
-    """Let the engine give these answers, whatever is asked; returns the list of prompts asked."""
-    asked = []
-
-    def complete(prompts, max_new_tokens):
-        asked.extend(prompts)
-        return [
-            TOKENIZER.encode(answer) if isinstance(answer, str) else answer
-            for answer in answers[: len(prompts)]
-        ]
-
-    monkeypatch.setattr(engine, "complete", complete)
-    return asked
-
-
-def test_a_question_that_fills_the_context_is_wrong_and_the_others_count(
-    engine, mirror, monkeypatch
+def test_a_long_question_loses_its_beginning_and_a_choice_never_loses_anything(
+    random_model, arc, cpu
 ):
-    task = tasks.load("facts", "test", mirror)
-    rows = [task.row(i) for i in range(4)]
-    rows[1]["question"] = "red " * 200
-    monkeypatch.setattr(task, "row", lambda i: rows[i])
-    asked = saying(monkeypatch, engine, *(rows[i]["answer"] for i in (0, 2, 3)))
-    scores = choices.evaluate(engine, task, engine.runtime, limit=4)
-    assert len(asked) == 3
-    assert (scores["accuracy"], scores["questions"], scores["too long"]) == (3 / 4, 4, 1)
-    assert scores["samples"][1] == [rows[1]["question"], "", False]
+    """The context holds 40 tokens: no question fits beside its longest choice."""
+    short = Engine(
+        random_model(replace(CONFIG, sequence_len=40), TOKENIZER.vocab_size), TOKENIZER, cpu
+    )
+    rows = [
+        ("Which colour does Mira like? " * 5, [f"{a} likes {b}", f"{b} likes {a}", f"{a} {b} " * 6])
+        for a, b in itertools.permutations(WORDS, 2)
+    ]
+    task, end = arc(*rows), TOKENIZER.special("<|assistant_end|>")
+    expected = []
+    for question, texts in rows:
+        answers = [[*TOKENIZER.encode(text), end] for text in texts]
+        room = 40 + 1 - max(map(len, answers))
+        prompt = Conversation.ask(question).prompt(TOKENIZER)
+        prompt = prompt[:2] + prompt[-(room - 2) :]  # <|bos|> <|user_start|> stay
+        assert 4 < len(prompt) == room
+        scores = [log_probability(short, prompt, answer) for answer in answers]
+        expected.append(scores.index(max(scores)) == 0)
+    assert choices.by_text(short, task, range(len(rows))) == (expected, len(rows))
+    assert 0 < sum(expected) < len(rows)
+    scores = choices.evaluate(short, task, range(len(rows)))
+    assert (scores["text"], scores["cut"]) == (sum(expected) / len(rows), 2 * len(rows))
 
 
-def test_word_problems_are_graded_by_what_is_said_not_by_the_tool(engine, mirror, monkeypatch):
-    task = tasks.load("gsm8k", "test", mirror)
-    special = TOKENIZER.special
-    right = task.row(0)["answer"].split("#### ")[1]
-    tool = [special("<|output_start|>"), *TOKENIZER.encode("#### 1"), special("<|output_end|>")]
-    said = [[*TOKENIZER.encode(f"so #### {right}"), *tool], tool]
-    saying(monkeypatch, engine, *said)
-    scores = choices.evaluate(engine, task, engine.runtime, limit=2)
-    assert [right for *_, right in scores["samples"]] == [True, False]
-    assert "<|output_start|>#### 1<|output_end|>" in scores["samples"][1][1]
-    assert "too long" not in scores
-
-
-def test_functions_are_run_and_what_the_sandbox_lacks_is_counted_apart(engine, mirror, monkeypatch):
-    task = tasks.load("humaneval", "test", mirror)
-    rows = [task.row(i) for i in range(4)]
-    fenced = f"```python\n{rows[0]['prompt']}{rows[0]['canonical_solution']}```"
-    answers = fenced, rows[1]["canonical_solution"], "    return None", "    import numpy"
-    asked = saying(monkeypatch, engine, *answers)
-    scores = choices.evaluate(engine, task, engine.runtime, limit=4)
-    assert asked[1] == Conversation.ask(rows[1]["prompt"]).prompt(TOKENIZER)
-    assert (scores["accuracy"], scores["questions"], scores["unsupported"]) == (2 / 4, 4, 1)
-    assert [right for *_, right in scores["samples"]] == [True, True, False, False]
+def test_a_choice_that_cannot_fit_is_told_and_wrong(random_model, arc, cpu):
+    short = Engine(
+        random_model(replace(CONFIG, sequence_len=40), TOKENIZER.vocab_size), TOKENIZER, cpu
+    )
+    task = arc(("Which?", ["red " * 30, "blue"]), ("Which?", ["red", "red"]))
+    assert choices.by_text(short, task, range(2)) == ([None, True], 0)
+    scores = choices.evaluate(short, task, range(2))
+    assert (scores["text"], scores["questions"], scores["too long"]) == (1 / 2, 2, 1)
 
 
 def test_ranks_share_the_questions_and_agree(engine, mirror):
     """Two runtimes that stand for two ranks: their parts make the whole."""
     task = tasks.load("mmlu", "test", mirror)
-    whole = choices.by_text(engine, task, range(30))
-    parts = [choices.by_text(engine, task, range(rank, 30, 2)) for rank in (0, 1)]
-    assert [parts[i % 2][i // 2] for i in range(30)] == whole
-    rank = dataclasses.replace(engine.runtime, rank=1, world_size=2)
-    object.__setattr__(rank, "sum", lambda values: values)  # what this rank alone would add
-    scores = choices.evaluate(engine, task, rank, limit=30)
-    assert scores["text"] == pytest.approx(sum(parts[1]) / 30)
+    whole = choices.evaluate(engine, task, range(30))
+    told: list[torch.Tensor] = []
+
+    def add(counts):
+        told.append(counts)
+        return sum(told)
+
+    for rank in (0, 1):
+        engine.runtime = replace(engine.runtime, rank=rank, world_size=2)
+        object.__setattr__(engine.runtime, "sum", add)
+        last = choices.evaluate(engine, task, range(30))
+    assert last == whole and whole["questions"] == 30 and whole["chance"] == 0.25
+    assert all(counts[0] > 0 for counts in told)
 
 
-def test_progress_is_told_between_rounds_and_can_stop(engine, mirror, monkeypatch):
-    whole = {name: _evaluate(engine, mirror, name) for name in ("mmlu", "gsm8k")}
+def test_rounds_change_nothing_and_can_be_stopped_between(engine, mirror, monkeypatch):
+    task = tasks.load("mmlu", "test", mirror)
+    whole = choices.evaluate(engine, task, range(10))
     monkeypatch.setattr(choices, "QUESTIONS_AT_ONCE", 4)
-    told: list[tuple[int, int]] = []
-    for name in whole:
-        scores = _evaluate(engine, mirror, name, progress=lambda *step: told.append(step))
-        assert scores == whole[name]
-    assert told == 2 * [(0, 10), (4, 10), (8, 10)]
+    told = []
+    assert choices.evaluate(engine, task, range(10), lambda *at: told.append(at)) == whole
+    assert told == [(0, 10), (4, 10), (8, 10)]
 
     def stop(done: int, total: int) -> None:
         if done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _evaluate(engine, mirror, "gsm8k", progress=stop)
-
-
-def _evaluate(engine, mirror, name, **options):
-    task = tasks.load(name, "test", mirror)
-    return choices.evaluate(engine, task, engine.runtime, 10, max_new_tokens=5, **options)
-
-
-def test_a_task_without_a_grader_is_refused(engine, mirror):
-    task = tasks.load("smoltalk", "test", mirror)
-    with pytest.raises(ValueError, match="'smoltalk' has nothing to grade"):
-        choices.evaluate(engine, task, engine.runtime)
+        choices.evaluate(engine, task, range(10), stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import random
 import zipfile
 
 import pytest
@@ -31,7 +32,8 @@ WORDS = ("red", "blue", "hat", "boat", "cat", "favourite", "Mira", "the")
 
 def make(kind: str, rows: list[dict], shots: int = 0, **about) -> CoreTask:
     settings = {"label": f"made_{kind}", "delimiter": " ", "chance": 0.25} | about
-    return CoreTask(kind=kind, rows=rows, shots=shots, **settings)
+    questions = [core.question(kind, row) for row in rows]
+    return CoreTask(kind=kind, questions=questions, shots=shots, **settings)
 
 
 MADE = [
@@ -85,24 +87,17 @@ def model(random_model):
 # ---------------------------------------------------------------------------- the plain way
 
 
-def plain_texts(task: CoreTask, item: int) -> list[str]:
-    """The texts of a question, written out by hand; the last one of language modelling is bare."""
-    shown, row, between = "", task.rows[item], task.delimiter
-    for i in core.examples(task, item):
-        solved = task.rows[i]
-        if task.kind == "multiple_choice":
-            shown += f"{solved['query']}{between}{solved['choices'][solved['gold']]}\n\n"
-        elif task.kind == "schema":
-            context = solved["context_options"][solved["gold"]]
-            shown += f"{context}{between}{solved['continuation']}\n\n"
-        else:
-            shown += f"{solved['context'].strip()}{between}{solved['continuation']}\n\n"
-    if task.kind == "multiple_choice":
-        return [f"{shown}{row['query']}{between}{choice}" for choice in row["choices"]]
-    if task.kind == "schema":
-        return [f"{shown}{c}{between}{row['continuation']}" for c in row["context_options"]]
-    bare = f"{shown}{row['context'].strip()}{between}"
-    return [bare + row["continuation"], bare.strip()]
+def plain_texts(task: CoreTask, index: int) -> list[str]:
+    """The texts of a question, one by one; the last one of language modelling is bare."""
+    shown, between = "", task.delimiter
+    for i in core.examples(task, index):
+        context, continuation = task.questions[i].options[task.questions[i].gold]
+        shown += f"{context}{between}{continuation}\n\n"
+    options = task.questions[index].options
+    texts = [f"{shown}{context}{between}{continuation}" for context, continuation in options]
+    if task.kind == "language_modeling":
+        texts.append(f"{shown}{options[0][0]}{between}".strip())
+    return texts
 
 
 def plain_logprobs(model, ids: list[int], start: int) -> list[float]:
@@ -112,8 +107,8 @@ def plain_logprobs(model, ids: list[int], start: int) -> list[float]:
     return [float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids))]
 
 
-def plain_is_right(model, task: CoreTask, item: int) -> bool:
-    rows = [[TOKENIZER.bos, *TOKENIZER.encode(text)] for text in plain_texts(task, item)]
+def plain_is_right(model, task: CoreTask, index: int) -> bool:
+    rows = [[TOKENIZER.bos, *TOKENIZER.encode(text)] for text in plain_texts(task, index)]
     if task.kind == "language_modeling":
         ids, bare = rows
         assert ids[: len(bare)] == bare
@@ -131,12 +126,12 @@ def plain_is_right(model, task: CoreTask, item: int) -> bool:
     for ids, start in zip(rows, starts, strict=True):
         logprobs = plain_logprobs(model, ids, start)
         means.append(sum(logprobs) / len(logprobs))
-    return means.index(max(means)) == task.rows[item]["gold"]
+    return means.index(max(means)) == task.questions[index].gold
 
 
 @pytest.mark.parametrize("task", MADE, ids=lambda task: task.kind)
 def test_scores_like_one_text_at_a_time(task, model, cpu):
-    right = [plain_is_right(model, task, item) for item in range(len(task.rows))]
+    right = [plain_is_right(model, task, item) for item in range(len(task.questions))]
     assert 0 < sum(right) < len(right)
     scores = core.evaluate(model, TOKENIZER, task, cpu)
     assert scores["accuracy"] == sum(right) / len(right)
@@ -145,9 +140,9 @@ def test_scores_like_one_text_at_a_time(task, model, cpu):
 
 
 def test_the_toy_bundle_like_one_text_at_a_time(toy_tasks, model, cpu):
-    assert {task.kind for task in toy_tasks} == set(core.COLUMNS)
+    assert {task.kind for task in toy_tasks} == set(core.KINDS)
     for task in toy_tasks:
-        few = dataclasses.replace(task, rows=task.rows[:16])
+        few = dataclasses.replace(task, questions=task.questions[:16])
         right = sum(plain_is_right(model, few, item) for item in range(16))
         assert core.evaluate(model, TOKENIZER, few, cpu)["accuracy"] == right / 16
         assert 0.2 <= task.chance <= 0.5 or task.kind == "language_modeling"
@@ -158,8 +153,8 @@ def test_the_toy_bundle_like_one_text_at_a_time(toy_tasks, model, cpu):
 
 @pytest.mark.parametrize("task", MADE, ids=lambda task: task.kind)
 def test_a_prompt_is_its_text_with_bos_in_front(task):
-    for item in range(len(task.rows)):
-        texts = plain_texts(task, item)[: len(task.pairs(item))]
+    for item in range(len(task.questions)):
+        texts = plain_texts(task, item)[: len(task.questions[item].options)]
         whole = [
             p.context + ids for p in core.prompts(task, item, TOKENIZER) for ids in p.continuations
         ]
@@ -234,48 +229,54 @@ def test_common_prefix_and_suffix(rows):
 # ---------------------------------------------------------------------------- solved examples
 
 
+def naive_examples(count: int, index: int, shots: int) -> list[int]:
+    """nanochat's draw, written down again: a generator for each question, over all the others."""
+    rng, others = random.Random(1234 + index), list(range(count))
+    others.remove(index)
+    return rng.sample(others, shots)
+
+
+EXAMPLES_OF_TEN = [[8, 2, 1], [7, 8, 4], [8, 5, 4]]  # before questions 0, 1 and 9
+ORDER_OF_TEN = [0, 3, 7, 2, 1, 6, 4, 5, 8, 9]
+
+
+def numbered(count: int, shots: int = 0) -> CoreTask:
+    rows = [{"context": f"The {i}", "continuation": "red"} for i in range(count)]
+    return make("language_modeling", rows, shots)
+
+
 @pytest.mark.parametrize(
-    ("rows", "shots", "shown"), [(20, 3, 3), (4, 10, 3), (1, 10, 0), (5, 0, 0)]
+    ("count", "shots", "shown"), [(20, 3, 3), (4, 10, 3), (1, 10, 0), (5, 0, 0)]
 )
-def test_examples_are_others_drawn_once_and_for_all(rows, shots, shown):
-    task = make("language_modeling", [{}] * rows, shots=shots)
-    drawn = [core.examples(task, item) for item in range(rows)]
-    for item, chosen in enumerate(drawn):
-        assert len(set(chosen)) == len(chosen) == shown
-        assert item not in chosen
-        assert set(chosen) <= set(range(rows))
-    assert drawn == [core.examples(task, item) for item in range(rows)]
-    if rows == 20:
-        assert len({tuple(chosen) for chosen in drawn}) > 15
-        assert {i for chosen in drawn for i in chosen} == set(range(20))
-        assert drawn != [core.examples(task, item, seed=1) for item in range(rows)]
-        other = dataclasses.replace(task, label="other")
-        assert drawn != [core.examples(other, item) for item in range(rows)]
+def test_examples_are_nanochats(count, shots, shown):
+    task = numbered(count, shots)
+    for index in range(count):
+        assert core.examples(task, index) == naive_examples(count, index, shown)
 
 
-def test_a_limit_is_a_sample_and_leaves_the_examples_alone(model, cpu, monkeypatch):
-    task = make(
-        "language_modeling", [{"context": f"The {i}", "continuation": "red"} for i in range(60)], 2
-    )
-    asked: list[tuple[int, list[int]]] = []
+def test_examples_are_those_that_pythons_generator_gives():
+    """Followed by hand, getrandbits by getrandbits: a changed seed or order shows."""
+    task = numbered(10, 3)
+    assert [core.examples(task, index) for index in (0, 1, 9)] == EXAMPLES_OF_TEN
 
-    def seen(task, item, seed=core.SEED):
-        asked.append((item, plain(task, item, seed)))
-        return asked[-1][1]
 
-    plain = core.examples
-    monkeypatch.setattr(core, "examples", seen)
-    core.evaluate(model, TOKENIZER, task, cpu)
-    every, asked = dict(asked), []
-    assert sorted(every) == list(range(60))
-    assert core.evaluate(model, TOKENIZER, task, cpu, limit=10)["questions"] == 10
-    some, asked = dict(asked), []
-    assert len(some) == 10
-    assert max(some) > 30  # no head of the file
-    assert some.items() <= every.items()
-    assert any(i not in some for shown in some.values() for i in shown)  # examples from all rows
-    core.evaluate(model, TOKENIZER, task, cpu, limit=20)
-    assert some.items() <= dict(asked).items()  # a larger sample holds the smaller one
+def test_rows_are_shuffled_then_limited_and_examples_come_from_those_kept(model, cpu, monkeypatch):
+    task = numbered(60, 2)
+    order = list(range(60))
+    random.Random(1337).shuffle(order)
+    assert task.shuffled().questions == [task.questions[i] for i in order]
+    few = task.shuffled(10)
+    assert few.questions == [task.questions[i] for i in order[:10]]
+    asked, plain = [], core.examples
+    monkeypatch.setattr(core, "examples", lambda *of: asked.append(plain(*of)) or asked[-1])
+    assert core.evaluate(model, TOKENIZER, few, cpu)["questions"] == 10
+    assert asked == [naive_examples(10, index, 2) for index in range(10)]
+    assert task.shuffled(100).questions == task.shuffled().questions
+
+
+def test_the_order_is_that_of_pythons_generator():
+    contexts = [question.options[0][0] for question in numbered(10).shuffled().questions]
+    assert contexts == [f"The {i}" for i in ORDER_OF_TEN]
 
 
 # ---------------------------------------------------------------------------- scoring
@@ -295,8 +296,7 @@ def random_prompts(count: int, seed: int = 0) -> list[Prompt]:
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 200, 100_000])
-def test_logprobs_and_greed_like_one_forward_pass_each(model, cpu, monkeypatch, tokens_at_once):
-    monkeypatch.setattr(core, "POSITIONS_AT_ONCE", 7)
+def test_logprobs_and_greed_like_one_forward_pass_each(model, cpu, tokens_at_once):
     asked = random_prompts(12)
     for prompt in asked[::2]:  # and some that the model would write itself
         written = list(prompt.context)
@@ -333,6 +333,7 @@ def test_one_context_is_read_once(model, cpu, monkeypatch):
 
 
 def test_too_long_a_prompt_loses_its_beginning(model, cpu):
+    """And never a part of what is scored after it."""
     long = Prompt([TOKENIZER.bos, *range(10, 40)], [[1, 2, 3], [4]])
     assert long.cut_to(33) is long  # 31 + 3 - 1 inputs
     cut = long.cut_to(32)
@@ -340,7 +341,10 @@ def test_too_long_a_prompt_loses_its_beginning(model, cpu):
     assert long.cut_to(5) == Prompt([TOKENIZER.bos, 38, 39], [[1, 2, 3], [4]])
     turned = Prompt(long.context, long.continuations[::-1])  # the longest is not the first
     assert turned.cut_to(5) == Prompt([TOKENIZER.bos, 38, 39], [[4], [1, 2, 3]])
-    assert long.cut_to(2) == Prompt([TOKENIZER.bos], [[1, 2], [4]])
+    framed = dataclasses.replace(long, head=2, tail=3)
+    assert framed.cut_to(8).context == [TOKENIZER.bos, 10, 36, 37, 38, 39]
+    assert [n for n in range(1, 9) if long.fits(n)] == list(range(3, 9))
+    assert [n for n in range(1, 12) if framed.fits(n)] == list(range(7, 12))
     short_model = type(model)(dataclasses.replace(CONFIG, sequence_len=20), model.vocab_size)
     short_model.load_state_dict(model.state_dict())
     for task in MADE:
@@ -350,8 +354,18 @@ def test_too_long_a_prompt_loses_its_beginning(model, cpu):
                 assert len(prompt.context + ids) <= 21
                 assert prompt.context[0] == TOKENIZER.bos
         few = dataclasses.replace(task, shots=7)
-        assert core.evaluate(short_model, TOKENIZER, few, cpu)["cut"] == len(task.rows)
+        assert core.evaluate(short_model, TOKENIZER, few, cpu)["cut"] == len(task.questions)
         assert core.evaluate(model, TOKENIZER, few, cpu)["cut"] == 0
+
+
+def test_an_option_that_cannot_fit_is_wrong_and_counted(model, cpu):
+    rows = [{"query": "The", "choices": ["red", "boat hat " * 12], "gold": gold} for gold in (0, 1)]
+    short_model = type(model)(dataclasses.replace(CONFIG, sequence_len=20), model.vocab_size)
+    short_model.load_state_dict(model.state_dict())
+    task = make("multiple_choice", [*rows, {"query": "The", "choices": ["red"], "gold": 0}])
+    scores = core.evaluate(short_model, TOKENIZER, task, cpu)
+    assert (scores["accuracy"], scores["too long"], scores["cut"]) == (1 / 3, 2, 0)
+    assert "too long" not in core.evaluate(model, TOKENIZER, task, cpu)
 
 
 # ---------------------------------------------------------------------------- the score
@@ -374,7 +388,7 @@ def test_a_result_is_centred_by_its_tasks_chance(model, cpu):
 
 def test_ranks_share_the_questions(model, cpu):
     for task in MADE:
-        whole = core.evaluate(model, TOKENIZER, task, cpu, limit=7)
+        whole = core.evaluate(model, TOKENIZER, task, cpu)
         told: list[torch.Tensor] = []
 
         def add(counts, told=told):
@@ -384,15 +398,16 @@ def test_ranks_share_the_questions(model, cpu):
         for rank in range(3):
             part = dataclasses.replace(cpu, rank=rank, world_size=3)
             object.__setattr__(part, "sum", add)
-            last = core.evaluate(model, TOKENIZER, task, part, limit=7)
+            last = core.evaluate(model, TOKENIZER, task, part)
         assert last == whole
-        assert 0 < told[-1][0] < 7 * whole["accuracy"]
+        right = [int(counts[0]) for counts in told]
+        assert 0 < max(right) < sum(right) == round(len(task.questions) * whole["accuracy"])
 
 
 def test_more_ranks_than_questions(model, cpu):
     part = dataclasses.replace(cpu, rank=5, world_size=8)
     object.__setattr__(part, "sum", lambda values: values)
-    assert core.evaluate(model, TOKENIZER, MADE[0], part, limit=2)["accuracy"] == 0
+    assert core.evaluate(model, TOKENIZER, MADE[0].shuffled(2), part)["accuracy"] == 0
 
 
 def test_rounds_change_nothing_and_can_be_stopped_between(model, cpu, monkeypatch):
@@ -461,8 +476,15 @@ def test_a_bundle_is_read_as_it_says(tmp_path, root):
     )
     assert (first.delimiter, second.delimiter) == ("\nAnswer: ", " ")
     assert (second.kind, second.shots, second.chance) == ("language_modeling", 0, 0)
-    assert first.rows == [ROWS["multiple_choice"]]
-    assert first.pairs(0)[first.gold(0)] == ("The", "boat")
+    assert first.questions == [([("The", "hat"), ("The", "boat")], 1)]
+    assert second.questions == [([("The", "hat")], 0)]
+
+
+def test_a_row_offers_what_its_kind_says():
+    row = ROWS["schema"]
+    assert core.question("schema", row) == ([("The cat", "sat"), ("The hat", "sat")], 0)
+    row = {"context": " The \n", "continuation": " hat"}
+    assert core.question("language_modeling", row) == ([("The", " hat")], 0)
 
 
 def change(kind: str, **values) -> str:
@@ -479,18 +501,21 @@ def change(kind: str, **values) -> str:
         ({"core.yaml": YAML.replace("num_fewshot: [10]", "")}, "malformed .*num_fewshot"),
         ({"core.yaml": YAML.replace("language_modeling", "poetry")}, "second is a 'poetry'; known"),
         ({"eval_meta_data.csv": None}, "there is no eval_meta_data.csv"),
-        ({"eval_meta_data.csv": TABLE}, "columns 'Eval Task'.*of third is ''"),
+        ({"eval_meta_data.csv": TABLE}, "columns 'Eval Task'.*could not convert"),
         ({"eval_meta_data.csv": "Task,Chance\nfirst,3\n"}, "columns 'Eval Task'"),
         ({"eval_meta_data.csv": "Eval Task,Random baseline\nsecond,0\n"}, "give first .* got None"),
         ({"eval_meta_data.csv": TABLE.replace("62", "100").replace("third,c,,\n", "")}, "got 1.0"),
         ({"first": None}, "there is no eval_data/folder/first.jsonl"),
         ({"first": "\n"}, "first.jsonl has no rows"),
-        ({"first": '{"query": "The'}, "first.jsonl, row 1 is not JSON"),
-        ({"first": "[]"}, "row 1 needs a str 'query'"),
-        ({"first": change("multiple_choice", query=None)}, "row 2 needs a str 'query'"),
-        ({"first": change("multiple_choice", choices="hat")}, "row 2 needs a list 'choices'"),
-        ({"first": change("multiple_choice", choices=["hat", 3])}, "row 2: options must be text"),
-        ({"first": change("multiple_choice", gold="1")}, "row 2 needs a int 'gold'"),
+        ({"first": '{"query": "The'}, "first.jsonl, row 1: Unterminated string"),
+        ({"first": "[]"}, "row 1: it is no row of a multiple_choice task"),
+        ({"first": change("multiple_choice", query=None)}, "row 2: it is no row of .*'query'"),
+        ({"first": change("multiple_choice", choices=3)}, "row 2: it is no row of .*'int'"),
+        (
+            {"first": change("multiple_choice", choices=["hat", 3])},
+            "row 2: it is no row of .*'int'",
+        ),
+        ({"first": change("multiple_choice", gold="1")}, "row 2: gold is '1', of 2 options"),
         ({"first": change("multiple_choice", gold=2)}, "row 2: gold is 2, of 2 options"),
         ({"first": change("multiple_choice", gold=-1)}, "row 2: gold is -1, of 2 options"),
         (
@@ -534,8 +559,10 @@ def test_loglikelihoods_equal_lm_evals(toy_tasks, model, cpu, tmp_path):
     )
     greedy, as_text = [], 0
     for task in [*MADE, *toy_tasks]:
-        few = dataclasses.replace(task, rows=task.rows[:8])
-        asked = [p for item in range(len(few.rows)) for p in core.prompts(few, item, TOKENIZER)]
+        few = dataclasses.replace(task, questions=task.questions[:8])
+        asked = [
+            p for item in range(len(few.questions)) for p in core.prompts(few, item, TOKENIZER)
+        ]
         ours = [score for found in core.score(model, asked, cpu) for score in found]
         pairs = [(p.context, ids) for p in asked for ids in p.continuations]
         found = theirs._loglikelihood_tokens([(("", ""), *p) for p in pairs], disable_tqdm=True)

@@ -1,7 +1,6 @@
 """GRPO against the textbook: explicit log-probabilities, one answer at a time."""
 
 import dataclasses
-import itertools
 import math
 
 import pytest
@@ -9,11 +8,11 @@ import torch
 from test_engine import TOKENIZER, reverse, tool_engine
 from torch.testing import assert_close
 
-from nanolib import grpo
-from nanolib.config import OptimConfig, Recipe, Schedule, flatten
+from nanolib.config import GRPOConfig, OptimConfig, Recipe, Schedule, flatten
 from nanolib.conversation import Conversation
 from nanolib.data.packing import IGNORED, Batch
-from nanolib.grpo import PolicyGradient, Quiz, RolloutSource, advantages, pass_at_k, passes
+from nanolib.evals.answers import Questions
+from nanolib.grpo import PolicyGradient, RolloutSource, advantages
 from nanolib.guard import Guard
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import StageDir
@@ -39,12 +38,13 @@ class Parity(GradedTask):
         return len(answer) % 2 == 0
 
 
-def quiz(task=None, max_new_tokens=24, seed=7, tool=reverse) -> Quiz:
-    return Quiz(tool_engine(seed, tool=tool), task or Parity(), max_new_tokens)
+def ask(task=None, max_new_tokens=24, seed=7, tool=reverse) -> Questions:
+    return Questions(tool_engine(seed, tool=tool), task or Parity(), max_new_tokens)
 
 
-def source(asked=None, **settings) -> RolloutSource:
-    return RolloutSource(asked or quiz(), **{"questions": 3, "samples": 4, "seed": 5, **settings})
+def source(asked=None, seed=5, reward=None, device_batch=None, **config) -> RolloutSource:
+    config = GRPOConfig(**{"questions": 3, "samples": 4, "top_k": None, **config})
+    return RolloutSource(asked or ask(), config, seed, device_batch=device_batch, reward=reward)
 
 
 def trainer(folder, source, steps=6, lr=0.3, guard=None, hooks=(), **settings) -> Trainer:
@@ -77,7 +77,7 @@ def textbook(source: RolloutSource, step: int = 0) -> tuple[torch.Tensor, int]:
     for rollout in source.rollouts(step):
         mean = sum(rollout.rewards) / len(rollout.rewards)
         for answer, reward in zip(rollout.answers, rollout.rewards, strict=True):
-            prompt = source.quiz.prompts[rollout.question]
+            prompt = source.questions.prompt(rollout.question)
             said = answer.ids + ([] if answer.end is None else [answer.end])
             logits = source.engine.model(torch.tensor([prompt + said]))[0]
             for place, id in enumerate(said):
@@ -182,30 +182,28 @@ def test_every_question_comes_once_an_epoch():
 
 
 def test_the_ranks_share_the_questions_with_all_their_samples():
-    whole, asked = source().rollouts(1), quiz()
+    whole, asked = source().rollouts(1), ask()
     parts = []
     for rank in (0, 1):
         asked.engine.runtime = dataclasses.replace(asked.engine.runtime, rank=rank, world_size=2)
         parts.append(source(asked).rollouts(1))
     assert [len(part) for part in parts] == [2, 1]
     assert [parts[i % 2][i // 2] for i in range(3)] == whole
-    with pytest.raises(ValueError, match="2 ranks need at least as many questions a step, got 1"):
-        source(asked, questions=1)
 
 
 def test_the_reference_is_never_in_the_prompt():
-    asked = quiz()
-    assert TOKENIZER.decode(asked.prompts[1]) == (
+    asked = ask()
+    assert TOKENIZER.decode(asked.prompt(1)) == (
         "<|bos|><|user_start|>bcd<|user_end|><|assistant_start|>"
     )
 
 
 def test_questions_without_room_for_an_answer_are_left_out():
-    asked = quiz(Parity(("a", "x" * 80, "b")), max_new_tokens=24)
-    assert asked.usable == [0, 2]
+    asked = ask(Parity(("a", "x" * 80, "b")), max_new_tokens=24)
+    assert asked.usable() == [0, 2]
     assert {r.question for r in source(asked, questions=4).rollouts(0)} == {0, 2}
     with pytest.raises(ValueError, match="no question of parity leaves room for 24 tokens"):
-        quiz(Parity(("x" * 80,)))
+        source(ask(Parity(("x" * 80,))))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -216,7 +214,7 @@ def test_a_reward_that_is_no_number_is_named(bad):
 
 
 def test_python_and_its_output_are_not_graded():
-    asked = quiz(tool=lambda source: "#### 5")
+    asked = ask(tool=lambda source: "#### 5")
     rollouts = source(asked).rollouts(0)
     assert any(not all(answer.chosen) for rollout in rollouts for answer in rollout.answers)
     for rollout in rollouts:
@@ -226,6 +224,22 @@ def test_python_and_its_output_are_not_graded():
             assert "####" not in text
             assert reward == (len(text) % 2 == 0)
             assert ("#" in TOKENIZER.decode(answer.ids)) or all(answer.chosen)
+
+
+def lengths(question, texts):
+    return [float(len(text)) for text in texts]
+
+
+def test_shuffled_rewards_are_the_same_ones_dealt_anew():
+    honest, dealt = (source(reward=lengths, samples=8, shuffled=on) for on in (False, True))
+    orders = []
+    for one, other in zip(honest.rollouts(0), dealt.rollouts(0), strict=True):
+        assert one.answers == other.answers
+        assert sorted(one.rewards) == sorted(other.rewards)
+        assert one.rewards != other.rewards
+        orders.append(tuple(map(one.rewards.index, other.rewards)))
+    assert len(set(orders)) > 1
+    assert dealt.rollouts(0) == source(reward=lengths, samples=8, shuffled=True).rollouts(0)
 
 
 def test_each_step_leaves_a_row(tmp_path):
@@ -244,43 +258,6 @@ def test_each_step_leaves_a_row(tmp_path):
     (question, best, one), (_, worst, zero) = row["samples"]
     assert question in Parity().questions and best != worst and (one, zero) == (1, 0)
     assert [row["step"] for row in loop.stage.metrics.rows() if row["kind"] == "rollout"] == [1, 2]
-
-
-# ---------------------------------------------------------------------------- pass@k
-
-
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
-    for right, k in itertools.product(range(6), range(1, 6)):
-        draws = list(itertools.combinations([1] * right + [0] * (5 - right), k))
-        assert pass_at_k(5, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-
-
-def test_passes_counts_greedy_one_and_any(cpu):
-    asked = quiz()
-    found = passes(asked, 5, samples=4, seed=3)
-    assert list(found) == ["greedy", "pass@1", "pass@4"]
-    assert found == passes(asked, 5, samples=4, seed=3)
-    greedy = asked.answers(range(5), 1, range(5))
-    right = [Parity().grade(0, asked.text(answer)) for (answer,) in greedy]
-    assert found["greedy"] == pytest.approx(sum(right) / 5)
-    assert 0 < found["pass@1"] < found["pass@4"] <= 1
-    assert passes(asked, 500, samples=1, seed=3)["pass@1"] * 7 == pytest.approx(
-        round(passes(asked, 7, samples=1, seed=3)["pass@1"] * 7)
-    )
-
-
-def test_passes_goes_round_by_round_and_can_be_stopped(cpu, monkeypatch):
-    asked, told = quiz(), []
-    whole = passes(asked, 5, samples=4, seed=3)
-    monkeypatch.setattr(grpo, "ROWS_AT_ONCE", 8)
-    assert passes(asked, 5, 4, 3, lambda *step: told.append(step)) == whole
-    assert told == [(0, 5), (2, 5), (4, 5)]
-
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        passes(asked, 5, 4, 3, stop)
 
 
 # ---------------------------------------------------------------------------- as a stage
@@ -302,7 +279,7 @@ def test_resumed_equals_straight(tmp_path):
     first = trainer(tmp_path / "b", source(), guard=guard, hooks=[stop_after_three], save_every=5)
     with pytest.raises(Stopped, match="saved after step 4 of 6"):
         first.fit()
-    second = trainer(tmp_path / "b", source(quiz(seed=9)))  # its weights come from the checkpoint
+    second = trainer(tmp_path / "b", source(ask(seed=9)))  # its weights come from the checkpoint
     second.fit()
     for one, two in zip(straight.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -317,7 +294,7 @@ def share_of_e(question, texts):
 
 @pytest.mark.parametrize("updates_each", [1, 2])
 def test_it_learns_what_is_rewarded(updates_each, tmp_path):
-    asked = quiz(max_new_tokens=8, tool=None)
+    asked = ask(max_new_tokens=8, tool=None)
     rollouts = source(asked, questions=3, samples=8, reward=share_of_e, updates_each=updates_each)
     loop = trainer(tmp_path, rollouts, steps=25, lr=1.0, save_every=100)
     loop.fit()

@@ -2,8 +2,8 @@
 
 import pytest
 
+from nanolib import tasks
 from nanolib.data import toyworld
-from nanolib.evals import programs
 from nanolib.tools import Sandbox
 
 ROW = {
@@ -20,6 +20,10 @@ BODY = "    total = sum(values)\n    return total / len(values)"
 def sandbox():
     with Sandbox(workers=1) as sandbox:
         yield sandbox
+
+
+def check(row, answer, sandbox):
+    return sandbox.check(tasks.program(row, answer))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ def sandbox():
     ],
 )
 def test_right_answers_in_any_form_pass(sandbox, answer):
-    assert programs.check(ROW, answer, sandbox).passed
+    assert check(ROW, answer, sandbox).passed
 
 
 @pytest.mark.parametrize(
@@ -58,17 +62,17 @@ def test_right_answers_in_any_form_pass(sandbox, answer):
     ],
 )
 def test_wrong_answers_fail(sandbox, answer):
-    assert programs.check(ROW, answer, sandbox).outcome == "failed"
+    assert check(ROW, answer, sandbox).outcome == "failed"
 
 
 def test_what_the_sandbox_lacks_is_told_apart(sandbox):
-    verdict = programs.check(ROW, f"import numpy\n\n{DEF}", sandbox)
+    verdict = check(ROW, f"import numpy\n\n{DEF}", sandbox)
     assert verdict.outcome == "unsupported" and "numpy" in verdict.reason
 
 
 def test_the_toy_worlds_functions_pass_and_nothing_else(sandbox):
     for row in toyworld.functions(held_out=True)[::7]:
         signature, code = row["prompt"].splitlines()[0], row["canonical_solution"]
-        assert programs.check(row, f"```python\n{signature}\n{code}```", sandbox).passed
-        assert programs.check(row, code, sandbox).passed
-        assert not programs.check(row, "    return None\n", sandbox).passed
+        assert check(row, f"```python\n{signature}\n{code}```", sandbox).passed
+        assert check(row, code, sandbox).passed
+        assert not check(row, "    return None\n", sandbox).passed

@@ -16,13 +16,14 @@ import torch
 from graded_stages import by_length
 from torch.testing import assert_close
 
-from nanolib import checkpoint, grpo, launch
+from nanolib import checkpoint, launch
 from nanolib.config import MODELS, OptimConfig
 from nanolib.model import GPT
 from nanolib.optim import SLOTS, MuonAdamW
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 from nanolib.stages import text, training, worker
+from nanolib.tasks import GSM8K
 from runs.bench import ranks
 
 MANY = [("base", 1), ("mid", 1), ("sft", 1), ("mid", 12), ("grpo", 1), ("grpo", 8)]  # stage, steps
@@ -82,7 +83,7 @@ def pairs(shared_runs):
     folder, asked = shared_runs, [*MANY, ("base", STEPS)]
     made = {(s, n): tuple(_make_run(folder, s, n, ranks) for ranks in (1, 2)) for s, n in asked}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.Quiz, "grade", by_length)
+        patch.setattr(GSM8K, "grade", by_length)
         for (stage, _), (one, _) in made.items():
             worker.work(stage, one)
         resumed_on_two = _half_done(made["base", STEPS][0])

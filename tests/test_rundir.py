@@ -89,6 +89,17 @@ def test_a_profile_edited_since_is_noticed(folder):
     assert Run.load("tiny").config.recipe.seed == 1
 
 
+def test_a_run_keeps_a_default_that_has_changed_since(folder):
+    """Neither profile nor overrides name it, so nobody asks for another value."""
+    path = Run.open("tiny").path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["recipe"]["grpo.eval_samples"] = 4
+    path.write_text(json.dumps(manifest))
+    assert Run.open("tiny").config.recipe.grpo.eval_samples == 4
+    with pytest.raises(ValueError, match=r"made with grpo\.eval_samples = 4, not 8"):
+        Run.open("tiny", "tiny", {"grpo.eval_samples": 8})
+
+
 def test_loading_takes_machine_settings_and_refuses_another_recipe():
     Run.open("tiny")
     same = {"base.steps": 10, "eval.tasks": "arc_easy,arc_challenge,mmlu,gsm8k,humaneval"}

@@ -3,7 +3,6 @@
 import shutil
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,17 +185,6 @@ def test_grpo_scores_where_it_starts_once(run, tmp_path):
     assert scored == [0, 2]
 
 
-def test_shuffled_rewards_are_the_same_ones_dealt_anew():
-    quiz = SimpleNamespace(grade=lambda question, texts: [float(len(text)) for text in texts])
-    reward = training._shuffled(quiz, seed=3)
-    answers = [["a" * n for n in range(8)], ["b" * n for n in range(8)]]
-    dealt = [reward(question, texts) for question, texts in enumerate(answers)]
-    for rewards in dealt:
-        assert sorted(rewards) == list(range(8)) != rewards
-    assert dealt[0] != dealt[1]
-    assert dealt == [reward(question, texts) for question, texts in enumerate(answers)]
-
-
 # ---------------------------------------------------------------------------- evaluations
 
 
@@ -213,13 +201,13 @@ def test_an_evaluation_tells_how_far_it_is(run, tmp_path, monkeypatch):
 
 def test_a_finished_evaluation_of_a_task_is_not_repeated(run, monkeypatch):
     asked = []
-    original = evaluate.choices.evaluate
+    original = evaluate.score_task
 
-    def counted(engine, task, *args, **settings):
-        asked.append(task.name)
-        return original(engine, task, *args, **settings)
+    def counted(context, engine, name):
+        asked.append(name)
+        return original(context, engine, name)
 
-    monkeypatch.setattr(evaluate.choices, "evaluate", counted)
+    monkeypatch.setattr(evaluate, "score_task", counted)
     context = _context(run, "eval", of="sft")
     first = evaluate.evaluate(context)
     assert asked == ["arc_easy", "facts"]
@@ -269,7 +257,7 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
     for given in (None, 5):
         machine = {"machine.device_batch": given}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "passes", lambda *_: {})
+            patch.setattr(training, "_score_start", lambda *_: None)
             worker.WORK[stage](_context(Run.load(run.id, machine), stage))
     ((length, share),) = asked
     assert length == 128 and share == (16 if stage == "grpo" else 8)

@@ -84,9 +84,27 @@ def test_gsm8k_outputs_are_what_the_tool_says(mirror):
     assert outputs[0] == "24.0" and outputs[5] == "3000" and outputs[7:] == ["0", "4"]
 
 
-@pytest.mark.parametrize("text", ["__import__('os')", "'a'*9", "2**9**9**9", "(" * 9000])
-def test_what_is_no_sum_of_numbers_is_not_computed(text):
-    assert tasks.python_says(text) is None
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os')",
+        "'a'*9",
+        "max(1,2)",
+        "1.real",
+        "1(2)",
+        "2**9**9**9",
+        "2* *9",
+        "1/0",
+        "9" * 5000,
+        "*".join(["9" * 4000] * 2),
+        "(" * 9000,
+        "-" * 99_999 + "1",
+        "",
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_arithmetic_is_not_computed(text):
+    assert tasks.evaluated(text) is None
 
 
 def test_an_answer_without_marks_is_one_text():
@@ -146,12 +164,19 @@ def test_facts_are_right_when_the_value_is_named_and_no_other(mirror):
     assert not task.grade(0, "")
 
 
-def test_humaneval_asks_for_the_prompt_and_shows_the_whole_function(mirror):
+def test_humaneval_asks_for_the_prompt_and_grades_the_function(mirror):
     row = {"task_id": "a/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n"}
     row |= {"entry_point": "f", "test": "def check(f): assert f() == 1"}
     task = tasks.load("humaneval", "test", mirror("openai/openai_humaneval/test", row))
     assert "def f():\n    return 1\n" in task.conversation(0).messages[1].text
-    assert task.conversation(0).messages[0].text.endswith("def f():\n")
+    assert task.unanswered(0) == Conversation.ask("def f():\n")
+    answers = ("    return 1", "    return 2", "    import numpy")
+    assert [task.grade(0, answer) for answer in answers] == [True, False, None]
+
+
+def test_what_is_asked_leaves_out_the_answer(mirror):
+    task = tasks.load("mmlu", "test", mirror("cais/mmlu/all/test", MMLU_ROW))
+    assert task.unanswered(0).messages == task.conversation(0).messages[:1]
 
 
 BAD_ROW = {"title": "x"}

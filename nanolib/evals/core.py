@@ -1,16 +1,16 @@
 """CORE: one score for a base model over 22 tasks it was not trained for (DCLM, arXiv:2406.11794).
 
-Nothing is asked for in words: the model only says how likely a text is. A task is of one kind:
+The model writes nothing: it only says how likely a text is. A task is of one kind:
 
-* multiple_choice: one context, several continuations; the likeliest one (mean log-probability
-  per token, which does not favour short ones) is the answer;
-* schema: several contexts, one continuation; the context after which it is likeliest;
-* language_modeling: one continuation, right if the model, always taking its likeliest token,
-  would write exactly that.
+* multiple_choice: one context, several continuations; the answer is the likeliest one (by mean
+  log-probability per token, which does not favour short ones);
+* schema: several contexts, one continuation; the answer is the context after which it is likeliest;
+* language_modeling: one continuation, right if greedy decoding would write exactly that.
 
-Solved examples stand before each question. Accuracies are centred, so that guessing scores 0 and
-knowing everything 1, and CORE is their mean. Tasks, examples and random baselines come from an
-evaluation bundle (a zip with core.yaml, eval_meta_data.csv and eval_data/).
+Solved examples precede each question. Accuracies are centred, so that guessing scores 0 and
+knowing everything 1, and CORE is their mean. Tasks, rows and random baselines come from an
+evaluation bundle (a zip with core.yaml, eval_meta_data.csv and eval_data/). Rows and solved
+examples are drawn as in nanochat (October 2025), so that scores compare question by question.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,48 +32,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanolib.data.packing import groups, padded
+from nanolib.evals import Progress, rounds
 from nanolib.model import GPT, KVCache
-from nanolib.runtime import Runtime, seed_of
+from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
 
-COLUMNS: dict[str, dict[str, type]] = {  # of each kind of task
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
-    "language_modeling": {"context": str, "continuation": str},
-}
+KINDS = ("multiple_choice", "schema", "language_modeling")
 DELIMITER = " "  # between context and continuation where core.yaml names none
-SEED = 0  # the same draws for every run: scores of two runs are then of the same questions
+SHUFFLE_SEED = 1337  # of a task's questions, as in nanochat
+EXAMPLES_SEED = 1234  # plus a question's index after shuffling: of the examples before it
 TOKENS_AT_ONCE = 16_384
-POSITIONS_AT_ONCE = 2_048  # whose logits are in memory together
 QUESTIONS_AT_ONCE = 128  # tokenised, sorted by length and scored between two calls of `progress`
 
 
 # ---------------------------------------------------------------------------- the bundle
 
 
+class Question(NamedTuple):
+    """One row: what may be said, as (context, continuation), and which of these is right."""
+
+    options: list[tuple[str, str]]
+    gold: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class CoreTask:
-    """One task of the bundle. `chance` is what a guesser gets right, from 0 to below 1."""
+    """One task of the bundle. `chance` is a guesser's accuracy, from 0 to below 1."""
 
     label: str
     kind: str
     shots: int
     delimiter: str
     chance: float
-    rows: Sequence[Mapping[str, Any]]
+    questions: Sequence[Question]
 
-    def pairs(self, item: int) -> list[tuple[str, str]]:
-        """Everything row `item` may say, as (context, continuation)."""
-        row = self.rows[item]
-        if self.kind == "multiple_choice":
-            return [(row["query"], choice) for choice in row["choices"]]
-        if self.kind == "schema":
-            return [(context, row["continuation"]) for context in row["context_options"]]
-        return [(row["context"].strip(), row["continuation"])]
-
-    def gold(self, item: int) -> int:
-        """Which of the pairs is true."""
-        return self.rows[item].get("gold", 0)
+    def shuffled(self, limit: int | None = None) -> CoreTask:
+        """The same task with its questions in nanochat's order, at most `limit` of them."""
+        questions = list(self.questions)
+        random.Random(SHUFFLE_SEED).shuffle(questions)
+        return replace(self, questions=questions[:limit])
 
 
 def load(bundle: Path) -> list[CoreTask]:
@@ -103,67 +101,63 @@ def load(bundle: Path) -> list[CoreTask]:
 
 
 def _chances(table: str) -> dict[str, float]:
-    """Task -> the share that a guesser gets right."""
-    chances = {}
-    for row in csv.DictReader(io.StringIO(table)):
-        label, percent = str(row.get("Eval Task")), row.get("Random baseline")
-        try:
-            chances[label] = float(percent or "") / 100
-        except ValueError as error:
-            raise ValueError(
-                f"eval_meta_data.csv needs columns 'Eval Task' and 'Random baseline' (percent); "
-                f"the latter of {label} is {percent!r}"
-            ) from error
-    return chances
+    """Task -> a guesser's accuracy."""
+    try:
+        rows = csv.DictReader(io.StringIO(table))
+        return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"eval_meta_data.csv needs columns 'Eval Task' and 'Random baseline' (percent): {error}"
+        ) from error
 
 
 def _task(
     entry: Mapping[str, Any], chances: Mapping[str, float], read: Callable[[str], str]
 ) -> CoreTask:
     label, kind, uri = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
-    if kind not in COLUMNS:
-        raise ValueError(f"core.yaml: {label} is a {kind!r}; known are {', '.join(COLUMNS)}")
+    if kind not in KINDS:
+        raise ValueError(f"core.yaml: {label} is a {kind!r}; known are {', '.join(KINDS)}")
     if not 0 <= chances.get(label, -1) < 1:
         raise ValueError(
             f"eval_meta_data.csv must give {label} a random baseline of at least 0 and below 100 "
             f"percent, got {chances.get(label)}"
         )
-    task = CoreTask(
+    questions = []
+    for number, line in enumerate(filter(str.strip, read(f"eval_data/{uri}").split("\n")), 1):
+        try:
+            questions.append(question(kind, json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"{uri}, row {number}: {error}") from error
+    if not questions:
+        raise ValueError(f"{uri} has no rows")
+    return CoreTask(
         label=label,
         kind=kind,
         shots=entry["num_fewshot"][0],
         delimiter=entry.get("continuation_delimiter", DELIMITER),
         chance=chances[label],
-        rows=list(_rows(read(f"eval_data/{uri}"), kind, uri)),
+        questions=questions,
     )
-    for item in range(len(task.rows)):
-        _check(task, item, f"{uri}, row {item + 1}")
-    return task
 
 
-def _check(task: CoreTask, item: int, where: str) -> None:
-    pairs = task.pairs(item)
-    if not all(isinstance(text, str) for pair in pairs for text in pair):
-        raise ValueError(f"{where}: options must be text, got {pairs}")
-    if not all(continuation.strip() for _, continuation in pairs):
-        raise ValueError(f"{where}: nothing to score after {pairs[0][0]!r}")
-    if task.gold(item) not in range(len(pairs)):
-        raise ValueError(f"{where}: gold is {task.gold(item)}, of {len(pairs)} options")
-
-
-def _rows(text: str, kind: str, uri: str) -> Iterator[dict[str, Any]]:
-    lines = [line for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise ValueError(f"{uri} has no rows")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{uri}, row {number} is not JSON: {error}") from error
-        for column, wanted in COLUMNS[kind].items():
-            if not isinstance(row, dict) or not isinstance(row.get(column), wanted):
-                raise ValueError(f"{uri}, row {number} needs a {wanted.__name__} {column!r}")
-        yield row
+def question(kind: str, row: Any) -> Question:
+    """A row of a task of that kind. Raises ValueError that says what is wrong with it."""
+    try:
+        if kind == "multiple_choice":
+            options = [(row["query"], choice) for choice in row["choices"]]
+        elif kind == "schema":
+            options = [(context, row["continuation"]) for context in row["context_options"]]
+        else:
+            options = [(row["context"].strip(), row["continuation"])]
+        gold = 0 if kind == "language_modeling" else row["gold"]
+        stripped = [(context.strip(), continuation.strip()) for context, continuation in options]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no row of a {kind} task ({error!r})") from error
+    if not all(continuation for _, continuation in stripped):
+        raise ValueError(f"nothing to score after {options[0][0]!r}")
+    if gold not in range(len(options)):
+        raise ValueError(f"gold is {gold!r}, of {len(options)} options")
+    return Question(options, gold)
 
 
 # ---------------------------------------------------------------------------- from rows to ids
@@ -171,63 +165,70 @@ def _rows(text: str, kind: str, uri: str) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a context, BOS first, and of what may follow it: those alone are scored."""
+    """Ids of a context and of the continuations to score after it.
+
+    The first `head` and the last `tail` ids of the context always stay; what lies between may
+    lose its beginning.
+    """
 
     context: list[int]
     continuations: list[list[int]]
+    head: int = 1  # BOS
+    tail: int = 0
 
     @property
     def tokens(self) -> int:
-        """Ids the model reads for it: the context once, then each continuation."""
+        """Ids the model reads: the context once, then each continuation."""
         return len(self.context) + sum(map(len, self.continuations))
 
+    def excess(self, length: int) -> int:
+        """How many ids do not fit: a row has `length` inputs and, after the last, a target."""
+        return len(self.context) + max(map(len, self.continuations)) - (length + 1)
+
+    def fits(self, length: int) -> bool:
+        """Whether cutting the context is enough. A continuation is never cut: it would score
+        better without its last tokens."""
+        return self.excess(length) <= len(self.context) - self.head - self.tail
+
     def cut_to(self, length: int) -> Prompt:
-        """Shortened from the left, after BOS, until `length` inputs and one target fit a row."""
-        longest = max(map(len, self.continuations))
-        extra = len(self.context) + longest - (length + 1)
-        if extra <= 0:
+        if self.excess(length) <= 0:
             return self
-        kept = self.context[:1] + self.context[1 + extra :]
-        return Prompt(kept, [ids[:length] for ids in self.continuations])
+        rest = self.context[self.head + self.excess(length) :]
+        return replace(self, context=self.context[: self.head] + rest)
 
 
-def examples(task: CoreTask, item: int, seed: int = SEED) -> list[int]:
-    """Rows shown solved before row `item`, never itself: `task.shots`, or as many as there are.
+def examples(task: CoreTask, index: int) -> list[int]:
+    """Questions shown solved before another: `task.shots`, or as many as there are."""
+    others = [i for i in range(len(task.questions)) if i != index]
+    return random.Random(EXAMPLES_SEED + index).sample(others, min(task.shots, len(others)))
 
-    They depend on (seed, task, item) alone, whatever else is asked.
+
+def prompts(task: CoreTask, index: int, tokenizer: Tokenizer) -> list[Prompt]:
+    """What to score for a question: one context with all choices, or one context per option.
+
+    Where the continuation begins is found by comparing ids, as the reference does: a token may
+    straddle the boundary between the two texts.
     """
-    others = len(task.rows) - 1
-    draw = np.random.default_rng(seed_of(seed, "core examples", task.label, item))
-    chosen = draw.choice(others, size=min(task.shots, others), replace=False)
-    return [int(i) + (i >= item) for i in chosen]
-
-
-def prompts(task: CoreTask, item: int, tokenizer: Tokenizer, seed: int = SEED) -> list[Prompt]:
-    """What to score for row `item`: a context with all choices, or one context an option.
-
-    Which ids are the continuation is found by comparing ids, as the reference does: a token may
-    straddle the place where the texts part.
-    """
-    solved = [task.pairs(i)[task.gold(i)] for i in examples(task, item, seed)]
-    before = "".join(f"{task.delimiter.join(pair)}\n\n" for pair in solved)
-    pairs = task.pairs(item)
-    texts = [before + task.delimiter.join(pair) for pair in pairs]
+    solved = [task.questions[i] for i in examples(task, index)]
+    before = "".join(f"{task.delimiter.join(one.options[one.gold])}\n\n" for one in solved)
+    options = task.questions[index].options
+    texts = [before + task.delimiter.join(option) for option in options]
     if task.kind == "language_modeling":
-        texts.append((before + pairs[0][0] + task.delimiter).strip())
+        texts.append((before + options[0][0] + task.delimiter).strip())
     rows = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)]
-    fewest = min(map(len, rows[: len(pairs)])) - 1  # both parts keep an id of each row
+    most = min(map(len, rows[: len(options)])) - 1  # context and continuation keep an id of each
     if task.kind == "schema":
-        suffix = max(1, min(common_suffix(rows), fewest))
+        suffix = max(1, min(common_suffix(rows), most))
         return [Prompt(ids[:-suffix], [ids[-suffix:]]) for ids in rows]
-    prefix = min(common_prefix(rows), fewest)
-    return [Prompt(rows[0][:prefix], [ids[prefix:] for ids in rows[: len(pairs)]])]
+    prefix = min(common_prefix(rows), most)
+    return [Prompt(rows[0][:prefix], [ids[prefix:] for ids in rows[: len(options)]])]
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """How many ids all rows begin with."""
-    for place, ids in enumerate(zip(*rows, strict=False)):
+    for count, ids in enumerate(zip(*rows, strict=False)):
         if len(set(ids)) > 1:
-            return place
+            return count
     return min(map(len, rows))
 
 
@@ -240,79 +241,81 @@ def common_suffix(rows: Sequence[Sequence[int]]) -> int:
 
 
 class Score(NamedTuple):
-    """Of one continuation: its log-probability in nats, its ids, whether each was the likeliest."""
+    """Of one continuation: its log-probability in nats, its length, and whether it is greedy."""
 
     logprob: float
     tokens: int
     greedy: bool
 
 
+def score_questions(
+    model: GPT, questions: Sequence[Sequence[Prompt]], runtime: Runtime
+) -> tuple[list[list[Score]], int]:
+    """Scores of each question's options in order, and how many questions were cut to fit.
+
+    A question has no scores where the context cannot hold one of its options.
+    """
+    length = model.config.sequence_len
+    fitting = [row if all(prompt.fits(length) for prompt in row) else [] for row in questions]
+    short = [[prompt.cut_to(length) for prompt in row] for row in fitting]
+    found = iter(score(model, [prompt for row in short for prompt in row], runtime))
+    scores = [[one for _ in row for one in next(found)] for row in short]
+    return scores, sum(row != cut for row, cut in zip(fitting, short, strict=True))
+
+
 @torch.inference_mode()
 def score(
     model: GPT,
-    asked: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     runtime: Runtime,
     tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> list[list[Score]]:
-    """For each prompt the scores of its continuations; prompts of similar length go together."""
-    scores: list[list[Score]] = [[] for _ in asked]
-    for group in groups([prompt.tokens for prompt in asked], tokens_at_once):
-        found = iter(_score_group(model, [asked[i] for i in group], runtime))
+    """For each prompt the scores of its continuations; prompts of similar length share a batch."""
+    scores: list[list[Score]] = [[] for _ in prompts]
+    for group in groups([prompt.tokens for prompt in prompts], tokens_at_once):
+        found = iter(_score_group(model, [prompts[i] for i in group], runtime))
         for i in group:
-            scores[i] = [next(found) for _ in asked[i].continuations]
+            scores[i] = [next(found) for _ in prompts[i].continuations]
     return scores
 
 
-def _score_group(model: GPT, asked: Sequence[Prompt], runtime: Runtime) -> list[Score]:
+def _score_group(model: GPT, prompts: Sequence[Prompt], runtime: Runtime) -> list[Score]:
     """Read each context once, then all continuations after copies of its keys and values.
 
     A continuation's inputs are the context's last id and its own ids but the last.
     """
-    contexts = [prompt.context[:-1] for prompt in asked]
-    targets = [ids for prompt in asked for ids in prompt.continuations]
-    owners = [i for i, prompt in enumerate(asked) for _ in prompt.continuations]
-    inputs = [[asked[i].context[-1], *ids[:-1]] for i, ids in zip(owners, targets, strict=True)]
-    pad = asked[0].context[0]
+    contexts = [prompt.context[:-1] for prompt in prompts]
+    targets = [ids for prompt in prompts for ids in prompt.continuations]
+    owners = [i for i, prompt in enumerate(prompts) for _ in prompt.continuations]
+    inputs = [[prompts[i].context[-1], *ids[:-1]] for i, ids in zip(owners, targets, strict=True)]
+    pad = prompts[0].context[0]
     contexts_PT, inputs_BS = padded(contexts, pad), padded(inputs, pad)
+    length = contexts_PT.shape[1] + inputs_BS.shape[1]
+    read, cache = (
+        KVCache(model.config, rows, length, runtime.device, runtime.dtype)
+        for rows in (len(prompts), len(owners))
+    )
     with runtime.autocast():
-        cache = _cache(model, contexts_PT.shape, inputs_BS.shape[1], runtime)
-        model.hidden(contexts_PT.to(runtime.device), cache=cache)
-        cache.advance([len(ids) for ids in contexts])
-        if len(owners) > len(asked):
-            shape = (len(owners), contexts_PT.shape[1])
-            read, cache = cache, _cache(model, shape, inputs_BS.shape[1], runtime)
-            cache.copy_rows(read, owners)
+        model.hidden(contexts_PT.to(runtime.device), cache=read)
+        read.advance([len(ids) for ids in contexts])
+        cache.copy_rows(read, owners)
         hidden_BSD = model.hidden(inputs_BS.to(runtime.device), cache=cache)
         return _scores(model, hidden_BSD, targets)
 
 
-def _cache(model: GPT, shape: Sequence[int], more: int, runtime: Runtime) -> KVCache:
-    rows, length = shape
-    return KVCache(model.config, rows, length + more, runtime.device, runtime.dtype)
-
-
 def _scores(model: GPT, hidden_BSD: Tensor, targets: Sequence[Sequence[int]]) -> list[Score]:
-    """Scores of the targets after the hidden states before them; a row's tail is padding."""
+    """Scores of the targets from the hidden states that predict them; a row's tail is padding."""
     sizes = np.array([len(ids) for ids in targets])
-    device = hidden_BSD.device
     used_BS = torch.arange(hidden_BSD.shape[1]) < torch.from_numpy(sizes)[:, None]
-    hidden_ND = hidden_BSD[used_BS.to(device)]
-    target_N = torch.tensor([token for ids in targets for token in ids], device=device)
-    parts: list[tuple[Tensor, Tensor]] = []
-    for some_MD, target_M in zip(
-        hidden_ND.split(POSITIONS_AT_ONCE), target_N.split(POSITIONS_AT_ONCE), strict=True
-    ):
-        logits_MV = model.logits(some_MD)
-        nll_M = F.cross_entropy(logits_MV, target_M, reduction="none")
-        parts.append((nll_M, logits_MV.argmax(1) == target_M))
-    nll_N, hit_N = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    target_N = torch.tensor([id for ids in targets for id in ids], device=hidden_BSD.device)
+    logits_NV = model.logits(hidden_BSD[used_BS.to(hidden_BSD.device)])
+    nll_N = F.cross_entropy(logits_NV, target_N, reduction="none").double().cpu().numpy()
+    hit_N = (logits_NV.argmax(1) == target_N).cpu().numpy()
     starts = np.cumsum(sizes) - sizes
-    logprobs = -np.add.reduceat(nll_N.astype(np.float64), starts)
+    logprobs = -np.add.reduceat(nll_N, starts)
     greedy = np.logical_and.reduceat(hit_N, starts)
-    return [
-        Score(float(sum_), int(size), bool(all_))
-        for sum_, size, all_ in zip(logprobs, sizes, greedy, strict=True)
-    ]
+    columns = zip(logprobs.tolist(), sizes.tolist(), greedy.tolist(), strict=True)
+    return [Score(*column) for column in columns]
 
 
 # ---------------------------------------------------------------------------- the score
@@ -323,48 +326,40 @@ def evaluate(
     tokenizer: Tokenizer,
     task: CoreTask,
     runtime: Runtime,
-    limit: int | None = None,
-    seed: int = SEED,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Accuracy, also centred, on `limit` rows of a task drawn by `seed` (None: all of them).
+    """Accuracy, also centred, on all questions of a task.
 
-    Shared among the ranks. `cut` counts questions that did not fit the model's context and lost
-    the beginning of their examples. `progress(done, total)` is called before each round of this
-    rank's questions and may raise to stop.
+    "cut" counts questions that lost the beginning of their examples to fit the model's context;
+    "too long", if any, those with an option that cannot fit, which count as wrong.
     """
-    draw = np.random.default_rng(seed_of(seed, "core", task.label))
-    drawn = draw.permutation(len(task.rows))[:limit].tolist()
-    mine = drawn[runtime.rank :: runtime.world_size]
-    right = cut = 0
-    for start in range(0, len(mine), QUESTIONS_AT_ONCE):
-        if progress is not None:
-            progress(start, len(mine))
-        items = mine[start : start + QUESTIONS_AT_ONCE]
-        whole = [prompts(task, item, tokenizer, seed) for item in items]
-        asked = [[prompt.cut_to(model.config.sequence_len) for prompt in row] for row in whole]
-        cut += sum(row != short for row, short in zip(whole, asked, strict=True))
-        found = iter(score(model, [prompt for row in asked for prompt in row], runtime))
-        for item, row in zip(items, asked, strict=True):
-            right += _is_right(task, item, [one for _ in row for one in next(found)])
-    counts = torch.tensor([right, cut], device=runtime.device)
-    right, cut = runtime.sum(counts).tolist()
-    accuracy = right / len(drawn)
+    right = cut = too_long = 0
+    for indices in rounds(range(len(task.questions)), QUESTIONS_AT_ONCE, runtime, progress):
+        asked = [prompts(task, index, tokenizer) for index in indices]
+        scores, shortened = score_questions(model, asked, runtime)
+        cut += shortened
+        too_long += scores.count([])
+        right += sum(_is_right(task, i, found) for i, found in zip(indices, scores, strict=True))
+    counts = torch.tensor([right, cut, too_long], device=runtime.device)
+    right, cut, too_long = runtime.sum(counts).tolist()
+    accuracy = right / len(task.questions)
     return {
         "accuracy": accuracy,
         "centred": centred(accuracy, task.chance),
         "chance": task.chance,
-        "questions": len(drawn),
+        "questions": len(task.questions),
         "shots": task.shots,
         "cut": cut,
-    }
+    } | ({"too long": too_long} if too_long else {})
 
 
-def _is_right(task: CoreTask, item: int, scores: Sequence[Score]) -> bool:
+def _is_right(task: CoreTask, index: int, scores: Sequence[Score]) -> bool:
+    if not scores:
+        return False
     if task.kind == "language_modeling":
         return scores[0].greedy
     means = [logprob / tokens for logprob, tokens, _ in scores]
-    return means.index(max(means)) == task.gold(item)
+    return means.index(max(means)) == task.questions[index].gold
 
 
 def centred(accuracy: float, chance: float) -> float:

@@ -10,9 +10,8 @@ import numpy as np
 
 from nanolib import checkpoint, hub, report, tasks
 from nanolib.engine import Engine
-from nanolib.evals import choices, core
+from nanolib.evals import answers, choices, core
 from nanolib.evals.bpb import Trigram, bits_per_byte
-from nanolib.evals.choices import chatcore
 from nanolib.stages import Context
 from nanolib.stages.text import load_tokenizer, shard_paths, validation_documents
 from nanolib.stages.training import make_engine
@@ -25,7 +24,7 @@ Score = Callable[[], dict[str, Any]]
 
 
 def evaluate(context: Context) -> dict[str, Any]:
-    """Score one stage's model; each task's score is kept as soon as it is known."""
+    """Score one stage's model; a task that is scored is not scored again on resuming."""
     run, of = context.run, context.of or "base"
     tokenizer = load_tokenizer(run)
     model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
@@ -54,7 +53,7 @@ def _with_means(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     core_parts = {name: part for name, part in scores.items() if name.startswith("core/")}
     if core_parts:
         scores["core"] = {"accuracy": core.core(core_parts), "tasks": len(core_parts)}
-    chat = chatcore(scores)
+    chat = choices.chatcore(scores)
     if chat is not None:
         scores["chatcore"] = {"accuracy": chat}
     return scores
@@ -100,29 +99,33 @@ def _core_scores(context: Context, engine: Engine) -> dict[str, Score]:
         return {}
 
     def score(task: core.CoreTask) -> Score:
-        tell = partial(context.progress, message=f"core/{task.label}")
-        return lambda: core.evaluate(
-            engine.model, engine.tokenizer, task, context.runtime, limit=limit, progress=tell
-        )
+        model, tokenizer, runtime = engine.model, engine.tokenizer, context.runtime
+        progress = partial(context.progress, message=f"core/{task.label}")
+        return lambda: core.evaluate(model, tokenizer, task.shuffled(limit), runtime, progress)
 
     bundle = core.load(hub.eval_bundle(context.run.mirror()))
     return {f"core/{task.label}": score(task) for task in bundle}
 
 
 def _task_scores(context: Context, engine: Engine) -> dict[str, Score]:
-    config, mirror = context.run.config.recipe.eval, context.run.mirror()
-
     def score(name: str) -> Score:
-        return lambda: choices.evaluate(
-            engine,
-            tasks.load(name, "test", mirror),
-            context.runtime,
-            limit=config.max_problems,
-            max_new_tokens=config.max_new_tokens,
-            progress=partial(context.progress, message=name),
-        )
+        return lambda: score_task(context, engine, name)
 
-    return {name: score(name) for name in config.tasks}
+    return {name: score(name) for name in context.run.config.recipe.eval.tasks}
+
+
+def score_task(context: Context, engine: Engine, name: str) -> dict[str, Any]:
+    """A task's scores on its first test questions. Raises ValueError where it has no answers."""
+    config = context.run.config.recipe.eval
+    task = tasks.load(name, "test", context.run.mirror())
+    indices = range(len(task))[: config.max_problems]
+    progress = partial(context.progress, message=name)
+    if isinstance(task, tasks.ChoiceTask):
+        return choices.evaluate(engine, task, indices, progress)
+    if isinstance(task, tasks.GradedTask):
+        questions = answers.Questions(engine, task, config.max_new_tokens)
+        return answers.evaluate(questions, indices, progress)
+    raise ValueError(f"eval.tasks names {name!r}, whose answers cannot be graded; leave it out")
 
 
 def write_report(context: Context) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,8 +16,10 @@ from nanolib.config import BaseConfig, ConversationConfig, GRPOConfig, OptimConf
 from nanolib.data.packing import Batch
 from nanolib.data.sources import ConversationSource, RowSource, TextSource
 from nanolib.engine import Engine
+from nanolib.evals import answers
+from nanolib.evals.answers import Questions
 from nanolib.evals.bpb import bits_per_byte
-from nanolib.grpo import PolicyGradient, Quiz, Reward, RolloutSource, passes
+from nanolib.grpo import PolicyGradient, RolloutSource
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import Run
@@ -99,53 +100,41 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
 
 
 def grpo(context: Context) -> dict[str, Any]:
-    """Learn from answers that can be graded, the tool running; see `nanolib.grpo`."""
+    """Learn from graded answers, with the tool at hand; see `nanolib.grpo`."""
     run, config, mirror = context.run, context.run.config.recipe.grpo, context.run.mirror()
     setup = _setup(context)
     seed = seed_of(run.config.recipe.seed, "grpo")
     with Sandbox() as sandbox:
         engine = make_engine(context, setup.model, setup.tokenizer, sandbox)
-        quiz, held = (
-            Quiz(engine, tasks.load_graded(config.task, split, mirror), config.max_new_tokens)
+        train, test = (
+            Questions(engine, tasks.load_graded(config.task, split, mirror), config.max_new_tokens)
             for split in ("train", "test")
         )
         source = RolloutSource(
-            quiz,
-            questions=config.questions,
-            samples=config.samples,
-            seed=seed,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            updates_each=config.updates_each,
+            train,
+            config,
+            seed,
             device_batch=setup.device_batch,
-            reward=_shuffled(quiz, seed) if config.shuffled else None,
             nll=setup.nll,
             metrics=context.stage.metrics,
         )
-        steps = config.steps or math.ceil(config.epochs * len(quiz.usable) / config.questions)
+        held_out = test.usable()[: config.eval_questions]
+        steps = config.steps or math.ceil(config.epochs * len(source.usable) / config.questions)
 
         def score(step: int) -> None:
-            tell = partial(context.progress, message="answers to held-out questions")
-            asked = (config.eval_questions, config.eval_samples)
-            _eval_row(context, step, **passes(held, *asked, seed, tell))
+            progress = partial(context.progress, message="answers to held-out questions")
+            greedy = answers.evaluate(test, held_out, progress)["accuracy"]
+            sampled = answers.evaluate_sampled(
+                test, held_out, config.eval_samples, seed, config.top_k, progress
+            )
+            _eval_row(context, step, greedy=greedy, **sampled)
 
         _score_start(context, score)
         loss = PolicyGradient(config.clip)
         return _train(context, config, setup, source, steps, score, loss) | {
-            "epochs": steps * config.questions / len(quiz.usable),
+            "epochs": steps * config.questions / len(source.usable),
             "answers": steps * config.questions * config.samples,
         }
-
-
-def _shuffled(quiz: Quiz, seed: int) -> Reward:
-    """The control: the same rewards, dealt to a question's answers at random. Teaches nothing."""
-
-    def reward(question: int, texts: Sequence[str]) -> list[float]:
-        key = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-        rng = np.random.default_rng(seed_of(seed, "shuffled", question, key))
-        return rng.permutation(quiz.grade(question, texts)).tolist()
-
-    return reward
 
 
 def _row_settings(

@@ -1,0 +1,135 @@
+"""Questions answered in words: prompt, answer, grade; for evaluations and for GRPO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from nanolib.conversation import Message, answer_parts
+from nanolib.engine import Answer, Engine
+from nanolib.evals import Progress, rounds
+from nanolib.runtime import seed_of
+from nanolib.tasks import GradedTask
+
+QUESTIONS_AT_ONCE = 128  # between two calls of `progress`
+ROWS_AT_ONCE = 256  # sampled together
+SHOWN = 8  # answers kept in the results
+
+
+class Questions:
+    """A task's questions: an engine answers them, the task grades the answers."""
+
+    def __init__(self, engine: Engine, task: GradedTask, max_new_tokens: int):
+        self.engine, self.task, self.max_new_tokens = engine, task, max_new_tokens
+
+    def prompt(self, question: int) -> list[int]:
+        return self.task.unanswered(question).prompt(self.engine.tokenizer)
+
+    def fitting(self, questions: Sequence[int], room: int) -> list[int]:
+        """Those whose prompts leave `room` tokens of the context for an answer."""
+        longest = self.engine.context - room
+        return [question for question in questions if len(self.prompt(question)) <= longest]
+
+    def usable(self) -> list[int]:
+        """Those that leave room for a whole answer. Raises ValueError where none does."""
+        found = self.fitting(range(len(self.task)), self.max_new_tokens)
+        if not found:
+            raise ValueError(
+                f"no question of {self.task.name} leaves room for {self.max_new_tokens} tokens of "
+                f"answer in a context of {self.engine.context}; lower max_new_tokens or raise "
+                "model.sequence_len"
+            )
+        return found
+
+    def answers(
+        self,
+        questions: Sequence[int],
+        samples: int = 1,
+        seeds: Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> list[list[Answer]]:
+        """Answers [questions][samples]; sampling: temperature and top_k (default: greedy)."""
+        answers = self.engine.answers(
+            [self.prompt(question) for question in questions],
+            samples=samples,
+            seeds=seeds,
+            max_new_tokens=self.max_new_tokens,
+            max_rows=ROWS_AT_ONCE,
+            **sampling,
+        )
+        return [answers[i : i + samples] for i in range(0, len(answers), samples)]
+
+    def text(self, answer: Answer) -> str:
+        """What is graded: the text parts, without python and its outputs."""
+        return Message("assistant", answer_parts(answer.ids, self.engine.tokenizer)).text
+
+    def rewards(self, question: int, texts: Iterable[str]) -> list[float]:
+        """1 for each right answer, 0 for any other."""
+        return [float(self.task.grade(question, text) or 0) for text in texts]
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+def evaluate(
+    questions: Questions, indices: Sequence[int], progress: Progress | None = None
+) -> dict[str, Any]:
+    """Accuracy of greedy answers.
+
+    A question that fills the context ("too long") and an answer that needs what the sandbox lacks
+    ("unsupported") count as wrong and are told, if any.
+    """
+    task, runtime = questions.task, questions.engine.runtime
+    mine: list[tuple[int, str, bool | str | None]] = []  # question, answer, grade
+    for some in rounds(indices, QUESTIONS_AT_ONCE, runtime, progress):
+        fitting = questions.fitting(some, room=1)
+        for i, (answer,) in zip(fitting, questions.answers(fitting), strict=True):
+            text = questions.engine.tokenizer.decode(answer.ids)
+            mine.append((i, text, task.grade(i, questions.text(answer))))
+        mine += [(i, "", "too long") for i in some if i not in fitting]
+    graded = sorted(entry for part in runtime.gather(mine) for entry in part)
+    grades = [grade for *_, grade in graded]
+    apart = {"unsupported": grades.count(None), "too long": grades.count("too long")}
+    return {
+        "accuracy": grades.count(True) / len(indices),
+        "questions": len(indices),
+        **{name: count for name, count in apart.items() if count},
+        "samples": [
+            [task.unanswered(i).turns[-1].text, text, grade is True]
+            for i, text, grade in graded[:SHOWN]
+        ],
+    }
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The chance that one of k answers is right, given `right` of `samples` (arXiv:2107.03374).
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 4), pass_at_k(4, 2, 2)
+    (0.25, 1.0, 0.8333333333333334)
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def evaluate_sampled(
+    questions: Questions,
+    indices: Sequence[int],
+    samples: int,
+    seed: int,
+    top_k: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """pass@1 to pass@`samples`, sampled at temperature 1."""
+    runtime = questions.engine.runtime
+    sums = torch.zeros(samples, dtype=torch.float64, device=runtime.device)
+    for some in rounds(indices, max(1, ROWS_AT_ONCE // samples), runtime, progress):
+        seeds = [seed_of(seed, "passes", i) for i in some]
+        sampled = questions.answers(some, samples, seeds, temperature=1.0, top_k=top_k)
+        for i, answers in zip(some, sampled, strict=True):
+            right = int(sum(questions.rewards(i, map(questions.text, answers))))
+            passed = [pass_at_k(samples, right, k) for k in range(1, samples + 1)]
+            sums += torch.tensor(passed, dtype=sums.dtype, device=sums.device)
+    means = (runtime.sum(sums) / len(indices)).tolist()
+    return {f"pass@{k}": mean for k, mean in enumerate(means, 1)}
