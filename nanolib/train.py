@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -50,9 +51,6 @@ class Stopped(Exception):
     """The stage was asked to stop and has saved; the same command goes on from here."""
 
 
-Hook = Callable[["Trainer"], None]
-
-
 def lr_scale(schedule: Schedule, step: int, steps: int) -> float:
     """The learning rate's multiplier at a step (from 0): warmup, constant, warmdown.
 
@@ -68,51 +66,42 @@ def lr_scale(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.lr * (left + (1 - left) * schedule.final)
 
 
+@dataclass(kw_only=True)
 class Trainer:
     """Train a model from its newest checkpoint to the last step, saving on the way.
 
-    `hooks` are called after every step that `eval_every` divides and after the last one; they
-    append a row of kind "eval", without which a resume calls them again. save_minutes: the most
-    that a crash may cost, by the lead rank's clock; None: only `save_every` counts. nll: `model.nll`,
-    compiled; None: as it is. Raises Stopped when the guard asks for it, after saving.
+    Raises Stopped when the guard asks for it, after saving.
     """
 
-    def __init__(
-        self,
-        *,
-        stage: StageDir,
-        model: GPT,
-        optimizer: MuonAdamW,
-        source: Source,
-        schedule: Schedule,
-        steps: int,
-        save_every: int,
-        save_minutes: float | None = None,
-        eval_every: int,
-        runtime: Runtime,
-        guard: Guard,
-        about: Mapping[str, Any],
-        loss: Loss | None = None,
-        nll: Callable[[Batch], Tensor] | None = None,
-        hooks: Sequence[Hook] = (),
-    ):
-        self.stage, self.model, self.optimizer, self.source = stage, model, optimizer, source
-        self.schedule, self.steps = schedule, steps
-        self.save_every, self.save_minutes, self.eval_every = save_every, save_minutes, eval_every
-        self.runtime, self.guard, self.about = runtime, guard, about
-        self.loss: Loss = loss or CrossEntropy()
-        self.hooks = hooks
-        self.step = 0  # steps done
-        self.saved: int | None = None  # the step of the newest checkpoint
-        self._saved_at = time.monotonic()
-        self.nll = nll or model.nll
-        self._pace: float | None = None  # seconds a step, smoothed
+    stage: StageDir
+    model: GPT
+    optimizer: MuonAdamW
+    source: Source
+    schedule: Schedule
+    steps: int
+    save_every: int  # steps
+    save_minutes: float | None = None  # save as often as this too, by the lead rank's clock
+    eval_every: int  # steps
+    runtime: Runtime
+    guard: Guard
+    about: Mapping[str, Any]  # what the checkpoints depend on
+    loss: Loss = field(default_factory=CrossEntropy)
+    nll: Callable[[Batch], Tensor] | None = None  # the model's, compiled; None: as it is
+    # Called after every step that `eval_every` divides and after the last one. It appends a row of
+    # kind "eval", without which a resumed stage calls it again.
+    score: Callable[[Trainer], None] | None = None
+
+    step: int = field(default=0, init=False)  # steps done
+    saved: int | None = field(default=None, init=False)  # the step of the newest checkpoint
+    _saved_at: float = field(default=0.0, init=False)  # by the clock, in seconds
+    _pace: float | None = field(default=None, init=False)  # seconds a step, smoothed
 
     def fit(self) -> None:
-        """Resume, train to the last step, save; hooks come after the save, and after a resume."""
+        """Resume, train to the last step, save. Scores come after the save, and after a resume."""
         self.resume()
-        if self.hooks_due() and not self._scored():
-            self.run_hooks()
+        self._saved_at = time.monotonic()
+        if not self._scored():
+            self.run_score()
         while self.step < self.steps:
             started = time.perf_counter()
             row, stop, save = self.train_step()
@@ -121,8 +110,7 @@ class Trainer:
                 self.save()
             if stop and self.step < self.steps:
                 raise Stopped(f"stopped and saved after step {self.step} of {self.steps}")
-            if self.hooks_due():
-                self.run_hooks()
+            self.run_score()
         if self.saved != self.step:
             self.save()
 
@@ -174,7 +162,7 @@ class Trainer:
         for batch in batches:
             batch = batch.to(self.runtime.device)
             with self.runtime.autocast():
-                nll_BT = self.nll(batch)
+                nll_BT = (self.nll or self.model.nll)(batch)
             loss = self.loss.sum(nll_BT, batch) / count
             loss.backward()
             total += loss.detach()
@@ -211,17 +199,16 @@ class Trainer:
                 seconds_left=self._pace * (self.steps - self.step),
             )
 
-    def hooks_due(self) -> bool:
-        return self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
+    def run_score(self) -> None:
+        """Score the model where this step is one of those that are scored."""
+        due = self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
+        if due and self.score is not None:
+            self.score(self)
 
     def _scored(self) -> bool:
-        """Whether the hooks had their say of this step before the interruption."""
+        """Whether this step was scored before the interruption."""
         rows = self.stage.metrics.rows()
         return any(row["kind"] == "eval" and row["step"] == self.step for row in rows)
-
-    def run_hooks(self) -> None:
-        for hook in self.hooks:
-            hook(self)
 
     def save(self) -> None:
         folder = self.stage.checkpoints

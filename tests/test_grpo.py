@@ -47,7 +47,7 @@ def source(asked=None, seed=5, reward=None, device_batch=None, **config) -> Roll
     return RolloutSource(asked or ask(), config, seed, device_batch=device_batch, reward=reward)
 
 
-def trainer(folder, source, steps=6, lr=0.3, guard=None, hooks=(), **settings) -> Trainer:
+def trainer(folder, source, steps=6, lr=0.3, guard=None, **settings) -> Trainer:
     stage = StageDir("grpo", folder)
     source.metrics = stage.metrics
     runtime, model = source.runtime, source.engine.model
@@ -63,7 +63,6 @@ def trainer(folder, source, steps=6, lr=0.3, guard=None, hooks=(), **settings) -
         guard=guard or Guard(),
         about={"recipe": flatten(Recipe()), "vocab_size": model.vocab_size, "tokenizer": "x"},
         loss=PolicyGradient(),
-        hooks=hooks,
         **given,
     )
 
@@ -276,7 +275,7 @@ def test_resumed_equals_straight(tmp_path):
         if trainer.step == 3:
             guard.request_stop()
 
-    first = trainer(tmp_path / "b", source(), guard=guard, hooks=[stop_after_three], save_every=5)
+    first = trainer(tmp_path / "b", source(), guard=guard, score=stop_after_three, save_every=5)
     with pytest.raises(Stopped, match="saved after step 4 of 6"):
         first.fit()
     second = trainer(tmp_path / "b", source(ask(seed=9)))  # its weights come from the checkpoint

@@ -39,7 +39,7 @@ def _text_source(**settings):
     return TextSource([tokens.astype(np.uint16)], **given)
 
 
-def _trainer(folder, model, runtime, steps=6, guard=None, source=None, hooks=(), **settings):
+def _trainer(folder, model, runtime, steps=6, guard=None, source=None, **settings):
     given = {"save_every": 2, "eval_every": 3, "schedule": Schedule(lr=0.5)} | settings
     return Trainer(
         stage=StageDir("base", folder),
@@ -50,7 +50,6 @@ def _trainer(folder, model, runtime, steps=6, guard=None, source=None, hooks=(),
         runtime=runtime,
         guard=guard or Guard(),
         about={"recipe": flatten(Recipe()), "vocab_size": 300, "tokenizer": "x"},
-        hooks=hooks,
         **given,
     )
 
@@ -158,19 +157,20 @@ def test_it_learns(tmp_path, random_model, cpu):
 
 
 def test_resumed_equals_straight(tmp_path, random_model, cpu):
-    straight = _trainer(tmp_path / "a", random_model(), cpu, hooks=[_evaluation])
+    straight = _trainer(tmp_path / "a", random_model(), cpu, score=_evaluation)
     straight.fit()
     guard = Guard()
 
     def stop_after_three(trainer):
+        _evaluation(trainer)
         if trainer.step == 3:
             guard.request_stop()
 
-    hooks = [_evaluation, stop_after_three]
-    first = _trainer(tmp_path / "b", random_model(), cpu, guard=guard, hooks=hooks, save_every=5)
+    settings = {"guard": guard, "score": stop_after_three, "save_every": 5}
+    first = _trainer(tmp_path / "b", random_model(), cpu, **settings)
     with pytest.raises(Stopped, match="saved after step 4 of 6"):
         first.fit()
-    second = _trainer(tmp_path / "b", random_model(seed=9), cpu, hooks=[_evaluation])
+    second = _trainer(tmp_path / "b", random_model(seed=9), cpu, score=_evaluation)
     second.fit()
     for one, two in zip(straight.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -185,7 +185,7 @@ def test_an_evaluation_that_was_interrupted_costs_no_step_and_is_made_up_for(
     at, scored, tmp_path, random_model, cpu
 ):
     settings = {"save_every": 2, "eval_every": 2}
-    straight = _trainer(tmp_path / "a", random_model(), cpu, hooks=[_evaluation], **settings)
+    straight = _trainer(tmp_path / "a", random_model(), cpu, score=_evaluation, **settings)
     straight.fit()
 
     def killed(trainer):
@@ -195,8 +195,8 @@ def test_an_evaluation_that_was_interrupted_costs_no_step_and_is_made_up_for(
             raise Stopped("before or after an evaluation's end")
 
     with pytest.raises(Stopped):
-        _trainer(tmp_path / "b", random_model(), cpu, hooks=[killed], **settings).fit()
-    second = _trainer(tmp_path / "b", random_model(seed=9), cpu, hooks=[_evaluation], **settings)
+        _trainer(tmp_path / "b", random_model(), cpu, score=killed, **settings).fit()
+    second = _trainer(tmp_path / "b", random_model(seed=9), cpu, score=_evaluation, **settings)
     second.resume()
     assert second.step == at
     second.fit()

@@ -28,7 +28,7 @@ from nanolib.stages import Context
 from nanolib.stages.text import load_tokenizer, shard_paths, validation_documents
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
-from nanolib.train import Loss, Trainer
+from nanolib.train import CrossEntropy, Loss, Trainer
 
 Nll = Callable[[Batch], torch.Tensor]  # what `GPT.nll` is, compiled or not
 
@@ -233,8 +233,8 @@ def _train(
         runtime=runtime,
         guard=context.guard,
         about=about_checkpoint(context.run, context.stage.name, setup.tokenizer),
-        loss=loss,
-        hooks=[lambda trainer: score(trainer.step)],
+        loss=loss or CrossEntropy(),
+        score=lambda trainer: score(trainer.step),
     )
     trainer.fit()
     runtime.barrier()
