@@ -161,7 +161,7 @@ def test_base_clips_and_base_and_mid_warm_momentum_up(every_stage, run, tmp_path
 
     monkeypatch.setattr(training, "Trainer", made)
     monkeypatch.setattr(training.checkpoint, "check_same", lambda *_: None)
-    monkeypatch.setattr(training, "passes", lambda *_: {})
+    monkeypatch.setattr(training, "_score_start", lambda *_: None)
     for name in MODELS:
         with pytest.raises(Stopped):
             worker.WORK[name](_context(fork, name))
