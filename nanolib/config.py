@@ -547,11 +547,9 @@ def up_to(recipe: Recipe, stage: str) -> dict[str, Any]:
 
     stage: one of data, tokenizer, shards and MODELS.
     """
-    sections = ["seed", "data"]
-    if stage != "data":
-        sections += ["tokenizer"]
-    if stage in MODELS:
-        sections += ["model", "optim", *MODELS[: MODELS.index(stage) + 1]]
+    order = ("seed", "data", "tokenizer", "model", "optim", *MODELS)
+    last = "tokenizer" if stage == "shards" else stage
+    sections = order[: order.index(last) + 1]
     flat = flatten(recipe)
     return {path: value for path, value in flat.items() if path.split(".")[0] in sections}
 

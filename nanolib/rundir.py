@@ -248,11 +248,7 @@ class Run:
         manifest = _read_manifest(path)
         if manifest["profile"] != profile:
             raise _refusal(path, "profile", manifest["profile"], profile)
-        asked = manifest["recipe"] | defaults | manifest["overrides"] | given
-        asked = settings.from_flat(profile, asked)
-        _check_same_recipe(path, manifest, asked, given)
-        machine = settings.flatten(asked.machine, "machine.")
-        return cls(path, settings.from_flat(profile, manifest["recipe"] | machine))
+        return cls._read(path, manifest, defaults | manifest["overrides"], given)
 
     @classmethod
     def load(cls, run: str | None = None, machine: Mapping[str, Any] | None = None) -> Run:
@@ -271,13 +267,37 @@ class Run:
         manifest, given = _read_manifest(path), settings.check_overrides(machine or {})
         profile = manifest["profile"]
         defaults = settings.load_profile(profile) if profile in settings.profiles() else {}
-        flat = {k: v for k, v in (defaults | given).items() if k.startswith("machine.")}
-        config = settings.from_flat(profile, manifest["recipe"] | flat)
-        asked = settings.flatten(given)
-        for key, before, wanted in settings.recipe_difference(config.recipe, asked):
-            if key in asked and not key.startswith("machine."):
+        machine_defaults = {k: v for k, v in defaults.items() if k.startswith("machine.")}
+        return cls._read(path, manifest, machine_defaults, given)
+
+    @classmethod
+    def _read(
+        cls,
+        path: Path,
+        manifest: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        given: Mapping[str, Any],
+    ) -> Run:
+        """The run of a manifest; ValueError where what is asked for now is another recipe.
+
+        A setting newer than the run is not in its manifest: the run has the setting's default,
+        whatever its profile says by now.
+        """
+        profile, recipe = manifest["profile"], manifest["recipe"]
+        asked = settings.from_flat(profile, recipe | defaults | given)
+        machine = settings.flatten(asked.machine, "machine.")
+        run = cls(path, settings.from_flat(profile, recipe | machine))
+        differences = settings.recipe_difference(asked.recipe, settings.flatten(run.config.recipe))
+        for key, wanted, before in sorted(differences, key=lambda it: it[0] not in given):
+            if key in given:
                 raise _refusal(path, key, before, wanted)
-        return cls(path, config)
+            if key in recipe:
+                raise ValueError(
+                    f"run {path.name!r} was made with {key} = {before}, and profile {profile} now "
+                    f"says {wanted}; restore the profile to go on with that run, or start a new "
+                    f"one with --run NAME (this one is {path})"
+                )
+        return run
 
     def exists(self) -> bool:
         return (self.path / "manifest.json").exists()
@@ -377,28 +397,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has settings that this version lacks and leaves out: {', '.join(unknown)}"
         )
     return manifest
-
-
-def _check_same_recipe(
-    path: Path, manifest: Mapping[str, Any], asked: Config, given: Mapping[str, Any]
-) -> None:
-    """The recipe asked for now must be the run's.
-
-    Overrides that the run was made with are part of `asked`. A setting newer than the run is not
-    in its manifest: the run has the setting's default, whatever the profile says by now.
-    """
-    saved = settings.flatten(settings.from_flat(asked.profile, manifest["recipe"]).recipe)
-    differences = settings.recipe_difference(asked.recipe, saved)
-    for key, now_asked, before in differences:
-        if key in given:
-            raise _refusal(path, key, before, now_asked)
-    for key, now_asked, before in differences:
-        if key in manifest["recipe"]:
-            raise ValueError(
-                f"run {path.name!r} was made with {key} = {before}, and profile {asked.profile} "
-                f"now says {now_asked}; restore the profile to go on with that run, or start a "
-                f"new one with --run NAME (this one is {path})"
-            )
 
 
 def _refusal(path: Path, key: str, saved: Any, asked: Any) -> ValueError:
