@@ -4,10 +4,12 @@
         manifest.json               what is computed: the recipe; written once
         <stage>/done.json           result, timing, cost, machine; its presence means finished
         <stage>/metrics.jsonl       one row a step, see `Metrics`
+        <stage>/attempts.jsonl      when it was worked on, see `nanolib.attempts`
         <stage>/checkpoints/        see `nanolib.checkpoint`
         <stage>/log.txt             what the stage's processes printed; locked while they live
         eval/<stage>/…              the same files for the evaluation of one stage's model
         chapters/                   executed notebooks
+        attempts.jsonl              when `nanolib run` worked on it
         report.md
 
 Every file has one writer. Files that must be whole are written under a temporary name and renamed.
