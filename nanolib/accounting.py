@@ -1,14 +1,16 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs, bytes, money.
+"""What a model costs, from its configuration alone: parameters, FLOPs, bytes, dollars.
 
-A multiplication and an addition are two FLOPs. Only matrix products count: the rest is under one
-percent of the arithmetic (not of the time). Shapes: T time, D width, H query heads, G key/value
-heads, K head size, V vocabulary, L layers.
+A multiply-add is two FLOPs. Only matrix products are counted: everything else is under one percent
+of the arithmetic, though not of the time. Shapes: T time, D width, H query heads, K head size,
+L layers.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+import numpy as np
 
 from nanolib.config import ModelConfig
 
@@ -17,13 +19,13 @@ DOLLARS_PER_GPU_HOUR = 3.0  # what the original paid for an H100; rents differ b
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, by its maker's data sheet."""
+    """One accelerator, as its data sheet describes it."""
 
-    peak: float  # dense bfloat16 FLOP/s
-    memory: int  # GB of 10⁹ bytes
+    peak: float | None  # dense bfloat16 FLOP/s; None: not known
+    memory: float  # GB of 10⁹ bytes
 
 
-# By a part of the name that torch.cuda.get_device_name gives; the first that matches counts.
+# The key is part of the name that torch.cuda.get_device_name gives; the first match counts.
 DEVICES = {
     "H100 PCIe": Device(756e12, 80),
     "H100 NVL": Device(835e12, 94),
@@ -36,24 +38,29 @@ DEVICES = {
     "RTX 4090": Device(165e12, 24),
 }
 
-# Model FLOPs utilisation by depth, measured in bfloat16 on one H100 (2026-11-24, runs/bench/device.md):
-# of whole runs at 8 and 20, at the others of forward, backward and update. What ranks say to each
-# other is not in it. (nanochat of July 2026 on one: 0.41 at 12, 0.487 at 20.)
+# Model FLOPs utilisation by depth, measured in bfloat16 on one H100 (2026-11-24,
+# runs/bench/device.md), so without communication between GPUs: over whole runs at depths 8 and 20,
+# over forward, backward and update at the others. (nanochat of July 2026: 0.41 at 12, 0.487 at 20.)
 MEASURED_MFU = {8: 0.346, 12: 0.427, 20: 0.474, 26: 0.485, 32: 0.526}
+
+# The share of the activations that a compiled bfloat16 program keeps: fitted so that the estimate
+# is within 10 % of the peaks measured on an H100 (runs/bench/device.md).
+KEPT_ON_CUDA = 0.82
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Some devices of one kind, and what an hour of all of them costs."""
+    """One or more devices of one kind, and what an hour of all of them costs."""
 
     name: str
     count: int
     device: Device
-    dollars_per_hour: float
+    dollars_per_hour: float | None = None
+    cuda: bool = True
 
     @classmethod
     def parse(cls, text: str, dollars_per_hour: float | None = None) -> Machine:
-        """A machine from its description; ValueError for a device that is not in the table.
+        """A machine from its description; ValueError for a device that is not in `DEVICES`.
 
         >>> Machine.parse("8xH100").dollars_per_hour
         24.0
@@ -75,81 +82,69 @@ class Machine:
 # ---------------------------------------------------------------------------- size
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one device while training."""
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The bytes that training takes on each of `ranks` devices, an estimate.
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    step: int  # for a while, once the activations are gone: the optimizer's stacks of both above
+    Weights, gradients and optimizer state are float32; `bytes_per_number` is an activation's.
+    """
+
+    model: ModelConfig
+    vocab_size: int
+    ranks: int = 1
+    cuda: bool = False
+    bytes_per_number: int = 4
 
     @property
-    def total(self) -> int:
-        """The most that is there at one time."""
-        standing = self.weights + self.gradients + self.optimizer
-        return standing + max(self.activations, self.step)
+    def weights(self) -> int:
+        """Gradients take as much again."""
+        return 4 * self.model.parameters(self.vocab_size)
+
+    @property
+    def optimizer(self) -> int:
+        """One number for each weight that Muon updates, two for AdamW's, sharded over the ranks."""
+        counts = self.model.parts(self.vocab_size)
+        numbers = sum(counts.values()) + counts["embedding"] + counts["head"]
+        return 4 * -(-numbers // self.ranks)
+
+    @property
+    def update(self) -> int:
+        """The optimizer's stacked copies of weights and gradients, after the backward pass."""
+        return 2 * self.weights
+
+    def activations(self, rows: int) -> int:
+        """What the forward pass of `rows` rows keeps for the backward pass.
+
+        A layer keeps, for each token: the inputs and outputs of both norms, queries and keys before
+        and after their norms, values, the output of attention (no T x T matrix), and the MLP's 4 D
+        before and after the square. The logits are kept twice, in float32: after the soft cap, and
+        as log-probabilities. A compiled program keeps less (`KEPT_ON_CUDA`).
+        """
+        model, width = self.model, self.model.width
+        layer = 4 * width + 2 * width + 3 * model.num_kv_heads * model.head_dim + width + 8 * width
+        hidden = model.depth * layer + 3 * width
+        token = hidden * self.bytes_per_number + 2 * self.vocab_size * 4
+        return int(rows * model.sequence_len * token * (KEPT_ON_CUDA if self.cuda else 1))
+
+    def total(self, rows: int) -> int:
+        """The peak: activations and the update's copies never exist at the same time."""
+        return 2 * self.weights + self.optimizer + max(self.activations(rows), self.update)
 
 
-def memory(
-    config: ModelConfig,
-    vocab_size: int,
-    *,
-    rows: int,
-    ranks: int = 1,
-    bytes_a_number: int = 4,
-    kept: float = 1.0,
-) -> Memory:
-    """Bytes on one of `ranks` devices that trains `rows` sequences at a time.
-
-    Weights, gradients and optimizer state are float32; the state (Muon one number a weight of the
-    blocks, AdamW two of embedding and head) is shared out over the ranks. `kept`: the share of the
-    activations that a compiled program keeps.
-    """
-    counts = config.parts(vocab_size)
-    total = sum(counts.values())
-    state = total + counts["embedding"] + counts["head"]
-    return Memory(
-        weights=4 * total,
-        gradients=4 * total,
-        optimizer=4 * -(-state // ranks),
-        activations=int(kept * activation_bytes(config, vocab_size, rows, bytes_a_number)),
-        step=8 * total,
-    )
-
-
-def activation_bytes(
-    config: ModelConfig, vocab_size: int, rows: int, bytes_a_number: int = 4
-) -> int:
-    """Bytes that the backward pass needs of the forward pass, an estimate.
-
-    Without recomputation, a layer keeps per token: the inputs of both norms and what comes out of
-    them, queries and keys before and after their norms, values, what attention mixed (no T x T
-    matrix), and the MLP's 4 D before and after the square. The logits are kept twice, in float32:
-    after the soft cap, and as log-probabilities. (torch.compile may keep less.)
-    """
-    width, kv_width = config.width, config.num_kv_heads * config.head_dim
-    layer = 4 * width + 2 * width + 3 * kv_width + width + 8 * width
-    tokens = rows * config.sequence_len
-    hidden = config.depth * layer + 3 * width
-    return tokens * (hidden * bytes_a_number + 2 * vocab_size * 4)
-
-
-def cache_bytes(config: ModelConfig, rows: int, length: int, bytes_a_number: int = 2) -> int:
-    """Bytes of keys and values of `rows` sequences of `length` positions."""
+def cache_bytes(config: ModelConfig, rows: int, length: int, bytes_per_number: int = 2) -> int:
+    """Bytes of the keys and values of `rows` sequences of `length` positions."""
     kv_width = config.num_kv_heads * config.head_dim
-    return 2 * config.depth * rows * length * kv_width * bytes_a_number
+    return 2 * config.depth * rows * length * kv_width * bytes_per_number
 
 
 # ---------------------------------------------------------------------------- work
 
 
 def forward_flops(config: ModelConfig, vocab_size: int) -> int:
-    """FLOPs a token of a forward pass over rows of T = sequence_len tokens.
+    """FLOPs per token of a forward pass over rows of T = sequence_len tokens.
 
-    Two a weight that multiplies (the embedding only looks up), and 4 T H K a layer for the scores
-    and the mixing of values. As is the custom, attention counts in full: a causal kernel does half.
+    Two for each weight in a matrix product (the embedding is a lookup), and 4 T H K a layer for
+    attention's scores and mixing, counted in full as is the custom: a causal kernel does half.
     """
     counts = config.parts(vocab_size)
     attention = 4 * config.depth * config.width * config.sequence_len
@@ -157,19 +152,19 @@ def forward_flops(config: ModelConfig, vocab_size: int) -> int:
 
 
 def training_flops(config: ModelConfig, vocab_size: int) -> int:
-    """FLOPs a token of forward and backward pass; the backward pass does twice the forward's."""
+    """FLOPs per token of a forward and a backward pass, which does twice the forward's work."""
     return 3 * forward_flops(config, vocab_size)
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device with that name; None for one not in the table."""
+    """Dense bfloat16 FLOP/s of one device with that name; None if it is not in `DEVICES`."""
     return next((known.peak for part, known in DEVICES.items() if part in device), None)
 
 
 def mfu(
     config: ModelConfig, vocab_size: int, *, tokens_per_second: float, device: str, ranks: int = 1
 ) -> float | None:
-    """Model FLOPs utilisation: the share of `ranks` devices' bfloat16 peak that training used.
+    """Model FLOPs utilisation: training's share of the bfloat16 peak of `ranks` devices.
 
     None where the device's peak is not known (arXiv:2204.02311, appendix B).
     """
@@ -180,23 +175,20 @@ def mfu(
 
 
 def assumed_mfu(depth: int) -> float:
-    """The utilisation to expect at a depth: between two measured ones on the line that joins them."""
-    depths = sorted(MEASURED_MFU)
-    depth = min(max(depth, depths[0]), depths[-1])
-    below = max(known for known in depths if known <= depth)
-    above = min(known for known in depths if known >= depth)
-    low, high = MEASURED_MFU[below], MEASURED_MFU[above]
-    return low + (high - low) * (depth - below) / max(1, above - below)
+    """The utilisation to expect at a depth: `MEASURED_MFU`, interpolated, flat beyond its ends."""
+    return float(np.interp(depth, list(MEASURED_MFU), list(MEASURED_MFU.values())))
 
 
 def training_seconds(
     config: ModelConfig, vocab_size: int, tokens: float, machine: Machine
-) -> float:
-    """Seconds to train on so many tokens at the assumed utilisation; a projection."""
+) -> float | None:
+    """Projected seconds to train on `tokens` tokens; None where the device's peak is not known."""
+    if machine.device.peak is None:
+        return None
     work = training_flops(config, vocab_size) * tokens
     return work / (assumed_mfu(config.depth) * machine.device.peak * machine.count)
 
 
 def dollars(seconds: float, dollars_per_hour: float | None) -> float | None:
-    """What `seconds` of a machine cost; None where its price is not given."""
+    """What `seconds` on a machine cost; None where its price is not given."""
     return None if dollars_per_hour is None else dollars_per_hour * seconds / 3600

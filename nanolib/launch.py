@@ -1,14 +1,14 @@
-"""Run a stage in processes of its own and watch it; whoever calls never trains.
+"""Run a stage in processes of its own and follow it; the caller itself never trains.
 
     result = launch.stage("base", run)
 
-runs what is missing before it, then starts ``python -m nanolib.stages.worker base DIR``, alone or under
-torchrun, follows its metrics, and returns the result in its done record. Notebook, terminal,
-laptop and eight GPUs share this one path.
+runs the missing stages before it, starts ``python -m nanolib.stages.worker base DIR``, alone or
+under torchrun, follows its metrics, and returns the result in its done record. Notebooks, the
+command line, a laptop and eight GPUs all take this path.
 
-Lock: the launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard
-output. The lock belongs to the open file, so it is free only when the last rank has ended, also
-when launcher or torchrun were killed. Guard: see `nanolib.guard`.
+Lock: the launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard output.
+The lock belongs to the open file, so it is held until the last rank has ended, even when the
+launcher or torchrun is killed. Guard: see `nanolib.guard`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from nanolib.rundir import Run, StageDir
 WORKER: str = (
     "nanolib.stages.worker"  # the module that runs a stage: `python -m WORKER STAGE DIR …`
 )
-SHARED = (*config.MODELS, "eval")  # the stages that several ranks share
-POLL = 0.2  # seconds between looks at a worker
+PARALLEL = (*config.MODELS, "eval")  # the stages that run on several ranks
+POLL = 0.2  # seconds between looks at what is running
 TAIL = 30  # lines of the log that an error shows
 
 Watch = Callable[[StageDir, Sequence[dict[str, Any]]], None]
@@ -45,59 +45,64 @@ class WorkerError(RuntimeError):
     """A stage's process ended without finishing; the message has the tail of its log."""
 
 
-# ---------------------------------------------------------------------------- what runs
+# ---------------------------------------------------------------------------- stages
 
 
 def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
-    """Bring a stage and what it needs to its end; the result of its done record.
+    """Finish a stage, and before it the stages it needs; returns the result in its done record.
 
-    A finished stage returns at once; an interrupted one goes on where it was saved. If another
-    process runs it, follow that one, and take over if it ends without finishing.
+    A finished stage returns at once; an interrupted one resumes from its last checkpoint. If
+    another process is running the stage, follow that one, and take over if it ends early.
 
-    of: whose model ``eval`` looks at; None: the last one of the run.
-    watch: called with a stage's directory and its metric rows whenever they have grown, and once
-    more when the stage is done.
-    Raises ValueError for a user's mistake (here or in the worker), WorkerError when the worker
-    fails, KeyboardInterrupt after the worker has saved.
+    of: the stage whose model ``eval`` scores; None: the run's last one.
+    watch: called with a stage's directory and its metric rows whenever there are new ones, and
+    once more when the stage is done.
+    Raises ValueError for a user's mistake (found here or in the worker), WorkerError when the
+    worker fails, KeyboardInterrupt after the worker has saved.
     """
-    name, of = check(name, run, of)
-    for needed in before(name, run, of):
+    of = _scored_model(name, run, of)
+    for needed in prerequisites(name, run, of):
         if run.stage(needed).done() is None:
             stage(needed, run, watch=watch)
-    place = run.stage(name, of)
-    if name == "report" and _is_behind(place, run):
-        (place.path / "done.json").unlink()
-    follower = Follower(place, watch)
-    while place.done() is None:
-        with _locked(place.log) as log:
+    this = run.stage(name, of)
+    if name == "report" and _is_stale(this, run):
+        (this.path / "done.json").unlink()
+    follower = Follower(lambda: [this], watch)
+    while this.done() is None:
+        with locked(this.log) as log:
             if log is None:
-                follower.look()
-                time.sleep(POLL)
-            elif place.done() is None:
-                with attempts.recorded(place.path, run.config.machine.dollars_per_hour):
-                    _work(run, place, of, log, follower)
+                follower.follow(lambda: is_running(this))
+            elif this.done() is None:
+                with attempts.recorded(this.path, run.config.machine.dollars_per_hour):
+                    _work(run, this, of, log, follower)
     follower.look()
-    record = place.done()
+    record = this.done()
     assert record is not None
     return record["result"]
 
 
-def _is_behind(report: StageDir, run: Run) -> bool:
-    """Whether another stage has finished since the report card was written."""
-    finished = [place for place in places(run) if place.done() and place.name != "report"]
-    return report.done() is not None and any(
-        (place.path / "done.json").stat().st_mtime_ns
-        > (report.path / "done.json").stat().st_mtime_ns
-        for place in finished
-    )
+def prerequisites(name: str, run: Run, of: str | None = None) -> list[str]:
+    """The stages that must be finished before this one starts, in order."""
+    if name == "report":
+        return []
+    stages = ["data", "tokenizer", "shards", *run.config.recipe.models]
+    return stages[: stages.index(of) + 1 if of else stages.index(name)]
 
 
-def check(name: str, run: Run, of: str | None = None) -> tuple[str, str | None]:
-    """The stage asked for, with `of` filled in; ValueError where there is no such stage."""
-    enabled = run.config.recipe.models
+def all_stages(run: Run) -> list[tuple[str, str | None]]:
+    """Every stage of a whole run in order, with the model that an evaluation scores."""
+    stages: list[tuple[str, str | None]] = [("data", None), ("tokenizer", None), ("shards", None)]
+    for model in run.config.recipe.models:
+        stages += [(model, None), ("eval", model)]
+    return [*stages, ("report", None)]
+
+
+def _scored_model(name: str, run: Run, of: str | None) -> str | None:
+    """The stage whose model ``eval`` scores, None for other stages; ValueError if not in the run."""
+    models = run.config.recipe.models
     if name not in config.STAGES:
         raise ValueError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
-    if name in config.MODELS and name not in enabled:
+    if name in config.MODELS and name not in models:
         raise ValueError(
             f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false; "
             "give --run NAME to begin one that has it"
@@ -105,30 +110,107 @@ def check(name: str, run: Run, of: str | None = None) -> tuple[str, str | None]:
     if name != "eval":
         if of is not None:
             raise ValueError(f"only eval takes `of`, got stage {name!r} of {of!r}")
-        return name, None
-    if not enabled or of not in (None, *enabled):
-        raise ValueError(f"run {run.id!r} trains no model {of!r}; it has {', '.join(enabled)}")
-    return name, of or enabled[-1]
+        return None
+    if not models or of not in (None, *models):
+        raise ValueError(f"run {run.id!r} trains no model {of!r}; it has {', '.join(models)}")
+    return of or models[-1]
 
 
-def before(name: str, run: Run, of: str | None = None) -> list[str]:
-    """The stages that must be finished before this one starts, in order."""
-    if name == "report":
-        return []
-    road = ["data", "tokenizer", "shards", *run.config.recipe.models]
-    return road[: road.index(of) + 1 if of else road.index(name)]
+def _is_stale(report: StageDir, run: Run) -> bool:
+    """Whether another stage has finished since the report card was written."""
+    records = [one.path / "done.json" for one in stage_dirs(run) if one.done()]
+    finished = {record: record.stat().st_mtime_ns for record in records}
+    return (
+        report.done() is not None and max(finished.values()) > finished[report.path / "done.json"]
+    )
+
+
+def stage_dirs(run: Run) -> list[StageDir]:
+    """The directories of all stages that were ever started, in the order they run."""
+    found = [("eval", path) for path in sorted((run.path / "eval").glob("*"))]
+    found += [(name, run.path / name) for name in config.STAGES if name != "eval"]
+    found.sort(key=lambda name_path: config.STAGES.index(name_path[0]))
+    return [StageDir(name, path) for name, path in found if path.is_dir()]
+
+
+# ---------------------------------------------------------------------------- following
+
+
+class Follower:
+    """Calls `watch` with a stage's metric rows when there are new ones, and when it is done.
+
+    stages: gives the directories to look at, anew at each look.
+    """
+
+    def __init__(self, stages: Callable[[], Iterable[StageDir]], watch: Watch | None) -> None:
+        self._stages, self._watch = stages, watch
+        self._seen: dict[Path, tuple[int, int, bool]] = {}
+
+    def follow(self, working: Callable[[], bool]) -> None:
+        """Look again and again until `working` is false, and once after that."""
+        while True:
+            goes_on = working()  # asked before looking, so that the last rows are seen too
+            self.look()
+            if not goes_on:
+                return
+            time.sleep(POLL)
+
+    def look(self) -> None:
+        if self._watch is None:
+            return
+        for stage in self._stages():
+            done, metrics = stage.done() is not None, stage.metrics.path
+            status = metrics.stat() if metrics.exists() else None
+            state = (status.st_size, status.st_mtime_ns, done) if status else (0, 0, done)
+            if state != self._seen.get(stage.path, (0, 0, False)):
+                self._seen[stage.path] = state
+                self._watch(stage, stage.metrics.rows())
+
+
+def is_running(stage: StageDir) -> bool:
+    """Whether some process is working on this stage now."""
+    if not stage.log.exists():
+        return False
+    with locked(stage.log) as log:
+        return log is None
+
+
+def is_busy(run: Run) -> bool:
+    """Whether some process is working on any of the run's stages now."""
+    return any(is_running(stage) for stage in stage_dirs(run))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Generator[FileIO | None, None, None]:
+    """The file open for appending and locked, or None while another process holds its lock."""
+    with rundir.saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab", buffering=0)
+    with file:
+        if not (taken := _take(file)):
+            time.sleep(0.05)  # the other one may only be asking, as `is_running` does
+            taken = _take(file)
+        yield file if taken else None
+
+
+def _take(file: FileIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------- the worker
 
 
-def _work(run: Run, place: StageDir, of: str | None, log: FileIO, follower: Follower) -> None:
+def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Follower) -> None:
     """Start the worker, follow it to its end, and raise what went wrong."""
-    ranks = _ranks(run) if place.name in SHARED else 1
-    command, environment = _command(run, place, of, ranks)
+    ranks = _ranks(run) if stage.name in PARALLEL else 1
+    command, environment = _command(run, stage, of, ranks)
     start = log.seek(0, os.SEEK_END)
-    with rundir.saving(place.log):
-        log.write(f"--- {rundir.now()} {place.name} on {ranks} rank(s)\n".encode())
+    with rundir.saving(stage.log):
+        log.write(f"--- {rundir.now()} {stage.name} on {ranks} rank(s)\n".encode())
     worker = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -140,17 +222,15 @@ def _work(run: Run, place: StageDir, of: str | None, log: FileIO, follower: Foll
     )
     try:
         log.close()  # from here on the lock lives as long as the worker's processes
-        while worker.poll() is None:
-            follower.look()
-            time.sleep(POLL)
+        follower.follow(lambda: worker.poll() is None)
     finally:
-        _end(worker, place)
-    if place.done() is None:
-        raise _failure(place, worker.returncode, start)
+        _end(worker, stage)
+    if stage.done() is None:
+        raise _failure(stage, worker.returncode, start)
 
 
 def _command(
-    run: Run, place: StageDir, of: str | None, ranks: int
+    run: Run, stage: StageDir, of: str | None, ranks: int
 ) -> tuple[list[str], dict[str, str]]:
     """The worker's command line and environment; its threads are pinned to its share of cores."""
     threads = run.config.machine.threads or max(1, _cores() // ranks)
@@ -158,10 +238,10 @@ def _command(
     machine |= {"machine.ranks": ranks, "machine.threads": threads}
     command = [sys.executable, "-m"]
     if ranks > 1:
-        # All on this machine, whose own name need not be known to it.
+        # Without an address torchrun looks up this machine's host name, which need not resolve.
         command += ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         command += [f"--nproc-per-node={ranks}", "-m"]
-    command += [WORKER, place.name, str(run.path), "--machine", json.dumps(machine)]
+    command += [WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
     command += ["--of", of] if of else []
     environment = os.environ | {
         "NANOLIB_GUARD": "1",
@@ -173,7 +253,7 @@ def _command(
 
 
 def _ranks(run: Run) -> int:
-    """Processes a stage runs on: machine.ranks, else one a GPU, else one."""
+    """How many processes a stage runs on: machine.ranks, else one for each GPU, else one."""
     machine = run.config.machine
     if machine.ranks is not None:
         return machine.ranks
@@ -196,7 +276,7 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _end(worker: subprocess.Popen, place: StageDir) -> None:
+def _end(worker: subprocess.Popen, stage: StageDir) -> None:
     """Close the guard pipe and wait until the last of the worker's processes has ended."""
     assert worker.stdin is not None
     worker.stdin.close()
@@ -206,16 +286,15 @@ def _end(worker: subprocess.Popen, place: StageDir) -> None:
         worker.kill()
         raise
     deadline = time.monotonic() + guard.GRACE + 5
-    while place.done() is None and time.monotonic() < deadline:
-        with _locked(place.log) as log:  # ranks may outlive a killed torchrun for a moment
+    while stage.done() is None and time.monotonic() < deadline:
+        with locked(stage.log) as log:  # ranks may outlive a killed torchrun for a moment
             if log is not None:
                 return
-        time.sleep(0.05)
 
 
-def _failure(place: StageDir, code: int, start: int) -> Exception:
+def _failure(stage: StageDir, code: int, start: int) -> Exception:
     """What to raise for a worker that ended with `code`; its log begins at byte `start`."""
-    with place.log.open("rb") as file:
+    with stage.log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()
     mistakes = [line for line in lines if line.startswith("error: ")]
@@ -227,66 +306,6 @@ def _failure(place: StageDir, code: int, start: int) -> Exception:
         how = f"killed by {signal.Signals(-code).name}"
     tail = "\n".join(lines[-TAIL:])
     return WorkerError(
-        f"stage {place.name} did not finish ({how}). Running it again goes on where it was saved.\n"
-        f"The end of {place.log}:\n{tail}"
+        f"stage {stage.name} did not finish ({how}). Run it again to go on from its last save.\n"
+        f"The end of {stage.log}:\n{tail}"
     )
-
-
-# ---------------------------------------------------------------------------- lock and metrics
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Generator[FileIO | None, None, None]:
-    """The file open for appending and locked, or None while another process has it."""
-    with rundir.saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("ab", buffering=0)
-    with log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield log
-
-
-def is_running(place: StageDir) -> bool:
-    """Whether some process works on this stage now."""
-    if not place.log.exists():
-        return False
-    with _locked(place.log) as log:
-        return log is None
-
-
-def places(run: Run) -> list[StageDir]:
-    """The directories of all stages that were ever started, in the order of the road."""
-    folders = [("eval", path) for path in sorted((run.path / "eval").glob("*"))]
-    folders += [(name, run.path / name) for name in config.STAGES if name != "eval"]
-    folders.sort(key=lambda folder: config.STAGES.index(folder[0]))
-    return [StageDir(name, path) for name, path in folders if path.is_dir()]
-
-
-def wait_until_idle(run: Run) -> None:
-    """Return when no process works on any of the run's stages."""
-    while any(is_running(place) for place in places(run)):
-        time.sleep(0.1)
-
-
-class Follower:
-    """Calls `watch` with a stage's rows when there are new ones, and when it is done."""
-
-    def __init__(self, place: StageDir, watch: Watch | None) -> None:
-        self.place, self.watch = place, watch
-        self._seen = (0, 0, False)
-
-    def look(self) -> None:
-        if self.skip() and self.watch is not None:
-            self.watch(self.place, self.place.metrics.rows())
-
-    def skip(self) -> bool:
-        """Count everything so far as seen; whether any of it was new."""
-        before, done, metrics = self._seen, self.place.done(), self.place.metrics.path
-        status = metrics.stat() if metrics.exists() else None
-        size, modified = (status.st_size, status.st_mtime_ns) if status else (0, 0)
-        self._seen = (size, modified, done is not None)
-        return self._seen != before

@@ -1,26 +1,31 @@
-"""The chain: every chapter of the course, executed in order, is the training run.
+"""The chain: executing every chapter of the course, in order, is the training run.
 
 papermill executes ``notebooks/NN_topic.py`` with the parameters ``profile``, ``run`` and
-``overrides``; the chapters launch the stages. A chapter finished with the same source and recipe
-is skipped, an interrupted one is executed again, and finished stages return at once, so the same
+``overrides``; the chapters launch the stages. A chapter finished with the same source and recipe is
+skipped, an interrupted one is executed again, and finished stages return at once, so the same
 command goes on wherever the last one ended.
+
+A chapter whose lesson fails (an assert, a plot) after its stages are done does not stop the chain:
+it is reported, the next chapters run, and the command ends with an error. The same command executes
+it again.
 """
 
 from __future__ import annotations
 
-import ast
-import asyncio
 import contextlib
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from nanolib import attempts, config, launch, runbook, rundir
 from nanolib.progress import Line, clock
@@ -28,9 +33,13 @@ from nanolib.rundir import Run
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+    from papermill import PapermillExecutionError
+
+    from nanolib.accounting import Machine
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 PARAMETERS = ("profile", "run", "overrides")
+COMMAND = (sys.executable, "-m", "nanolib")  # what `detach` starts; tests put their own here
 
 
 class ChapterError(RuntimeError):
@@ -40,25 +49,68 @@ class ChapterError(RuntimeError):
 def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None) -> Run:
     """Execute all chapters for a run, making it if there is none, and say where things are.
 
-    Raises ValueError for a user's mistake, ChapterError when a chapter fails, KeyboardInterrupt
-    once everything that was running has saved and ended.
+    Raises ValueError for a user's mistake; ChapterError when a stage fails, at once, or a lesson,
+    at the end; KeyboardInterrupt once everything that was running has saved and ended.
     """
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
     line = Line()
+    follower = launch.Follower(lambda: launch.stage_dirs(this), line)
     with only_one(this), attempts.recorded(this.path, this.config.machine.dollars_per_hour):
         line.say(f"run {this.name}: {this.path}")
+        follower.look()
         try:
-            for source in chapters():
-                _chapter(source, this, parameters, line)
-            _bind(this)
+            for chapter in _chapters(this):
+                if chapter.failure():
+                    chapter.record_path.unlink()  # it gets another chance
+            for chapter in _chapters(this):
+                _bring_to_end(chapter, parameters, line, follower)
+            _update_run_book(this)
         except KeyboardInterrupt:
             line.say("stopping: what is running saves its last step")
-            launch.wait_until_idle(this)
+            follower.follow(lambda: launch.is_busy(this))
             line.say("stopped; run the same command to go on")
             raise
-    line.say(where(this))
+        finally:
+            line.close()
+    _tell_finished(this, line)
     return this
+
+
+def dry_run(
+    profile: str, run: str | None, overrides: Mapping[str, Any], machine: Machine | None = None
+) -> Iterator[str]:
+    """Lines that say what `run` would do: the plan, the data and the stages still to run.
+
+    Nothing is written, fetched or trained. machine: the one the run is meant for; None: this one.
+    Raises ValueError at the first mistake.
+    """
+    from nanolib import hub, planning
+    from nanolib.stages import text
+
+    for source in chapters():
+        read(source)
+    this = Run.peek(profile, run, overrides)
+    yield f"run {this.name}: {'exists' if this.exists() else 'would be made'} at {this.path}"
+    mirror = this.mirror()
+    if this.config.recipe.data.source == "toyworld":
+        yield "data         the toy world, which the run writes itself"
+    elif this.config.machine.mirror is None and not mirror.is_dir():
+        yield "data         from the hub, which is not asked now (give --mirror FOLDER to check one)"
+    else:
+        files = hub.text_files(this.config, mirror)
+        text.check_tasks(this)
+        yield f"data         {mirror}: {len(files.train)} training text files, all tasks complete"
+    yield from planning.plan(this.config, machine or planning.this_machine(this.config.machine))
+    stages = [
+        (f"{name} of {of}" if of else name)
+        + " (finished)" * (this.stage(name, of).done() is not None)
+        for name, of in launch.all_stages(this)
+    ]
+    yield f"stages       {', '.join(stages)}"
+
+
+# ---------------------------------------------------------------------------- chapters
 
 
 def chapters() -> list[Path]:
@@ -70,158 +122,165 @@ def chapters() -> list[Path]:
 
 
 def read(source: Path) -> NotebookNode:
-    """A chapter as a notebook; ValueError unless its parameters cell is the agreed one."""
+    """A chapter as a notebook; ValueError unless its parameters cell sets PARAMETERS, in order."""
     import jupytext
+    from papermill.translators import PythonTranslator
 
     notebook = jupytext.read(source)
-    cells = [c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    names = [
-        target.id
-        for cell in cells
-        for statement in ast.parse(cell).body
-        for target in ast.walk(statement)
-        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
-    ]
-    if len(cells) != 1 or tuple(names) != PARAMETERS:
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    names = [parameter.name for cell in cells for parameter in PythonTranslator.inspect(cell)]
+    if tuple(names) != PARAMETERS:
         raise ValueError(
-            f"{source} needs one cell tagged 'parameters' that sets {', '.join(PARAMETERS)}; "
-            f"found {len(cells)} that set {', '.join(names) or 'nothing'}"
+            f"{source} needs one cell tagged 'parameters' that sets {', '.join(PARAMETERS)}, one a "
+            f"line; found {', '.join(names) or 'nothing'}"
         )
     return notebook
 
 
-# ---------------------------------------------------------------------------- one chapter
+@dataclass(frozen=True)
+class Chapter:
+    """One chapter of a run: its source and what executing it leaves in the run's directory."""
+
+    source: Path
+    run: Run
+
+    @property
+    def name(self) -> str:
+        return self.source.stem
+
+    @property
+    def notebook(self) -> Path:
+        """The executed copy."""
+        return self.run.path / "chapters" / f"{self.name}.ipynb"
+
+    @property
+    def record_path(self) -> Path:
+        return self.notebook.with_suffix(".done.json")
+
+    def fingerprint(self) -> str:
+        """What the chapter depends on: its source and the recipe."""
+        recipe = json.dumps(config.flatten(self.run.config.recipe), sort_keys=True)
+        return hashlib.sha256(self.source.read_bytes() + recipe.encode()).hexdigest()
+
+    def record(self) -> dict[str, Any] | None:
+        """How it ended, with this source and recipe; None until it has."""
+        if not self.record_path.exists() or not self.notebook.exists():
+            return None
+        record = json.loads(self.record_path.read_text(encoding="utf-8"))
+        return record if record["fingerprint"] == self.fingerprint() else None
+
+    def failure(self) -> str | None:
+        """What its lesson failed with; None: it did not, or was not executed."""
+        return (self.record() or {}).get("failure")
 
 
-def _chapter(source: Path, run: Run, parameters: Mapping[str, Any], line: Line) -> None:
-    """Execute one chapter unless it is finished, and keep its notebook, HTML and done record."""
-    if _finished(source, run):
-        line.say(f"chapter {source.stem}: finished before")
+def _chapters(run: Run) -> list[Chapter]:
+    return [Chapter(source, run) for source in chapters()]
+
+
+def _bring_to_end(
+    chapter: Chapter, parameters: Mapping[str, Any], line: Line, follower: launch.Follower
+) -> None:
+    """Execute a chapter unless it is finished, and keep its notebook, HTML and record."""
+    if chapter.record():
+        line.say(f"chapter {chapter.name}: finished before")
         return
-    line.say(f"chapter {source.stem}")
-    record, target = _record(source, run)
-    fingerprint, started = _fingerprint(source, run), time.monotonic()
-    with rundir.saving(target), _terminal_follows(run, line):
-        _execute(source, target, parameters)
+    line.say(f"chapter {chapter.name}")
+    fingerprint, started = chapter.fingerprint(), time.monotonic()
+    with rundir.saving(chapter.notebook), _in_background(follower):
+        failure = _execute(chapter, parameters)
     seconds = time.monotonic() - started
-    rundir.write_json(
-        record, {"fingerprint": fingerprint, "seconds": seconds, "finished": rundir.now()}
-    )
-    _bind(run)
-    line.say(f"chapter {source.stem}: done in {clock(seconds)}")
+    record = {"fingerprint": fingerprint, "seconds": seconds, "finished": rundir.now()}
+    rundir.write_json(chapter.record_path, record | ({"failure": failure} if failure else {}))
+    _update_run_book(chapter.run)
+    if failure:
+        line.say(f"chapter {chapter.name}: its lesson failed ({failure}); the next chapter begins")
+    else:
+        line.say(f"chapter {chapter.name}: done in {clock(seconds)}")
 
 
-def _bind(run: Run) -> None:
-    """Bring the run book up to date."""
+def _update_run_book(run: Run) -> None:
     runbook.write(run, [source.stem for source in chapters()])
 
 
-def _record(source: Path, run: Run) -> tuple[Path, Path]:
-    """Where a chapter's done record and its executed notebook are."""
-    target = run.path / "chapters" / f"{source.stem}.ipynb"
-    return target.with_suffix(".done.json"), target
+@contextlib.contextmanager
+def _in_background(follower: launch.Follower) -> Generator[None, None, None]:
+    """Show the stages' progress from a thread while the body waits for a chapter."""
+    over = threading.Event()
+    thread = threading.Thread(
+        target=follower.follow, args=[lambda: not over.is_set()], name="follower", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
-def _fingerprint(source: Path, run: Run) -> str:
-    """What a finished chapter depends on: its source and the recipe."""
-    recipe = json.dumps(config.flatten(run.config.recipe), sort_keys=True)
-    return hashlib.sha256(source.read_bytes() + recipe.encode()).hexdigest()
+def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
+    """Execute one chapter with papermill, in the notebooks' folder, with a kernel of its own.
 
-
-def _finished(source: Path, run: Run) -> bool:
-    record, target = _record(source, run)
-    if not record.exists() or not target.exists():
-        return False
-    known = json.loads(record.read_text(encoding="utf-8"))
-    return known["fingerprint"] == _fingerprint(source, run)
-
-
-def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
-    """papermill one chapter into `target`, in the notebooks' folder, with a kernel of its own."""
+    Returns None, or what its lesson failed with. Raises ChapterError or ValueError where a stage
+    failed, ChapterError where the kernel died.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _copy_helpers(target.parent)
+    # After Ctrl-C both report that the kernel is dead. What matters arrives as an exception.
+    for logger in ("papermill", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    chapter.notebook.parent.mkdir(parents=True, exist_ok=True)
+    for helper in NOTEBOOKS.glob("[!0-9]*.py"):  # so that executed chapters can be run in place
+        shutil.copy(helper, chapter.notebook.parent)
+    unfinished_before = _unfinished_logs(chapter.run)
     try:
         papermill.execute_notebook(
-            read(source),
-            target,
+            read(chapter.source),
+            chapter.notebook,
             parameters=dict(parameters),
             kernel_name="python3",
             language="python",
             cwd=NOTEBOOKS,
-            engine_name=_engine(),
             progress_bar=False,
             shutdown_kernel="immediate",
             extra_arguments=["--log-level=40"],  # errors only
         )
     except papermill.PapermillExecutionError as error:
-        raise _chapter_error(source, target, error) from None
+        stage_failed = _unfinished_logs(chapter.run) - unfinished_before
+        if stage_failed or error.ename in ("WorkerError", "KeyboardInterrupt"):
+            raise _stage_failure(chapter, error) from None
+        return f"{error.ename}: {error.evalue}".strip().partition("\n")[0]
     except DeadKernelError:
         raise ChapterError(
-            f"the kernel of chapter {source.stem} died (killed, or out of memory?); what its "
+            f"the kernel of chapter {chapter.name} died (killed, or out of memory?); what its "
             "stages saved is kept: run the same command to go on"
         ) from None
+    return None
 
 
-def _copy_helpers(folder: Path) -> None:
-    """Put what chapters import (lesson.py) beside executed chapters: they can be run there again."""
-    for helper in NOTEBOOKS.glob("[!0-9]*.py"):
-        shutil.copy(helper, folder)
+def _unfinished_logs(run: Run) -> set[tuple[Path, int]]:
+    """The log of each unfinished stage and its size, which grows whenever the stage is launched."""
+    return {
+        (stage.log, stage.log.stat().st_size)
+        for stage in launch.stage_dirs(run)
+        if stage.log.exists() and not stage.done()
+    }
 
 
-def _engine() -> str:
-    """Register papermill's own engine, but for what it leaves behind on Ctrl-C; its name.
-
-    Ctrl-C takes nbclient out of its event loop and leaves the tasks that wait for the kernel in
-    there. Ending the kernel runs the loop again; a task that then finds the kernel dead says so on
-    stderr, with a traceback. So they are ended first.
-    """
-    from jupyter_core.utils import ensure_event_loop
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import Engine, papermill_engines
-    from papermill.log import logger
-
-    class Client(PapermillNotebookClient):
-        def papermill_execute_cells(self) -> None:
-            try:
-                super().papermill_execute_cells()
-            except KeyboardInterrupt:
-                _end_tasks(ensure_event_loop())
-                raise
-
-    class Ours(Engine):
-        @classmethod
-        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
-            known = Client.class_trait_names()
-            options = {key: value for key, value in options.items() if key in known}
-            Client(nb_man, kernel_name=kernel_name, log=logger, **options).execute()
-
-    papermill_engines.register("nanolib", Ours)
-    return "nanolib"
-
-
-def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel every task of a loop that was left by an exception, and hear no more of them."""
-    loop.set_exception_handler(lambda loop, context: None)  # of a task that Ctrl-C itself hit
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-
-
-def _chapter_error(source: Path, target: Path, error: Any) -> Exception:
-    """What a cell's exception means to the one who typed the command."""
-    where = f"chapter {source.stem}"
+def _stage_failure(chapter: Chapter, error: PapermillExecutionError) -> Exception:
+    """What to raise where a cell's exception came from a stage."""
+    where = f"chapter {chapter.name}"
     if error.ename == "ValueError":
-        return ValueError(f"{error.evalue} ({where}, see {target})")
+        return ValueError(f"{error.evalue} ({where}, see {chapter.notebook})")
     if error.ename == "WorkerError":
         return ChapterError(f"{where}: {error.evalue}")
-    return ChapterError(f"{where}: {error.ename}: {error.evalue}\nThe traceback is in {target}")
+    return ChapterError(
+        f"{where}: {error.ename}: {error.evalue}\nThe traceback is in {chapter.notebook}"
+    )
 
 
-# ---------------------------------------------------------------------------- around them
+# ---------------------------------------------------------------------------- the state of a run
 
 
 def _lock(run: Run) -> Path:
@@ -230,81 +289,140 @@ def _lock(run: Run) -> Path:
 
 @contextlib.contextmanager
 def only_one(run: Run) -> Generator[None, None, None]:
-    """Two commands must not execute the same run's chapters at once; the lock names its holder."""
-    path = _lock(run)
-    with rundir.saving(path):
-        path.parent.mkdir(exist_ok=True)
-        lock = path.open("a")
-    with lock:
-        if not (_taken(lock) or _taken(lock, after=0.2)):  # once more: `running` may have looked
+    """Keep other commands from executing the same run's chapters; the lock names its holder."""
+    with launch.locked(_lock(run)) as lock:
+        if lock is None:
             raise ValueError(
                 f"another command (process {running(run)}) is executing run {run.id!r}; follow it "
                 "with nanolib watch, wait for it, or start another with --run NAME"
             )
         lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        lock.write(str(os.getpid()).encode())
         yield
-
-
-def _taken(lock: IO[str], after: float = 0.0) -> bool:
-    time.sleep(after)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def running(run: Run) -> int | None:
-    """The process id of the command that executes a run's chapters now; None if there is none."""
-    try:
-        with _lock(run).open("r+") as lock:
-            return None if _taken(lock) else int(lock.read() or 0)
-    except FileNotFoundError:
+    """The process id of the command that is executing a run's chapters; None if there is none."""
+    if not _lock(run).exists():
         return None
+    with launch.locked(_lock(run)) as lock:
+        return int(_lock(run).read_text() or 0) if lock is None else None
 
 
-def started(run: Run) -> float:
-    """When the last command that executed the run's chapters began, by the files' clock; 0: never."""
-    return _lock(run).stat().st_mtime if _lock(run).exists() else 0.0
+def next_chapter(run: Run) -> str | None:
+    """The first chapter that was not executed to its end, the current one of a running command."""
+    return next((chapter.name for chapter in _chapters(run) if not chapter.record()), None)
 
 
-def unfinished(run: Run) -> Path | None:
-    """The source of the first chapter that is not finished; None: all are."""
-    return next((source for source in chapters() if not _finished(source, run)), None)
-
-
-@contextlib.contextmanager
-def _terminal_follows(run: Run, line: Line) -> Generator[None, None, None]:
-    """Show the running stages' progress while the body waits for a chapter."""
-    over = threading.Event()
-    followers: dict[Path, launch.Follower] = {}
-    for place in launch.places(run):
-        followers[place.path] = launch.Follower(place, line)
-        if place.done():
-            followers[place.path].skip()
-
-    def follow() -> None:
-        last = False
-        while not last:
-            last = over.wait(0.3)
-            for place in launch.places(run):
-                followers.setdefault(place.path, launch.Follower(place, line)).look()
-
-    thread = threading.Thread(target=follow, name="terminal", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        line.close()
-
-
-def where(run: Run) -> str:
+def _tell_finished(run: Run, line: Line) -> None:
+    """Say where a run's results are; ChapterError where lessons failed."""
+    failed = {chapter: chapter.failure() for chapter in _chapters(run) if chapter.failure()}
     report = run.path / "report.md"
-    lines = [f"run {run.name} is finished", f"  chapters  {run.path / 'chapters' / 'index.html'}"]
+    line.say(f"run {run.name} is finished" + f", but {len(failed)} lesson(s) failed" * bool(failed))
+    line.say(f"  chapters  {run.path / 'chapters' / 'index.html'}")
     if report.exists():
-        lines.append(f"  report    {report}")
-    return "\n".join([*lines, f"  chat      uv run nanolib chat --run {run.name}"])
+        line.say(f"  report    {report}")
+    line.say(f"  chat      uv run nanolib chat --run {run.name}")
+    if failed:
+        lessons = [f"  {chapter.notebook}: {failure}" for chapter, failure in failed.items()]
+        raise ChapterError(
+            "\n".join(["these lessons failed; the same command tries them again:", *lessons])
+        )
+
+
+# ---------------------------------------------------------------------------- in the background
+
+
+def log_path(run: Run) -> Path:
+    """What detached commands print, one after another."""
+    return run.path / "run.log"
+
+
+def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
+    """Start ``nanolib run`` in a session of its own, and say how to watch and stop it.
+
+    Nothing else outlives its starter: the run's kernels and workers still end with the command.
+    Returns once the run is under way. Raises ValueError for a user's mistake, also where another
+    command is executing the run, ChapterError where the new one ends before it begins.
+    """
+    chapters()
+    this = Run.open(profile, run, overrides)
+    with only_one(this):
+        pass
+    words = [f"--{key}={config.as_text(value)}" for key, value in overrides.items()]
+    log = log_path(this)
+    with log.open("ab") as out:
+        begin = out.tell()
+        process = subprocess.Popen(
+            [*COMMAND, "run", profile, "--run", this.name, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            # With this variable it would end together with the `uv run` that started us.
+            env={k: v for k, v in os.environ.items() if k != "UV_RUN_RECURSION_DEPTH"},
+            start_new_session=True,
+        )
+    while running(this) != process.pid and (code := process.poll()) != 0:
+        if code is not None:
+            error = _last_words(log.read_bytes()[begin:].decode(errors="replace"))
+            kind = ValueError if code == 2 else ChapterError
+            raise kind(error or f"the run ended at once (exit code {code})")
+        time.sleep(0.05)
+    print(
+        f"run {this.name} runs in the background as process {process.pid}\n"
+        f"  log    {log}\n"
+        f"  watch  uv run nanolib watch --run {this.name}\n"
+        f"  stop   kill {process.pid}   (it saves first; the same command goes on)"
+    )
+
+
+def _last_words(text: str) -> str:
+    """The error that a command's output ends with, else its last line."""
+    _, found, error = ("\n" + text).rpartition("\nerror: ")
+    return (error if found else text.strip().rpartition("\n")[2]).strip()
+
+
+def watch(run: Run) -> None:
+    """Show a run's finished stages, then follow what is working on it until nothing is.
+
+    Returns when the run is finished, or a lone stage is done; raises ChapterError otherwise, with
+    what is known of the reason.
+    """
+    line = Line()
+    line.say(f"run {run.name}: {run.path}")
+    seen: set[str] = set()  # who worked on the run while we watched
+    current: str | None = None
+
+    def working() -> bool:
+        nonlocal current
+        if running(run):
+            seen.add("command")
+            if (chapter := next_chapter(run)) != current:
+                line.say(f"chapter {chapter}" if chapter else "all chapters are finished")
+            current = chapter
+            return True
+        if busy := launch.is_busy(run):
+            seen.add("stage")
+        return busy
+
+    launch.Follower(lambda: launch.stage_dirs(run), line).follow(working)
+    line.close()
+    if next_chapter(run) is None:
+        _tell_finished(run, line)
+    elif seen == {"stage"} and all(stage.done() for stage in launch.stage_dirs(run)):
+        line.say("what ran is done")
+    else:
+        raise ChapterError(_why_unfinished(run, bool(seen)))
+
+
+def _why_unfinished(run: Run, worked: bool) -> str:
+    """What is known of a run that is not finished; worked: something ran while we watched."""
+    quiet = "nothing runs any more" if worked else "nothing is running"
+    text = (
+        f"{quiet}, and run {run.name} is not finished; go on with it: "
+        f"nanolib run {run.config.profile} --run {run.name}"
+    )
+    log, lock = log_path(run), _lock(run)
+    if log.exists() and lock.exists() and log.stat().st_mtime >= lock.stat().st_mtime:
+        text += f"; it said:\n{_last_words(log.read_text(errors='replace'))}"
+    return text

@@ -1,33 +1,30 @@
 """What fits on a device, and what a run will take.
 
-The micro-batch is a matter of the machine, not of the recipe: any split of the same rows into
-micro-batches gives the same gradient. So the largest that fits is found, first by an estimate, then
-on a GPU by trying.
+The micro-batch depends on the machine, not on the recipe: splitting the same rows into other
+micro-batches gives the same gradient. So the largest that fits is looked for: by an estimate, and on
+a GPU by trying.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from nanolib import accounting
-from nanolib.accounting import Machine, Memory
-from nanolib.config import Config, GRPOConfig, ModelConfig, Recipe
+from nanolib import config as settings
+from nanolib.accounting import Device, Machine, TrainingMemory
+from nanolib.config import Config, GRPOConfig, MachineConfig, Recipe
 from nanolib.data.packing import Batch
 from nanolib.model import GPT
 from nanolib.progress import clock
 from nanolib.runtime import Runtime
 
-MARGIN = 0.92  # of a GPU's memory: the rest is for the allocator's gaps and the ranks' messages
-# Of the activations that `accounting` counts, the part that a compiled bfloat16 program keeps: what
-# brings the estimate within a tenth of the peaks that were measured on an H100 (runs/bench/device.md).
-KEPT_ON_CUDA = 0.82
-ENOUGH = 65_536  # tokens of a micro-batch, the original's most: more would only take more memory
-ORIGINAL_SECONDS = 3 * 3600 + 51 * 60  # the original's d20 on 8xH100, all stages; $92
-ORIGINAL_PARAMETERS = 560_988_160
+MARGIN = 0.92  # of a GPU's memory; the rest is for gaps in the allocator and for NCCL's buffers
+ENOUGH = 65_536  # tokens of a micro-batch, the original's most; more takes memory, not less time
 
 
 def size(number: float) -> str:
@@ -42,56 +39,32 @@ def size(number: float) -> str:
 # ---------------------------------------------------------------------------- what should fit
 
 
-def needed(
-    model: ModelConfig, vocab_size: int, rows: int, ranks: int, *, cuda: bool, bytes_a_number: int
-) -> Memory:
-    """An estimate of the bytes that training takes on one of `ranks` devices."""
-    return accounting.memory(
-        model,
-        vocab_size,
-        rows=rows,
-        ranks=ranks,
-        bytes_a_number=bytes_a_number,
-        kept=KEPT_ON_CUDA if cuda else 1.0,
-    )
+def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
+    """The rows of a micro-batch that should fit into `room` bytes, at most `share`.
 
-
-def estimated_rows(
-    model: ModelConfig,
-    vocab_size: int,
-    share: int,
-    ranks: int,
-    room: float,
-    *,
-    cuda: bool,
-    bytes_a_number: int,
-) -> int:
-    """`share`, or what holds `ENOUGH` tokens if that is less, where so many rows should fit into
-    `room` bytes; else the largest power of two that should, at least 1.
-
+    That is `share`, or what holds `ENOUGH` tokens if that is less, or a power of two below.
     Raises ValueError that names what to lower where one row does not fit.
     """
-    rows = min(share, max(1, ENOUGH // model.sequence_len))
-    while True:
-        memory = needed(model, vocab_size, rows, ranks, cuda=cuda, bytes_a_number=bytes_a_number)
-        if memory.total <= room:
-            return rows
-        if rows == 1:
-            raise _too_small(model, memory.total, room)
-        rows = _smaller(rows)
+    rows = min(share, max(1, ENOUGH // memory.model.sequence_len))
+    while rows and memory.total(rows) > room:
+        rows = _next_smaller(rows)
+    if rows == 0:
+        raise _too_small(memory, room)
+    return rows
 
 
-def _smaller(rows: int) -> int:
-    """The largest power of two below `rows`; 0 below 1."""
-    return 1 << ((rows - 1).bit_length() - 1) if rows > 1 else 0
-
-
-def _too_small(model: ModelConfig, wanted: float, room: float) -> ValueError:
+def _too_small(memory: TrainingMemory, room: float) -> ValueError:
+    model = memory.model
     return ValueError(
         f"the device is too small: one row of {model.sequence_len} tokens at depth {model.depth} "
-        f"needs about {size(wanted)}, and {size(room)} can be used; lower "
+        f"needs about {size(memory.total(1))}, and {size(room)} can be used; lower "
         "model.sequence_len or model.depth, or use more devices (machine.ranks)"
     )
+
+
+def _next_smaller(rows: int) -> int:
+    """The largest power of two below `rows`; 0 below 1."""
+    return 1 << ((rows - 1).bit_length() - 1) if rows > 1 else 0
 
 
 # ---------------------------------------------------------------------------- what does fit
@@ -100,25 +73,23 @@ def _too_small(model: ModelConfig, wanted: float, room: float) -> ValueError:
 def fitting_rows(
     model: GPT, nll: Callable[[Batch], Tensor], length: int, share: int, runtime: Runtime
 ) -> int:
-    """The rows of `length` tokens that one micro-batch may have on this device, `share` at most.
+    """The rows of `length` tokens that one micro-batch can have on this device, at most `share`.
 
     The same on all ranks, which must all call it, before the optimizer is made and with no
     gradients. nll: what training will call, compiled if training compiles. On CUDA the estimate is
-    tried, with bytes set aside for the optimizer's state, and halved while it does not fit. (A
-    compiled program keeps far less than an eager one, so only trying the compiled one says what
-    fits; what it compiles, training uses again.) Elsewhere the estimate stands.
+    tried, beside memory set aside for the optimizer's state, and halved until it fits; training
+    reuses what the trial compiles. Elsewhere the estimate is the answer.
     Raises ValueError where not even one row fits.
     """
     runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL takes its memory before we measure
     room = min(runtime.gather(_room(runtime)))
-    model_config, vocab, ranks = model.config, model.vocab_size, runtime.world_size
-    about = {"cuda": runtime.device.type == "cuda", "bytes_a_number": runtime.dtype.itemsize}
-    start = estimated_rows(model_config, vocab, share, ranks, room, **about)
-    if not about["cuda"]:
-        return start
-    rows = _largest(lambda rows: _fits(model, nll, length, rows, room, runtime), start, runtime)
+    cuda, ranks = runtime.device.type == "cuda", runtime.world_size
+    memory = TrainingMemory(model.config, model.vocab_size, ranks, cuda, runtime.dtype.itemsize)
+    rows = estimated_rows(memory, share, room)
+    if cuda:
+        rows = _largest(lambda rows: _fits(model, nll, length, rows, room, runtime), rows, runtime)
     if rows == 0:
-        raise _too_small(model_config, needed(model_config, vocab, 1, ranks, **about).total, room)
+        raise _too_small(memory, room)
     return rows
 
 
@@ -131,18 +102,17 @@ def _room(runtime: Runtime) -> float:
 
 
 def main_memory(ranks: int) -> float:
-    """Bytes of the computer's own memory for each rank: half of it is left to everything else."""
+    """Bytes of the computer's own memory for each rank; half of it is left to everything else."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / ranks
 
 
-def _largest(fits: Callable[[int], bool], start: int, runtime: Runtime) -> int:
-    """The first of `start` and the powers of two below it that fits on every rank; 0 if none."""
-    rows = start
+def _largest(fits: Callable[[int], bool], rows: int, runtime: Runtime) -> int:
+    """The first of `rows` and the powers of two below it that fits on every rank; 0 if none does."""
     while rows:
         failed = torch.tensor(int(not fits(rows)), device=runtime.device)
         if int(runtime.sum(failed)) == 0:
             break
-        rows = _smaller(rows)
+        rows = _next_smaller(rows)
     return rows
 
 
@@ -154,9 +124,9 @@ def _fits(
     room: float,
     runtime: Runtime,
 ) -> bool:
-    """Whether training steps of so many rows really fit; leaves no gradients and no memory behind.
+    """Whether training steps of `rows` rows really fit; leaves no gradients and no memory behind.
 
-    Nothing is sent between ranks in here, so one rank may fail where another does not.
+    No collectives in here: one rank may run out of memory where another does not.
     """
     cuda = runtime.device.type == "cuda"
     if cuda:
@@ -166,11 +136,11 @@ def _fits(
         fits = not cuda or torch.cuda.max_memory_allocated(runtime.device) <= room
     except torch.OutOfMemoryError:
         fits = False
-    for weight in model.parameters():  # outside of `except`: its traceback holds on to tensors
+    for weight in model.parameters():  # after the `except`: its traceback keeps tensors alive
         weight.grad = None
     if cuda:
         torch.cuda.empty_cache()
-        if not fits:  # or the next size would be compiled as one of many, which is slower
+        if not fits:  # or the next size would be compiled with dynamic shapes, which are slower
             torch.compiler.reset()
     return fits
 
@@ -178,20 +148,20 @@ def _fits(
 def _try(
     model: GPT, nll: Callable[[Batch], Tensor], length: int, rows: int, runtime: Runtime
 ) -> None:
-    """Two passes forward and backward and the room of an update, beside the optimizer's state."""
-    memory = accounting.memory(model.config, model.vocab_size, rows=0, ranks=runtime.world_size)
+    """Two forward and backward passes and an update's memory, beside the optimizer's state."""
+    memory = TrainingMemory(model.config, model.vocab_size, runtime.world_size)
     state = torch.empty(memory.optimizer, dtype=torch.uint8, device=runtime.device)
     ids_BT = torch.arange(rows * length, device=runtime.device).view(rows, length)
     ids_BT = ids_BT % model.vocab_size
-    targets_BT = ids_BT.clone()  # or it would be compiled for targets that are the inputs
+    targets_BT = ids_BT.clone()  # or it would be compiled for targets that alias the inputs
     batch = Batch(inputs_BT=ids_BT, targets_BT=targets_BT)
-    for _ in range(2):  # the second finds the first one's gradients there, as training does
+    for _ in range(2):  # the second pass finds the first one's gradients, as in training
         with runtime.autocast():
             nll_BT = nll(batch)
         nll_BT.sum().backward()
         del nll_BT
-    stacks = torch.empty(memory.step, dtype=torch.uint8, device=runtime.device)
-    del state, stacks
+    update = torch.empty(memory.update, dtype=torch.uint8, device=runtime.device)
+    del state, update
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -205,83 +175,109 @@ def share_of(recipe: Recipe, stage: str, ranks: int) -> int:
     return config.batch_tokens // recipe.model.sequence_len // ranks
 
 
+def this_machine(given: MachineConfig) -> Machine:
+    """The computer that this runs on; ValueError where it lacks the device that is asked for."""
+    gpus = torch.cuda.device_count() if given.device in ("auto", "cuda") else 0
+    if gpus:
+        name = torch.cuda.get_device_name(0)
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
+        device = Device(accounting.peak_flops(name), memory / 1e9)
+        return Machine(name=name, count=gpus, device=device)
+    if given.device == "cuda":
+        raise ValueError(
+            "machine.device is 'cuda', which torch does not see here; name the machine that it is "
+            "for (--on 8xH100), or try --machine.device auto"
+        )
+    ranks = given.ranks or 1
+    device = Device(peak=None, memory=main_memory(ranks) / 1e9)
+    return Machine(name="CPU process", count=ranks, device=device, cuda=False)
+
+
 def plan(config: Config, machine: Machine) -> Iterator[str]:
-    """Lines that say what a run takes on a machine. Raises ValueError where it does not fit."""
-    recipe, model = config.recipe, config.recipe.model
-    vocab, ranks = recipe.tokenizer.vocab_size, machine.count
-    device, rate = machine.device, machine.dollars_per_hour
-    counts = model.parts(vocab)
-    total = sum(counts.values())
+    """Lines that say what a run takes on a machine. Raises ValueError where it does not fit.
+
+    It runs on machine.ranks of the machine's devices, or on all.
+    """
+    config, machine = _together(config, machine)
+    model, vocab = config.recipe.model, config.recipe.tokenizer.vocab_size
+    device, price = machine.device, machine.dollars_per_hour
+    peak = f", {device.peak / 1e12:,.0f} TFLOP/s in bfloat16" if device.peak else ""
     yield (
-        f"{config.profile} on {ranks} x {machine.name} ({device.memory} GB and "
-        f"{device.peak / 1e12:,.0f} TFLOP/s in bfloat16 each), ${rate:,.2f} an hour"
+        f"{config.profile} on {machine.count} x {machine.name} ({device.memory:.3g} GB{peak} each)"
+        + (f", ${price:,.2f} an hour" if price else "")
     )
     yield (
         f"model        depth {model.depth}, width {model.width:,}, {model.heads} heads, context "
         f"{model.sequence_len:,}, vocabulary {vocab:,}"
     )
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    yield f"parameters   {total:,}: {parts}"
-    yield from _memory_lines(config, machine)
-    mfu = accounting.assumed_mfu(model.depth)
-    yield (
-        f"time         projected, never measured: at {mfu:.1%} of the peak, from what one H100 "
-        "reached (without messages between GPUs) at"
-    )
-    yield "             " + ", ".join(
-        f"depth {depth} ({share:.1%})" for depth, share in accounting.MEASURED_MFU.items()
-    )
+    parts = ", ".join(f"{name} {count:,}" for name, count in model.parts(vocab).items())
+    yield f"parameters   {model.parameters(vocab):,}: {parts}"
+    if device.peak:
+        measured = (f"{depth} ({share:.1%})" for depth, share in accounting.MEASURED_MFU.items())
+        yield (
+            f"time         projected at {accounting.assumed_mfu(model.depth):.1%} of the peak, from "
+            "what one H100 reached (without communication between GPUs) at depths"
+        )
+        yield "             " + ", ".join(measured)
+    yield from _stage_lines(config, machine)
+
+
+def _together(config: Config, machine: Machine) -> tuple[Config, Machine]:
+    """The settings and the machine, both with the ranks that the run will have there."""
+    ranks = config.machine.ranks or machine.count
+    if ranks > machine.count:
+        raise ValueError(
+            f"machine.ranks = {ranks} needs as many devices, and there are {machine.count}; lower it"
+        )
+    flat = settings.flatten(config.recipe) | settings.flatten(config.machine, "machine.")
+    config = settings.from_flat(config.profile, flat | {"machine.ranks": ranks})
+    return config, replace(machine, count=ranks)
+
+
+def _stage_lines(config: Config, machine: Machine) -> Iterator[str]:
+    """Each training stage's micro-batch, memory and work, and the parts of the memory."""
+    recipe, given, ranks = config.recipe, config.machine, machine.count
+    room = machine.device.memory * 1e9 * (MARGIN if machine.cuda else 1)
+    half = given.dtype == "bfloat16" or (machine.cuda and given.dtype != "float32")
+    vocab_size, width = recipe.tokenizer.vocab_size, 2 if half else 4
+    memory = TrainingMemory(recipe.model, vocab_size, ranks, machine.cuda, width)
     for name in recipe.models:
-        yield f"{name:<12} {_stage_line(recipe, name, machine)}"
-    if (total, machine.name, ranks) == (ORIGINAL_PARAMETERS, "H100", 8) and recipe.base.enabled:
-        yield _beside_the_original(recipe, machine)
+        share = share_of(recipe, name, ranks)
+        found = estimated_rows(memory, share, room)
+        rows = min(share, given.device_batch or found)
+        if memory.total(rows) > room:
+            raise ValueError(
+                f"machine.device_batch = {given.device_batch} rows should not fit into "
+                f"{size(room)}; lower it to {found}, or leave it out to have it found"
+            )
+        if name == recipe.models[0]:
+            yield (
+                f"memory       of one device in stage {name}, estimated: weights and gradients "
+                f"{size(2 * memory.weights)} + optimizer {size(memory.optimizer)} + activations "
+                f"{size(memory.activations(rows))}"
+            )
+        yield f"{name:<12} {rows} of {share} rows a rank at once ({size(memory.total(rows))}); " + (
+            _work(recipe, name, machine)
+        )
 
 
-def _memory_lines(config: Config, machine: Machine) -> Iterator[str]:
-    recipe, ranks, room = config.recipe, machine.count, MARGIN * machine.device.memory * 1e9
-    model, vocab = recipe.model, recipe.tokenizer.vocab_size
-    share = share_of(recipe, "base", ranks)
-    rows = config.machine.device_batch or estimated_rows(
-        model, vocab, share, ranks, room, cuda=True, bytes_a_number=2
-    )
-    memory = needed(model, vocab, rows, ranks, cuda=True, bytes_a_number=2)
-    shared = f" (shared by {ranks})" if ranks > 1 else ""
-    yield (
-        f"memory       a device, estimated: weights {size(memory.weights)} + gradients "
-        f"{size(memory.gradients)} + optimizer {size(memory.optimizer)}{shared} + activations "
-        f"{size(memory.activations)} = {size(memory.total)} of {machine.device.memory} GB"
-    )
-    yield f"micro-batch  {rows} rows of base's {share} a rank (on the device it is tried)"
-
-
-def _stage_line(recipe: Recipe, name: str, machine: Machine) -> str:
-    """Steps, tokens, FLOPs, hours and dollars, where the configuration alone decides them."""
-    stage, model = getattr(recipe, name), recipe.model
+def _work(recipe: Recipe, name: str, machine: Machine) -> str:
+    """A stage's steps, tokens, FLOPs, hours and dollars, where the configuration decides them."""
+    stage, model, vocab = getattr(recipe, name), recipe.model, recipe.tokenizer.vocab_size
     if isinstance(stage, GRPOConfig):
-        steps = f"{stage.steps:,} steps" if stage.steps else f"epochs: {stage.epochs:g}, in steps"
+        steps = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs in steps"
         answers = stage.questions * stage.samples
         return f"{steps} of {answers:,} answers; not projected: most of it is sampling"
     if stage.steps is None:
-        return (
-            f"epochs: {stage.epochs:g}; not projected: that depends on its conversations' lengths"
-        )
+        return f"{stage.epochs:g} epochs; not projected: depends on its conversations' lengths"
     tokens = stage.steps * stage.batch_tokens
-    vocab = recipe.tokenizer.vocab_size
-    seconds = accounting.training_seconds(model, vocab, tokens, machine)
-    flops = accounting.training_flops(model, vocab) * tokens
-    return (
+    text = (
         f"{stage.steps:,} steps x {stage.batch_tokens:,} tokens = {tokens / 1e6:,.0f} M tokens "
-        f"({tokens / model.parameters(vocab):.1f} a parameter), {flops:.2e} FLOPs: "
-        f"{clock(seconds)}, ${accounting.dollars(seconds, machine.dollars_per_hour):.2f} (projected)"
+        f"({tokens / model.parameters(vocab):.1f} a parameter), "
+        f"{accounting.training_flops(model, vocab) * tokens:.2e} FLOPs"
     )
-
-
-def _beside_the_original(recipe: Recipe, machine: Machine) -> str:
-    tokens = (recipe.base.steps or 0) * recipe.base.batch_tokens
-    vocab = recipe.tokenizer.vocab_size
-    seconds = accounting.training_seconds(recipe.model, vocab, tokens, machine)
-    difference = ORIGINAL_SECONDS - seconds
-    return (
-        f"original     {clock(ORIGINAL_SECONDS)} and $92 for all its stages and scores; base alone is "
-        f"projected at {clock(abs(difference))} {'less' if difference > 0 else 'more'}"
-    )
+    seconds = accounting.training_seconds(model, vocab, tokens, machine)
+    if seconds is None:
+        return text
+    cost = accounting.dollars(seconds, machine.dollars_per_hour)
+    return f"{text}: {clock(seconds)}{f', ${cost:.2f}' if cost else ''} (projected)"

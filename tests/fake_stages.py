@@ -3,6 +3,7 @@
     python -m tests.fake_stages STAGE DIR [--of M] [--machine JSON]
 
 $FAKE says how, for the stage it names ("base:crash") or for all: ok, mistake, crash, die, hang.
+$FAKE_SLEEP is the seconds that a step takes, in the stage it names ("base:0.1") or in all.
 The count is saved only when asked to stop, so that a kill loses steps as a real one would.
 """
 
@@ -28,11 +29,12 @@ def main() -> None:
     parser.add_argument("--machine")
     args = parser.parse_args()
     stage, _, how = os.environ.get("FAKE", "ok").rpartition(":")
+    slow, _, pause = os.environ.get("FAKE_SLEEP", "0").rpartition(":")
     guard = Guard.start(grace=1.0)
     place = Run.load(args.dir).stage(args.stage, args.of)
     if stage in ("", args.stage):
         fail(how)
-    count(place, guard, json.loads(args.machine))
+    count(place, guard, json.loads(args.machine), float(pause) if slow in ("", args.stage) else 0)
 
 
 def fail(how: str) -> None:
@@ -44,10 +46,11 @@ def fail(how: str) -> None:
     if how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "hang":
-        time.sleep(60)
+        print("hanging", flush=True)
+        time.sleep(600)
 
 
-def count(place, guard: Guard, machine: dict) -> None:
+def count(place, guard: Guard, machine: dict, pause: float) -> None:
     rank, saved = int(os.environ.get("RANK", 0)), place.path / "saved.json"
     first = json.loads(saved.read_text()) if saved.exists() else 0
     if rank == 0:
@@ -55,7 +58,7 @@ def count(place, guard: Guard, machine: dict) -> None:
             file.write(f"{first}\n")
         place.metrics.truncate(first)
     for step in range(first + 1, STEPS + 1):
-        time.sleep(float(os.environ.get("FAKE_SLEEP", 0)))
+        time.sleep(pause)
         if rank == 0:
             place.metrics.append(step=step, kind="train", loss=1 / step, steps=STEPS)
         if guard.stop_requested:

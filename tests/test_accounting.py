@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanolib import accounting
-from nanolib.accounting import Machine
+from nanolib.accounting import Machine, TrainingMemory
 from nanolib.config import ModelConfig, OptimConfig
 from nanolib.data.packing import Batch
 from nanolib.model import GPT, KVCache
@@ -73,22 +73,22 @@ def test_activations_are_about_what_autograd_keeps(kv_heads, depth):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model.nll(batch(config, 4)).sum()
     counted = sum(size for size, _ in kept.values())
-    assert accounting.activation_bytes(config, VOCAB, 4) == pytest.approx(counted, rel=0.05)
+    assert TrainingMemory(config, VOCAB).activations(4) == pytest.approx(counted, rel=0.05)
     loss.backward()
 
 
 def test_training_memory(cpu):
     config = tiny(kv_heads=2)
     model = GPT.build(config, VOCAB, CPU, 0)
-    memory = accounting.memory(config, VOCAB, rows=2)
-    size = 4 * sum(w.numel() for w in model.parameters())
-    assert memory.weights == memory.gradients == size
+    memory = TrainingMemory(config, VOCAB)
+    assert memory.weights == 4 * sum(w.numel() for w in model.parameters())
     optimizer = MuonAdamW(model, OptimConfig(), cpu)
     state = [slot for group in optimizer.groups for slot in group.state.values()]
     assert memory.optimizer == sum(4 * tensor.numel() for tensor in state)
-    activations = accounting.activation_bytes(config, VOCAB, 2)
-    assert memory.total == 2 * size + memory.optimizer + max(activations, 2 * size)
-    shared = accounting.memory(config, VOCAB, rows=2, ranks=4)
+    resident = 2 * memory.weights + memory.optimizer
+    assert memory.total(0) == resident + memory.update
+    assert memory.total(99) == resident + memory.activations(99) > memory.total(0)
+    shared = TrainingMemory(config, VOCAB, ranks=4)
     assert (shared.optimizer, shared.weights) == (memory.optimizer // 4, memory.weights)
 
 

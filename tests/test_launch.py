@@ -22,8 +22,10 @@ import sys
 from nanolib import launch
 from nanolib.rundir import Run
 launch.WORKER = "tests.fake_stages"
-print(launch.stage(sys.argv[1], Run.load(sys.argv[2])))
+look = lambda *_: print("looking", flush=True)
+print(launch.stage(sys.argv[1], Run.load(sys.argv[2]), watch=look))
 """
+HANG = 600  # seconds: whatever takes longer has hung
 
 
 @pytest.fixture
@@ -46,10 +48,10 @@ def processes(path, word=""):
     return found
 
 
-def wait(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
+def wait(condition):
+    deadline = time.monotonic() + HANG
     while not (value := condition()):
-        assert time.monotonic() < deadline, "waited too long"
+        assert time.monotonic() < deadline, "it hangs"
         time.sleep(0.02)
     return value
 
@@ -121,8 +123,8 @@ def test_a_report_is_written_again_when_a_stage_has_finished_since(run):
 
 def test_a_model_that_skipped_base(run):
     skipped = Run.open("tiny", "skipped", {"base.enabled": False})
-    assert launch.before("sft", skipped) == ["data", "tokenizer", "shards", "mid"]
-    assert launch.before("eval", skipped, "mid") == ["data", "tokenizer", "shards", "mid"]
+    assert launch.prerequisites("sft", skipped) == ["data", "tokenizer", "shards", "mid"]
+    assert launch.prerequisites("eval", skipped, "mid") == ["data", "tokenizer", "shards", "mid"]
     with pytest.raises(ValueError, match=r"no stage base: .*base.enabled false; give --run NAME"):
         launch.stage("base", skipped)
     with pytest.raises(ValueError, match=r"no model 'base'; it has mid, sft, grpo"):
@@ -142,7 +144,7 @@ def test_watching_sees_the_rows_grow(run, monkeypatch):
     monkeypatch.setenv("FAKE_SLEEP", "0.1")
     lengths = []
     launch.stage("report", run, watch=lambda place, rows: lengths.append(len(rows)))
-    assert lengths == sorted(lengths) and 3 < len(lengths) < 22 and lengths[-1] == 20
+    assert lengths == sorted(lengths) and 1 < len(lengths) < 22 and lengths[-1] == 20
     lengths.clear()
     launch.stage("report", run, watch=lambda place, rows: lengths.append(len(rows)))
     assert lengths == [20]  # a finished stage shows its curve once
@@ -214,8 +216,8 @@ def test_a_second_launcher_follows_the_first(run):
     first, second = start(run, "report"), None
     wait(training(run.stage("report")))
     second = start(run, "report")
-    assert "'steps': 20" in first.communicate(timeout=60)[0]
-    assert "'steps': 20" in second.communicate(timeout=60)[0]
+    assert "'steps': 20" in first.communicate(timeout=HANG)[0]
+    assert "'steps': 20" in second.communicate(timeout=HANG)[0]
     assert starts(run.stage("report")) == [0]
 
 
@@ -224,9 +226,9 @@ def test_a_follower_takes_over(run):
     first = start(run, "report", FAKE_SLEEP="0.2")
     wait(training(place))
     second = start(run, "report")
-    time.sleep(0.5)
+    assert second.stdout.readline() == "looking\n"
     first.kill()
-    assert "'steps': 20" in second.communicate(timeout=60)[0]
+    assert "'steps': 20" in second.communicate(timeout=HANG)[0]
     began = starts(place)
     assert len(began) == 2 and began[1] >= 3 and steps(place) == list(range(1, 21))
 
@@ -239,7 +241,7 @@ def test_interrupting_waits_for_the_save_and_goes_on_from_there(run):
     launcher = start(run, "report")
     wait(training(place))
     os.killpg(launcher.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the whole group
-    assert "KeyboardInterrupt" in launcher.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in launcher.communicate(timeout=HANG)[1]
     assert not processes(run.path) and not launch.is_running(place)
     saved = json.loads((place.path / "saved.json").read_text())
     assert launch.stage("report", run) == {"steps": 20, "started": saved}
@@ -259,6 +261,7 @@ def test_whoever_is_killed_nobody_is_left_and_the_stage_goes_on(run, victim, ran
         [sys.executable, "-c", script, "base", str(run.path)],
         cwd=REPOSITORY,
         env=os.environ | {"FAKE_SLEEP": "0.3"},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -270,7 +273,7 @@ def test_whoever_is_killed_nobody_is_left_and_the_stage_goes_on(run, victim, ran
     trains = [p for p in trains if p.pid != launcher.pid]
     assert len(trains) == ranks
     {"launcher": launcher, "worker": child, "rank": trains[-1]}[victim].kill()
-    errors = launcher.communicate(timeout=60)[1]
+    errors = launcher.communicate(timeout=HANG)[1]
     if victim != "launcher":
         assert "did not finish" in errors and not processes(run.path)
     wait(lambda: not processes(run.path) and not launch.is_running(place))
@@ -280,10 +283,10 @@ def test_whoever_is_killed_nobody_is_left_and_the_stage_goes_on(run, victim, ran
 
 def test_a_worker_that_hangs_is_ended(run):
     launcher = start(run, "report", FAKE="hang")
-    wait(lambda: processes(run.path, "fake_stages --") or launch.is_running(run.stage("report")))
-    time.sleep(1.0)
+    log = run.stage("report").log
+    wait(lambda: log.exists() and "hanging" in log.read_text())
     launcher.send_signal(signal.SIGINT)
-    launcher.communicate(timeout=30)  # the fake's grace is one second
+    launcher.communicate(timeout=HANG)  # the fake's grace is one second
     assert not processes(run.path)
 
 

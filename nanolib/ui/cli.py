@@ -26,7 +26,7 @@ import tyro
 from nanolib import config, launch, pipeline, takeover
 from nanolib.progress import Line
 from nanolib.rundir import Run, write_atomic
-from nanolib.ui import background, runs
+from nanolib.ui import runs
 
 FAILED, USERS_MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
@@ -116,16 +116,16 @@ class Commands:
         Args:
             profile: A file in runs/, such as demo.
             detach: Run in the background, also when this terminal closes; see nanolib watch.
-            dry_run: Check chapters, settings, shapes, memory and data; write and train nothing.
+            dry_run: Check chapters, settings, memory and data; write and train nothing.
             on: With --dry-run: the machine it is for, such as 8xH100. [this one]
         """
         asked = (profile, _absolute(run), self.overrides)
         if dry_run and (detach or source):
             raise ValueError("--dry-run only checks: leave --detach and --from out")
         if dry_run:
-            from nanolib.ui import dryrun
+            from nanolib.accounting import Machine
 
-            print("\n".join(dryrun.check(*asked, on)))
+            print("\n".join(pipeline.dry_run(*asked, Machine.parse(on) if on else None)))
             return
         if on is not None:
             raise ValueError("--on names the machine of a --dry-run; a run runs here")
@@ -133,7 +133,7 @@ class Commands:
             other = Run.load(_absolute(source))
             _take_over(Run.open(*asked), other)
         if detach:
-            background.detach(*asked)
+            pipeline.detach(*asked)
         else:
             pipeline.run(*asked)
 
@@ -144,7 +144,7 @@ class Commands:
 
     def watch(self, run: RunName = None) -> None:
         """Follow a run from any terminal, until it ends; Ctrl-C leaves the run alone."""
-        background.watch(self._open(run))
+        pipeline.watch(self._open(run))
 
     def plan(
         self,
@@ -165,8 +165,7 @@ class Commands:
         from nanolib.accounting import Machine
 
         machine = Machine.parse(on, dollars_per_hour)
-        asked = {"machine.ranks": machine.count, **self.overrides}
-        print("\n".join(planning.plan(config.resolve(profile, asked), machine)))
+        print("\n".join(planning.plan(config.resolve(profile, self.overrides), machine)))
 
     def stage(
         self,

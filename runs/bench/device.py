@@ -95,11 +95,16 @@ class Bench:
         optimizer.step(0.1)  # the first one loads its kernels
         update = self.seconds(lambda: optimizer.step(0.1), self.repeats)
         yield "update", f"{1e3 * update:.1f} ms"
-        about = {"cuda": self.cuda, "bytes_a_number": self.runtime.dtype.itemsize}
-        estimate = planning.needed(model.config, self.vocab, found[0], 1, **about).total
+        memory = accounting.TrainingMemory(
+            model.config, self.vocab, 1, self.cuda, self.runtime.dtype.itemsize
+        )
+        estimate = memory.total(found[0])
         if self.cuda:
             peak = torch.cuda.max_memory_allocated()
-            yield "peak memory", f"{planning.size(peak)}, estimated {planning.size(estimate)}"
+            yield (
+                "peak memory",
+                f"{planning.size(peak)}, estimated {planning.size(estimate)}",
+            )
         yield "programs compiled for a shape that was tried", str(_programs() - programs)
         for part in LENGTHS:
             part_length = 16 * math.ceil(part * length / 16)
