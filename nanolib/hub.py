@@ -15,8 +15,11 @@ import shutil
 import urllib.request
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,6 +29,7 @@ from nanolib.config import Config
 
 BYTES_PER_TOKEN = 5.0  # of a 65,536-token vocabulary on English, rounded up: 4.8 was measured
 EVAL_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's
+READERS = 4  # threads that decode text
 LOOK_ELSEWHERE = "give --mirror DIR with a complete mirror, or leave --mirror out to use the hub"
 OFFLINE = "give --mirror DIR, or data.source = toyworld to work offline"
 
@@ -110,13 +114,27 @@ def _open_text(path: Path) -> pq.ParquetFile:
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of one shard of pretraining text, in order."""
-    file = _open_text(Path(path))
-    for group in range(file.metadata.num_row_groups):
-        column = _checked(path, lambda g=group: file.read_row_group(g, columns=["text"]))["text"]
+    """The documents of one shard of pretraining text, in order.
+
+    A few threads decode row groups ahead: one alone would keep a tokenizer's many cores waiting.
+    """
+    path = Path(path)
+    metadata = _open_text(path).metadata
+
+    def read(group: int) -> pa.ChunkedArray:
+        file = pq.ParquetFile(path, metadata=metadata)
+        column = _checked(path, lambda: file.read_row_group(group, columns=["text"]))["text"]
         if column.null_count:
             raise ValueError(f"{path}: row group {group} has {column.null_count} rows without text")
-        yield from column.to_pylist()
+        return column
+
+    groups = iter(range(metadata.num_row_groups))
+    with ThreadPoolExecutor(READERS) as readers:
+        ahead = deque(readers.submit(read, group) for group in islice(groups, READERS))
+        while ahead:
+            column = ahead.popleft().result()
+            ahead.extend(readers.submit(read, group) for group in islice(groups, 1))
+            yield from column.to_pylist()
 
 
 def _checked(path: Path, read) -> pa.Table:

@@ -428,5 +428,5 @@ lesson.check(first, ("u", "g"))
 # - Dagan, Synnaeve & Rozière, *Getting the most out of your tokenizer*,
 #   [arXiv:2402.01035](https://arxiv.org/abs/2402.01035)
 #
-# In the code: `rust_tokenizer/src/bpe.rs`, `nanolib/tokenizer.py`, `nanolib/data/shards.py`.
+# In the code: `rust_tokenizer/src/bpe.rs`, `nanolib/tokenizer.py`, `nanolib/stages/text.py`.
 # **Next:** 02, the function that reads these numbers.

@@ -43,8 +43,7 @@ import lesson
 from nanolib import checkpoint, launch
 from nanolib.config import ModelConfig, Schedule
 from nanolib.data.packing import batch_of_rows
-from nanolib.data.shards import split_documents
-from nanolib.data.sources import TextSource
+from nanolib.data.sources import TextSource, split_documents
 from nanolib.evals.bpb import bits_per_byte
 from nanolib.model import GPT, norm, rotate, rotation
 from nanolib.runtime import Runtime

@@ -47,7 +47,7 @@ import lesson
 from nanolib import accounting, checkpoint, launch
 from nanolib.model import attend
 from nanolib.config import ModelConfig
-from nanolib.data.shards import split_documents
+from nanolib.data.sources import split_documents
 from nanolib.engine import Engine, inverse_cdf, probabilities
 from nanolib.model import GPT, KVCache, norm, rotate, rotation
 from nanolib.runtime import Runtime, seed_of

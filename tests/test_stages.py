@@ -1,5 +1,6 @@
 """The stages in this process: what they read, what they resume, what they refuse."""
 
+import dataclasses
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from fake_hub import FakeHub
 from nanolib import stages, tasks
 from nanolib.config import MODELS
 from nanolib.conversation import Conversation
+from nanolib.data.sources import first_tokens
 from nanolib.guard import Guard
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
@@ -215,6 +217,39 @@ def test_a_finished_evaluation_of_a_task_is_not_repeated(run, monkeypatch):
     assert set(first) == {"compression", *core, "core", *asked}
     assert evaluate.evaluate(context) == first
     assert asked == ["arc_easy", "facts"]
+
+
+def test_the_trigram_reads_no_more_text_than_it_uses(run, monkeypatch):
+    """The first tokens of all shards in a row; later shards are not even opened."""
+    train, _ = text.shard_paths(run)
+    whole = [np.load(path) for path in train]
+    first, total = len(whole[0]), sum(map(len, whole))
+    opened, original = [], np.load
+    monkeypatch.setattr(np, "load", lambda path, **how: opened.append(path) or original(path, **how))  # fmt: skip
+    for limit in (first - 5, first, first + 5, total + 5):
+        opened.clear()
+        tokens = first_tokens(train, limit)
+        assert tokens.tolist() == np.concatenate(whole)[:limit].tolist()
+        assert opened == train[: 1 if limit <= first else 2]
+
+
+def test_only_the_lead_counts_trigrams(run, monkeypatch):
+    made = []
+    monkeypatch.setattr(evaluate, "TRIGRAM_TOKENS", 5000)
+    original = evaluate.Trigram
+    monkeypatch.setattr(
+        evaluate, "Trigram", lambda ids, size: made.append(ids) or original(ids, size)
+    )
+    for rank in (0, 1):
+        context = _context(run, "eval", of="base")
+        context.runtime = dataclasses.replace(context.runtime, rank=rank)
+        engine = SimpleNamespace(tokenizer=text.load_tokenizer(run), model=None)
+        monkeypatch.setattr(evaluate, "bits_per_byte", lambda *_: 1.0)
+        scores = evaluate._text_scores(context, engine)["compression"]()
+        assert scores.keys() == ({"bpb", "trigram_bpb"} if rank == 0 else {"bpb"})
+    (tokens,) = made
+    naive = np.concatenate([np.load(path) for path in text.shard_paths(run)[0]])[:5000]
+    assert tokens.tolist() == naive.tolist()
 
 
 def test_shards_stop_between_groups_of_documents_and_leave_nothing_half(run, tmp_path):

@@ -7,7 +7,7 @@ so a batch is a pure function of (data, seed, step): resuming needs no state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,23 @@ class TextSource(RowSource):
         shard = int(np.searchsorted(self.ends, number, side="right"))
         first = number - (int(self.ends[shard - 1]) if shard else 0)
         return self.shards[shard][first * self.length : (first + 1) * self.length + 1], None
+
+
+def split_documents(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
+    """The documents of a token shard, each with its BOS, as views."""
+    starts = np.flatnonzero(tokens == bos)
+    return np.split(tokens, starts[1:]) if len(starts) else []
+
+
+def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
+    """The first `limit` tokens of some token shards; those after it are not opened."""
+    parts, missing = [], limit
+    for path in shards:
+        parts.append(np.load(path, mmap_mode="r")[:missing])
+        missing -= len(parts[-1])
+        if not missing:
+            break
+    return np.concatenate(parts)
 
 
 class ConversationSource(RowSource):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nanolib import checkpoint, hub, report, tasks
+from nanolib.data.sources import first_tokens
 from nanolib.engine import Engine
 from nanolib.evals import answers, choices, core
 from nanolib.evals.bpb import Trigram, bits_per_byte
@@ -70,12 +71,13 @@ def _text_scores(context: Context, engine: Engine) -> dict[str, Score]:
         return {"bpb": bpb}
 
     def beside_trigram() -> dict[str, Any]:
-        train, _ = shard_paths(run)
-        tokens = np.concatenate([np.load(path, mmap_mode="r") for path in train])[:TRIGRAM_TOKENS]
-        trigram = Trigram(tokens, tokenizer.vocab_size)
-        return compression() | {
-            "trigram_bpb": trigram.bits_per_byte(np.concatenate(documents), lengths)
-        }
+        scores = compression()
+        if context.runtime.is_lead:  # gigabytes: once is enough
+            tokens = first_tokens(shard_paths(run)[0], TRIGRAM_TOKENS)
+            trigram = Trigram(tokens, tokenizer.vocab_size)
+            bpb = trigram.bits_per_byte(np.concatenate(documents), lengths)
+            scores["trigram_bpb"] = bpb
+        return scores
 
     def samples() -> dict[str, Any]:
         openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in documents]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 
 from nanolib import hub, report, tasks
 from nanolib.config import Recipe, TokenizerConfig, flatten
-from nanolib.data import shards as token_shards
 from nanolib.data import toyworld
+from nanolib.data.sources import split_documents
 from nanolib.evals import core
-from nanolib.rundir import Run, whole_folder
+from nanolib.rundir import Run, saving, whole_folder
 from nanolib.stages import Context
 from nanolib.tokenizer import Tokenizer
+
+DOCUMENTS_AT_ONCE = 1024
 
 # ---------------------------------------------------------------------------- data
 
@@ -178,20 +181,21 @@ def load_tokenizer(run: Run) -> Tokenizer:
 
 
 def shards(context: Context) -> dict[str, Any]:
-    """Tokenize every text file; shards are shared out over the ranks, finished ones are kept."""
-    run, runtime = context.run, context.runtime
+    """Tokenize every text file: one flat array of ids each, every document BOS + tokens.
+
+    A shard is a ``.npy`` file (uint16 while the vocabulary fits, else uint32), memory-mapped by
+    its readers. One that is there is whole and is kept.
+    """
+    run = context.run
     files = _text_files(run)
     texts = [*files.train, files.validation]
     tokenizer, folder = load_tokenizer(run), context.stage.path
     for number, text in enumerate(texts):
-        target = token_shards.shard_path(folder, text)
-        if number % runtime.world_size == runtime.rank and not target.exists():
-            for documents in token_shards.tokenize(
-                text, target, tokenizer, torch.get_num_threads()
-            ):
+        target = _shard_path(folder, text.name)
+        if not target.exists():
+            for documents in tokenize(text, target, tokenizer, torch.get_num_threads()):
                 context.progress(number, len(texts), f"{text.name}: {documents} documents")
-    runtime.barrier()
-    tokens = [np.load(token_shards.shard_path(folder, text), mmap_mode="r") for text in texts]
+    tokens = [np.load(_shard_path(folder, text.name), mmap_mode="r") for text in texts]
     return {
         "train_tokens": sum(map(len, tokens[:-1])),
         "train_documents": int(sum((shard == tokenizer.bos).sum() for shard in tokens[:-1])),
@@ -200,19 +204,43 @@ def shards(context: Context) -> dict[str, Any]:
     }
 
 
+def tokenize(text: Path, target: Path, tokenizer: Tokenizer, threads: int) -> Iterator[int]:
+    """Write the token shard of one parquet file; yields the documents done so far.
+
+    Nothing is left at `target` unless the iterator is driven to its end.
+    """
+    parts: list[np.ndarray] = []
+    documents = 0
+    source = hub.documents(text)
+    while texts := list(itertools.islice(source, DOCUMENTS_AT_ONCE)):
+        ids, _ = tokenizer.encode_flat(texts, threads=threads, bos=True)
+        parts.append(ids)
+        documents += len(texts)
+        yield documents
+    partial = target.with_suffix(".partial")
+    with saving(target):
+        with partial.open("wb") as file:
+            np.save(file, np.concatenate(parts))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(target)
+
+
+def _shard_path(folder: Path, text_name: str) -> Path:
+    return folder / f"{Path(text_name).stem}.npy"
+
+
 def shard_paths(run: Run) -> tuple[list[Path], Path]:
     """The token shards of training and of validation text."""
     record = run.stage("data").done()
     if record is None:
         raise ValueError(f"run {run.id} has no data yet: nanolib stage data")
     folder, result = run.stage("shards").path, record["result"]
-    names = [*result["train_files"], result["validation_file"]]
-    *train, validation = (token_shards.shard_path(folder, Path(name)) for name in names)
-    return train, validation
+    train = [_shard_path(folder, name) for name in result["train_files"]]
+    return train, _shard_path(folder, result["validation_file"])
 
 
 def validation_documents(run: Run, tokenizer: Tokenizer, limit: int | None) -> list[np.ndarray]:
     """The first `limit` documents (None: all) of the validation shard, as ids with BOS."""
     _, validation = shard_paths(run)
-    tokens = np.load(validation, mmap_mode="r")
-    return token_shards.split_documents(tokens, tokenizer.bos)[:limit]
+    return split_documents(np.load(validation, mmap_mode="r"), tokenizer.bos)[:limit]
