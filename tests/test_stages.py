@@ -4,6 +4,8 @@ import dataclasses
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,7 +245,7 @@ def test_only_the_lead_counts_trigrams(run, monkeypatch):
     for rank in (0, 1):
         context = _context(run, "eval", of="base")
         context.runtime = dataclasses.replace(context.runtime, rank=rank)
-        engine = SimpleNamespace(tokenizer=text.load_tokenizer(run), model=None)
+        engine: Any = SimpleNamespace(tokenizer=text.load_tokenizer(run), model=None)
         monkeypatch.setattr(evaluate, "bits_per_byte", lambda *_: 1.0)
         scores = evaluate._text_scores(context, engine)["compression"]()
         assert scores.keys() == ({"bpb", "trigram_bpb"} if rank == 0 else {"bpb"})
