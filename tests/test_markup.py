@@ -121,7 +121,7 @@ def test_a_number_that_is_an_answer_is_no_list():
 def test_the_final_answer_is_no_heading(number):
     for said in (
         f"#### {number}",
-        f"####{number}.",
+        f"so\n####{number}.",
         f"so\n#### {number} \nDone.",
         f"> #### {number}",
     ):

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[Sandbox]:
-    """Half a second a call: hostile programs take their whole time."""
+    """Half a second a call, for programs that take their whole time."""
     with Sandbox(seconds=0.5) as sandbox:
         yield sandbox
 
@@ -190,17 +189,15 @@ HOSTILE: dict[str, tuple[str, str | tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(hasty: Sandbox, name: str) -> None:
+def test_hostile(sandbox: Sandbox, hasty: Sandbox, name: str) -> None:
     source, error = HOSTILE[name]
-    started = time.monotonic()
-    result = hasty.run(source)
-    seconds = time.monotonic() - started
+    used = hasty if TIME in error or "endless" in name else sandbox
+    result = used.run(source)
     assert (result.error or "").startswith(error)
     if error:
         assert result.error
     assert len(result.output.encode()) <= tools.OUTPUT_BYTES
-    assert seconds < 3, f"{seconds:.1f} s for a limit of 0.5 s"
-    assert hasty.run("1+1") == ToolResult("2")
+    assert used.run("1+1") == ToolResult("2")
 
 
 LOUD = """
@@ -227,32 +224,27 @@ def test_time_is_in_no_error(hasty: Sandbox) -> None:
 
 
 def test_sleep_takes_no_time(sandbox: Sandbox) -> None:
-    started = time.monotonic()
+    """These would exceed the sandbox's two seconds many times over."""
     assert sandbox.run("import time\nfor i in range(50): time.sleep(10)") == ToolResult("")
     assert sandbox.run("import asyncio\nasyncio.run(asyncio.sleep(1000))") == ToolResult("")
-    assert time.monotonic() - started < 3
 
 
-def test_the_host_never_freezes(hasty: Sandbox) -> None:
-    """Values stay inside: converting one held the GIL for as long as the host lived."""
-    gaps = [0.0]
-    done = threading.Event()
+FROZEN = f"""
+from nanolib.tools import Sandbox
+tuples = {TUPLES!r}
+with Sandbox(seconds=0.5) as sandbox:
+    for end in ("{{t: 1}}", "t", "return {{t: 1}}"):
+        sandbox.run(tuples + end)
+        sandbox.check(tuples + end)
+    sandbox.run("[t := (1, 1), [t := (t, t) for i in range(40)], {{t: 1}}]")
+    print(sandbox.run("1+1").text)
+"""
 
-    def tick() -> None:
-        last = time.monotonic()
-        while not done.wait(0.005):
-            gaps[0] = max(gaps[0], time.monotonic() - last)
-            last = time.monotonic()
 
-    ticker = threading.Thread(target=tick)
-    ticker.start()
-    for source in (f"{TUPLES}{{t: 1}}", f"{TUPLES}t", f"{TUPLES}return {{t: 1}}"):
-        hasty.run(source)
-        hasty.check(source)
-    hasty.run("[t := (1, 1), [t := (t, t) for i in range(40)], {t: 1}]")
-    done.set()
-    ticker.join()
-    assert gaps[0] < 1
+def test_the_host_never_freezes() -> None:
+    """Values stay inside: converting one of these would hold the GIL for ever."""
+    host = subprocess.run([sys.executable, "-c", FROZEN], capture_output=True, timeout=120)
+    assert host.stdout == b"2\n"
 
 
 # ------------------------------------------------------------------------------- workers
@@ -260,11 +252,13 @@ def test_the_host_never_freezes(hasty: Sandbox) -> None:
 
 def test_a_dead_worker_is_replaced() -> None:
     before = set(workers())
-    with Sandbox(workers=1) as sandbox, ThreadPoolExecutor(1) as threads:
+    with Sandbox(seconds=60, workers=1) as sandbox, ThreadPoolExecutor(1) as threads:
+        (worker,) = set(workers()) - before
+        idle = worker.cpu_times().user
         answer = threads.submit(sandbox.run, "while True: pass")
-        time.sleep(0.3)
-        for worker in set(workers()) - before:
-            worker.kill()
+        while worker.cpu_times().user < idle + 0.05:
+            time.sleep(0.01)
+        worker.kill()
         assert answer.result().error == "RuntimeError: the sandbox crashed"
         assert sandbox.run("1+1") == ToolResult("2")
 
@@ -296,7 +290,7 @@ def test_workers_are_renewed_and_end() -> None:
 def test_a_slow_call_is_a_workers_last() -> None:
     """So that a limit of a few seconds on its CPU time never hits the call after."""
     before = set(workers())
-    with Sandbox(workers=1) as sandbox:
+    with Sandbox(seconds=20, workers=1) as sandbox:
         first = set(workers()) - before
         assert sandbox.run("sum(range(10**7))").output == "49999995000000"
         assert sandbox.run("1+1").output == "2"
@@ -347,8 +341,8 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch)
 HOST = """
 import threading, time
 from nanolib import tools
-tools.CALLS_PER_WORKER = 2  # makes the limit on CPU time two seconds
-sandbox = tools.Sandbox(seconds=0.9, workers=3).__enter__()
+tools.CALLS_PER_WORKER = 2  # makes the limit on CPU time three seconds
+sandbox = tools.Sandbox(seconds=1.9, workers=3).__enter__()
 sandbox.run("1")
 for source in ("while True: pass", "a = 3 ** (10**7)\\nwhile 1: b = a * a"):
     threading.Thread(target=sandbox.run, args=[source], daemon=True).start()
@@ -436,8 +430,8 @@ def grade(sandbox: Sandbox, completion: str) -> str:
         ),
     ],
 )
-def test_grading(hasty: Sandbox, completion: str, outcome: str) -> None:
-    assert grade(hasty, completion) == outcome
+def test_grading(sandbox: Sandbox, hasty: Sandbox, completion: str, outcome: str) -> None:
+    assert grade(hasty if "while" in completion else sandbox, completion) == outcome
 
 
 def test_a_verdict_has_its_reason(sandbox: Sandbox) -> None:
