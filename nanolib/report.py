@@ -176,8 +176,9 @@ class Stage:
     def read(cls, run: Run, name: str, of: str = "") -> Stage:
         stage = run.stage(name, of or None)
         record = stage.done()
-        known = {} if record is None else {"attempts": None, "dollars": None} | record
-        return cls(name, of, known, stage.metrics.rows())
+        if record is not None:  # older ones lack these
+            record = {"attempts": None, "dollars": None, "taken_over": None} | record
+        return cls(name, of, record or {}, stage.metrics.rows())
 
     @property
     def title(self) -> str:

@@ -104,6 +104,7 @@ def _figures(run: Run) -> dict[str, str]:
         "validation_bpb": ("bits per byte after pretraining", ".3f"),
     }
     found = {name: f"{result[key]:{form}}" for key, (name, form) in forms.items() if key in result}
-    if seconds := sum(record.get("seconds", 0.0) for record in records):
+    own = [record for record in records if not record.get("taken_over")]
+    if seconds := sum(record.get("seconds", 0.0) for record in own):
         found["all stages together"] = clock(seconds)
     return found

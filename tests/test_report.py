@@ -156,6 +156,16 @@ def test_an_older_record_is_told_to_be_one(run):
     assert "recorded by an older version, which counted the last attempt alone" in costs
 
 
+def test_what_another_run_computed_is_not_in_the_sums(run):
+    assert "taken over" not in report.build(run)
+    record = run.stage("base").done()
+    run.stage("base").finish(record.pop("result"), **record, taken_over="demo")
+    costs = section(report.build(run), "Time and cost")
+    assert cells(costs, "base (of run `demo`)")[:2] == ["1", "1:30"]
+    assert cells(costs, "**all**")[1:] == ["**15:00**", "9.0%", "", "", "", "**$2.50**"]
+    assert "Stages taken over from another run are not in the sums." in costs
+
+
 def test_the_curve_of_grpo_is_its_reward(run):
     training = section(report.build(run), "Training")
     grpo = training[training.index("### grpo") :]

@@ -86,6 +86,7 @@ def test_what_a_page_shows(run):
 def test_the_first_page(run):
     run.stage("base").path.mkdir()
     run.stage("base").finish({"parameters": 12345, "validation_bpb": 0.98765}, seconds=61.0)
+    run.stage("mid").finish({}, seconds=500.0, taken_over="demo")
     (run.path / "report.md").write_text("| a | b |\n|---|---|\n| 1 | <script>x</script> |\n")
     text = runbook.write(run, NAMES).read_text()
     assert "12,345" in text and "0.988" in text and "1:01" in text
