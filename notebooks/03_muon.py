@@ -507,7 +507,7 @@ print("two ranks with half the batch each end where one rank with all of it ends
 # one shape are stacked and dealt out whole; tables are cut by rows.
 
 # %%
-two = optim.MuonAdamW(gpt, OptimConfig(), Runtime(device=cpu.device, dtype=cpu.dtype, ranks=2))
+two = optim.MuonAdamW(gpt, OptimConfig(), Runtime(device=cpu.device, dtype=cpu.dtype, world_size=2))
 names = [name for group in two.groups for name in group.names]
 figure, axes = plt.subplots(figsize=(6.4, 2.8))
 for group in two.groups:
