@@ -157,8 +157,8 @@ for name, trainer in (
     begin = clock()
     trainer(documents, 100)
     seconds[name] = clock() - begin
-assert seconds["nanolib"] < seconds["naive"] / 5
-print("more than five times as fast, on a text this small")
+ratio = seconds["naive"] / seconds["nanolib"]
+print(f"{ratio:.0f} times as fast, on a text this small")
 
 # %% [markdown]
 # Against the trainers that others use, a longer text is needed. This is the table of
