@@ -74,11 +74,11 @@ class Level:
 
 LEVELS = (
     Level("Reads: half of a trigram's bits per byte", "compression", "ratio", 0.5, toy=True),
-    Level("Remembers: four of five facts, told in words", "facts", "accuracy", 0.8, toy=True),
+    Level("Remembers: four of five facts, in words", "facts", "accuracy", 0.8, toy=True),
     Level("Calculates: two of five word problems", "gsm8k", "accuracy", 0.4, toy=True),
     Level("Programs: one of two functions", "humaneval", "accuracy", 0.5, toy=True),
     Level("Reads: below a trigram's bits per byte", "compression", "ratio", 1.0),
-    Level("Guesses no more: ARC-Easy by text at 30 %", "arc_easy", "text", 0.30),
+    Level("Beats guessing: ARC-Easy by text at 30 %", "arc_easy", "text", 0.30),
     Level("The original's SFT on GSM8K", "gsm8k", "accuracy", 0.0455),
     Level("The original's RL on GSM8K", "gsm8k", "accuracy", 0.0758),
     Level("The original's ChatCORE", "chatcore", "accuracy", 0.0884),

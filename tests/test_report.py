@@ -108,7 +108,7 @@ def test_summary_has_our_columns_and_the_originals(run):
     assert cells(summary, "bits per byte")[:2] == ["0.3131", "—"]
     assert cells(summary, "bits per byte of a token trigram")[0] == "0.6162"
     assert "MMLU, chance" not in summary
-    assert "the toy world's: only their form is the original's" in summary
+    assert "the toy world's; they share only their form with the original's" in summary
 
 
 def test_every_stage_is_there_with_time_cost_and_results(run):

@@ -1,4 +1,4 @@
-"""What a process sets up for a GPU, without one, and how it leaves the other ranks."""
+"""What a process sets up for a GPU (simulated here), and how it leaves the other ranks."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from nanolib.runtime import Runtime
 from nanolib.stages import worker
 
 
-def test_no_attention_on_a_gpu_that_plans_for_every_shape(monkeypatch):
+def test_cudnn_attention_is_off_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     precision, allowed = (
