@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nanolib.data.packing import Batch
 
 ROTARY_BASE = 10_000
-REACH = 64  # cached positions are read in multiples of this: a step's shapes seldom change
+REACH = 64  # cached positions are read in multiples of this, so that shapes seldom change
 SOFTCAP = 15.0
 EPS = 1e-6
 
@@ -54,8 +54,8 @@ def attend(
 ) -> Tensor:
     """Softmax attention, scaled by K ** -0.5; query head h reads key head h // (H / G).
 
-    Without a mask query t sees keys 0 … t (T = S); with one (bool, True = may look) exactly
-    what it says. Returns [B, T, H, K].
+    Without a mask query t sees keys 0 … t (T = S); with one (bool) it sees where that is True.
+    Returns [B, T, H, K].
     """
     query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BSGK, value_BSGK))
     mixed_BHTK = F.scaled_dot_product_attention(
@@ -70,12 +70,12 @@ def attend(
 
 
 class KVCache:
-    """Keys and values of everything seen, at fixed addresses: it never grows or moves.
+    """Keys and values of all tokens so far, at fixed addresses: it never grows or moves.
 
-    Stored by head, then by position: a query then reads each head's keys in one stretch.
-    Row b holds `used_B[b]` positions; rows may differ. New tokens go to the positions that follow,
-    and count once the caller has advanced the cache: what lies beyond (a shorter row's padding) is
-    overwritten before anything looks at it.
+    Stored head by head, so that a query reads each head's keys in one stretch. Row b holds
+    `used_B[b]` positions; rows may differ. New tokens are written to the positions that follow and
+    count once the caller has advanced the cache. What lies beyond (a shorter row's padding) is
+    overwritten before it is read.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class KVCache:
         return self.keys_LBGSK.shape[3]
 
     def reach(self, new_tokens: int) -> int:
-        """The positions to look at for `new_tokens` more of every row: as far as the longest goes."""
+        """Positions to read for `new_tokens` more of every row: up to the end of the longest."""
         return min(self.length, REACH * math.ceil((max(self.used) + new_tokens) / REACH))
 
     def positions(self, new_tokens: int) -> Tensor:
@@ -100,10 +100,9 @@ class KVCache:
         return self.used_B[:, None] + torch.arange(new_tokens, device=self.used_B.device)
 
     def mask(self, positions_BT: Tensor) -> Tensor | None:
-        """Which cached positions [B, T, S] a query at each position sees: itself and earlier.
+        """Which cached positions [B, T, S] a query at each position sees: its own and earlier ones.
 
-        S is `reach`. None while the cache is empty: then the new tokens see each other alone, in
-        order.
+        S is `reach`. None while the cache is empty: plain causal attention among the new tokens.
         """
         if not any(self.used):
             return None
@@ -128,7 +127,7 @@ class KVCache:
         )
 
     def advance(self, lengths: Sequence[int] | int) -> None:
-        """Count the tokens just written, of each row or of all alike; padding is forgotten."""
+        """Count the tokens just written, of each row or the same number of all; padding is not."""
         if isinstance(lengths, int):
             self.used_B += lengths
             lengths = [lengths] * len(self.used)

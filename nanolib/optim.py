@@ -1,12 +1,12 @@
 """Muon for matrices, AdamW for the embedding and the head, on one rank or many.
 
 `adamw_step` and `muon_step` are the two update rules as pure in-place functions on tensors.
-`MuonAdamW` applies them to a model: gradients are summed over ranks by reduce-scatter, so that
-each rank owns, clips and updates one part of every parameter and keeps optimizer state for that
-part alone (ZeRO-2, arXiv:1910.02054), then all-gathers the new weights.
+`MuonAdamW` applies them to a model. Gradients are summed over ranks by reduce-scatter: each rank
+clips and updates its share of every parameter, keeps optimizer state for that share alone (ZeRO-2,
+arXiv:1910.02054), and all-gathers the new weights.
 
-What one rank owns: of the embedding and the head an equal range of rows; of all matrices of one
-shape, stacked [N, R, C], an equal share of whole matrices. N is padded to a multiple of the ranks.
+A rank's share: an equal range of rows of the embedding and of the head, and of all matrices of one
+shape, stacked [N, R, C], an equal number of whole matrices. N is padded to a multiple of world_size.
 """
 
 from __future__ import annotations
@@ -90,17 +90,16 @@ def muon_step(
 
 @dataclass
 class Group:
-    """Parameters of one shape and rule as a stack [N, R, C], and the part this rank owns.
+    """Parameters of one shape and rule as a stack [N, R, C], and this rank's share of it.
 
-    Muon deals in whole matrices: N is the number of matrices. AdamW goes row by row: one matrix
-    [V, D] is a stack of V rows [V, 1, D]. `share` items a rank; the last ranks' may be padding.
+    Muon: a stack of N matrices. AdamW: one matrix [V, D] as a stack of V rows [V, 1, D].
     """
 
     rule: str  # "muon" or "adamw"
     names: list[str]
     params: list[Tensor]
     lr: float
-    share: int
+    share: int  # of the stack's items on each rank; those of the last ranks may be padding
     state: dict[str, Tensor] = field(default_factory=dict)  # slot -> [share, R, C] on this rank
 
     def stack(self, tensors: list[Tensor], ranks: int) -> Tensor:
@@ -138,7 +137,7 @@ class MuonAdamW:
 
     A parameter's `grad` is this rank's part of the gradient. `reduce` sums the parts over ranks,
     `update` clips by the global norm and changes the model in place; `step` does both. The trainer
-    calls the two itself, to read the norm from the device together with its own sums.
+    calls the two itself and reads the norm from the device together with its own sums.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime):
@@ -228,31 +227,21 @@ class MuonAdamW:
         return share
 
     def _update_group(self, group: Group, grad: Tensor, lr_scale: float, momentum: float) -> None:
+        """Update this rank's share of a group, then gather the whole."""
         stacked = group.stack([p.data for p in group.params], self.runtime.world_size)
         first = self.runtime.rank * group.share
         weight = stacked[first : first + group.share].clone()
-        lr = group.lr * lr_scale
+        config, state, lr = self.config, group.state, group.lr * lr_scale
         if group.rule == "muon":
+            steps = config.newton_schulz_steps
             muon_step(
-                weight,
-                grad,
-                group.state["momentum"],
-                lr=lr,
-                momentum=momentum,
-                newton_schulz_steps=self.config.newton_schulz_steps,
+                weight, grad, state["momentum"], lr=lr, momentum=momentum, newton_schulz_steps=steps
             )
         else:
-            adamw_step(
-                weight,
-                grad,
-                group.state["moment1"],
-                group.state["moment2"],
-                step=self.steps,
-                lr=lr,
-                betas=(self.config.adam_beta1, self.config.adam_beta2),
-                eps=self.config.adam_eps,
-                weight_decay=self.config.weight_decay,
-            )
+            settings = {"eps": config.adam_eps, "weight_decay": config.weight_decay}
+            betas = (config.adam_beta1, config.adam_beta2)
+            moments = state["moment1"], state["moment2"]
+            adamw_step(weight, grad, *moments, step=self.steps, lr=lr, betas=betas, **settings)
         if self.runtime.world_size > 1:
             dist.all_gather_into_tensor(stacked, weight)
         else:

@@ -31,7 +31,7 @@ class Runtime:
     def start(cls, machine: MachineConfig) -> Runtime:
         """Choose device and threads, and join the other ranks if torchrun started us.
 
-        Raises ValueError when the asked device is not there.
+        Raises ValueError when the device that was asked for does not exist.
         """
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = _device(machine.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -39,8 +39,8 @@ class Runtime:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-            # cuDNN's attention, torch's first choice on an H100, trains no faster than flash and
-            # plans 40 to 240 ms for every new shape, as each group of questions is.
+            # On an H100 torch would choose cuDNN's attention, which takes 40 to 240 ms to plan each
+            # new shape, and nearly every batch of prompts and answers has a new one.
             torch.backends.cuda.enable_cudnn_sdp(False)
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -99,7 +99,7 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def processor() -> str:
-    """The processor's name where Linux tells it, else the architecture."""
+    """The processor's name (on Linux), else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -109,7 +109,7 @@ def processor() -> str:
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose: no generator state ever needs saving.
+    """A 63-bit seed for one purpose, so that no generator's state ever needs saving.
 
     >>> seed_of(1, "init") != seed_of(1, "rows", 0)
     True

@@ -1,7 +1,7 @@
 """The real worker for several stages, one after the other: starting ranks takes longer than they do.
 
 The stages of $MANY_STAGES, a JSON list of [stage, run's directory], come before the one asked for.
-GRPO's answers are graded by their length (see `graded_stages`).
+GRPO's answers are graded by their length: random weights never give a right one.
 """
 
 import json
@@ -14,7 +14,11 @@ from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 from nanolib.stages import worker
 from nanolib.tasks import GSM8K
-from tests.graded_stages import by_length
+
+
+def by_length(task: GSM8K, i: int, answer: str) -> float:
+    return len(answer) % 7 / 7
+
 
 if __name__ == "__main__":
     GSM8K.grade = by_length

@@ -46,6 +46,16 @@ def test_it_opens_and_is_listed(old, kept, capsys):
     assert "sft (6 of 7)" in runs.table() and "grpo" in runs.table()
 
 
+def test_it_keeps_its_recipe_where_a_default_has_changed(old, kept, tmp_path):
+    recipe = old.config.recipe
+    assert recipe.mid.warmdown == FORMER["mid.warmdown"] and recipe.optim.every_stage
+    new = Run.open("smoke", str(tmp_path / "new")).config.recipe
+    assert new.mid.warmdown == 0.2 and not new.optim.every_stage
+    mirror = {"mirror": str(kept / "mirror")}
+    with pytest.raises(ValueError, match=r"was made with mid\.warmdown = 1\.0, not 0\.5"):
+        Run.open("smoke", "old", mirror | {"mid.warmdown": 0.5})
+
+
 def test_an_unknown_setting_is_named(old, capsys):
     path = old.path / "manifest.json"
     manifest = json.loads(path.read_text())

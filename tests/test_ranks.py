@@ -1,7 +1,7 @@
 """Two gloo ranks, started from a notebook cell, do what one rank does.
 
 Every weight is drawn at random: zero-initialised projections would make most gradients zero. The
-rewards of GRPO are by length (see `graded_stages`), for nobody's answer is right here.
+rewards of GRPO are by length (see `many_stages`), for nobody's answer is right here.
 """
 
 import json
@@ -13,7 +13,7 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from graded_stages import by_length
+from many_stages import by_length
 from torch.testing import assert_close
 
 from nanolib import checkpoint, launch

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -455,42 +454,3 @@ def test_a_checkpoint_depends_on_the_recipe_up_to_its_stage(run, tmp_path):
     other = _fork(run, tmp_path / "other", {"sft.lr": 0.25})
     with pytest.raises(ValueError, match=r"sft\.lr"):
         worker.work("grpo", other)
-
-
-# ---------------------------------------------------------------------------- older runs
-
-
-@pytest.fixture
-def first_edition(tmp_path) -> Path:
-    """The runs folder with a run that the first edition made: `mid` and `sft` done, `grpo` begun."""
-    with zipfile.ZipFile(Path(__file__).with_name("first_edition.zip")) as kept:
-        kept.extractall(tmp_path)
-    return tmp_path / "run"
-
-
-def test_a_run_of_the_first_edition_keeps_its_recipe(first_edition, tmp_path):
-    """Defaults have changed since: the run goes on with what it was made with, however opened."""
-    mirror = {"machine.mirror": str(tmp_path / "mirror")}
-    recipes = [
-        Run.load(str(first_edition), mirror).config.recipe,
-        Run.open("smoke", str(first_edition), mirror).config.recipe,
-    ]
-    for recipe in recipes:
-        assert recipe.mid.warmdown == 1.0 and recipe.optim.every_stage
-    assert Run.open("smoke", str(tmp_path / "new")).config.recipe.mid.warmdown == 0.2
-    with pytest.raises(ValueError, match=r"was made with mid\.warmdown = 1\.0, not 0\.5"):
-        Run.open("smoke", str(first_edition), mirror | {"mid.warmdown": 0.5})
-
-
-def test_a_run_of_the_first_edition_goes_on(first_edition, tmp_path):
-    """Its grpo was killed in step 2 of 2, after the checkpoint of step 1."""
-    run = Run.load(str(first_edition), {"machine.mirror": str(tmp_path / "mirror")})
-    place = run.stage("grpo")
-    before = [row for row in place.metrics.rows() if row["step"] < 2]
-    assert place.done() is None and [p.name for p in place.checkpoints.iterdir()] == [
-        "step_00000001"
-    ]
-    assert worker.work("grpo", run)["steps"] == 2
-    rows = place.metrics.rows()
-    assert rows[: len(before)] == before and rows[-1]["step"] == 2
-    assert {p.name for p in place.checkpoints.iterdir()} == {"step_00000001", "step_00000002"}
