@@ -1,12 +1,12 @@
-"""The conversation grammar, once: every stage, evaluation and user interface goes through it.
+"""The format of conversations, used by every stage, evaluation and user interface.
 
     <|bos|> <|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|> …
 
 An assistant's parts are text, ``<|python_start|> source <|python_end|>`` and ``<|output_start|>
-what the tool printed <|output_end|>``. The loss covers what the assistant says: text and python
-parts, their markers and ``<|assistant_end|>``; never an output. A system message is put before the
-first user turn's text. Text is always encoded as ordinary text: a user who types ``<|bos|>`` says
-five harmless characters and more.
+what the tool printed <|output_end|>``. The loss covers the assistant's text and python parts with
+their markers and ``<|assistant_end|>``, but never an output. A system message is prepended to the
+first user message. Text is always encoded as ordinary text: a typed ``<|bos|>`` never becomes the
+special token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PartKind = Literal["text", "python", "output"]
 Role = Literal["system", "user", "assistant"]
 LETTERS = "ABCDEFGH"
-# An assistant never says these: whichever comes, its turn is over.
+# An answer never contains these: any of them ends the assistant's turn.
 END_NAMES = (
     "<|assistant_end|>",
     "<|bos|>",
@@ -46,8 +46,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says. Neighbouring text parts are joined and empty ones dropped, so that two
-    messages that render alike are equal."""
+    """One turn. Adjacent text parts are joined and empty ones dropped, so that two messages that
+    render to the same ids are equal."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -82,8 +82,8 @@ def _joined(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of a conversation; ``mask[i]``: ``ids[i]`` is something the assistant says, so it
-    is a target of the loss. `cut` counts the ids dropped at the end to fit."""
+    """Token ids of a conversation and its loss mask: where ``mask[i]``, ``ids[i]`` is a target.
+    `cut` counts the ids dropped at the end to fit."""
 
     ids: list[int]
     mask: list[bool]
@@ -94,8 +94,7 @@ class Rendered:
 class Conversation:
     """An optional system message, then user and assistant in turn.
 
-    Raises ValueError for a conversation that is empty, starts with the assistant or does not
-    alternate.
+    Raises ValueError if it is empty, starts with the assistant or does not alternate.
     """
 
     messages: tuple[Message, ...]
@@ -115,7 +114,7 @@ class Conversation:
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """The messages without the system's."""
+        """The messages without the system message."""
         has_system = bool(self.messages) and self.messages[0].role == "system"
         return self.messages[1:] if has_system else self.messages
 
@@ -136,8 +135,8 @@ class Conversation:
         return cls(tuple(turns))
 
     def folded(self) -> Conversation:
-        """The same with the system message put before the first user turn's text: what `parse`
-        gives back."""
+        """The same with the system message prepended to the first user message, as `parse` returns
+        it."""
         turns = self.turns
         if turns is self.messages:
             return self
@@ -145,17 +144,17 @@ class Conversation:
         return Conversation((Message("user", (first,)), *turns[1:]))
 
     def render(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
-        """Ids and loss mask; what exceeds `max_tokens` is cut off at the end and counted."""
+        """Ids and loss mask, truncated to `max_tokens`."""
         ids, mask = [tokenizer.bos], [False]
         for message in self.folded().messages:
-            for piece, said in _pieces(message, tokenizer):
+            for piece, is_target in _pieces(message, tokenizer):
                 ids += piece
-                mask += [said] * len(piece)
+                mask += [is_target] * len(piece)
         keep = len(ids) if max_tokens is None else min(len(ids), max_tokens)
         return Rendered(ids[:keep], mask[:keep], cut=len(ids) - keep)
 
     def prompt(self, tokenizer: Tokenizer) -> list[int]:
-        """Ids up to and including ``<|assistant_start|>``: the assistant speaks next."""
+        """Ids up to and including ``<|assistant_start|>``, for the assistant to continue."""
         if self.messages[-1].role != "user":
             raise ValueError("a prompt must end with the user's message; the assistant spoke last")
         return [*self.render(tokenizer).ids, tokenizer.special("<|assistant_start|>")]
@@ -168,27 +167,27 @@ def _parts_of(content: Any) -> tuple[Part, ...]:
 
 
 def _pieces(message: Message, tokenizer: Tokenizer) -> Iterable[tuple[list[int], bool]]:
-    """(ids, whether the assistant says them) of one message, in order."""
+    """(ids, whether they are targets of the loss) of one message, in order."""
     special = tokenizer.special
-    says = message.role == "assistant"
+    by_assistant = message.role == "assistant"
     yield [special(f"<|{message.role}_start|>")], False
     for part in message.parts:
         ids = tokenizer.encode(part.text)
         if part.kind == "text":
-            yield ids, says
+            yield ids, by_assistant
         else:
             start, end = special(f"<|{part.kind}_start|>"), special(f"<|{part.kind}_end|>")
             yield [start, *ids, end], part.kind == "python"
-    yield [special(f"<|{message.role}_end|>")], says
+    yield [special(f"<|{message.role}_end|>")], by_assistant
 
 
-# ---------------------------------------------------------------------------- and back
+# ---------------------------------------------------------------------------- parsing
 
 
 def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
-    """The inverse of `render` (a system message stays inside the first user turn's text).
+    """The inverse of `render` (a system message stays part of the first user message).
 
-    The last message may be unfinished. ValueError where the ids are not a conversation.
+    The last message may be unfinished. Raises ValueError if the ids are not a conversation.
     """
     ids = list(ids)
     if not ids or ids[0] != tokenizer.bos:
@@ -213,13 +212,13 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
 
 
 class AnswerParser:
-    """The parts of an answer from its token ids, one at a time: ids after ``<|assistant_start|>``.
+    """Parses an answer from its token ids, one at a time: the ids after ``<|assistant_start|>``.
 
-    `feed` and `finish` return pieces: a part's kind and its next characters, always whole ones. An
-    empty piece opens a python or output part; text has no empty pieces. `parts` is all so far.
+    `feed` and `finish` return pieces, each a part's kind and its next whole characters. An empty
+    piece opens a python or output part; text has no empty pieces. `parts` is the answer so far.
 
-    Forgiving, since a model may write anything: ``<|assistant_end|>`` or a marker that no answer
-    has ends it, a part left open reaches to the end, and a stray closing marker means nothing.
+    Lenient, since a model may write anything: ``<|assistant_end|>`` or a marker that no answer
+    contains ends it, an open part extends to the end, and a stray closing marker is ignored.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -227,7 +226,7 @@ class AnswerParser:
         self.parts: list[Part] = []
         self._tokenizer = tokenizer
         self._ends = {special(name) for name in END_NAMES}
-        # What follows each marker: a closing one is followed by text.
+        # The kind of part that begins after each marker.
         self._markers: dict[int, PartKind] = {
             special("<|python_start|>"): "python",
             special("<|output_start|>"): "output",
@@ -239,7 +238,7 @@ class AnswerParser:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, id: int) -> list[Part]:
-        """The pieces that one more token makes; none after the end."""
+        """The pieces that one more token completes; none after the end."""
         self._ended = self._ended or id in self._ends
         if self._ended:
             return []
@@ -253,7 +252,7 @@ class AnswerParser:
         return pieces
 
     def finish(self) -> list[Part]:
-        """What an incomplete character at the end makes: U+FFFD."""
+        """The last piece: U+FFFD if the ids end inside a character."""
         return self._add(self._decoder.decode(b"", final=True))
 
     def _add(self, text: str) -> list[Part]:
@@ -280,10 +279,10 @@ def answer_parts(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[Part, ...]:
 
 
 def choice_question(question: str, choices: Sequence[str]) -> str:
-    """What the user says to ask for a letter; the answer is the bare letter.
+    """A multiple-choice question; the answer is the bare letter.
 
-    Each letter stands after its choice, where a model that has found the choice looks next, and
-    is the same token as in the answer (a bracket, unlike a space, never merges with it).
+    Each letter stands after its choice, which is easier for a small model, and in brackets, which
+    unlike a space never merge with it: it is the same token as in the answer.
     """
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"a question needs 2 to {len(LETTERS)} choices, got {len(choices)}")

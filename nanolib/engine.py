@@ -1,9 +1,9 @@
-"""Generation: read the prompts once, then write many rows, a token a step.
+"""Batched generation with a KV cache: one prefill, then one token for every row in each step.
 
-Rows have different lengths and end at different times. Every row draws from its own seed, so what
-it says does not depend on what else is in the batch. With a tool, a row that writes
-``<|python_start|> source <|python_end|>`` is answered: ``<|output_start|> result <|output_end|>``
-is forced into it, a token a step, while the other rows go on.
+Rows have different lengths and end at different times. Every row samples from its own seed, so its
+tokens do not depend on the rest of the batch. With a tool, ``<|python_start|> source
+<|python_end|>`` is followed by ``<|output_start|> result <|output_end|>``, forced into the row one
+token a step while the other rows go on.
 
 Shapes: P prompts, B rows (samples of prompts), T time, V vocabulary.
 """
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from nanolib.config import ModelConfig
     from nanolib.tokenizer import Tokenizer
 
-OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # the tool's alone
-TOOL_CALLS = 16  # of one row; a further one is answered by an error
-OUTPUT_TOKENS = 128  # of one result; a longer one is cut, so that the row can go on
+OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # only a tool's result has these
+TOOL_CALLS = 16  # per row; the result of any further call is an error
+OUTPUT_TOKENS = 128  # per result; a longer one is truncated to leave room for the answer
 
-Tool = Callable[[str], str]  # a program's source -> what it printed, or its error: any text
+Tool = Callable[[str], str]  # a program's source -> its output or error
 
 
 def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -41,13 +41,13 @@ def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.special(name) for name in END_NAMES)
 
 
-# ---------------------------------------------------------------------------- choosing a token
+# ---------------------------------------------------------------------------- sampling
 
 
 def probabilities(logits_BV: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
-    """The distribution [B, V] that `choose` draws from; temperature must be positive.
+    """The distribution [B, V] that `choose` samples from; temperature must be positive.
 
-    top_k keeps each row's k most likely tokens (all that tie with the k-th).
+    top_k keeps each row's k most likely tokens, and all that tie with the k-th.
     """
     logits_BV = logits_BV.float() / temperature
     if top_k is not None and top_k < logits_BV.shape[-1]:
@@ -57,38 +57,36 @@ def probabilities(logits_BV: Tensor, temperature: float, top_k: int | None = Non
 
 
 def inverse_cdf(probabilities_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
-    """For each row the token [B] at which the summed probability first exceeds its uniform draw.
-
-    Never a token of probability zero.
-    """
+    """Inverse-CDF sampling: for each row, the first token [B] whose cumulative probability exceeds
+    the row's uniform draw. Never a token of probability zero."""
     # GPU prefix sums are not monotone in float32, so a zero-probability token could be drawn.
     exact = torch.float64 if probabilities_BV.is_cuda else probabilities_BV.dtype
     cdf_BV = probabilities_BV.cumsum(dim=-1, dtype=exact)
     below_one = torch.tensor(uniform_B, device=cdf_BV.device, dtype=exact).clamp(max=1 - 2**-24)
-    target_B1 = below_one[:, None] * cdf_BV[:, -1:]  # rounding may keep the total from being 1
+    target_B1 = below_one[:, None] * cdf_BV[:, -1:]  # the total is 1 only up to rounding
     return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(-1)
 
 
 def choose(
     logits_BV: Tensor, uniform_B: Sequence[float], temperature: float, top_k: int | None = None
 ) -> Tensor:
-    """The next token [B] of each row: the most likely one at temperature 0, else a draw."""
+    """The next token [B] of each row: the most likely one at temperature 0, else a sample."""
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     return inverse_cdf(probabilities(logits_BV, temperature, top_k), uniform_B)
 
 
-# ---------------------------------------------------------------------------- recording
+# ---------------------------------------------------------------------------- CUDA graphs
 
 Replay = Callable[[], Tensor]
-Record = Callable[[Replay], Replay]  # work whose tensors keep their addresses -> what repeats it
+Record = Callable[[Replay], Replay]  # work on tensors at fixed addresses -> its replay
 
 
 def record_graph(work: Replay) -> Replay:
-    """`work` as a CUDA graph: one start for its several hundred small kernels, not one for each.
+    """Capture `work` as a CUDA graph: one launch instead of several hundred.
 
-    It must have run once before. A replay reads what its inputs hold then, and overwrites the
-    last result.
+    `work` must have run once before. A replay reads the current contents of its inputs and
+    overwrites the previous result.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -105,7 +103,7 @@ def record_graph(work: Replay) -> Replay:
 
 
 class Token(NamedTuple):
-    """One token of one row: the model chose it, a tool's result forced it, or it ended the row."""
+    """One token of one row: sampled by the model, forced by a tool's result, or the row's end."""
 
     row: int
     id: int
@@ -114,10 +112,8 @@ class Token(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """A row. `ids` leave out the end token; `chosen[i]`: the model chose ``ids[i]``.
-
-    `end` is the token that ended it; None: it met a limit.
-    """
+    """A finished row. `ids` exclude the end token; ``chosen[i]`` tells whether the model, not a
+    tool, produced ``ids[i]``. `end` is the token that ended it, None if it reached a limit."""
 
     ids: list[int] = field(default_factory=list)
     chosen: list[bool] = field(default_factory=list)
@@ -125,11 +121,10 @@ class Answer:
 
 
 class Engine:
-    """A model that speaks: `generate` streams, `answers` and `complete` collect.
+    """A model with its tokenizer: `generate` streams, `answers` and `complete` collect.
 
-    `tool` runs what stands between ``<|python_start|>`` and ``<|python_end|>``; None: nothing is
-    run. With a tool an output of the model's own making ends its row, as other tokens do that no
-    assistant ever says.
+    `tool`, if any, runs what stands between ``<|python_start|>`` and ``<|python_end|>``. With a
+    tool, a row in which the model itself writes an output marker ends there.
     """
 
     def __init__(
@@ -142,7 +137,7 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The longest prompt and answer together, in tokens."""
+        """The most tokens that prompt and answer may have together."""
         return self.model.config.sequence_len
 
     def generate(
@@ -155,12 +150,11 @@ class Engine:
         top_k: int | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[list[Token]]:
-        """Continue every prompt `samples` times; each step yields a token of every row in progress.
+        """Continue every prompt `samples` times; each step yields one token of every active row.
 
-        Row p · samples + s is sample s of prompt p. A row's last token is of kind "end", unless it
-        had max_new_tokens (forced ones count) or met the context's limit before. seeds: one a
-        prompt (None: 0, 1, …); a prompt, its seed and the sample's number decide a row, whatever
-        else is in the batch.
+        Row p · samples + s is sample s of prompt p. A row's last token is of kind "end", unless the
+        row reached max_new_tokens (forced tokens count) or the end of the context first. seeds: one
+        per prompt, by default 0, 1, …; a row depends only on its prompt, the prompt's seed and s.
         Raises ValueError for prompts that are empty or leave no room, and for bad settings.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
@@ -182,12 +176,12 @@ class Engine:
         max_rows: int = 128,
         **settings,
     ) -> list[Answer]:
-        """Each row of `generate`, whole.
+        """All rows of `generate`, finished.
 
-        Any number of prompts: those of like length go together, at most `max_rows` rows at a time.
+        Prompts are sorted by length and run in batches of at most `max_rows` rows.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
-        said = [Answer() for _ in range(len(prompts) * samples)]
+        answers = [Answer() for _ in range(len(prompts) * samples)]
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
         at_once = max(1, max_rows // samples)
         for start in range(0, len(order), at_once):
@@ -199,13 +193,13 @@ class Engine:
                 **settings,
             )
             for token in (token for step in steps for token in step):
-                place = group[token.row // samples] * samples + token.row % samples
+                answer = answers[group[token.row // samples] * samples + token.row % samples]
                 if token.kind == "end":
-                    said[place].end = token.id
+                    answer.end = token.id
                 else:
-                    said[place].ids.append(token.id)
-                    said[place].chosen.append(token.kind == "chosen")
-        return said
+                    answer.ids.append(token.id)
+                    answer.chosen.append(token.kind == "chosen")
+        return answers
 
     def complete(self, prompts: Sequence[Sequence[int]], **settings) -> list[list[int]]:
         """The ids of `answers`, tool results included, without the end token."""
@@ -251,17 +245,19 @@ class Engine:
             yield [token for row, token in zip(rows, step, strict=True) if row.left]
             for row, token in zip(rows, step, strict=True):
                 self._advance(row, token)
-            speaking = [b for b, row in enumerate(rows) if row.left]
-            if not speaking:
+            active = [b for b, row in enumerate(rows) if row.left]
+            if not active:
                 return
-            if len(speaking) <= len(rows) // 2:  # the rest would cost more than moving these
-                cache = self._take(cache, speaking, cache.length)
-                rows, step = [rows[b] for b in speaking], [step[b] for b in speaking]
+            if (
+                len(active) <= len(rows) // 2
+            ):  # finished rows cost more than copying the active ones
+                cache = self._take(cache, active, cache.length)
+                rows, step = [rows[b] for b in active], [step[b] for b in active]
             counts = [int(row.left > 0) for row in rows]
             logits_BV = self._decode([token.id for token in step], cache, counts)
 
     def _token(self, row: _Row, drawn: int) -> Token:
-        """A row's next token: what the tool forces, else what was drawn."""
+        """A row's next token: forced by a tool's result, else the sampled one."""
         if row.forced:
             return Token(row.number, row.forced.popleft(), "forced")
         return Token(row.number, drawn, "end" if drawn in self.ends else "chosen")
@@ -306,9 +302,9 @@ class Engine:
 
     @torch.inference_mode()
     def _decode(self, tokens: list[int], cache: _Cache, counts: list[int]) -> Tensor:
-        """The logits [B, V] after one more token of each row; rows that count 0 are over.
+        """The logits [B, V] after one more token of each row; finished rows have count 0.
 
-        The first step of each reach runs as it is; later ones replay it where steps are recorded.
+        The first step of each reach runs eagerly; later ones replay a recording of it, if any.
         """
         cache.ids_B1.copy_(torch.tensor(tokens)[:, None])
         reach = cache.reach(1)
@@ -320,7 +316,7 @@ class Engine:
         return logits_BV
 
     def _recorded(self, cache: _Cache) -> Replay | None:
-        """The step of this cache and reach, recorded; None where that cannot be done."""
+        """A recording of the step with this cache and reach; None if recording fails."""
         if self.record is None:
             return None
         try:
@@ -347,22 +343,22 @@ class Engine:
 
 
 class _Cache(KVCache):
-    """With the addresses that a recorded step reads its tokens from, and what was recorded."""
+    """A KV cache with the input that recorded steps read, and those recordings."""
 
     def __init__(
         self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
     ):
         super().__init__(config, rows, length, device, dtype)
         self.ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.replays: dict[int, Replay | None] = {}  # by reach; None: that reach was met once
+        self.replays: dict[int, Replay | None] = {}  # by reach; None: ran once, not recorded
 
 
 class _Row:
-    """One sample while it is written."""
+    """The state of one sample during generation."""
 
     def __init__(self, number: int, dice: random.Random, left: int):
         self.number, self.dice = number, dice
-        self.left = left  # tokens it may still have; 0: it is over
-        self.source: list[int] | None = None  # of the open python part
-        self.forced: deque[int] = deque()  # what is still to come of a tool's result
+        self.left = left  # tokens it may still produce; 0: finished
+        self.source: list[int] | None = None  # ids of the open python part
+        self.forced: deque[int] = deque()  # the rest of a tool's result
         self.calls = 0

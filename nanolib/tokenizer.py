@@ -1,7 +1,7 @@
-"""Text to ids and back: byte-level BPE, trained by the crate, encoded by tiktoken.
+"""Byte-level BPE: trained by the Rust crate, encoded by tiktoken.
 
-Ids 0 to 255 are the bytes, then come the merges in order, then `SPECIAL_TOKENS`. A special token
-that somebody types is ordinary text: only `Tokenizer.special` gives its id.
+Ids 0 to 255 are the bytes, then come the merges in order, then `SPECIAL_TOKENS`. Encoding treats a
+special token in text as ordinary text: only `Tokenizer.special` returns its id.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-# GPT-4's split, with digits in groups of one or two: small vocabularies have few ids to spare.
+# GPT-4's pattern, but digits in groups of one or two: a small vocabulary has few ids to spare.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -41,8 +41,8 @@ Progress = Callable[[str, int, int | None], object]  # (phase, done, total); see
 class Tokenizer:
     """A trained vocabulary, immutable.
 
-    `merges[n] = (left id, right id)` makes id 256 + n. Raises ValueError when a merge uses an id
-    that does not exist yet or makes the bytes of an earlier token again.
+    `merges[n] = (left id, right id)` defines id 256 + n. Raises ValueError if a merge uses an id
+    that does not exist yet or repeats the bytes of an earlier token.
     """
 
     def __init__(self, merges: Iterable[tuple[int, int]], pattern: str = PATTERN):
@@ -65,11 +65,11 @@ class Tokenizer:
     def train(
         cls, documents: Iterable[str], vocab_size: int, progress: Progress | None = None
     ) -> Tokenizer:
-        """Train on `documents`; `vocab_size` counts bytes, merges and specials.
+        """Train on `documents`; `vocab_size` counts bytes, merges and special tokens.
 
         `progress(phase, done, total)` is called about every 50 ms: phase "count" with the bytes
-        read (total None), then "merge" with the merges done. Raises ValueError when `vocab_size`
-        has no room for bytes and specials or the text has too few pairs for it.
+        read (total None), then "merge" with the merges done. Raises ValueError if `vocab_size` is
+        too small for bytes and special tokens or too large for the text.
         """
         fewest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < fewest:
@@ -87,7 +87,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Read what `save` wrote. Raises ValueError, naming the file, for anything else."""
+        """Load a file that `save` wrote. Raises ValueError, naming the file, for any other."""
         try:
             return cls._from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -117,15 +117,15 @@ class Tokenizer:
         return json.dumps(saved, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def save(self, path: Path | str) -> None:
-        """Write JSON: version, pattern, specials, merges. The file is whole or not there."""
+        """Write version, pattern, special tokens and merges as JSON, atomically."""
         write_atomic(Path(path), self._to_json())
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that differ when anything about the tokenizer does."""
+        """16 hexadecimal digits that identify the tokenizer."""
         return hashlib.sha256(self._to_json().encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ordinary text, special tokens never among them."""
+        """The ids of `text`, never a special token's."""
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
@@ -135,11 +135,11 @@ class Tokenizer:
     def encode_flat(
         self, texts: Iterable[str], threads: int = 1, bos: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`encode` of every text into one array: (ids [N], offsets [texts + 1] int64).
+        """`encode` all texts into one array: (ids [N], offsets [texts + 1] int64).
 
-        Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if asked for; ids are uint16
-        while the vocabulary fits, else uint32. The crate does this, many times faster than
-        tiktoken, which stays the referee. Text with lone surrogates raises ValueError.
+        Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if `bos`; ids are uint16 if the
+        vocabulary fits, else uint32. The crate encodes these many times faster than tiktoken, with
+        the same result. Raises ValueError for text with lone surrogates.
         """
         ids, offsets = self._flat_encoder.encode_batch(
             texts,
@@ -155,14 +155,14 @@ class Tokenizer:
         return rust_tokenizer.Encoder(self.merges, self.pattern)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Bytes that are no UTF-8 come out as U+FFFD; specials as their names."""
+        """The text of `ids`: invalid UTF-8 becomes U+FFFD, special tokens their names."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.token_bytes(id) for id in ids)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token; of a special token its name. ValueError for an unknown id."""
+        """The bytes of one token, or a special token's name. ValueError for an unknown id."""
         if not 0 <= id < self.vocab_size:
             raise ValueError(f"token ids go from 0 to {self.vocab_size - 1}, got {id}")
         return self._bytes[id]
@@ -175,10 +175,10 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """[V] int32: bytes of text a token stands for; specials stand for none.
+        """[V] int32: bytes of text per token, 0 for special tokens.
 
-        Measured on bytes: through str, a token that is part of a character would count as the
-        three bytes of U+FFFD.
+        Measured on bytes: decoded to str, part of a character would count as the three bytes of
+        U+FFFD.
         """
         lengths = np.array([len(token) for token in self._bytes], dtype=np.int32)
         lengths[self.vocab_size - len(SPECIAL_TOKENS) :] = 0
@@ -187,7 +187,7 @@ class Tokenizer:
 
 
 def _token_bytes(merges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes of every ordinary token, checking that `merges` is something BPE can produce."""
+    """The bytes of every ordinary token; ValueError if BPE cannot have produced `merges`."""
     tokens = [bytes([byte]) for byte in range(256)]
     known = set(tokens)
     for number, (left, right) in enumerate(merges):
@@ -195,7 +195,7 @@ def _token_bytes(merges: Sequence[tuple[int, int]]) -> list[bytes]:
             raise ValueError(f"merge {number} joins ({left}, {right}), which do not exist yet")
         token = tokens[left] + tokens[right]
         if token in known:
-            raise ValueError(f"merge {number} makes the token {token!r} a second time")
+            raise ValueError(f"merge {number} repeats the token {token!r}")
         known.add(token)
         tokens.append(token)
     return tokens

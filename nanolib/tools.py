@@ -1,9 +1,9 @@
-"""The sandboxed Python tool: the only place where code that a model wrote ever runs.
+"""The sandboxed Python tool: the only place where code written by a model runs.
 
 `Sandbox` keeps worker processes of pydantic-monty, a Python interpreter written in Rust without
 files, network or environment. Each call gets a fresh session with limits on time, memory,
-recursion and output; what goes wrong comes back as text. Only printed text leaves a worker: the
-host converts values outside every limit, so a source is evaluated *inside* and its repr printed.
+recursion and output; errors are returned as text. A worker returns printed text only: the host
+would convert values outside every limit, so the source is evaluated and its repr printed inside.
 
 Gaps against CPython: no generators, inheritance or `del`, 25 standard modules, some builtins and
 methods as values (``key=d.get``). `Sandbox.check` calls a program that needs one "unsupported".
@@ -30,8 +30,8 @@ SOURCE_BYTES = 16 * 1024
 OUTPUT_BYTES = 4 * 1024
 MEMORY_BYTES = 32 * 1024 * 1024
 ERROR_CHARACTERS = 200
-# A worker serves this many calls, or one slow one: so its whole life is worth a few CPU seconds,
-# and a limit on those ends even one that a killed host left in the middle of a long operation.
+# A worker serves this many calls, or one slow one, so it needs only a few CPU seconds in its life.
+# A limit on those ends even a worker that a killed host left in the middle of a long operation.
 CALLS_PER_WORKER = 50
 SLOW_SECONDS = 0.05
 _LIMITS: monty.ResourceLimits = {
@@ -41,8 +41,8 @@ _LIMITS: monty.ResourceLimits = {
     "max_total_sleep_secs": 0,
 }
 
-# Runs in the sandbox before the source, which sees `names` alone. Monty's own `round` multiplies
-# and divides (wrong for 5 % of halves); Python rounds the exact decimal expansion, as `:.2f` does.
+# Runs before the source, which sees only `names`. Monty's own `round` multiplies and divides (wrong
+# for 5 % of halves); Python rounds the exact decimal expansion, as `:.2f` does.
 _PRELUDE = """
 builtin_round = round
 def exact_round(number, ndigits=None):
@@ -52,7 +52,7 @@ def exact_round(number, ndigits=None):
 names = {"round": exact_round}
 value = None
 """
-# Both end in None: a snippet's last value would travel to the host.
+# Both end in None, since a snippet's last value is sent to the host.
 _RUN = f"""{_PRELUDE}
 try:
     value = eval(source, names)
@@ -66,7 +66,7 @@ exec(source, names)
 if mark not in names:
     raise RuntimeError("the program ended before its last line")
 None"""
-# How Monty says that it lacks something. A program may forge such words, and gains nothing by it.
+# Monty's errors for what it lacks. A program that forges one gains nothing.
 _LACKING = re.compile(
     r"ModuleNotFoundError: |ImportError: cannot import name |AttributeError: module "
     r"|NotImplementedError: .*not (?:yet )?support"
@@ -78,20 +78,20 @@ _ARITHMETIC = re.compile(r"[0-9\s.,()+\-*/%]*")
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a program printed (or its value's repr), and its error as one short line, if any."""
+    """What a program printed, or its value's repr, and its error as one short line, if any."""
 
     output: str
     error: str | None = None
 
     @property
     def text(self) -> str:
-        """What the model is shown: the output, then the error on a line of its own."""
+        """What the model sees: the output, then the error on a line of its own."""
         return "\n".join(part for part in (self.output, self.error) if part)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a program with its tests ran through; `reason` is the error when it did not."""
+    """Whether a program passed its tests; `reason` is the error if it did not."""
 
     outcome: Literal["passed", "failed", "unsupported"]
     reason: str | None = None
@@ -102,11 +102,11 @@ class Verdict:
 
 
 class Sandbox:
-    """Sandbox workers, usable from several threads: ``with Sandbox() as sandbox: …``.
+    """A pool of sandbox workers for use from any thread: ``with Sandbox() as sandbox: …``.
 
-    `seconds` is the time a call may take, `workers` how many calls run at once (None: one a CPU;
-    more calls wait). All workers end when the sandbox is closed; when the host is killed, by
-    themselves: at once, or a few seconds later when they are busy.
+    `seconds` limits each call, `workers` the calls that run at once (default: one per CPU; others
+    wait). Closing the sandbox ends the workers. If the host is killed they end by themselves: at
+    once, or after a few seconds if busy.
     """
 
     def __init__(self, *, seconds: float = 2.0, workers: int | None = None) -> None:
@@ -127,7 +127,7 @@ class Sandbox:
             )
             self._pool = stack.enter_context(pool)
             self._stack = stack.pop_all()
-        probe = self.run("6*7")  # a worker that cannot start must not look like a wrong program
+        probe = self.run("6*7")  # else every program would seem wrong where no worker can start
         if probe.output != "42":
             self.close()
             raise RuntimeError(f"no sandbox worker starts here (`{find_monty_binary()}`): {probe}")
@@ -137,16 +137,16 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End the workers. Closing twice is fine; a call afterwards is a RuntimeError."""
+        """End the workers. May be called twice; using the sandbox afterwards is a RuntimeError."""
         self._pool = None
         self._stack.close()
 
     def run(self, source: str) -> ToolResult:
-        """Run what stands between ``<|python_start|>`` and ``<|python_end|>``: "12*7" gives "84".
+        """Run the text between ``<|python_start|>`` and ``<|python_end|>``: "12*7" gives "84".
 
-        An expression gives its repr (None gives nothing), statements what they print. In plain
-        arithmetic commas between digits are ignored (`without_commas`). Nothing that the source
-        does raises here. A flood of more than `OUTPUT_BYTES` is an error.
+        An expression gives its repr (None gives nothing), statements give what they print. Plain
+        arithmetic may have commas (`without_commas`). Errors of the program are returned, not
+        raised; more than `OUTPUT_BYTES` of output is one.
         """
         output = monty.CollectString(max_bytes=OUTPUT_BYTES)
         error = self._feed(_RUN, {"source": without_commas(source.strip())}, output)
@@ -156,10 +156,10 @@ class Sandbox:
         """Grade a program that ends with its own tests: HumanEval's prompt + completion + tests
         + ``check(entry_point)``.
 
-        It passed only if its last line was reached: a ``return`` or an exit on the way fails. It
-        is "unsupported" if it stopped at something that CPython has and the sandbox lacks.
+        It passes only if it reaches its last line: an early ``return`` or exit fails. It is
+        "unsupported" if it needs something that CPython has and the sandbox lacks.
         """
-        mark = f"reached_{secrets.token_hex(8)}"  # set last, and not to be guessed
+        mark = f"reached_{secrets.token_hex(8)}"  # set last; cannot be guessed
         inputs = {"source": f"{program}\n{mark} = True\n", "mark": mark}
         error = self._feed(_CHECK, inputs, monty.CollectString(max_bytes=OUTPUT_BYTES))
         if error is None:
@@ -167,8 +167,8 @@ class Sandbox:
         return Verdict("unsupported" if _is_lacking(error) else "failed", error)
 
     def _feed(self, code: str, inputs: dict[str, str], output: monty.CollectString) -> str | None:
-        """Run our `code` on the inputs in a fresh session; its error as text, or None."""
-        pool = self._pool  # another thread may close the sandbox meanwhile
+        """Run our `code` on `inputs` in a fresh session; return its error as text, or None."""
+        pool = self._pool  # another thread may close the sandbox
         if pool is None:
             raise RuntimeError("the sandbox is closed: use it inside `with Sandbox() as sandbox:`")
         if len(inputs["source"].encode(errors="replace")) > SOURCE_BYTES:
@@ -184,7 +184,7 @@ class Sandbox:
                 try:
                     session.feed_run(code, inputs=inputs, print_callback=output)
                 finally:
-                    worker = session.worker_pid  # None where it crashed
+                    worker = session.worker_pid  # None if it crashed
                     if worker is not None and time.monotonic() - started > SLOW_SECONDS:
                         with suppress(ProcessLookupError):
                             os.kill(worker, signal.SIGKILL)  # the pool starts another
@@ -198,7 +198,7 @@ class Sandbox:
         return None
 
     def _plain(self, error: str) -> str:
-        """One line of at most `ERROR_CHARACTERS`, without figures that vary from run to run."""
+        """One line of at most `ERROR_CHARACTERS`, without numbers that vary from run to run."""
         if "feed time limit exceeded" in error:
             return f"TimeoutError: the program took longer than {self.seconds:g} s"
         if "memory limit exceeded" in error or "exceeded its memory limit" in error:
@@ -220,10 +220,10 @@ def without_commas(source: str) -> str:
 
 
 def _write_launcher(folder: Path, seconds: float) -> Path:
-    """A script that closes what it inherited, lowers its rlimits and becomes the worker.
+    """A script that closes inherited descriptors, lowers its rlimits and becomes the worker.
 
-    Other ranks' sockets come down from the host: they are none of the sandbox's business, and
-    more than RLIMIT_NOFILE of them would leave the worker no descriptor of its own.
+    The host's sockets to other ranks are inherited too: more than RLIMIT_NOFILE of them would leave
+    the worker no descriptor of its own.
     """
     limits = {
         "RLIMIT_CORE": 0,
@@ -241,7 +241,7 @@ def _write_launcher(folder: Path, seconds: float) -> Path:
         "    resource.setrlimit(getattr(resource, name), (value, value))\n"
         f"os.execve({binary!r}, [{binary!r}, *sys.argv[1:]], {{}})\n"
     )
-    launcher = folder / "launch.sh"  # what a worker says on stderr would come back as an error too
+    launcher = folder / "launch.sh"  # a worker's stderr would be taken for an error
     run = f"exec '{sys.executable}' -IS '{folder}/launch.py' \"$@\" 2>/dev/null"
     launcher.write_text(f"#!/bin/sh\n{run}\n")
     launcher.chmod(0o700)
@@ -249,8 +249,8 @@ def _write_launcher(folder: Path, seconds: float) -> Path:
 
 
 def _is_lacking(error: str) -> bool:
-    """Whether an error names a builtin or method that CPython has and the sandbox lacks, or a
-    module (or something in one) that CPython may have."""
+    """Whether an error names a builtin, method or module that CPython has, or may have, and the
+    sandbox lacks."""
     found = _LACKING.match(error)
     if found is None:
         return False
