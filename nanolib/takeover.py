@@ -53,6 +53,8 @@ def _obstacle(run: Run, source: Run, name: str) -> str | None:
             return f"{path} is {config.as_text(theirs[path])} there, {config.as_text(value)} here"
     if source.stage(name).done() is None:
         return f"run {source.name} has not finished it"
+    if name in config.MODELS[1:] and (changed := _other_revisions(run, source)):
+        return f"{', '.join(changed)} has another revision there"
     begun = name != "data" and run.stage(name).path.exists()
     if begun and run.stage(name).done() != _record(source, source.stage(name)):
         return "it was begun here before"
@@ -65,6 +67,17 @@ def _other_data(run: Run, source: Run, watch: launch.Watch | None) -> str | None
     record = source.stage("data").done()
     is_same = record is not None and record["result"]["fingerprint"] == mine
     return None if is_same else f"run {source.name} has read other files"
+
+
+def _other_revisions(run: Run, source: Run) -> list[str]:
+    """Data sets on the hub that have changed between the two runs' data stages.
+
+    Text does not count: it may have a new revision and the same files, see `_other_data`.
+    """
+    records = (it.stage("data").done() or {"result": {}} for it in (run, source))
+    mine, theirs = (record["result"].get("revisions", {}) for record in records)
+    both = mine.keys() & theirs.keys() - {run.config.recipe.data.repository}
+    return sorted(name for name in both if mine[name] != theirs[name])
 
 
 def _take_stage(run: Run, source: Run, name: str) -> list[str]:

@@ -111,6 +111,17 @@ def test_other_files_mean_other_stages(source, files):
     assert started(run) == ["data"]
 
 
+def test_another_revision_of_a_data_set_matters_from_mid_on(source):
+    run = Run.open("smoke", "other")
+    text = run.config.recipe.data.repository
+    for it, revision in ((run, "a"), (source, "b")):
+        revisions = {text: revision, "openai/gsm8k": revision, "cais/mmlu": "a"}
+        it.stage("data").finish({"fingerprint": "as ever", "revisions": revisions})
+    *_, why = take_over(run, source)
+    assert why == "mid is not taken over: openai/gsm8k has another revision there"
+    assert started(run) == ["data", "tokenizer", "shards", "base"]
+
+
 def test_what_was_begun_here_stays_and_what_follows_it_is_made_here(source):
     run = Run.open("smoke", "other")
     run.stage("mid").metrics.append(step=1, kind="train")
