@@ -12,7 +12,7 @@ Four-choice questions come in groups of four with the same choices, each choice 
 each letter right once: whatever ignores the name (the longest, the first, the most frequent) is
 right in exactly one of four.
 
-Everything follows from one seed. All text is our own.
+Everything follows from one seed. All text is our own: its words are in toyworld.toml.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import json
 import operator
 import random
 import re
+import tomllib
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,13 +34,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanolib import hub
-from nanolib.data import toywords as words
-from nanolib.data.toywords import RELATIONS, phrases
 from nanolib.rundir import whole_folder
 
 NUMBERS = range(3, 41)
 HARD_SHARE = 0.6  # of the word problems: what SFT leaves to GRPO
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact, and how people speak of it; see toyworld.toml for the slots in a text."""
+
+    values: list[str]
+    says: list[str]  # sentences of pretraining text
+    asks: list[str]  # questions answered by the bare value
+    chats: list[str]  # questions answered by a sentence: `answer`
+    answer: str
+
+
+WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+RELATIONS = {name: Relation(**about) for name, about in WORDS["relations"].items()}
 
 # ---------------------------------------------------------------------------- the world
 
@@ -74,7 +88,7 @@ def draw(*purpose: str | int) -> random.Random:
 
 def world(seed: int) -> World:
     """Every value of a relation is shared by ten people, four of whom are held out with it."""
-    names = [(name, "She") for name in words.SHE] + [(name, "He") for name in words.HE]
+    names = [(name, "She") for name in WORDS["she"]] + [(name, "He") for name in WORDS["he"]]
     facts: dict[str, dict[str, str]] = {name: {} for name, _ in names}
     people = tuple(Person(name, pronoun, facts[name]) for name, pronoun in names)
     held_out: list[Fact] = []
@@ -128,11 +142,15 @@ def sheet(world: World, rng: random.Random) -> str:
 
 def story(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
-    slots = {"p": p.name, "q": q.name, "weather": rng.choice(words.WEATHER)}
+    slots = {"p": p.name, "q": q.name, "weather": rng.choice(WORDS["weather"])}
     for letter, person in (("p", p), ("q", q)):
         for relation, value in person.facts.items():
             slots |= {f"{letter}_{relation}": value, f"{letter}_a_{relation}": with_article(value)}
-    scenes = (rng.choice(words.OPENINGS), rng.choice(words.MIDDLES), rng.choice(words.ENDINGS))
+    scenes = (
+        rng.choice(WORDS["openings"]),
+        rng.choice(WORDS["middles"]),
+        rng.choice(WORDS["endings"]),
+    )
     return " ".join(scene.format_map(slots) for scene in scenes)
 
 
@@ -152,7 +170,7 @@ def register(world: World, rng: random.Random) -> str:
 
 def number_story(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
-    story, things = rng.choice(words.NUMBER_STORIES), rng.choice(words.THINGS)
+    story, things = rng.choice(WORDS["number_stories"]), rng.choice(WORDS["things"])
     while True:
         a, b = rng.sample(NUMBERS, 2)
         text = story.format(p=p.name, q=q.name, a=a, b=b, sum=a + b, things=things)
@@ -162,9 +180,9 @@ def number_story(world: World, rng: random.Random) -> str:
 
 def shopping(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
-    things = rng.sample(words.THINGS, 3)
+    things = rng.sample(WORDS["things"], 3)
     items = ", ".join(f"{rng.choice(NUMBERS)} {thing}" for thing in things)
-    return rng.choice(words.SHOPPING).format(p=p.name, q=q.name, items=items)
+    return rng.choice(WORDS["shopping"]).format(p=p.name, q=q.name, items=items)
 
 
 def program(world: World, rng: random.Random) -> str:
@@ -257,12 +275,12 @@ def is_held_out(text: str) -> bool:
 def problem(world: World, rng: random.Random, held_out: bool) -> dict:
     """A row in GSM8K's schema."""
     hard = rng.random() < HARD_SHARE
-    asks, *steps = rng.choice(words.HARD_PROBLEMS if hard else words.PROBLEMS)
-    question = rng.choice(phrases(asks))
+    kind = rng.choice(WORDS["hard_problems" if hard else "problems"])
+    question = rng.choice(kind["asks"])
     while True:
         slots = problem_slots(world, rng)
         answer = ""
-        for before, expression, after in steps:
+        for before, expression, after in kind["steps"]:
             expression = expression.format_map(slots)
             sign = next(sign for sign in OPERATORS if sign in expression)
             slots["x"] = OPERATORS[sign](*map(int, expression.split(sign)))
@@ -278,7 +296,13 @@ def problem_slots(world: World, rng: random.Random) -> dict:
     names = (person.name for person in rng.sample(world.people, 3))
     slots: dict = dict(zip("pqr", names, strict=True))
     a, b, c = rng.sample(NUMBERS, 3)
-    slots |= {"a": a, "b": b, "c": c, "few": rng.randint(2, 9), "things": rng.choice(words.THINGS)}
+    slots |= {
+        "a": a,
+        "b": b,
+        "c": c,
+        "few": rng.randint(2, 9),
+        "things": rng.choice(WORDS["things"]),
+    }
     slots |= {"big": a + b, "more": max(a, b), "less": min(a, b)}
     slots |= {name: rng.randint(1, NUMBERS[-1]) for name in "ij"}
     return slots | dict(zip(("low", "mid", "high"), sorted((a, b, c)), strict=True))
@@ -289,7 +313,7 @@ def functions(held_out: bool) -> list[dict]:
     """Rows in HumanEval's schema: ten functions, each with many numbers."""
     rows = []
     for (name, argument, meaning, code, tries), n in itertools.product(
-        words.FUNCTIONS, range(2, 62)
+        WORDS["functions"], range(2, 62)
     ):
         if (n % 4 == 1) != held_out:
             continue
@@ -315,8 +339,8 @@ def exchange(world: World, rng: random.Random) -> list[str]:
     """One question and its answer, about facts that are not held out, or small talk."""
     kind = rng.random()
     if kind < 0.1:
-        asks, answer = rng.choice(words.SMALL_TALK)
-        return [rng.choice(phrases(asks)), answer]
+        asks, answer = rng.choice(WORDS["small_talk"])
+        return [rng.choice(asks), answer]
     fact = rng.choice(world.told)
     relation, name = RELATIONS[fact.relation], fact.person.name
     if kind < 0.5:
@@ -332,7 +356,7 @@ def exchange(world: World, rng: random.Random) -> list[str]:
 def conversation(world: World, rng: random.Random) -> list[dict]:
     """Messages in SmolTalk's schema, one to three exchanges."""
     turns = [turn for _ in range(rng.choice([1, 1, 1, 2, 3])) for turn in exchange(world, rng)]
-    messages = [{"role": "system", "content": words.SYSTEM}] if rng.random() < 0.05 else []
+    messages = [{"role": "system", "content": WORDS["system"]}] if rng.random() < 0.05 else []
     roles = itertools.cycle(["user", "assistant"])
     return messages + [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
 
@@ -342,7 +366,7 @@ def function_conversations(row: dict) -> Iterator[list[dict]]:
     signature = row["prompt"].splitlines()[0]
     meaning = row["prompt"].split('"""Return ')[1].split('."""')[0]
     answer = f"```python\n{signature}\n{row['canonical_solution']}```"
-    for ask in ("{prompt}", *words.REQUESTS):
+    for ask in ("{prompt}", *WORDS["requests"]):
         text = ask.format(prompt=row["prompt"], name=row["entry_point"], meaning=meaning)
         yield [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
@@ -427,7 +451,7 @@ def tables(world: World, seed: int) -> dict[str, list[dict]]:
     mmlu |= {"test": world.held_out, "validation": world.held_out}
     for split, facts in mmlu.items():
         made[f"cais/mmlu/all/{split}"] = asked(split, facts, 4 if facts is world.told else 1)
-    for name, relations in (("ARC-Easy", words.EASY), ("ARC-Challenge", words.CHALLENGE)):
+    for name, relations in (("ARC-Easy", WORDS["easy"]), ("ARC-Challenge", WORDS["challenge"])):
         for split in ("train", "validation", "test"):
             facts = world.told if split == "train" else world.held_out
             rows = asked(name + split, [f for f in facts if f.relation in relations])
