@@ -13,7 +13,7 @@ from nanolib.config import ModelConfig
 from nanolib.conversation import Conversation, choice_question
 from nanolib.data import toyworld
 from nanolib.engine import Engine
-from nanolib.evals import choices
+from nanolib.evals import choices, core
 from nanolib.tokenizer import Tokenizer
 
 TEXT = "Which colour does Mira like best? Mira likes red, blue, green and golden. (A) (B) (C) (D)"
@@ -99,7 +99,7 @@ def test_only_the_letters_of_choices_there_are_count(engine, arc):
 
 
 def test_a_long_question_loses_its_beginning_and_a_choice_never_loses_anything(
-    random_model, arc, cpu
+    random_model, arc, cpu, monkeypatch
 ):
     """The context holds 40 tokens: no question fits beside its longest choice."""
     short = Engine(
@@ -110,16 +110,22 @@ def test_a_long_question_loses_its_beginning_and_a_choice_never_loses_anything(
         for a, b in itertools.permutations(WORDS, 2)
     ]
     task, end = arc(*rows), TOKENIZER.special("<|assistant_end|>")
-    expected = []
+    expected, prompts, scored = [], [], []
+    score = core.score
+    monkeypatch.setattr(
+        core, "score", lambda model, of, on: scored.extend(of) or score(model, of, on)
+    )
     for question, texts in rows:
         answers = [[*TOKENIZER.encode(text), end] for text in texts]
         room = 40 + 1 - max(map(len, answers))
         prompt = Conversation.ask(question).prompt(TOKENIZER)
         prompt = prompt[:2] + prompt[-(room - 2) :]  # <|bos|> <|user_start|> stay
         assert 4 < len(prompt) == room
+        prompts.append((prompt, answers))
         scores = [log_probability(short, prompt, answer) for answer in answers]
         expected.append(scores.index(max(scores)) == 0)
     assert choices.by_text(short, task, range(len(rows))) == (expected, len(rows))
+    assert [(prompt.context, prompt.continuations) for prompt in scored] == prompts
     assert 0 < sum(expected) < len(rows)
     scores = choices.evaluate(short, task, range(len(rows)))
     assert (scores["text"], scores["cut"]) == (sum(expected) / len(rows), 2 * len(rows))
