@@ -73,7 +73,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The depth dial and what hangs on it."""
+    """The size of the model, mostly decided by its depth."""
 
     preset: Literal["classic"] = "classic"  # the October 2025 architecture
     depth: Count = 20
@@ -130,7 +130,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What all training stages have; the learning rate goes up, stays, goes down (see `train`)."""
+    """What all training stages share; the learning rate warms up, stays, decays (see `train`)."""
 
     enabled: bool = True
     steps: Count | None = None
@@ -139,7 +139,7 @@ class Schedule:
     lr: Positive = 1.0  # multiplies every learning rate of [optim]
     warmup: Fraction = 0.0  # fraction of the steps
     warmdown: Fraction = 0.2  # fraction of the steps
-    final: Fraction = 0.0  # fraction of lr at the last step's end
+    final: Fraction = 0.0  # fraction of lr at the end of the last step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationConfig(Schedule):
-    """A stage that learns what the assistant says in a mixture of conversations."""
+    """A stage that trains on what the assistant says in a mixture of conversations."""
 
     epochs: Positive = 1.0  # passes over the mixture, when steps is not given
     batch_tokens: Count = 524_288  # over all ranks and micro-batches, padding included
@@ -203,10 +203,10 @@ class GRPOConfig(Schedule):
     max_new_tokens: Count = 256
     temperature: Positive = 1.0
     top_k: Count | None = 50
-    updates_each: Count = 1  # on the same answers; more than 1: clipped
+    updates_each: Count = 1  # optimizer updates on the same answers; clipped from the second on
     clip: Positive = 0.2  # of the probability ratio, in further updates
-    shuffled: bool = False  # a control: each question's rewards are dealt to its answers at random
-    eval_questions: Count = 400  # held-out ones, scored on the way
+    shuffled: bool = False  # a control: each question's rewards are shuffled among its answers
+    eval_questions: Count = 400  # held-out questions in each evaluation
     eval_samples: Count = 8  # of each, for pass@1 to pass@8; with `top_k`, at temperature 1
 
 
@@ -222,7 +222,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is computed: saved in the manifest and in every checkpoint."""
+    """What is computed; saved in the manifest and in every checkpoint."""
 
     seed: int = 1
     data: DataConfig = field(default_factory=DataConfig)
@@ -237,13 +237,13 @@ class Recipe:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The stages that leave a model and are not left out, in order."""
+        """The enabled stages that leave a model, in order."""
         return tuple(name for name in MODELS if getattr(self, name).enabled)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
-    """What it is computed on: free to differ at every opening of a run."""
+    """What computes it: may differ each time a run is opened."""
 
     ranks: Count | None = None  # processes; None: one a GPU, or one
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -463,7 +463,7 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     return Config(profile=profile, recipe=_derive(recipe), machine=machine)
 
 
-# What recipes that were saved by the first edition mean where they lack a newer setting.
+# Values of newer settings for recipes saved by the first edition, which lack them.
 FIRST_EDITION = {"optim.every_stage": True}
 
 

@@ -1,4 +1,4 @@
-"""A run is a directory, and everything about it can be read there.
+"""A run is a directory that holds everything about it.
 
     runs/out/<id>/
         manifest.json               what is computed: the recipe; written once
@@ -6,13 +6,14 @@
         <stage>/metrics.jsonl       one row a step, see `Metrics`
         <stage>/attempts.jsonl      when it was worked on, see `nanolib.attempts`
         <stage>/checkpoints/        see `nanolib.checkpoint`
-        <stage>/log.txt             what the stage's processes printed; locked while they live
+        <stage>/log.txt             output of the stage's processes; locked while they run
         eval/<stage>/…              the same files for the evaluation of one stage's model
         chapters/                   executed notebooks
         attempts.jsonl              when `nanolib run` worked on it
         report.md
 
-Every file has one writer. Files that must be whole are written under a temporary name and renamed.
+Every file has one writer. Files that must not be torn are written under a temporary name and
+renamed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any, BinaryIO
 from nanolib import config as settings
 from nanolib.config import Config
 
-LATEST = "latest"  # a link beside the runs to the one opened last
+LATEST = "latest"  # the name of a link to the run opened last
 
 
 def runs_folder() -> Path:
@@ -60,11 +61,11 @@ def warn_once(message: str) -> None:
 
 @contextlib.contextmanager
 def saving(path: Path) -> Generator[None, None, None]:
-    """Turn a full disk, met by any library while writing `path`, into a message with a remedy."""
+    """Turn a full disk, whichever library reports it, into a ValueError with a remedy."""
     try:
         yield
     except Exception as error:
-        # The same words come from OSError, safetensors and torch.
+        # OSError, safetensors and torch all use these words.
         if re.search("no space left on device|quota exceeded", str(error), re.IGNORECASE):
             raise ValueError(
                 f"the disk is full: {path} could not be written. What was saved before is intact; "
@@ -208,14 +209,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What finds this run again from anywhere: its id, or its path if it lives elsewhere."""
+        """What `load` finds this run by: its id, or its path if it is outside the runs folder."""
         return self.id if self.path.parent == runs_folder().resolve() else str(self.path)
 
     @classmethod
     def open(
         cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
     ) -> Run:
-        """Open a run, making it first if there is none; the same call twice opens the same run.
+        """Open a run, creating it if there is none; the same call twice opens the same run.
 
         profile: a file in ``runs/``. run: an id, or a path if it has a slash (relative to the
         repository); None: the profile's name, plus a short hash where `overrides` change the
@@ -233,7 +234,7 @@ class Run:
     def peek(
         cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
     ) -> Run:
-        """The run that `open` would open or make; nothing is written. Raises what `open` raises."""
+        """The run that `open` would open or create; nothing is written. Raises what `open` raises."""
         return cls._find(profile, run, settings.check_overrides(overrides or {}))
 
     @classmethod
@@ -409,7 +410,7 @@ def _refusal(path: Path, key: str, saved: Any, asked: Any) -> ValueError:
 
 
 def _remember(path: Path) -> None:
-    """Point the link to the run opened last at `path`."""
+    """Point the LATEST link at `path`."""
     link = runs_folder() / LATEST
     link.parent.mkdir(parents=True, exist_ok=True)
     temporary = link.with_name(f".{LATEST}.{threading.get_native_id()}")

@@ -1,7 +1,7 @@
 """The command line: ``nanolib run demo``, ``nanolib chat``, …
 
 Any setting may be given by its dotted path (``--base.steps 100``), which is why those words are
-taken out of the command line before tyro reads the rest. A user's mistake is one line and exit
+removed from the command line before tyro reads the rest. A user's mistake is one line and exit
 code 2. Nothing heavy is imported before it is needed.
 """
 
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _as_ctrl_c(number: int, frame: object) -> None:
-    """A polite kill is treated as Ctrl-C: what is running saves first."""
+    """Treat SIGTERM as Ctrl-C, so that a running stage saves first."""
     raise KeyboardInterrupt
 
 
 def _end_with(parent: int) -> None:
-    """Stop when `uv run` is gone: who kills that means us, and uv cannot tell us of a kill -9."""
+    """Stop when `uv run` has died: a kill -9 of it does not reach us."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -108,14 +108,14 @@ class Commands:
         dry_run: bool = False,
         on: Annotated[str | None, tyro.conf.arg(metavar="MACHINE")] = None,
     ) -> None:
-        """Go the whole road of a profile, from text to chat, chapter by chapter.
+        """Run all stages of a profile, from text to chat, chapter by chapter.
 
-        The same command goes on where the last one ended. Any setting may follow by its dotted
-        path (--base.steps 100); short are --depth N, --mirror FOLDER and --nproc RANKS.
+        The same command resumes an interrupted run. Any setting may follow by its dotted
+        path (--base.steps 100); --depth N, --mirror FOLDER and --nproc RANKS are short forms.
 
         Args:
             profile: A file in runs/, such as demo.
-            detach: Run in the background, also when this terminal closes; see nanolib watch.
+            detach: Run in the background, even after this terminal closes; see nanolib watch.
             dry_run: Check chapters, settings, memory and data; write and train nothing.
             on: With --dry-run: the machine it is for, such as 8xH100. [this one]
         """
@@ -143,7 +143,7 @@ class Commands:
         print(runs.table())
 
     def watch(self, run: RunName = None) -> None:
-        """Follow a run from any terminal, until it ends; Ctrl-C leaves the run alone."""
+        """Follow a run from any terminal until it ends; Ctrl-C does not stop the run."""
         pipeline.watch(self._open(run))
 
     def plan(
@@ -154,7 +154,7 @@ class Commands:
     ) -> None:
         """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
 
-        --depth 26 is the dial; any other setting may follow by its dotted path.
+        --depth 26 sets the size; any other setting may follow by its dotted path.
 
         Args:
             profile: A file in runs/.
@@ -175,11 +175,11 @@ class Commands:
         source: SourceName = None,
         profile: Annotated[str | None, tyro.conf.arg(metavar="PROFILE")] = None,
     ) -> None:
-        """Bring one stage, and what is missing before it, to its end, without notebooks.
+        """Run one stage, and whatever it needs that is not finished, without notebooks.
 
         Args:
             name: One of data, tokenizer, shards, base, mid, sft, grpo, eval, report.
-            profile: Open a run of this profile, making it if there is none.
+            profile: Open the run of this profile; create it if there is none.
         """
         other = Run.load(_absolute(source)) if source else None
         opened = Run.open(profile, _absolute(run), self.overrides) if profile else self._open(run)
@@ -203,11 +203,11 @@ class Commands:
         prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="QUESTION")] = None,
         temperature: float = 0.6,
     ) -> None:
-        """Talk with a run's model: Ctrl-C stops an answer, Ctrl-D leaves, /help says what else.
+        """Talk with a run's model: Ctrl-C stops an answer, Ctrl-D quits, /help lists commands.
 
         Args:
-            prompt: Ask this one question, print the answer and leave.
-            temperature: 0 takes the likeliest word every time, 1 draws as the model learned.
+            prompt: Ask this one question, print the answer and exit.
+            temperature: 0 always takes the likeliest token, 1 samples from the distribution as it is.
         """
         from nanolib.session import Session
         from nanolib.ui import terminal
@@ -227,12 +227,12 @@ class Commands:
         port: int = 8000,
         temperature: float = 0.6,
     ) -> None:
-        """Serve a web page to talk with a run's model, to this machine alone: Ctrl-C ends.
+        """Serve a web page to talk with a run's model, on this machine alone; Ctrl-C stops it.
 
         Args:
             host: The address to listen on; 0.0.0.0 lets everyone on the network in.
             port: 0 takes any free one.
-            temperature: What the page begins with.
+            temperature: The page's initial setting.
         """
         from nanolib.ui import server
 
@@ -243,7 +243,7 @@ class Commands:
         run: RunName = None,
         against: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None,
     ) -> None:
-        """Write a run's report card again, from its directory alone.
+        """Write a run's report card again from its directory.
 
         Args:
             against: Print the run side by side with this one instead.
@@ -284,11 +284,11 @@ class Commands:
             print(f"{out}: {packed.size(text)}")
 
     def notebooks(self, refresh: bool = False, check: bool = False) -> None:
-        """Keep notebooks/NN_*.py and their .ipynb twins the same.
+        """Keep notebooks/NN_*.py and their .ipynb twins in sync.
 
         Args:
             refresh: Execute profile demo and renew every .ipynb with its outputs.
-            check: Name the twins that differ; the exit code is 2 if any do.
+            check: List the pairs that differ; exit code 2 if any do.
         """
         if refresh == check:
             raise ValueError("nanolib notebooks needs one of --refresh and --check")
