@@ -1,7 +1,7 @@
-"""What was said, as HTML: the same in the page of `nanolib serve` and in the notebook's widget.
+"""Messages as HTML, for the page of `nanolib serve` and for the notebook's widget.
 
-A model may write anything, and so may a user. Everything is escaped, markdown has no HTML and no
-images, and a link leads only where `LINKS` says: nothing that was said runs or loads anything.
+Neither model nor user is trusted: everything is escaped, Markdown is rendered without HTML and
+images, and links have only the schemes in `LINKS`, so no message can run or load anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUMMARY_CHARACTERS = 60  # of a program's or a result's first line
 # How GSM8K ends an answer: a line such as "#### 42". Any other line with #### is a heading.
 FINAL_ANSWER = re.compile(r"####[ \t]*(-?\$?[\d.,]*\d%?)\.?[ \t]*")
 
-# Every colour derives from the text's own, so that it suits a light and a dark surrounding.
+# All colours derive from the text's, to suit light and dark themes.
 CSS = """
 .nanolib-answer, .nanolib-said { line-height: 1.55; overflow-wrap: anywhere; }
 .nanolib-answer > :first-child { margin-top: 0; }
@@ -54,7 +54,7 @@ CSS = """
 
 
 def answer_html(parts: Sequence[Part]) -> str:
-    """An answer, finished or not: text as markdown, each program folded with what it printed."""
+    """An answer, finished or not: text as Markdown, each program folded with its output."""
     pieces = []
     for is_text, run in groupby(parts, lambda part: part.kind == "text"):
         if is_text:
@@ -65,12 +65,12 @@ def answer_html(parts: Sequence[Part]) -> str:
 
 
 def user_html(text: str) -> str:
-    """What a user said: their own characters and lines, nothing rendered."""
+    """A user's message as typed, nothing rendered."""
     return f'<div class="nanolib-said">{html.escape(text)}</div>'
 
 
 def _calls(parts: Sequence[Part]) -> Iterator[tuple[str | None, str | None]]:
-    """Programs with their outputs; None for an output to come, or one that no program made."""
+    """(program, output) pairs; None where the output is still to come or has no program."""
     source = None
     for part in parts:
         if part.kind == "output":
@@ -103,11 +103,11 @@ def _first_line(text: str) -> str:
 def _markdown() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    # A single newline is kept: small models, unlike writers of markdown, mean it.
+    # Keep single newlines: unlike authors of Markdown, small models mean them.
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True})
-    markdown.enable("table").disable("image")  # an image becomes a link to itself
+    markdown.enable("table").disable("image")  # an image becomes a link
     markdown.validateLink = lambda url: url.lower().startswith(LINKS)
-    interrupts = ["paragraph", "reference", "blockquote"]  # as the list rule has it itself
+    interrupts = ["paragraph", "reference", "blockquote"]  # the list rule's own default
     markdown.block.ruler.at("list", _list, {"alt": interrupts})
     markdown.block.ruler.before("heading", "final", _final_answer, {"alt": interrupts})
     markdown.add_render_rule("link_open", _link_open)
@@ -115,7 +115,7 @@ def _markdown() -> MarkdownIt:
 
 
 def _list(state, start: int, end: int, silent: bool) -> bool:
-    """Lists, but for a number and a full stop alone: "42." is an answer, not an empty list."""
+    """The list rule, except for a number alone: "42." is an answer, not an empty list."""
     from markdown_it.rules_block import list_block
 
     alone = re.fullmatch(r"\d+[.)]\s*", _line(state, start))

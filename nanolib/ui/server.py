@@ -1,9 +1,9 @@
-"""The web page of ``nanolib serve``: a chat that streams, on this machine alone.
+"""The server of ``nanolib serve``: a web page that streams a chat, by default for this machine only.
 
-The page holds the conversation and sends all of it with each question; the server keeps nothing
-between two requests, so a tab is a conversation and a restart loses none. An answer comes as lines
-of JSON (see `ChatQueue.lines`). Answers are written one at a time, in the order they were asked for;
-whoever closes the connection stops theirs.
+The page holds the conversation and sends all of it with each question. The server keeps no state
+between requests, so each tab is a conversation of its own and a restart loses none. An answer is
+sent as lines of JSON (see `ChatQueue.lines`). Questions are answered one at a time, in order;
+closing the connection stops the answer.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from nanolib.ui import markup
 
 BODY_BYTES = 1024 * 1024
 MESSAGES = 1000
-PAUSE = 0.05  # seconds between two redraws of an answer
+PAUSE = 0.05  # seconds between two updates of an answer
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-OPTIONS = {"temperature": (0, 5), "top_k": (1, 2**20), "seed": (0, 2**53)}  # and their bounds
+OPTIONS = {"temperature": (0, 5), "top_k": (1, 2**20), "seed": (0, 2**53)}  # with bounds
 _log = logging.getLogger(__name__)
 
 
@@ -49,14 +49,14 @@ def serve(
     port: int = 8000,
     temperature: float = 0.6,
 ) -> None:
-    """Serve the chat with a run's model until Ctrl-C (KeyboardInterrupt); port 0: any free one.
+    """Serve a chat with a run's model until Ctrl-C (KeyboardInterrupt); port 0 takes a free one.
 
-    Raises ValueError, before any model is loaded, where the port cannot be had.
+    Raises ValueError, before any model is loaded, if the port is not available.
     """
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
-            app.state.chats.stop()  # or it would wait for the answers' ends
+            app.state.chats.stop()  # or the server would wait for the answers to end
             super().handle_exit(sig, frame)
 
     with _listen(host, port) as listener, Session.open(run, of, temperature=temperature) as opened:
@@ -83,62 +83,62 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-# ---------------------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------------------- requests
 
 
 def read_question(body: bytes) -> tuple[Conversation, dict[str, Any]]:
     """Read ``{"messages": [{"role", "content"}, …], "temperature", "top_k", "seed"}``.
 
-    What was said, the question last, and the options that are given. Raises ValueError that says
-    what is wrong and how it should be.
+    Returns the conversation, which ends with the question, and the options given. Raises
+    ValueError that says what is wrong and what is expected.
     """
     try:
-        asked = json.loads(body)
+        request = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the body must be JSON: {error}") from None
-    if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list):
+    if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
         raise ValueError('the body must be an object with a list of "messages"')
-    if unknown := set(asked) - {"messages", *OPTIONS}:
+    if unknown := set(request) - {"messages", *OPTIONS}:
         raise ValueError(
             f"unknown {', '.join(map(repr, sorted(unknown)))}; there are messages, "
             + ", ".join(OPTIONS)
         )
-    if len(asked["messages"]) > MESSAGES:
+    if len(request["messages"]) > MESSAGES:
         raise ValueError(
-            f"at most {MESSAGES} messages, got {len(asked['messages'])}; start a new chat"
+            f"at most {MESSAGES} messages, got {len(request['messages'])}; start a new chat"
         )
-    for number, message in enumerate(asked["messages"], 1):
+    for number, message in enumerate(request["messages"], 1):
         _check_message(number, message)
-    conversation = Conversation.from_messages(asked["messages"])
+    conversation = Conversation.from_messages(request["messages"])
     last = conversation.messages[-1]
     if last.role != "user":
         raise ValueError("the last message must be the user's: there is nothing to answer")
     if not last.text.strip():
         raise ValueError("the last message is empty; say something")
-    return conversation, _options(asked)
+    return conversation, _options(request)
 
 
 def _check_message(number: int, message: Any) -> None:
-    """The schema; what roles and parts there are, and their order, the conversation knows."""
+    """Check the schema of a message; `Conversation` checks roles, kinds of parts and order."""
     try:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         words = [message["role"], *(part[key] for part in parts for key in ("type", "text"))]
-        whole = "".join(words)
+        text = "".join(words)
     except (KeyError, TypeError):
         raise ValueError(
             f'message {number} must be {{"role": …, "content": text or a list of '
             '{"type": "text", "python" or "output", "text": …}}'
         ) from None
     try:
-        whole.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"message {number} has half a character (a lone surrogate)") from None
 
 
-def _options(asked: dict[str, Any]) -> dict[str, Any]:
-    """Those given, each within its bounds."""
-    options = {name: asked[name] for name in OPTIONS if name in asked}
+def _options(request: dict[str, Any]) -> dict[str, Any]:
+    """The options given, each checked against its bounds."""
+    options = {name: request[name] for name in OPTIONS if name in request}
     for name, value in options.items():
         least, most = OPTIONS[name]
         kinds, what = [int], "a whole number"
@@ -151,34 +151,34 @@ def _options(asked: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-# ---------------------------------------------------------------------------- what is answered
+# ---------------------------------------------------------------------------- answers
 
 
 class ChatQueue:
-    """Where questions wait for a session's engine: one thread answers them in turn.
+    """Answers questions one at a time on a single thread, with a session's engine.
 
-    The session's settings hold where a question has none of its own.
+    The session's settings are the defaults of a question's options.
     """
 
     def __init__(self, session: Session):
         self.engine = session.engine
         self.defaults = {name: getattr(session, name) for name in ("max_new_tokens", *OPTIONS)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nanolib-engine")
-        self._stops: set[threading.Event] = set()  # one an answer that is waited for
+        self._stops: set[threading.Event] = set()  # one per answer not yet finished
 
     def stop(self) -> None:
-        """Stop every answer, those that wait included."""
+        """Stop every answer, also those that are waiting."""
         for stop in tuple(self._stops):
             stop.set()
 
     def close(self) -> None:
-        """Stop every answer and wait until the engine is at rest."""
+        """Stop every answer and wait until the engine is idle."""
         self.stop()
         self._thread.shutdown()
 
     async def chat(self, request: Request) -> Response:
-        """Answer a question (`read_question`), or say what is wrong with it."""
-        # Another site's page can send no such type without asking first, and is refused then.
+        """Answer a question (`read_question`), or refuse it with a reason."""
+        # Cross-origin pages cannot send this type without a preflight, which is not granted.
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             return _refusal(415, "the content-type must be application/json")
         body = bytearray()
@@ -196,20 +196,25 @@ class ChatQueue:
             return _refusal(413, error)
         return StreamingResponse(self.lines(*answer), media_type="application/x-ndjson")
 
-    def open(self, asked: Conversation, options: dict[str, Any]) -> tuple[Session, Generator[Part]]:
-        """A session that knows the history, about to answer; ValueError where it does not fit."""
-        system = next((m.text for m in asked.messages if m.role == "system"), None)
+    def open(
+        self, conversation: Conversation, options: dict[str, Any]
+    ) -> tuple[Session, Generator[Part]]:
+        """A session with the history, and the pieces of its answer to the question.
+
+        Raises ValueError if the question does not fit the context.
+        """
+        system = next((m.text for m in conversation.messages if m.role == "system"), None)
         session = Session(self.engine, system, **(self.defaults | options))
-        *history, last = asked.turns
+        *history, last = conversation.turns
         session.messages = history
         return session, session.parts(last.text)
 
     async def lines(self, session: Session, pieces: Generator[Part]) -> AsyncIterator[str]:
-        """The answer as lines of JSON; leaving the iterator stops it.
+        """The answer as lines of JSON; closing the iterator stops it.
 
-        ``{"type": "wait"}``: another is being answered. ``piece`` with "kind" and "text": what is
-        new. ``html``: all so far, as "html". Then ``done`` with "html", "parts" and "notice" (or
-        null), or ``error`` with "error".
+        ``{"type": "wait"}``: another question is being answered. ``piece`` with "kind" and "text":
+        the next piece of the answer. ``html``: the answer so far, as "html". At the end ``done``
+        with "html", "parts" and "notice" (or null), or ``error`` with "error".
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         stop = threading.Event()
@@ -230,7 +235,7 @@ class ChatQueue:
             loop.call_soon_threadsafe(queue.put_nowait, (end, tuple(session.answer)))
 
         waits = bool(self._stops)
-        self._stops.add(stop)  # before the first line: an answer whose client has it can be stopped
+        self._stops.add(stop)  # before the first line is sent: from then on `stop` must work
         self._thread.submit(write)
         try:
             if waits:
@@ -242,19 +247,16 @@ class ChatQueue:
 
 
 async def _lines(queue: asyncio.Queue, session: Session) -> AsyncIterator[str]:
-    """The lines of the events in the queue, each with the answer so far; a batch every `PAUSE` s."""
+    """Lines for the (event, answer so far) pairs in the queue, in a batch every `PAUSE` seconds."""
     while True:
         batch = [await queue.get()]
         while not queue.empty():
             batch.append(queue.get_nowait())
         for event, parts in batch:
             if event["type"] == "done":
-                said = [{"type": part.kind, "text": part.text} for part in parts]
-                event |= {
-                    "html": markup.answer_html(parts),
-                    "parts": said,
-                    "notice": session.notice,
-                }
+                event["html"] = markup.answer_html(parts)
+                event["parts"] = [{"type": part.kind, "text": part.text} for part in parts]
+                event["notice"] = session.notice
             yield _line(**event)
             if event["type"] != "piece":
                 return
@@ -274,10 +276,10 @@ def _refusal(status: int, error: object) -> Response:
 
 
 def build(session: Session, about: dict[str, Any], *, local: bool = True) -> FastAPI:
-    """The app around a session's engine and settings (`ChatQueue`).
+    """The app for a session's engine and settings (`ChatQueue`).
 
-    about: what ``/info`` tells besides. local: only requests addressed to this machine by a
-    loopback name are served, so that no foreign page can reach it by a name of its own.
+    about: more for ``/info`` to return. local: serve only requests whose Host is a loopback name,
+    so that another site cannot reach the server through a name of its own (DNS rebinding).
     """
     chats = ChatQueue(session)
     page, policy = _page()
@@ -305,13 +307,13 @@ def build(session: Session, about: dict[str, Any], *, local: bool = True) -> Fas
 
 
 def _page() -> tuple[str, str]:
-    """The page, and a policy for browsers: its own script and style, its own server, no more."""
+    """The page and its content security policy: its own script, style and server, nothing else."""
     page = Path(__file__).with_name("index.html").read_text(encoding="utf-8")
     page = page.replace("/* what was said */", markup.CSS)
 
     def only(tag: str) -> str:
-        (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digest = hashlib.sha256(inside.encode()).digest()
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = hashlib.sha256(content.encode()).digest()
         return f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
 
     rules = ("default-src 'none'", only("script"), only("style"), "connect-src 'self'")
@@ -320,9 +322,9 @@ def _page() -> tuple[str, str]:
 
 
 class _Guard:
-    """Turns away who asks for another host (DNS rebinding), and adds headers for browsers.
+    """Refuses requests for another host (DNS rebinding) and adds security headers.
 
-    Plain ASGI: what wraps a stream in FastAPI's own way does not hear when a reader leaves.
+    Plain ASGI, since FastAPI's middleware does not notice when the client of a stream disconnects.
     """
 
     def __init__(self, app: Any, *, local: bool, policy: str):

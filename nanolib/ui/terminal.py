@@ -1,7 +1,7 @@
-"""Talking in the terminal: answers stream, Ctrl-C stops one, Ctrl-D leaves.
+"""A chat in the terminal: answers stream, Ctrl-C stops one, Ctrl-D leaves.
 
-A line that starts with a slash is a command (`HELP`); one that starts with a space and a slash
-is said to the model.
+A line that starts with a slash is a command (`HELP`); one that starts with a space and a slash is
+sent to the model.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ HELP = """\
 /save [PATH]    write the conversation as JSON
 /help           this list
 Ctrl-C stops an answer, Ctrl-D leaves."""
-# Whatever a model or a program writes, it does not steer the terminal: ESC is shown as ␛.
+# No output of a model or program controls the terminal: ESC is shown as ␛.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), ord("\N{REPLACEMENT CHARACTER}"))
 
 
 def answer(session: Session, text: str) -> None:
-    """Say `text` and print the answer as it comes; Ctrl-C cuts it and raises KeyboardInterrupt.
+    """Send `text` and print the answer as it arrives.
 
-    What was said until then is part of the conversation.
+    Ctrl-C stops it, keeps in the conversation what had arrived, and raises KeyboardInterrupt.
     """
     with contextlib.closing(session.stream(text)) as pieces:
         try:
@@ -39,14 +39,14 @@ def answer(session: Session, text: str) -> None:
                 print(piece.translate(VISIBLE), end="", flush=True)
         finally:
             print()
-            if session.notice:  # of history left out, or of an answer that met its limit
+            if session.notice:
                 print(f"({session.notice})", file=sys.stderr)
 
 
 def _final_answers(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text with a line such as "#### 42" as "Answer: 42", which is how the page shows it.
+    """Replace a line such as "#### 42" by "Answer: 42", as the page does.
 
-    A line that may still become one is held back until that is decided.
+    A line that may still become one is held back.
     """
     line, shown = "", 0  # the current line, and how many of its characters were yielded
     for piece in pieces:
@@ -66,9 +66,9 @@ def _final_answer(line: str) -> str:
 
 
 def talk(session: Session, folder: Path = Path()) -> None:
-    """Read lines and answer them until the end of input, or Ctrl-C where nothing is being said.
+    """Read lines and answer them until the end of input, or Ctrl-C outside an answer.
 
-    folder: where /save writes when it is given no path.
+    folder: where /save writes by default.
     """
     at_terminal = sys.stdin.isatty()
     if at_terminal:
@@ -87,7 +87,7 @@ def talk(session: Session, folder: Path = Path()) -> None:
                 print(command(session, line, folder))
             elif line.strip():
                 _turn(session, line.strip(), at_terminal)
-        except (ValueError, OSError) as error:  # too long a message, no such folder: go on
+        except (ValueError, OSError) as error:  # such as a message too long, or no such folder
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -104,9 +104,9 @@ def _turn(session: Session, text: str, at_terminal: bool) -> None:
 
 
 def command(session: Session, line: str, folder: Path) -> str:
-    """Do what a line such as ``/save talk.json`` says; what to tell the user.
+    """Run a command such as ``/save talk.json`` and return what to tell the user.
 
-    ValueError where there is no such command or it cannot be done.
+    Raises ValueError if there is no such command or it cannot be done.
     """
     name, _, rest = line.removeprefix("/").partition(" ")
     match name:

@@ -1,8 +1,7 @@
-"""Talking in a notebook: ``Chat(session)`` is a conversation with a box to type into.
+"""A chat in a notebook: ``Chat(session)`` shows a conversation with a box to type into.
 
-Made of ipywidgets alone. Answers stream from a thread of their own, so that Stop is heard; while a
-cell runs, the kernel hears nobody, and what is typed waits. Where there is no browser,
-`Session.ask` is the plain-text twin.
+Needs only ipywidgets. Answers stream from a thread of their own, so that Stop works; while a cell
+runs, the kernel handles no events and input waits. Without a browser, use `Session.ask`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from nanolib.conversation import Message, Part
 from nanolib.session import Session
 from nanolib.ui import markup
 
-REDRAW = 0.05  # seconds between two redraws of an answer
-GRACE = 1.0  # seconds in which the text arrives after the Enter that sends it
+REDRAW = 0.05  # seconds between two updates of an answer
+GRACE = 1.0  # seconds to wait for the text, which may arrive after the Enter that sends it
 STYLE = (
     markup.CSS
     + """
@@ -44,15 +43,15 @@ STYLE = (
 
 
 class Chat:
-    """One session, shown: what was said, a box, Send, Stop and Clear.
+    """The view of a session: its messages, a text box, Send, Stop and Clear.
 
-    What is typed while an answer is written waits in the box. A message that is refused stays
-    there too, and the reason stands under the conversation.
+    Text typed during an answer waits in the box. So does a message that is refused, with the
+    reason shown below the conversation.
     """
 
     def __init__(self, session: Session, height: str = "24em"):
         self.session = session
-        self._free = threading.Lock()  # held while an answer is written
+        self._free = threading.Lock()  # held during an answer
         self._stop, self._typed = threading.Event(), threading.Event()
         self.box = widgets.Text(placeholder="Say something, then Enter", continuous_update=False)
         self.send_button = widgets.Button(description="Send", button_style="primary")
@@ -72,24 +71,24 @@ class Chat:
         self._draw()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """The widget, or a word about it where there is no live notebook."""
+        """The widget, or a line of text where there is no live notebook."""
         bundle = self.view._repr_mimebundle_(**kwargs)
         return bundle | {"text/plain": "A chat, to be used in a running notebook."}
 
-    # ------------------------------------------------------------------------ what a user does
+    # ------------------------------------------------------------------------ controls
 
     def send(self, text: str) -> None:
-        """Say `text`, answered in a thread; ignored while an answer is being written."""
+        """Send `text` and answer it in a thread; ignored during an answer."""
         if text.strip() and self._free.acquire(blocking=False):
             self._stop.clear()
             threading.Thread(target=self._turn, args=(text.strip(),), daemon=True).start()
 
     def stop(self) -> None:
-        """End the answer; what was said until now stays."""
+        """Stop the answer and keep what has arrived."""
         self._stop.set()
 
     def clear(self) -> None:
-        """Start over; ignored while an answer is being written."""
+        """Start over; ignored during an answer."""
         if self._free.acquire(blocking=False):
             try:
                 self.session.clear()
@@ -98,19 +97,19 @@ class Chat:
                 self._free.release()
 
     def _on_enter(self, box: widgets.Text, content: dict[str, Any], buffers: Any) -> None:
-        """Send on Enter. The browser tells of the key first, and of a changed text after it."""
+        """Send on Enter. The browser reports the key first, then the changed text, if any."""
         if content.get("event") == "submit":
             self._typed.clear()
             threading.Thread(target=self._entered, daemon=True).start()
 
     def _entered(self) -> None:
-        self._typed.wait(GRACE)  # in vain where the text had arrived before
+        self._typed.wait(GRACE)  # times out if the text had arrived before
         self.send(self.box.value)
 
     # ------------------------------------------------------------------------ a turn
 
     def _turn(self, text: str) -> None:
-        """Answer `text`, and leave the widget as the session is, whatever happens."""
+        """Answer `text`; whatever happens, leave the widget in step with the session."""
         before, note = len(self.session.messages), None
         try:
             self._buttons(busy=True)
@@ -122,14 +121,14 @@ class Chat:
         except Exception as error:  # a thread has no cell to raise in
             note = f"error: {type(error).__name__}: {error}"
         finally:
-            if len(self.session.messages) == before:  # it was never asked
+            if len(self.session.messages) == before:  # refused, or stopped before any answer
                 self.box.value = self.box.value or text
             self._draw(*([_note(note)] if note else []))
             self._buttons(busy=False)
             self._free.release()
 
     def _answer(self, text: str) -> None:
-        """Say `text` and show the answer as it comes, until it ends or is stopped."""
+        """Send `text` and show the answer as it arrives, until it ends or is stopped."""
         with contextlib.closing(self.session.parts(text)) as pieces:
             self.box.value = ""
             self._draw(markup.user_html(text), markup.answer_html([Part("text", "…")]))
@@ -142,7 +141,7 @@ class Chat:
                     return
 
     def _draw(self, *more: str) -> None:
-        """Show the session's messages, then `more`: one line each, the old ones used again."""
+        """Show the session's messages, then `more`, one line each; lines are reused."""
         values = [*map(_message, self.session.messages), *more]
         lines = list(self.lines.children)
         for _ in range(len(lines), len(values)):
