@@ -1,8 +1,8 @@
 """Bits per byte: how well a model compresses text it has not seen, whatever its tokenizer.
 
-Document level: every document starts with BOS and is read in windows of T tokens that overlap by
-one id, so each token is predicted exactly once from its own document alone; BOS itself is not
-scored. Bits of all tokens are divided by the bytes those tokens stand for.
+Each document starts with BOS and is read by itself in windows of T tokens that overlap by one id,
+so every token but BOS is predicted exactly once. The bits of all tokens are divided by the bytes
+that those tokens stand for.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def bits_per_byte(
     runtime: Runtime,
     tokens_at_once: int = 16_384,
 ) -> float:
-    """Bits per byte of documents (ids with BOS first), shared among the ranks.
+    """Bits per byte of documents (ids with BOS first); the ranks share them.
 
-    `byte_lengths` [V] are the bytes each token stands for. Raises ValueError for no bytes at all.
+    byte_lengths [V]: the bytes each token stands for. Raises ValueError where there is no text.
     """
     length = model.config.sequence_len
     mine = documents[runtime.rank :: runtime.world_size]
     windows = [window for document in mine for window in _windows(document, length)]
     size = sum(int(byte_lengths[window[1:]].sum()) for window in windows)
     nats = sum(
-        _nats(model, [windows[place] for place in group], bos, runtime)
+        _nats(model, [windows[i] for i in group], bos, runtime)
         for group in groups([len(window) for window in windows], tokens_at_once)
     )
     totals = torch.tensor([nats, size], dtype=torch.float64, device=runtime.device)
@@ -61,9 +61,9 @@ def _nats(model: GPT, windows: list[np.ndarray], bos: int, runtime: Runtime) -> 
 class Trigram:
     """A count-based baseline: an interpolated trigram model of tokens (Jelinek & Mercer, 1980).
 
-    p(c | a, b) mixes the trigram's, bigram's and unigram's relative frequencies. The weights
-    depend on how often (a, b) was seen (a bucket a doubling) and are fitted by EM on the last
-    twentieth of the training tokens, which the counts leave out.
+    p(c | a, b) mixes the relative frequencies of trigram, bigram and unigram. The weights depend
+    on how often (a, b) was seen (one bucket per doubling) and are fitted by EM on the last
+    twentieth of the training tokens, which is not counted.
     """
 
     BUCKETS = 16
@@ -79,7 +79,7 @@ class Trigram:
             joint = self.weights[bucket] * probabilities
             shares = joint / joint.sum(axis=1, keepdims=True)
             counts = [np.bincount(bucket, share, self.BUCKETS) for share in shares.T]
-            sums = np.stack(counts, axis=1) + 1e-3  # a bucket never seen stays a mixture
+            sums = np.stack(counts, axis=1) + 1e-3  # so that an empty bucket has weights
             self.weights = sums / sums.sum(axis=1, keepdims=True)
 
     def _count(self, tokens: np.ndarray) -> None:
@@ -91,7 +91,7 @@ class Trigram:
         self.triples = np.unique(triples, return_counts=True)
 
     def _probabilities(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each token's (from the third on) three probabilities [N, 3] and its bucket [N]."""
+        """Of each token from the third on: its three probabilities [N, 3] and its bucket [N]."""
         size = self.vocab_size
         first, second, third = tokens[:-2], tokens[1:-1], tokens[2:]
         context = _lookup(self.pairs, first * size + second)
@@ -114,5 +114,5 @@ class Trigram:
 def _lookup(counted: tuple[np.ndarray, np.ndarray], keys: np.ndarray) -> np.ndarray:
     """The count of each key, 0 where it was never seen."""
     known, counts = counted
-    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    return np.where(known[place] == keys, counts[place], 0)
+    index = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.where(known[index] == keys, counts[index], 0)
