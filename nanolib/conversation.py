@@ -12,7 +12,7 @@ special token.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -143,11 +143,19 @@ class Conversation:
         first = Part("text", f"{self.messages[0].text}\n\n{turns[0].text}")
         return Conversation((Message("user", (first,)), *turns[1:]))
 
-    def render(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
-        """Ids and loss mask, truncated to `max_tokens`."""
+    def render(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int | None = None,
+        encode: Callable[[str], list[int]] | None = None,
+    ) -> Rendered:
+        """Ids and loss mask, truncated to `max_tokens`.
+
+        encode: instead of the tokenizer's, when the texts were encoded in a batch before.
+        """
         ids, mask = [tokenizer.bos], [False]
         for message in self.folded().messages:
-            for piece, is_target in _pieces(message, tokenizer):
+            for piece, is_target in _pieces(message, tokenizer, encode or tokenizer.encode):
                 ids += piece
                 mask += [is_target] * len(piece)
         keep = len(ids) if max_tokens is None else min(len(ids), max_tokens)
@@ -166,13 +174,15 @@ def _parts_of(content: Any) -> tuple[Part, ...]:
     return tuple(p if isinstance(p, Part) else Part(p["type"], p["text"]) for p in content)
 
 
-def _pieces(message: Message, tokenizer: Tokenizer) -> Iterable[tuple[list[int], bool]]:
+def _pieces(
+    message: Message, tokenizer: Tokenizer, encode: Callable[[str], list[int]]
+) -> Iterable[tuple[list[int], bool]]:
     """(ids, whether they are targets of the loss) of one message, in order."""
     special = tokenizer.special
     by_assistant = message.role == "assistant"
     yield [special(f"<|{message.role}_start|>")], False
     for part in message.parts:
-        ids = tokenizer.encode(part.text)
+        ids = encode(part.text)
         if part.kind == "text":
             yield ids, by_assistant
         else:

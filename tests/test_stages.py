@@ -12,9 +12,9 @@ import torch
 from fake_hub import FakeHub
 
 from nanolib import stages, tasks
-from nanolib.config import MODELS
+from nanolib.config import MODELS, flatten
 from nanolib.conversation import Conversation
-from nanolib.data.sources import first_tokens
+from nanolib.data.sources import ConversationSource, first_tokens, render, save_conversations
 from nanolib.guard import Guard
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
@@ -87,13 +87,24 @@ def test_shards_are_bos_and_the_tokens_of_every_document(run):
     assert result["validation_bytes"] == sum(len(text.encode()) for text in texts)
 
 
-def test_sft_targets_are_what_the_assistant_says(run):
+def _packed(talks, tokenizer, folder: Path, settings) -> tuple[ConversationSource, int]:
+    """Conversations rendered and packed as a stage does it, and the ids that were cut off."""
+    rendered = render(talks, tokenizer, settings["length"] + 1, threads=2)
+    cut = save_conversations(rendered, folder, tokenizer.vocab_size)
+    return ConversationSource.open(folder, **settings), cut
+
+
+def _sft_settings(run: Run) -> dict:
+    context = _context(run, "sft")
+    return training._row_settings(context, run.config.recipe.sft, training._setup(context))
+
+
+def test_sft_targets_are_what_the_assistant_says(run, tmp_path):
     """Decoded targets of every row, in the order of the packed conversations."""
     tokenizer, context = text.load_tokenizer(run), _context(run, "sft")
-    setup = training._setup(context)
-    settings = training._row_settings(context, run.config.recipe.sft, setup) | {"length": 256}
-    talks = training._conversations(context, "smoltalk", "test", 30)
-    source, cut = training._render(tokenizer, talks, settings)
+    talks = list(training._conversations(context, "smoltalk", "test", 30))
+    settings = _sft_settings(run) | {"length": 256}
+    source, cut = _packed(talks, tokenizer, tmp_path / "packed", settings)
     assert cut == 0
     found = []
     for number in range(len(source)):
@@ -103,15 +114,87 @@ def test_sft_targets_are_what_the_assistant_says(run):
     assert sorted("".join(found).replace("<|assistant_end|>", "\0").split("\0")[:-1]) == said
 
 
-def test_a_conversation_without_a_target_is_left_out(run):
+def test_a_conversation_without_a_target_is_left_out(run, tmp_path):
     """A question that fills the row leaves no room for an answer to learn from."""
-    tokenizer, context = text.load_tokenizer(run), _context(run, "sft")
+    tokenizer = text.load_tokenizer(run)
     talks = [Conversation.ask("why? " * 200, "so"), Conversation.ask("who?", "me")]
-    settings = training._row_settings(context, run.config.recipe.sft, training._setup(context))
-    source, cut = training._render(tokenizer, talks, settings)
+    source, cut = _packed(talks, tokenizer, tmp_path / "packed", _sft_settings(run))
     targets = source.batch([source.row(0)]).targets_BT
     assert len(source) == 1 and cut > 0
     assert tokenizer.decode(targets[targets >= 0].tolist()) == "me<|assistant_end|>"
+    with pytest.raises(ValueError, match="no conversations to train on"):
+        _packed(talks[:1], tokenizer, tmp_path / "none", _sft_settings(run))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_other(run, ranks):
+    """Ids and masks of every row, and a step's batches, on every rank."""
+    context, config = _context(run, "mid"), run.config.recipe.mid
+    setup = training._setup(context)
+    folder, about = training._mixture(context, config, setup.tokenizer)
+    settings = training._row_settings(context, config, setup) | {"world_size": ranks}
+    talks = [
+        talk
+        for name, limit in flatten(config.rows).items()
+        if limit != 0
+        for talk in training._conversations(context, name, "train", limit)
+    ]
+    assert sum(about["conversations"].values()) == len(talks) > 50
+    one_by_one = [talk.render(setup.tokenizer, settings["length"] + 1) for talk in talks]
+    assert about["cut_tokens"] == sum(r.cut for r in one_by_one)
+    kept = [r for r in one_by_one if any(r.mask[1:])]
+    for rank in range(ranks):
+        mapped = ConversationSource.open(folder / "train", **settings | {"rank": rank})
+        naive = ConversationSource([r.ids for r in kept], [r.mask for r in kept], **settings | {"rank": rank})  # fmt: skip
+        assert isinstance(mapped.ids.flat, np.memmap)
+        assert mapped.rows == naive.rows
+        for number in range(len(naive)):
+            for found, expected in zip(mapped.row(number), naive.row(number), strict=True):
+                assert found.tolist() == expected.tolist()
+        for step in (0, 1, 99):
+            (found,), (expected,) = mapped.updates(step), naive.updates(step)
+            for left, right in zip(found, expected, strict=True):
+                assert torch.equal(left.inputs_BT, right.inputs_BT)
+                assert torch.equal(left.targets_BT, right.targets_BT)
+
+
+def test_a_mixture_is_rendered_once_by_the_lead_rank(run, tmp_path, monkeypatch):
+    """A resumed stage and every other rank map what is there; another recipe renders its own."""
+    tokenizer = text.load_tokenizer(run)
+    fork = _fork(run, tmp_path / "fork", {"mid.rows.gsm8k": 3})
+    first, _ = training._mixture(_context(run, "mid"), run.config.recipe.mid, tokenizer)
+    other, about = training._mixture(_context(fork, "mid"), fork.config.recipe.mid, tokenizer)
+    assert first.name != other.name and about["conversations"]["gsm8k"] == 3
+    monkeypatch.setattr(tasks, "load", lambda *_: pytest.fail("rendered again"))
+    context = _context(run, "mid")
+    for rank in (0, 1):
+        context.runtime = dataclasses.replace(context.runtime, rank=rank, world_size=2)
+        assert training._mixture(context, run.config.recipe.mid, tokenizer)[0] == first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mixture_stops_while_it_is_rendered_and_leaves_nothing_half(rank, run, tmp_path):
+    """The lead between two conversations, the others while they wait."""
+    fork = _fork(run, tmp_path / "fork", {"mid.rows.gsm8k": 5})
+    context = _context(fork, "mid")
+    context.runtime = dataclasses.replace(context.runtime, rank=rank, world_size=2)
+    shown = []
+
+    def progress(done: int, total: int, message: str) -> None:
+        shown.append(message)
+        if len(shown) == 7:
+            context.guard.request_stop()
+        stages.Context.progress(context, done, total, message)
+
+    context.progress = progress
+    before = sorted(fork.stage("mid").path.glob("conversations-*"))
+    rows = context.stage.metrics.rows()
+    tokenizer = text.load_tokenizer(fork)
+    with pytest.raises(Stopped, match="rendering" if rank == 0 else "waiting for rank 0"):
+        training._mixture(context, fork.config.recipe.mid, tokenizer)
+    assert sorted(fork.stage("mid").path.glob("conversations-*")) == before
+    new = context.stage.metrics.rows()[len(rows) :]
+    assert [row["kind"] for row in new] == ["progress"] * (rank == 0)
 
 
 def test_held_out_conversations_are_the_same_in_every_stage_and_training_ones_are_not(run):
@@ -136,13 +219,13 @@ def test_held_out_losses_of_a_stage_begin_where_those_of_the_one_before_ended(ru
         assert sft[0][name] == pytest.approx(mid[-1][name], abs=1e-9)
 
 
-def test_validation_loss_is_of_what_the_assistant_says(run):
+def test_validation_loss_is_of_what_the_assistant_says(run, tmp_path):
     """Against the mean over the targets of all rows, computed one by one."""
     context = _context(run, "sft")
     setup = training._setup(context)
     settings = training._row_settings(context, run.config.recipe.sft, setup)
     talks = training._conversations(context, "smoltalk", "test", 30)
-    held, _ = training._render(setup.tokenizer, talks, settings)
+    held, _ = _packed(talks, setup.tokenizer, tmp_path / "packed", settings)
     nats, count = 0.0, 0
     for number in range(len(held)):
         batch = held.batch([held.row(number)])

@@ -7,15 +7,21 @@ so a batch is a pure function of (data, seed, step): resuming needs no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nanolib.conversation import Conversation, Rendered
 from nanolib.data.packing import Batch, batch_of_rows, pack
 from nanolib.runtime import seed_of
+from nanolib.tokenizer import Tokenizer
+
+CONVERSATIONS_AT_ONCE = 1024  # encoded together
+NO_CONVERSATIONS = "there are no conversations to train on: every source has 0 rows"
 
 
 class RowSource:
@@ -117,18 +123,27 @@ def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
 
 
 class ConversationSource(RowSource):
-    """Rows of whole conversations, packed once by best fit in a seeded order."""
+    """Rows of whole conversations, packed once by best fit in a seeded order.
+
+    `masks` say which ids of each conversation are targets.
+    """
 
     def __init__(
         self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], **settings: Any
     ):
         super().__init__(**settings)
-        self.ids = [np.asarray(item) for item in ids]
-        self.masks = [np.asarray(mask, bool) for mask in masks]
-        order = np.random.default_rng(seed_of(self.seed, "pack")).permutation(len(self.ids))
-        self.rows = pack([len(item) for item in self.ids], self.length + 1, order.tolist())
-        if not self.rows:
-            raise ValueError("there are no conversations to train on: every source has 0 rows")
+        if not len(ids):
+            raise ValueError(NO_CONVERSATIONS)
+        self.ids, self.masks = ids, masks
+        order = np.random.default_rng(seed_of(self.seed, "pack")).permutation(len(ids))
+        self.rows = pack([len(item) for item in ids], self.length + 1, order.tolist())
+
+    @classmethod
+    def open(cls, folder: Path, **settings: Any) -> ConversationSource:
+        """Of what `save_conversations` wrote, memory-mapped."""
+        ids, masks = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "masks"))
+        ends = np.load(folder / "ends.npy")
+        return cls(_Pieces(ids, ends), _Pieces(masks, ends), **settings)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -136,6 +151,56 @@ class ConversationSource(RowSource):
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         items = self.rows[number]
         return (
-            np.concatenate([self.ids[item] for item in items]),
-            np.concatenate([self.masks[item] for item in items]),
+            np.concatenate([np.asarray(self.ids[item]) for item in items]),
+            np.concatenate([np.asarray(self.masks[item], bool) for item in items]),
         )
+
+
+class _Pieces(Sequence):
+    """The pieces of a flat array that end where `ends` says, cut when asked for."""
+
+    def __init__(self, flat: np.ndarray, ends: np.ndarray):
+        self.flat, self.ends = flat, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: Any) -> Any:
+        start = self.ends[number - 1] if number else 0
+        return self.flat[start : self.ends[number]]
+
+
+def render(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, max_tokens: int, threads: int
+) -> Iterator[Rendered]:
+    """`Conversation.render` of each; the texts of many are encoded at once, on several threads."""
+    conversations = iter(conversations)
+    while group := list(itertools.islice(conversations, CONVERSATIONS_AT_ONCE)):
+        parts = (part for c in group for m in c.folded().messages for part in m.parts)
+        texts = list({part.text: None for part in parts})
+        ids, offsets = tokenizer.encode_flat(texts, threads=threads)
+        flat, bounds = ids.tolist(), itertools.pairwise(offsets.tolist())
+        encoded = {text: flat[i:j] for text, (i, j) in zip(texts, bounds, strict=True)}
+        for conversation in group:
+            yield conversation.render(tokenizer, max_tokens, encoded.__getitem__)
+
+
+def save_conversations(rendered: Iterable[Rendered], folder: Path, vocab_size: int) -> int:
+    """Write those that have a target into a new folder; returns how many ids were cut off.
+
+    Three ``.npy`` files: ids and masks, each in one flat array, and where each conversation ends.
+    """
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+    ids, masks, cut = [], [], 0
+    for conversation in rendered:
+        cut += conversation.cut
+        if any(conversation.mask[1:]):
+            ids.append(np.array(conversation.ids, dtype))
+            masks.append(np.array(conversation.mask, bool))
+    if not ids:
+        raise ValueError(NO_CONVERSATIONS)
+    folder.mkdir(parents=True)
+    np.save(folder / "ids.npy", np.concatenate(ids))
+    np.save(folder / "masks.npy", np.concatenate(masks))
+    np.save(folder / "ends.npy", np.cumsum([len(item) for item in ids]))
+    return cut

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +17,15 @@ import torch
 
 from nanolib import checkpoint, planning, tasks
 from nanolib.config import BaseConfig, ConversationConfig, GRPOConfig, OptimConfig, flatten, up_to
+from nanolib.conversation import Conversation
 from nanolib.data.packing import Batch
-from nanolib.data.sources import ConversationSource, RowSource, TextSource
+from nanolib.data.sources import (
+    ConversationSource,
+    RowSource,
+    TextSource,
+    render,
+    save_conversations,
+)
 from nanolib.engine import Engine
 from nanolib.evals import answers
 from nanolib.evals.answers import Questions
@@ -22,7 +33,7 @@ from nanolib.evals.bpb import bits_per_byte
 from nanolib.grpo import PolicyGradient, RolloutSource
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
-from nanolib.rundir import Run
+from nanolib.rundir import Run, whole_folder, write_json
 from nanolib.runtime import Runtime, seed_of
 from nanolib.stages import Context
 from nanolib.stages.text import load_tokenizer, shard_paths, validation_documents
@@ -70,31 +81,26 @@ def sft(context: Context) -> dict[str, Any]:
 def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
     """Train on conversations: the loss covers what the assistant says, nothing else."""
     setup = _setup(context)
-    tokenizer, settings = setup.tokenizer, _row_settings(context, config, setup)
-    mixture = {
-        name: _conversations(context, name, "train", limit)
-        for name, limit in flatten(config.rows).items()
-        if limit != 0
-    }
-    source, cut = _render(tokenizer, [c for part in mixture.values() for c in part], settings)
+    settings = _row_settings(context, config, setup)
+    folder, about = _mixture(context, config, setup.tokenizer)
+    source = ConversationSource.open(folder / "train", **settings)
     alike = settings | {"seed": context.run.config.recipe.seed}  # the same rows in every stage
-    held = {
-        name: _render(tokenizer, _conversations(context, name, "test", HELD_OUT), alike)[0]
-        for name in mixture
+    held_out = {
+        name: ConversationSource.open(folder / "held_out" / name, **alike)
+        for name in about["conversations"]
     }
     steps = config.steps or math.ceil(config.epochs * len(source) / source.batch_rows)
 
     def score(step: int) -> None:
         losses = {
-            f"{name}_loss": _validation_loss(setup.model, rows, context.runtime)
-            for name, rows in held.items()
+            f"{name}_loss": _validation_loss(setup.model, part, context.runtime)
+            for name, part in held_out.items()
         }
         _eval_row(context, step, **losses)
 
     _score_start(context, score)
     return _train(context, config, setup, source, steps, score) | {
-        "conversations": {name: len(part) for name, part in mixture.items()},
-        "cut_tokens": cut,
+        **about,
         "epochs": steps * source.batch_rows / len(source),
     }
 
@@ -281,23 +287,63 @@ def _eval_row(context: Context, step: int, **scores: float) -> None:
         context.stage.metrics.append(kind="eval", step=step, **scores)
 
 
-def _conversations(context: Context, name: str, split: str, limit: int | None) -> list:
+def _mixture(
+    context: Context, config: ConversationConfig, tokenizer: Tokenizer
+) -> tuple[Path, dict[str, Any]]:
+    """The folder with a stage's rendered conversations, and how many of each source it has.
+
+    The lead rank renders them once; every rank maps the files. The folder's name is a hash of all
+    that they depend on, so a resumed stage finds its own and no other's.
+    """
+    recipe, stage = context.run.config.recipe, context.stage
+    limits = {name: limit for name, limit in flatten(config.rows).items() if limit != 0}
+    data = context.run.stage("data").done()
+    about = [stage.name, recipe.seed, limits, recipe.model.sequence_len, tokenizer.fingerprint()]
+    key = hashlib.sha256(json.dumps([*about, HELD_OUT, data and data["result"]]).encode())
+    folder = stage.path / f"conversations-{key.hexdigest()[:16]}"
+    if context.runtime.is_lead and not folder.exists():
+        with whole_folder(folder) as draft:
+            _render_mixture(context, limits, tokenizer, draft)
+    while not folder.exists():  # rather than a barrier, which would not notice a stop
+        context.progress(0, 1, "waiting for rank 0 to render the conversations")
+        time.sleep(0.1)
+    return folder, json.loads((folder / "about.json").read_text())
+
+
+def _render_mixture(
+    context: Context, limits: Mapping[str, int | None], tokenizer: Tokenizer, folder: Path
+) -> None:
+    counts = dict.fromkeys(limits, 0)
+    max_tokens = context.run.config.recipe.model.sequence_len + 1
+    threads = torch.get_num_threads() * context.runtime.world_size  # the other ranks wait
+
+    def training() -> Iterator[Conversation]:
+        for name, limit in limits.items():
+            for conversation in _conversations(context, name, "train", limit):
+                counts[name] += 1
+                yield conversation
+
+    def save(conversations: Iterator[Conversation], place: Path) -> int:
+        rendered = render(conversations, tokenizer, max_tokens, threads)
+        return save_conversations(rendered, place, tokenizer.vocab_size)
+
+    cut = save(training(), folder / "train")
+    for name in limits:
+        save(_conversations(context, name, "test", HELD_OUT), folder / "held_out" / name)
+    write_json(folder / "about.json", {"conversations": counts, "cut_tokens": cut})
+
+
+def _conversations(
+    context: Context, name: str, split: str, limit: int | None
+) -> Iterator[Conversation]:
     """Conversations of a task, the first `limit` in a seeded order."""
     task = tasks.load(name, split, context.run.mirror())
     purpose = context.stage.name if split == "train" else "held out"
     seed = seed_of(context.run.config.recipe.seed, "mixture", purpose, name)
-    order = np.random.default_rng(seed).permutation(len(task))
-    return [task.conversation(int(i)) for i in order[:limit]]
-
-
-def _render(
-    tokenizer: Tokenizer, conversations: list, settings: Mapping[str, Any]
-) -> tuple[ConversationSource, int]:
-    """Packed rows of conversations, and the tokens cut off those longer than a row."""
-    rendered = [c.render(tokenizer, max_tokens=settings["length"] + 1) for c in conversations]
-    usable = [r for r in rendered if any(r.mask[1:])]
-    source = ConversationSource([r.ids for r in usable], [r.mask for r in usable], **settings)
-    return source, sum(r.cut for r in rendered)
+    order = np.random.default_rng(seed).permutation(len(task))[:limit]
+    for done, number in enumerate(order):
+        context.progress(done, len(order), f"rendering {name} ({split})")
+        yield task.conversation(int(number))
 
 
 @torch.no_grad()
