@@ -19,8 +19,7 @@ def test_every_source_file_is_in_it_once_and_whole():
     ).stdout.split()
     sources = [name for name in tracked if (REPOSITORY / name).stat().st_size]
     assert set(sources) <= set(names)
-    listed = re.findall(r"^\d+\. (\S+) \(", text, re.M)[: len(list(packed.files()))]
-    assert listed == [path.relative_to(REPOSITORY).as_posix() for path in packed.files()]
+    assert len(names) == len(set(names))
     for path in packed.files():
         assert path.read_text().rstrip() in text
 
@@ -41,4 +40,4 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["pack", "--out", str(out)]) == 0
     text, said = out.read_text(), capsys.readouterr().out
     assert text == packed.pack() and f"{len(text):,} characters" in said
-    assert f"about {len(text.encode()) / 4000:,.0f},000 tokens (estimated" in said
+    assert f"about {len(text.encode()) / 4000:,.0f},000 tokens" in said

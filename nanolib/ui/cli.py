@@ -281,7 +281,8 @@ class Commands:
             print(text, end="")
         else:
             write_atomic(out, text)
-            print(f"{out}: {packed.size(text)}")
+            thousands = round(len(text.encode()) / 4000)  # some four bytes a token
+            print(f"{out}: {len(text):,} characters, about {thousands:,},000 tokens")
 
     def notebooks(self, refresh: bool = False, check: bool = False) -> None:
         """Keep notebooks/NN_*.py and their .ipynb twins in sync.
