@@ -135,8 +135,7 @@ class Conversation:
         return cls(tuple(turns))
 
     def folded(self) -> Conversation:
-        """The same with the system message prepended to the first user message, as `parse` returns
-        it."""
+        """The same with the system message prepended to the first user message."""
         turns = self.turns
         if turns is self.messages:
             return self
@@ -192,33 +191,6 @@ def _pieces(
 
 
 # ---------------------------------------------------------------------------- parsing
-
-
-def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
-    """The inverse of `render` (a system message stays part of the first user message).
-
-    The last message may be unfinished. Raises ValueError if the ids are not a conversation.
-    """
-    ids = list(ids)
-    if not ids or ids[0] != tokenizer.bos:
-        raise ValueError("a conversation's ids must start with <|bos|>")
-    starts: dict[int, Role] = {
-        tokenizer.special("<|user_start|>"): "user",
-        tokenizer.special("<|assistant_start|>"): "assistant",
-    }
-    messages: list[Message] = []
-    at = 1
-    while at < len(ids):
-        role = starts.get(ids[at])
-        if role is None:
-            raise ValueError(
-                f"id {ids[at]} at position {at} should be <|user_start|> or <|assistant_start|>"
-            )
-        end = tokenizer.special(f"<|{role}_end|>")
-        stop = ids.index(end, at) if end in ids[at:] else len(ids)
-        messages.append(Message(role, answer_parts(ids[at + 1 : stop], tokenizer)))
-        at = stop + 1
-    return Conversation(tuple(messages))
 
 
 class AnswerParser:

@@ -12,7 +12,6 @@ from nanolib.conversation import (
     Part,
     answer_parts,
     choice_question,
-    parse,
 )
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -45,12 +44,25 @@ def say(*contents, system=None):
     )
 
 
+def parse(ids):
+    """The conversation that was rendered: cut the ids at the turns' markers."""
+    roles = {TOKENIZER.special(f"<|{role}_start|>"): role for role in ("user", "assistant")}
+    messages, at = [], 1
+    while at < len(ids):
+        role = roles[ids[at]]
+        end = ids.index(TOKENIZER.special(f"<|{role}_end|>"), at)
+        messages.append(Message(role, answer_parts(ids[at + 1 : end], TOKENIZER)))
+        at = end + 1
+    assert ids[0] == TOKENIZER.bos
+    return Conversation(tuple(messages))
+
+
 @given(conversations())
 @settings(max_examples=300, deadline=None)
-def test_parse_is_the_inverse_of_render(conversation):
+def test_what_was_rendered_can_be_read_back(conversation):
     rendered = conversation.render(TOKENIZER)
-    assert parse(rendered.ids, TOKENIZER) == conversation.folded()
-    assert parse(rendered.ids, TOKENIZER).render(TOKENIZER) == rendered
+    assert parse(rendered.ids) == conversation.folded()
+    assert parse(rendered.ids).render(TOKENIZER) == rendered
 
 
 def spelled(conversation):
@@ -242,13 +254,9 @@ def test_what_is_no_conversation_is_refused_by_name(messages, message):
         Conversation.from_messages([{"role": r, "content": c} for r, c in messages])
 
 
-def test_prompts_and_ids_that_make_no_sense_are_refused():
+def test_a_prompt_after_the_assistant_is_refused():
     with pytest.raises(ValueError, match="assistant spoke last"):
         say("hi", "ho").prompt(TOKENIZER)
-    with pytest.raises(ValueError, match="start with"):
-        parse([], TOKENIZER)
-    with pytest.raises(ValueError, match="position 1"):
-        parse([TOKENIZER.bos, *TOKENIZER.encode("a")], TOKENIZER)
 
 
 def test_letters_are_the_same_token_in_question_and_answer():
