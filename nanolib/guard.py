@@ -1,9 +1,9 @@
-"""The worker's side of the guard: stop when whoever started us is gone.
+"""The worker's side of the guard: stop when the launcher is gone.
 
-The launcher holds the writing end of a pipe whose reading end is our standard input, and never
-writes. However the launcher ends (Ctrl-C, an exception, ``kill -9``), the system closes its end
-and we read end-of-file. torchrun puts every rank in a session of its own, out of reach of a
-signal to its group, but descriptors are inherited: every rank reads the same pipe.
+A worker's standard input is a pipe that its launcher holds open and never writes to. However the
+launcher ends (Ctrl-C, an exception, ``kill -9``), the system closes its end and the worker reads
+end-of-file. torchrun puts each rank in a session of its own, out of reach of a signal to its
+process group, but file descriptors are inherited: every rank reads the same pipe.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import signal
 import threading
 import time
 
-GRACE = 60.0  # seconds to finish the step and save it
+GRACE = 60.0  # seconds to finish the current step and save
 
 
 class Guard:
-    """A flag that turns true when the work should be saved and ended.
+    """A flag that tells the worker to save and end.
 
-    Loops look at `stop_requested` between steps or items. A process that has not ended
-    `grace` seconds after the request ends itself by SIGTERM, then by SIGKILL.
+    Loops check `stop_requested` between steps or items. A process still alive `grace` seconds after
+    its launcher has gone ends itself with SIGTERM, then with SIGKILL.
     """
 
     def __init__(self, grace: float = GRACE) -> None:
@@ -29,7 +29,7 @@ class Guard:
 
     @classmethod
     def start(cls, grace: float = GRACE) -> Guard:
-        """Watch standard input if a launcher started us (NANOLIB_GUARD=1); else never stop."""
+        """Watch standard input if a launcher started this process (NANOLIB_GUARD=1)."""
         guard = cls(grace)
         if os.environ.get("NANOLIB_GUARD") == "1":
             threading.Thread(target=guard._watch, name="guard", daemon=True).start()
@@ -40,7 +40,7 @@ class Guard:
         return self._stop.is_set()
 
     def request_stop(self) -> None:
-        """Ask for a stop from inside, as the end of the pipe does from outside."""
+        """Set the flag from inside the process."""
         self._stop.set()
 
     def _watch(self) -> None:

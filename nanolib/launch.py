@@ -119,10 +119,8 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
 def _is_stale(report: StageDir, run: Run) -> bool:
     """Whether another stage has finished since the report card was written."""
     records = [one.path / "done.json" for one in stage_dirs(run) if one.done()]
-    finished = {record: record.stat().st_mtime_ns for record in records}
-    return (
-        report.done() is not None and max(finished.values()) > finished[report.path / "done.json"]
-    )
+    newest = max(records, key=lambda record: record.stat().st_mtime_ns, default=None)
+    return report.done() is not None and newest != report.path / "done.json"
 
 
 def stage_dirs(run: Run) -> list[StageDir]:

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
     from papermill import PapermillExecutionError
 
-    from nanolib.accounting import Machine
-
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 PARAMETERS = ("profile", "run", "overrides")
 COMMAND = (sys.executable, "-m", "nanolib")  # what `detach` starts; tests put their own here
@@ -78,16 +76,17 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
 
 
 def dry_run(
-    profile: str, run: str | None, overrides: Mapping[str, Any], machine: Machine | None = None
+    profile: str, run: str | None, overrides: Mapping[str, Any], on: str | None = None
 ) -> Iterator[str]:
     """Lines that say what `run` would do: the plan, the data and the stages still to run.
 
-    Nothing is written, fetched or trained. machine: the one the run is meant for; None: this one.
-    Raises ValueError at the first mistake.
+    Nothing is written, fetched or trained. on: the machine the run is meant for, such as "8xH100";
+    None: this one. Raises ValueError at the first mistake.
     """
-    from nanolib import hub, planning
+    from nanolib import accounting, hub, planning
     from nanolib.stages import text
 
+    machine = accounting.Machine.parse(on) if on else None
     for source in chapters():
         read(source)
     this = Run.peek(profile, run, overrides)
@@ -187,8 +186,15 @@ def _bring_to_end(
         return
     line.say(f"chapter {chapter.name}")
     fingerprint, started = chapter.fingerprint(), time.monotonic()
-    with rundir.saving(chapter.notebook), _in_background(follower):
-        failure = _execute(chapter, parameters)
+    over = threading.Event()
+    thread = threading.Thread(target=follower.follow, args=[lambda: not over.is_set()])
+    thread.start()
+    try:
+        with rundir.saving(chapter.notebook):
+            failure = _execute(chapter, parameters)
+    finally:
+        over.set()
+        thread.join()
     seconds = time.monotonic() - started
     record = {"fingerprint": fingerprint, "seconds": seconds, "finished": rundir.now()}
     rundir.write_json(chapter.record_path, record | ({"failure": failure} if failure else {}))
@@ -201,21 +207,6 @@ def _bring_to_end(
 
 def _update_run_book(run: Run) -> None:
     runbook.write(run, [source.stem for source in chapters()])
-
-
-@contextlib.contextmanager
-def _in_background(follower: launch.Follower) -> Generator[None, None, None]:
-    """Show the stages' progress from a thread while the body waits for a chapter."""
-    over = threading.Event()
-    thread = threading.Thread(
-        target=follower.follow, args=[lambda: not over.is_set()], name="follower", daemon=True
-    )
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
@@ -270,14 +261,10 @@ def _unfinished_logs(run: Run) -> set[tuple[Path, int]]:
 
 def _stage_failure(chapter: Chapter, error: PapermillExecutionError) -> Exception:
     """What to raise where a cell's exception came from a stage."""
-    where = f"chapter {chapter.name}"
     if error.ename == "ValueError":
-        return ValueError(f"{error.evalue} ({where}, see {chapter.notebook})")
-    if error.ename == "WorkerError":
-        return ChapterError(f"{where}: {error.evalue}")
-    return ChapterError(
-        f"{where}: {error.ename}: {error.evalue}\nThe traceback is in {chapter.notebook}"
-    )
+        return ValueError(f"{error.evalue} (chapter {chapter.name}, see {chapter.notebook})")
+    text = f"chapter {chapter.name}: {error.ename}: {error.evalue}"
+    return ChapterError(f"{text}\nThe traceback is in {chapter.notebook}")
 
 
 # ---------------------------------------------------------------------------- the state of a run

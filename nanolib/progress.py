@@ -1,4 +1,4 @@
-"""What a running stage says about itself, as one line of text."""
+"""A running stage's progress, as one line of text."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def clock(seconds: float) -> str:
 
 
 def describe(stage: StageDir, rows: Sequence[Row]) -> str:
-    """Stage, step, loss, tokens/s, time left and the last evaluation, as far as the rows say.
+    """Stage, step, loss, tokens/s, time left and the last evaluation, where the rows have them.
 
-    "base    120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412"; a finished stage ends in
+    Such as "base    120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412"; a finished stage ends in
     "done in 2:13" instead.
     """
     of = "" if stage.path.name == stage.name else f" of {stage.path.name}"
@@ -53,7 +53,10 @@ def describe(stage: StageDir, rows: Sequence[Row]) -> str:
 
 
 class Line:
-    """Shows progress: one line that is rewritten on a terminal, else a line every few seconds."""
+    """Prints progress: rewrites one line on a terminal, else prints one every few seconds.
+
+    every: seconds between the lines of a stage where the stream is no terminal.
+    """
 
     def __init__(self, stream: TextIO | None = None, every: float = 5.0) -> None:
         self.stream = stream or sys.stdout

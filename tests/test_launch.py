@@ -3,6 +3,7 @@
 The worker here is `fake_stages`, which counts instead of training.
 """
 
+import fcntl
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from nanolib import config, launch
 from nanolib.config import REPOSITORY
-from nanolib.rundir import Run
+from nanolib.rundir import Run, StageDir
 
 LAUNCH = """
 import sys
@@ -150,6 +151,19 @@ def test_watching_sees_the_rows_grow(run, monkeypatch):
     assert lengths == [20]  # a finished stage shows its curve once
 
 
+def test_following_ends_with_what_was_written_last(tmp_path):
+    stage, seen = StageDir("base", tmp_path), []
+    follower = launch.Follower(lambda: [stage], lambda stage, rows: seen.append(len(rows)))
+
+    def working() -> bool:
+        """Writes its last row as it ends; nothing new comes in between."""
+        stage.metrics.append(step=len(seen), kind="train")
+        return len(seen) < 2
+
+    follower.follow(working)
+    assert seen == [1, 2, 3]
+
+
 def test_threads_are_pinned_to_a_share_of_the_cores(run, monkeypatch):
     monkeypatch.setattr(launch, "_cores", lambda: 6)
     launch.stage("data", run)
@@ -219,6 +233,17 @@ def test_a_second_launcher_follows_the_first(run):
     assert "'steps': 20" in first.communicate(timeout=HANG)[0]
     assert "'steps': 20" in second.communicate(timeout=HANG)[0]
     assert starts(run.stage("report")) == [0]
+
+
+def test_a_look_at_a_lock_is_not_taken_for_work(tmp_path, monkeypatch):
+    """`is_running` of another process holds the lock for a moment."""
+    other = (tmp_path / "log.txt").open("ab")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with launch.locked(tmp_path / "log.txt") as log:
+        assert log is None
+    monkeypatch.setattr(time, "sleep", lambda seconds: other.close())
+    with launch.locked(tmp_path / "log.txt") as log:
+        assert log is not None
 
 
 def test_a_follower_takes_over(run):

@@ -123,9 +123,7 @@ class Commands:
         if dry_run and (detach or source):
             raise ValueError("--dry-run only checks: leave --detach and --from out")
         if dry_run:
-            from nanolib.accounting import Machine
-
-            print("\n".join(pipeline.dry_run(*asked, Machine.parse(on) if on else None)))
+            print("\n".join(pipeline.dry_run(*asked, on)))
             return
         if on is not None:
             raise ValueError("--on names the machine of a --dry-run; a run runs here")
