@@ -223,10 +223,9 @@ class Run:
         recipe. Raises ValueError for an unknown profile, path or value, and where the run was
         made with another recipe.
         """
-        given = settings.check_overrides(overrides or {})
-        this = cls._find(profile, run, given)
-        if not this.exists() and not _create(this.path, this.config, given):
-            this = cls._find(profile, run, given)  # another process was first
+        this = cls.peek(profile, run, overrides)
+        if not this.exists() and not _create(this.path, this.config, overrides or {}):
+            this = cls.peek(profile, run, overrides)  # another process was first
         _remember(this.path)
         return this
 
@@ -235,12 +234,7 @@ class Run:
         cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
     ) -> Run:
         """The run that `open` would open or create; nothing is written. Raises what `open` raises."""
-        return cls._find(profile, run, settings.check_overrides(overrides or {}))
-
-    @classmethod
-    def _find(cls, profile: str, run: str | None, given: Mapping[str, Any]) -> Run:
-        """`peek` for checked overrides; the one place where a profile is read and resolved."""
-        defaults = settings.load_profile(profile)
+        given, defaults = settings.check_overrides(overrides or {}), settings.load_profile(profile)
         path = _locate(run or _default_id(profile, defaults, given))
         if path.name == LATEST:
             raise ValueError(
@@ -361,11 +355,11 @@ def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> bool:
             f"{path} holds files but no manifest.json, so it is not a run; "
             "choose another --run NAME"
         )
-    recipe = settings.flatten(config.recipe)
+    recipe, given = settings.flatten(config.recipe), settings.check_overrides(overrides)
     manifest = {
         "profile": config.profile,
         "created": now(),
-        "overrides": {key: value for key, value in overrides.items() if key in recipe},
+        "overrides": {key: value for key, value in given.items() if key in recipe},
         "recipe": recipe,
     }
     with saving(path):

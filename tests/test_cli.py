@@ -46,6 +46,7 @@ def nanolib(capfd):
 
 def test_settings_lists_every_path_with_its_value(nanolib):
     code, out, _ = nanolib("settings", "smoke", "--base.steps", "7")
+    assert "model.depth                  26" in nanolib("settings", "speedrun", "--depth", "26")[1]
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert code == 0 and lines["base.steps"] == "7" and lines["machine.device"] == "cpu"
     assert lines["model.kv_heads"] == "none" and lines["eval.tasks"].startswith("mmlu,")
@@ -95,6 +96,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         ("run smoke --base.steps", r"--base.steps needs a value"),
         ("run smoke --base.steps --nproc 2", r"--base.steps needs a value"),
         ("run smoke --model.depth 0", r"model.depth must be at least 1, got 0"),
+        ("run smoke --depth 0", r"model.depth must be at least 1, got 0"),
         ("run smoke --nproc 3", r"8 rows, which 3 ranks cannot .* choose machine.ranks or"),
         ("run smoke --run a,b", r"a run's name is letters.*got 'a,b'"),
         ("run smoke --on H100", r"--on names the machine of a --dry-run"),

@@ -153,7 +153,7 @@ def test_a_run_is_opened_with_one_read_of_its_profile(monkeypatch):
     for name in ("load_profile", "check_overrides"):
         monkeypatch.setattr(config, name, counted(name))
     given = {"base.steps": 3, "machine.ranks": 2}
-    for checks in (2, 4):  # profile and overrides; then the two parts of the manifest, too
+    for checks in (3, 4):  # profile, overrides, manifest to write; or both parts of one to read
         calls.clear()
         Run.open("tiny", overrides=given)
         assert calls.count("load_profile") == 1 and calls.count("check_overrides") == checks
