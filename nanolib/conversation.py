@@ -82,11 +82,11 @@ def _joined(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of a conversation and its loss mask: where ``mask[i]``, ``ids[i]`` is a target.
+    """Token ids of a conversation and its targets: `loss_mask[i]` tells whether ``ids[i]`` is one.
     `cut` counts the ids dropped at the end to fit."""
 
     ids: list[int]
-    mask: list[bool]
+    loss_mask: list[bool]
     cut: int = 0
 
 

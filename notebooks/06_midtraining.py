@@ -185,7 +185,7 @@ def rendered(conversation):
 for task in (chats, problems, quiz):
     for i in range(min(40, len(task))):
         real = task.conversation(i).render(tokenizer)
-        assert rendered(task.conversation(i)) == (real.ids, real.mask)
+        assert rendered(task.conversation(i)) == (real.ids, real.loss_mask)
 print("conversations, word problems, four choices: our ids and mask equal nanolib's")
 
 # %% [markdown]
@@ -214,7 +214,7 @@ for name, limit in flatten(run.config.recipe.mid.rows).items():
     places = np.random.default_rng(1).permutation(len(source))[: min(rows, 200)].tolist()
     looked = [source.conversation(i).render(tokenizer) for i in places]
     scale = rows / len(looked)
-    tokens, targets = (sum(len(r.ids) for r in looked), sum(sum(r.mask) for r in looked))
+    tokens, targets = (sum(len(r.ids) for r in looked), sum(sum(r.loss_mask) for r in looked))
     counts[name] = (rows, scale * tokens, scale * targets)
     print(
         f"{name:10} {rows:7,} examples {scale * tokens:11,.0f} tokens {scale * targets:11,.0f} targets"

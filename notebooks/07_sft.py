@@ -84,7 +84,7 @@ print("answer:", answer("base", question))
 # %%
 rendered = conversation.render(tokenizer)
 pieces = [tokenizer.decode([id]) for id in rendered.ids]
-said = [int(is_said) for is_said in rendered.mask]
+said = [int(is_said) for is_said in rendered.loss_mask]
 lesson.tokens(pieces, groups=said, legend=["read", "said: in the loss"])
 
 # %% [markdown]
@@ -112,7 +112,7 @@ problems = tasks.load("gsm8k", "test", run.mirror())
 examples = [task.conversation(i) for task in (chats, problems) for i in range(20)]
 for example in examples:
     expected = example.render(tokenizer)
-    assert is_said(expected.ids) == expected.mask
+    assert is_said(expected.ids) == expected.loss_mask
 print(f"{len(examples)} conversations: our mask equals nanolib's")
 
 # %% [markdown]
@@ -121,7 +121,9 @@ print(f"{len(examples)} conversations: our mask equals nanolib's")
 # %%
 rendered = problems.conversation(0).render(tokenizer, max_tokens=160)
 pieces = [tokenizer.decode([id]) for id in rendered.ids]
-lesson.tokens(pieces, groups=[int(m) for m in rendered.mask], legend=["read", "said: in the loss"])
+lesson.tokens(
+    pieces, groups=[int(m) for m in rendered.loss_mask], legend=["read", "said: in the loss"]
+)
 
 # %% [markdown]
 # ## Shifted by one
@@ -131,10 +133,10 @@ lesson.tokens(pieces, groups=[int(m) for m in rendered.mask], legend=["read", "s
 # here is a classic: everything runs, the loss looks fine, and the model cannot begin or cannot stop.
 
 # %%
-ids, mask = np.array(rendered.ids), np.array(rendered.mask)
+ids, mask = np.array(rendered.ids), np.array(rendered.loss_mask)
 batch = batch_of_rows([ids], [mask], len(ids) - 1, tokenizer.bos)
-assert (batch.targets_BT[0] >= 0).tolist() == rendered.mask[1:]
-first = rendered.mask[1:].index(True)
+assert (batch.targets_BT[0] >= 0).tolist() == rendered.loss_mask[1:]
+first = rendered.loss_mask[1:].index(True)
 for t in range(first - 2, first + 2):
     target = int(batch.targets_BT[0, t])
     learned = repr(tokenizer.decode([target])) if target >= 0 else "(ignored)"
@@ -151,7 +153,7 @@ for t in range(first - 2, first + 2):
 # %%
 rendered = [chats.conversation(i).render(tokenizer, length + 1) for i in range(60)]
 settings = {"length": length, "batch_rows": 4, "bos": tokenizer.bos, "seed": 1}
-source = ConversationSource([r.ids for r in rendered], [r.mask for r in rendered], **settings)
+source = ConversationSource([r.ids for r in rendered], [r.loss_mask for r in rendered], **settings)
 assert sorted(item for row in source.rows for item in row) == list(range(60))  # each exactly once
 picture = np.full((len(source), length + 1), np.nan)
 for row, items in zip(picture, source.rows, strict=True):
@@ -269,7 +271,7 @@ plt.show()
 @torch.no_grad()
 def text_score(model, question, choice):
     rendered = Conversation.ask(question, choice).render(tokenizer, length + 1)
-    ids, mask = np.array(rendered.ids), np.array(rendered.mask)
+    ids, mask = np.array(rendered.ids), np.array(rendered.loss_mask)
     return -model.nll(batch_of_rows([ids], [mask], len(ids) - 1, tokenizer.bos)).sum().item()
 
 

@@ -86,8 +86,8 @@ def spelled(conversation):
 @settings(max_examples=300, deadline=None)
 def test_the_mask_covers_what_the_assistant_says_and_nothing_else(conversation):
     rendered = conversation.render(TOKENIZER)
-    said = [id for id, mask in zip(rendered.ids, rendered.mask, strict=True) if mask]
-    heard = [id for id, mask in zip(rendered.ids, rendered.mask, strict=True) if not mask]
+    said = [id for id, mask in zip(rendered.ids, rendered.loss_mask, strict=True) if mask]
+    heard = [id for id, mask in zip(rendered.ids, rendered.loss_mask, strict=True) if not mask]
     assert (
         TOKENIZER.decode_bytes(said) == "".join(t for t, s in spelled(conversation) if s).encode()
     )
@@ -105,7 +105,7 @@ def test_a_rendering_spelled_out():
         "<|python_start|>", "1", "+", "1", "<|python_end|>", "<|output_start|>", "2",
         "<|output_end|>", "t", "w", "o", "<|assistant_end|>",
     ]  # fmt: skip
-    mask = conversation.render(TOKENIZER).mask
+    mask = conversation.render(TOKENIZER).loss_mask
     assert mask == [False] * 6 + [True] * 5 + [False] * 3 + [True] * 4
 
 
@@ -132,7 +132,7 @@ def test_too_long_is_cut_and_counted():
     for limit in range(1, len(whole.ids) + 3):
         cut = say("the cat", "sat on the mat").render(TOKENIZER, max_tokens=limit)
         assert cut.ids == whole.ids[:limit]
-        assert cut.mask == whole.mask[:limit]
+        assert cut.loss_mask == whole.loss_mask[:limit]
         assert len(cut.ids) + cut.cut == len(whole.ids)
 
 

@@ -142,10 +142,10 @@ def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_oth
     assert sum(about["conversations"].values()) == len(talks) > 50
     one_by_one = [talk.render(setup.tokenizer, settings["length"] + 1) for talk in talks]
     assert about["cut_tokens"] == sum(r.cut for r in one_by_one)
-    kept = [r for r in one_by_one if any(r.mask[1:])]
+    kept = [r for r in one_by_one if any(r.loss_mask[1:])]
     for rank in range(ranks):
         mapped = ConversationSource.open(folder / "train", **settings | {"rank": rank})
-        naive = ConversationSource([r.ids for r in kept], [r.mask for r in kept], **settings | {"rank": rank})  # fmt: skip
+        naive = ConversationSource([r.ids for r in kept], [r.loss_mask for r in kept], **settings | {"rank": rank})  # fmt: skip
         assert isinstance(mapped.ids.flat, np.memmap)
         assert mapped.rows == naive.rows
         for number in range(len(naive)):

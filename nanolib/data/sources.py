@@ -194,9 +194,9 @@ def save_conversations(rendered: Iterable[Rendered], folder: Path, vocab_size: i
     ids, masks, cut = [], [], 0
     for conversation in rendered:
         cut += conversation.cut
-        if any(conversation.mask[1:]):
+        if any(conversation.loss_mask[1:]):
             ids.append(np.array(conversation.ids, dtype))
-            masks.append(np.array(conversation.mask, bool))
+            masks.append(np.array(conversation.loss_mask, bool))
     if not ids:
         raise ValueError(NO_CONVERSATIONS)
     folder.mkdir(parents=True)
