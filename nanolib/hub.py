@@ -116,7 +116,7 @@ def _open_text(path: Path) -> pq.ParquetFile:
 def documents(path: Path) -> Iterator[str]:
     """The documents of one shard of pretraining text, in order.
 
-    A few threads decode row groups ahead: one alone would keep a tokenizer's many cores waiting.
+    A few threads decode row groups ahead, so that an encoder with many threads does not wait.
     """
     path = Path(path)
     metadata = _open_text(path).metadata
@@ -138,7 +138,7 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def _checked(path: Path, read) -> pa.Table:
-    """A table read and validated in full: damage and text that is not UTF-8 are errors here."""
+    """A table, fully validated. Raises ValueError for damage and for text that is not UTF-8."""
     try:
         table = read()
         table.validate(full=True)
@@ -179,8 +179,8 @@ def fetch(
     """Fill `folder` as a mirror from the hub; returns each repository's revision (commit hash).
 
     Text as far as ``data.text_shards`` or the pretraining horizon needs, `splits`, and the
-    evaluation bundle if CORE is scored. Files of the cache are linked, not copied. Raises
-    ValueError for trouble with the network and for files that come damaged twice.
+    evaluation bundle if CORE is scored. Cached files are linked, not copied. Raises
+    ValueError for network errors and for a file that arrives damaged twice.
     """
     revisions = {config.recipe.data.repository: _fetch_text(config, folder / "text", progress)}
     if config.recipe.eval.core_problems != 0:
@@ -195,10 +195,10 @@ def fetch(
 
 @contextlib.contextmanager
 def _network(what: str, remedy: str = OFFLINE) -> Generator[None, None, None]:
-    """Turn the network's errors into a ValueError with a remedy; wrap library calls alone."""
+    """Turn network errors into a ValueError with a remedy. Wrap library calls only."""
     try:
         yield
-    except Exception as error:  # httpx2, hf_xet, fsspec and datasets share no base but this one
+    except Exception as error:  # httpx2, hf_xet, fsspec and datasets have no common base
         raise ValueError(
             f"cannot fetch {what} ({type(error).__name__}: {error}); {remedy}"
         ) from error
@@ -233,7 +233,7 @@ def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
 
 
 def _fetch_file(repository: str, file, revision: str) -> Path:
-    """One file in the hub's cache, of the size and hash listed; a damaged one is fetched again."""
+    """One cached file of the hub, its size and hash checked; a damaged one is fetched again."""
     from huggingface_hub import hf_hub_download
 
     problem = ""
@@ -256,7 +256,7 @@ def _fetch_file(repository: str, file, revision: str) -> Path:
 
 
 def _difference(path: Path, size: int | None, sha256: str | None) -> str:
-    """How a file differs from its listing; empty if it does not."""
+    """How a file differs from the listed size and hash; "" if it does not."""
     found = path.stat().st_size
     if size is not None and found != size:
         return f"has {found} of {size} bytes"
@@ -291,7 +291,7 @@ def _fetch_table(split: Split, folder: Path, revisions: dict[str, str]) -> None:
 
 
 def _download(url: str) -> Path:
-    """A zip file of the web in the user's cache, whole; a damaged one there is fetched again."""
+    """A zip file from the web, kept in the user's cache; a damaged one is fetched again."""
     target = Path.home() / ".cache/nanolib" / url.rsplit("/", 1)[-1]
     if target.is_file():
         problem = _zip_problem(target)
@@ -315,7 +315,7 @@ def _download(url: str) -> Path:
 
 
 def _zip_problem(path: Path) -> str:
-    """What is wrong with a zip file; empty if its checksums are right."""
+    """What is wrong with a zip file; "" if all checksums match."""
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()

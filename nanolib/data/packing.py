@@ -23,8 +23,7 @@ IGNORED = -1  # a target that is not trained on
 class Batch:
     """B rows of T tokens, ready for the model.
 
-    A row's documents see each other: ``classic`` attends across them. `fields` holds further
-    per-token tensors [B, T].
+    Attention is not masked at document boundaries. `fields` holds more per-token tensors [B, T].
     """
 
     inputs_BT: Tensor
@@ -42,7 +41,7 @@ class Batch:
 
 
 class Source(Protocol):
-    """What a stage trains on: a pure function of (data, seed, step)."""
+    """What a stage trains on, as a pure function of (data, seed, step)."""
 
     def updates(self, step: int) -> list[list[Batch]]:
         """This rank's micro-batches, for each optimizer update of that step."""
@@ -52,19 +51,18 @@ class Source(Protocol):
 def batch_of_rows(
     rows: Sequence[np.ndarray], masks: Sequence[np.ndarray], length: int, bos: int
 ) -> Batch:
-    """Rows of at most `length` + 1 ids as a padded batch.
+    """Rows of at most `length` + 1 ids as a batch, padded with BOS inputs and ignored targets.
 
-    `masks` (bool, same lengths) say which ids may be targets. A row's unused tail is padding:
-    input BOS, target ignored.
+    `masks` (bool, of the rows' lengths) say which ids are targets.
     """
     ids = np.full((len(rows), length + 1), bos, dtype=np.int64)
-    wanted = np.zeros((len(rows), length + 1), dtype=bool)
+    is_target = np.zeros((len(rows), length + 1), dtype=bool)
     for i, row in enumerate(rows):
         if len(row) > length + 1:
             raise ValueError(f"a row of {len(row)} ids does not fit into {length} + 1")
         ids[i, : len(row)] = row
-        wanted[i, : len(row)] = masks[i]
-    targets = np.where(wanted[:, 1:], ids[:, 1:], IGNORED)
+        is_target[i, : len(row)] = masks[i]
+    targets = np.where(is_target[:, 1:], ids[:, 1:], IGNORED)
     return Batch(
         inputs_BT=torch.from_numpy(ids[:, :-1].copy()),
         targets_BT=torch.from_numpy(targets),
@@ -72,7 +70,7 @@ def batch_of_rows(
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Rows of ids as one tensor [B, T], filled up at the end; T is at least 1."""
+    """Rows of ids as one tensor [B, T], right-padded with `pad`; T is at least 1."""
     ids_BT = torch.full((len(rows), max(1, *map(len, rows))), pad)
     for b, row in enumerate(rows):
         ids_BT[b, : len(row)] = torch.tensor(row, dtype=torch.long)
@@ -80,13 +78,16 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
 
 
 def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
-    """Places of rows of similar length, the shortest first: so many padded tokens, or one row."""
+    """Indices of rows in groups of similar length, shortest first.
+
+    A group has at most `tokens_at_once` tokens after padding, or is a single row.
+    """
     group: list[int] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and (len(group) + 1) * lengths[place] > tokens_at_once:
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) + 1) * lengths[index] > tokens_at_once:
             yield group
             group = []
-        group.append(place)
+        group.append(index)
     if group:
         yield group
 
@@ -94,10 +95,10 @@ def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
 def pack(
     lengths: Sequence[int], capacity: int, order: Sequence[int], open_rows: int = 64
 ) -> list[list[int]]:
-    """Put items into rows of at most `capacity` ids, never splitting one: best fit, in `order`.
+    """Best-fit packing of items, taken in `order`, into rows of at most `capacity` ids.
 
-    At most `open_rows` rows stay open; the fullest is closed first. Returns the items of each row;
-    each item is in exactly one. Raises ValueError for an item longer than a row.
+    At most `open_rows` rows stay open; the fullest is closed first. Returns the items of each row:
+    every item once, never split. Raises ValueError for an item longer than a row.
     """
     closed: list[list[int]] = []
     room: list[int] = []

@@ -1,8 +1,8 @@
 """What each stage reads: token shards for pretraining, packed conversations for finetuning.
 
-Both are the same endless sequence of rows: epoch after epoch, each in an order of its own drawn
-from (seed, epoch). Step s takes the next `batch_rows` of it and row i goes to rank i mod ranks,
-so a batch is a pure function of (data, seed, step): resuming needs no state.
+Both are an endless sequence of rows, epoch after epoch, each epoch in an order drawn from (seed,
+epoch). Step s takes the next `batch_rows` rows and row i goes to rank i mod world_size, so a batch
+is a pure function of (data, seed, step) and resuming needs no state.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NO_CONVERSATIONS = "there are no conversations to train on: every source has 0 r
 
 
 class RowSource:
-    """Batches of rows; a subclass says how many rows there are and what is in one.
+    """Batches of rows; a subclass defines the number of rows and their contents.
 
-    `length` is T, `batch_rows` counts all ranks and micro-batches, `device_batch` is the most rows
-    of one micro-batch (None: all of this rank's). Raises ValueError when there is no row or the
+    `length` is T, `batch_rows` counts all ranks and micro-batches, `device_batch` is the largest
+    micro-batch in rows (None: all of this rank's). Raises ValueError if there are no rows or the
     ranks cannot share a batch equally.
     """
 
@@ -64,8 +64,8 @@ class RowSource:
     def row_numbers(self, step: int) -> list[int]:
         """This rank's rows of a step."""
         first = step * self.batch_rows
-        places = range(first + self.rank, first + self.batch_rows, self.world_size)
-        return [int(self._order(place // len(self))[place % len(self)]) for place in places]
+        mine = range(first + self.rank, first + self.batch_rows, self.world_size)
+        return [int(self._order(i // len(self))[i % len(self)]) for i in mine]
 
     def updates(self, step: int) -> list[list[Batch]]:
         rows = [self.row(number) for number in self.row_numbers(step)]
@@ -112,7 +112,7 @@ def split_documents(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
 
 
 def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
-    """The first `limit` tokens of some token shards; those after it are not opened."""
+    """The first `limit` tokens of token shards; shards that are not needed are not opened."""
     parts, missing = [], limit
     for path in shards:
         parts.append(np.load(path, mmap_mode="r")[:missing])
@@ -123,7 +123,7 @@ def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
 
 
 class ConversationSource(RowSource):
-    """Rows of whole conversations, packed once by best fit in a seeded order.
+    """Rows of whole conversations, packed by best fit in a seeded order.
 
     `masks` say which ids of each conversation are targets.
     """
@@ -140,7 +140,7 @@ class ConversationSource(RowSource):
 
     @classmethod
     def open(cls, folder: Path, **settings: Any) -> ConversationSource:
-        """Of what `save_conversations` wrote, memory-mapped."""
+        """Memory-map what `save_conversations` wrote."""
         ids, masks = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "masks"))
         ends = np.load(folder / "ends.npy")
         return cls(_Pieces(ids, ends), _Pieces(masks, ends), **settings)
@@ -157,7 +157,7 @@ class ConversationSource(RowSource):
 
 
 class _Pieces(Sequence):
-    """The pieces of a flat array that end where `ends` says, cut when asked for."""
+    """A flat array as a sequence of slices; slice i ends at ``ends[i]``."""
 
     def __init__(self, flat: np.ndarray, ends: np.ndarray):
         self.flat, self.ends = flat, ends
@@ -173,7 +173,7 @@ class _Pieces(Sequence):
 def render(
     conversations: Iterable[Conversation], tokenizer: Tokenizer, max_tokens: int, threads: int
 ) -> Iterator[Rendered]:
-    """`Conversation.render` of each; the texts of many are encoded at once, on several threads."""
+    """`Conversation.render` of each, encoding many texts at once on several threads."""
     conversations = iter(conversations)
     while group := list(itertools.islice(conversations, CONVERSATIONS_AT_ONCE)):
         parts = (part for c in group for m in c.folded().messages for part in m.parts)
@@ -186,9 +186,9 @@ def render(
 
 
 def save_conversations(rendered: Iterable[Rendered], folder: Path, vocab_size: int) -> int:
-    """Write those that have a target into a new folder; returns how many ids were cut off.
+    """Write the conversations that have a target to a new folder; returns the ids truncated.
 
-    Three ``.npy`` files: ids and masks, each in one flat array, and where each conversation ends.
+    Three ``.npy`` files: ids and masks as flat arrays, and the end of each conversation in them.
     """
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     ids, masks, cut = [], [], 0

@@ -27,7 +27,7 @@ DOCUMENTS_AT_ONCE = 1024
 
 
 def data(context: Context) -> dict[str, Any]:
-    """Write or fetch what the run will read, check it, and record what the run is made of."""
+    """Write or fetch the run's data, check it, and record where it came from."""
     run = context.run
     revisions = gather(context) if run.config.machine.mirror is None else {}
     files = hub.text_files(run.config, run.mirror())
@@ -55,7 +55,7 @@ def gather(context: Context) -> dict[str, str]:
 
 
 def gather_if_gone(context: Context) -> None:
-    """Gather again what a finished data stage left, for example one of a version that kept none."""
+    """Write or fetch the data again if it is gone, or if an older version did not keep it."""
     run, runtime = context.run, context.runtime
     folder = run.stage("data").path / "mirror"
     if runtime.is_lead and run.mirror() == folder and not folder.is_dir():
@@ -80,7 +80,7 @@ def _splits(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
-    """Open what later stages will read, so that what is missing shows before the long wait."""
+    """Open everything that later stages read, so that a missing file is found at the start."""
     recipe, mirror = run.config.recipe, run.mirror()
     if recipe.eval.core_problems != 0:
         core.load(hub.eval_bundle(mirror))
@@ -93,9 +93,9 @@ def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
 
 
 def _fingerprint(run: Run, files: hub.TextFiles) -> str:
-    """A hash of the names, sizes and ends (parquet footers) of what a run reads.
+    """A hash of the names, sizes and last 64 KiB (parquet footers) of what a run reads.
 
-    Of what was fetched from the hub the text alone: `revisions` say the rest.
+    For data fetched from the hub it covers the text only; `revisions` pin the rest.
     """
     digest = hashlib.sha256()
     mirror = run.mirror()
@@ -111,7 +111,7 @@ def _fingerprint(run: Run, files: hub.TextFiles) -> str:
 
 
 def _text_files(run: Run) -> hub.TextFiles:
-    """The run's text, checked to be what the data stage recorded."""
+    """The run's text. Raises ValueError if it is not what the data stage recorded."""
     files = hub.text_files(run.config, run.mirror())
     record = run.stage("data").done()
     if record is not None and record["result"]["fingerprint"] != _fingerprint(run, files):
@@ -130,11 +130,11 @@ def tokenizer(context: Context) -> dict[str, Any]:
     config = context.run.config.recipe.tokenizer
     files = _text_files(context.run)
 
-    def stop_or_go(phase: str, done: int, total: int | None) -> None:
+    def progress(phase: str, done: int, total: int | None) -> None:
         context.progress(done, total or config.max_chars, phase)
 
     texts = _training_text(files.train, config)
-    trained = Tokenizer.train(texts, config.vocab_size, progress=stop_or_go)
+    trained = Tokenizer.train(texts, config.vocab_size, progress=progress)
     trained.save(context.stage.path / "tokenizer.json")
     sample = _head(hub.documents(files.validation), 1_000_000)
     tokens = sum(len(ids) for ids in trained.encode_batch(sample))
@@ -147,7 +147,7 @@ def tokenizer(context: Context) -> dict[str, Any]:
 
 
 def _training_text(files: Iterable[Path], config: TokenizerConfig) -> Iterator[str]:
-    """Documents cut at max_document_chars until max_chars are reached."""
+    """Documents truncated to max_document_chars, until max_chars are reached."""
     left = config.max_chars
     for path in files:
         for text in hub.documents(path):
