@@ -21,7 +21,7 @@ from nanolib.session import Session
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
-PACE = 0.02  # seconds a token: an endless answer outlasts anybody's patience
+PACE = 0.01  # seconds per token: an answer without end lasts minutes
 
 
 class Script:
