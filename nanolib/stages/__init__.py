@@ -28,12 +28,12 @@ class Context:
     guard: Guard
     of: str | None = None  # whose model an evaluation is of
 
-    _told: float = 0.0  # when the last progress row was written
+    _reported: float = 0.0  # when the last progress row was written
 
     def progress(self, done: int, total: int, message: str) -> None:
         """A progress row at most twice a second; raises Stopped when the guard asks for it."""
         if self.guard.stop_requested:
             raise Stopped(f"stopped at {message} ({done} of {total})")
-        if self.runtime.is_lead and time.monotonic() - self._told > 0.5:
-            self._told = time.monotonic()
+        if self.runtime.is_lead and time.monotonic() - self._reported > 0.5:
+            self._reported = time.monotonic()
             self.stage.metrics.append(kind="progress", step=done, steps=total, message=message)
