@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PartKind = Literal["text", "python", "output"]
 Role = Literal["system", "user", "assistant"]
+PART_KINDS, ROLES = get_args(PartKind), get_args(Role)
 LETTERS = "ABCDEFGH"
 # An answer never contains these: any of them ends the assistant's turn.
 END_NAMES = (
@@ -38,9 +39,9 @@ class Part:
     text: str
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(PartKind):
+        if self.kind not in PART_KINDS:
             raise ValueError(
-                f"a part's kind must be one of {', '.join(get_args(PartKind))}, got {self.kind!r}"
+                f"a part's kind must be one of {', '.join(PART_KINDS)}, got {self.kind!r}"
             )
 
 
@@ -53,9 +54,9 @@ class Message:
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
-        if self.role not in get_args(Role):
+        if self.role not in ROLES:
             raise ValueError(
-                f"a message's role must be one of {', '.join(get_args(Role))}, got {self.role!r}"
+                f"a message's role must be one of {', '.join(ROLES)}, got {self.role!r}"
             )
         for part in self.parts:
             if self.role != "assistant" and part.kind != "text":
