@@ -141,6 +141,8 @@ def test_whatever_of_a_command_is_struck_nobody_is_left_and_it_goes_on(
         process = command(folder, f"base {rows} SIGSTOP")
         held = held_worker(process, place)
         family = faults.kill(kind, process)
+        kernel = [p for p in family if p != held]  # it holds the guard's pipe: first it ends
+        assert faults.wait(lambda k=kernel: not faults.survivors(k), 300), kind
         held.send_signal(signal.SIGCONT)
         out, errors = process.communicate(timeout=600)
         assert process.returncode != 0 and "Traceback" not in errors
