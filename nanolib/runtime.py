@@ -40,7 +40,8 @@ class Runtime:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
             # On an H100 torch would choose cuDNN's attention, which takes 40 to 240 ms to plan each
-            # new shape, and nearly every batch of prompts and answers has a new one.
+            # new shape, and nearly every batch of prompts and answers has a new one. Training on
+            # rows of one length allows it (`GPT.compiled_nll`).
             torch.backends.cuda.enable_cudnn_sdp(False)
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"

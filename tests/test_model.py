@@ -155,6 +155,54 @@ def test_compiled_nll_equals_nll_and_has_its_gradients():
         assert_close(compiled, plain)
 
 
+def test_cudnns_attention_is_allowed_while_compiling_if_asked_for():
+    """A program keeps the kernel that was allowed when it was compiled: later is too late."""
+    allowed: list[bool] = []
+
+    def backend(graph, inputs):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return graph.forward
+
+    batch = Batch(inputs_BT=random_ids(2, 6), targets_BT=random_ids(2, 6, seed=1))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as Runtime does
+        for cudnn in (True, False):
+            torch.compiler.reset()
+            random_model(tiny()).compiled_nll(cudnn, backend=backend)(batch)
+            block, _loss = allowed
+            assert block is cudnn
+            assert torch.backends.cuda.cudnn_sdp_enabled() is False
+            allowed.clear()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_the_residual_stream_has_the_activations_precision():
+    model, ids = random_model(tiny()), random_ids(2, 6)
+    seen: list[torch.dtype] = []
+
+    def run(block, x_BTD, *rest):
+        seen.append(x_BTD.dtype)
+        return block(x_BTD, *rest)
+
+    with torch.no_grad():
+        plain = model.hidden(ids, run=run)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model.hidden(ids, run=run)
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert_close(rounded.float(), plain, atol=0.1, rtol=0.1)
+
+
+def test_rotary_tables_made_while_generating_serve_training():
+    model, ids = random_model(tiny()), random_ids(2, 6)
+    with torch.inference_mode():
+        model(ids)
+    first = model._rotary
+    model(ids).sum().backward()
+    assert model._rotary is first
+
+
 # ---------------------------------------------------------------------------- the cache
 
 

@@ -177,7 +177,9 @@ def _setup(context: Context) -> Setup:
     config, runtime = context.run.config, context.runtime
     tokenizer = load_tokenizer(context.run)
     model = _new_model(context, tokenizer)
-    nll = model.compiled_nll() if runtime.device.type == "cuda" else model.nll
+    nll = model.nll
+    if runtime.device.type == "cuda":
+        nll = model.compiled_nll(cudnn=context.stage.name != "grpo")  # whose rows vary in length
     length = config.recipe.model.sequence_len
     share = planning.share_of(config.recipe, context.stage.name, runtime.world_size)
     rows = config.machine.device_batch or planning.fitting_rows(model, nll, length, share, runtime)
