@@ -1,5 +1,6 @@
 """What tests share: one CPU thread, a tiny model with every weight drawn at random, run folders."""
 
+import fcntl
 import os
 
 import pytest
@@ -39,15 +40,22 @@ def _own_runs_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Run:
-    """A finished run of profile smoke, made in this process. Copy it before changing anything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOLIB_RUNS", str(tmp_path_factory.mktemp("finished")))
+    """A finished run of profile smoke, made in this process. Copy it before changing anything.
+
+    The test processes of one session (pytest-xdist) share it: the first to need it makes it.
+    """
+    ours = tmp_path_factory.getbasetemp()
+    folder = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
+    with (folder / "finished.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.setenv("NANOLIB_RUNS", str(folder / "finished"))
         run = Run.open("smoke")
-    for name in ("data", "tokenizer", "shards", *MODELS):
-        worker.work(name, run)
-    for model in MODELS:
-        worker.work("eval", run, of=model)
-    worker.work("report", run)
+        if run.stage("report").done() is None:
+            for name in ("data", "tokenizer", "shards", *MODELS):
+                worker.work(name, run)
+            for model in MODELS:
+                worker.work("eval", run, of=model)
+            worker.work("report", run)
     return run
 
 
