@@ -40,19 +40,14 @@ def write(run: Run, names: Sequence[str]) -> Path:
             continue
         source, page = folder / f"{name}.ipynb", folder / f"{name}.html"
         titles[name] = _title(source) or name
-        if not _is_current(page, source, links(before, after)):
+        current = page.exists() and page.stat().st_mtime >= source.stat().st_mtime
+        if not current or links(before, after) not in page.read_text(encoding="utf-8"):
             about = {"title": f"{titles[name]} · {run.id}", "before": before, "after": after}
             body, _ = exporter.from_filename(str(source), resources=about)
             body = re.sub(r'href="(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
             write_atomic(page, body)
     write_atomic(folder / "index.html", _first_page(run, titles, exporter))
     return folder / "index.html"
-
-
-def _is_current(page: Path, source: Path, links: str) -> bool:
-    if not page.exists() or page.stat().st_mtime < source.stat().st_mtime:
-        return False
-    return links in page.read_text(encoding="utf-8")
 
 
 def _exporter() -> HTMLExporter:
@@ -83,28 +78,14 @@ def _first_page(run: Run, titles: dict[str, str | None], exporter: HTMLExporter)
     from markdown_it import MarkdownIt
 
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-    report = run.path / "report.md"
+    report, base = run.path / "report.md", run.stage("base").done()
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in run.path.glob("**/done.json")]
+    seconds = sum(r.get("seconds", 0.0) for r in records if not r.get("taken_over"))
     return exporter.environment.get_template("contents.html.j2").render(
         run=run,
         manifest=run.manifest(),
-        figures=_figures(run),
+        base=base["result"] if base else {},
+        time=clock(seconds) if seconds else None,
         chapters=titles,
         card=markdown.render(report.read_text(encoding="utf-8")) if report.exists() else "",
     )
-
-
-def _figures(run: Run) -> dict[str, str]:
-    """What one wants to know first of a run, as far as its stages are done."""
-    records = [json.loads(p.read_text(encoding="utf-8")) for p in run.path.glob("**/done.json")]
-    base = run.stage("base").done()
-    result = base["result"] if base else {}
-    forms = {
-        "parameters": ("parameters", ","),
-        "tokens": ("tokens of pretraining", ","),
-        "validation_bpb": ("bits per byte after pretraining", ".3f"),
-    }
-    found = {name: f"{result[key]:{form}}" for key, (name, form) in forms.items() if key in result}
-    own = [record for record in records if not record.get("taken_over")]
-    if seconds := sum(record.get("seconds", 0.0) for record in own):
-        found["all stages together"] = clock(seconds)
-    return found
