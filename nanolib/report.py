@@ -202,7 +202,7 @@ def _summary(evaluations: Sequence[Stage]) -> str:
     rows = []
     for task, how in dict.fromkeys((task, how) for _, task, how in _measures(evaluations)):
         scores = {stage.of: stage.scores.get(task, {}) for stage in evaluations}
-        row = {"": _measure_label(task, how)}
+        row: dict[str, Any] = {"": _measure_label(task, how)}
         row |= {COLUMNS[of]: known.get(how) for of, known in scores.items()}
         row["chance"] = next((s["chance"] for s in scores.values() if "chance" in s), None)
         comparable = how in ("accuracy", "letters")  # the original's way to score
@@ -217,7 +217,8 @@ def _measures(stages: Iterable[Stage]) -> dict[tuple[str, str, str], float]:
     return {
         (stage.of, task, how): value
         for stage in stages
-        for task, scores in (stage.scores.items() if stage.of else ())
+        if stage.of
+        for task, scores in stage.scores.items()
         for how, value in scores.items()
         if isinstance(value, float) and how != "chance" and not task.startswith("core/")
     }
@@ -236,7 +237,9 @@ def _label(name: str) -> str:
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table with a column for each key of its rows; "" without rows."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    return table([*map(_label, columns)], [[*map(row.get, columns)] for row in rows]) if rows else ""
+    return (
+        table([*map(_label, columns)], [[*map(row.get, columns)] for row in rows]) if rows else ""
+    )
 
 
 def _levels(recipe: Recipe, evaluations: Sequence[Stage]) -> list[list[Any]]:
