@@ -208,14 +208,17 @@ def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
     return None
 
 
-def load_model(folder: Path, device: torch.device) -> GPT:
-    """The model of a stage's newest checkpoint.
+def load_model(folder: Path, device: torch.device, about: Mapping[str, Any] | None = None) -> GPT:
+    """The model of a stage's newest checkpoint, made from what `about` says if given.
 
     Raises ValueError when the stage has none.
     """
     checkpoint = latest(folder, weights_only=True)
     if checkpoint is None:
-        raise ValueError(f"there is no checkpoint in {folder}: run that stage first")
+        stage = folder.parent.name
+        raise ValueError(f"there is no {stage} model yet in {folder}: nanolib stage {stage}")
+    if about is not None:
+        check_same(checkpoint, about)
     config = recipe_from(checkpoint.index["recipe"]).model
     model = GPT.empty(config, checkpoint.index["vocab_size"], device)
     restore_model(checkpoint, model)

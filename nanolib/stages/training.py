@@ -189,20 +189,13 @@ def _setup(context: Context) -> Setup:
 
 
 def _new_model(context: Context, tokenizer: Tokenizer) -> GPT:
-    """A model with the weights of the run's training stage before this one, else initial ones."""
-    run, recipe = context.run, context.run.config.recipe
-    vocab, device = recipe.tokenizer.vocab_size, context.runtime.device
-    model = GPT.build(recipe.model, vocab, device, recipe.seed)
+    """The model of the training stage before this one, else one with initial weights."""
+    run, recipe, device = context.run, context.run.config.recipe, context.runtime.device
     earlier = recipe.models[: recipe.models.index(context.stage.name)]
-    if earlier:
-        found = checkpoint.latest(run.stage(earlier[-1]).checkpoints, weights_only=True)
-        if found is None:
-            raise ValueError(
-                f"run {run.id} has no {earlier[-1]} model: nanolib stage {earlier[-1]}"
-            )
-        checkpoint.check_same(found, about_checkpoint(run, earlier[-1], tokenizer))
-        checkpoint.restore_model(found, model)
-    return model
+    if not earlier:
+        return GPT.build(recipe.model, recipe.tokenizer.vocab_size, device, recipe.seed)
+    about = about_checkpoint(run, earlier[-1], tokenizer)
+    return checkpoint.load_model(run.stage(earlier[-1]).checkpoints, device, about)
 
 
 def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, Any]:
