@@ -245,6 +245,7 @@ def letter_probabilities(model, question, choices):
 model = checkpoint.load_model(run.stage("sft").checkpoints, cpu.device)
 quiz = tasks.load(next(iter(asked)), "test", run.mirror())
 rows = [i for i in range(min(32, len(quiz))) if len(quiz.choices(i)) == 4]
+rows = [i for i in rows if len(quiz.unanswered(i).prompt(tokenizer)) <= length]
 rows.sort(key=quiz.answer)
 print(letter_probabilities(model, quiz.question(rows[0]), quiz.choices(rows[0])))
 
@@ -252,7 +253,7 @@ print(letter_probabilities(model, quiz.question(rows[0]), quiz.choices(rows[0]))
 answers = [letter_probabilities(model, quiz.question(i), quiz.choices(i)) for i in rows]
 table_NC, right_N = torch.stack(answers), torch.tensor([quiz.answer(i) for i in rows])
 by_hand = (table_NC.argmax(dim=1) == right_N).tolist()
-assert (by_hand, 0) == by_letter(Engine(model, tokenizer, cpu), quiz, rows)
+assert by_hand == [right for right, _ in by_letter(Engine(model, tokenizer, cpu), quiz, rows)]
 print(f"{np.mean(by_hand):.0%} right by letter")
 
 # %%
@@ -279,7 +280,7 @@ right = []
 for i in rows:
     points = [text_score(model, quiz.question(i), choice) for choice in quiz.choices(i)]
     right.append(points.index(max(points)) == quiz.answer(i))
-assert (right, 0) == by_text(Engine(model, tokenizer, cpu), quiz, rows)
+assert right == [right for right, _ in by_text(Engine(model, tokenizer, cpu), quiz, rows)]
 print(f"{np.mean(right):.0%} right by text")
 
 # %% [markdown]

@@ -1,9 +1,9 @@
 """Questions answered in words: what is asked, how answers are graded, and pass@k by brute force."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
+from shared import as_ranks
 from test_choices import CONFIG, TOKENIZER
 
 from nanolib import tasks
@@ -146,14 +146,15 @@ def test_sampled_scores_are_the_mean_of_every_pass_at_k(ask, monkeypatch):
 def test_ranks_share_the_questions_and_agree(ask, monkeypatch):
     questions = ask("facts")
     monkeypatch.setattr(questions.task, "grade", even)
-    greedy = evaluate(questions, range(7))
-    sampled = evaluate_sampled(questions, range(7), samples=3, seed=3)
-    engine, sums, parts = questions.engine, [], []
-    for rank in (0, 1):
-        engine.runtime = replace(engine.runtime, rank=rank, world_size=2)
-        object.__setattr__(engine.runtime, "sum", lambda row: sums.append(row) or sum(sums))
-        object.__setattr__(engine.runtime, "gather", lambda part: parts.append(part) or parts)
-        assert (evaluate(questions, range(7)) == greedy) is (rank == 1)
-        last = evaluate_sampled(questions, range(7), samples=3, seed=3)
+
+    def scores(runtime):
+        engine = Engine(questions.engine.model, TOKENIZER, runtime)
+        mine = Questions(engine, questions.task, questions.max_new_tokens)
+        return (
+            evaluate_sampled(mine, range(7), samples=3, seed=3),
+            evaluate(mine, range(7)),
+        )
+
+    results, parts = as_ranks(questions.engine.runtime, 2, scores)
+    assert results == [scores(questions.engine.runtime)] * 2
     assert [len(part) for part in parts] == [4, 3]
-    assert last == pytest.approx(sampled)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from shared import as_ranks
 
 from nanolib import tasks
 from nanolib.config import ModelConfig
@@ -50,7 +51,7 @@ def test_by_text_is_the_likeliest_whole_answer(engine, mirror):
             for choice in task.choices(i)
         ]
         expected.append(scores.index(max(scores)) == task.answer(i))
-    assert choices.by_text(engine, task, range(24)) == (expected, 0)
+    assert choices.by_text(engine, task, range(24)) == [(right, False) for right in expected]
     assert 0 < sum(expected) < 24
 
 
@@ -63,7 +64,7 @@ def test_by_letter_compares_the_letters_after_the_prompt(engine, mirror):
         prompt = Conversation.ask(text).prompt(TOKENIZER)
         logits = engine.model(torch.tensor([prompt]))[0, -1, letters]
         expected.append(int(logits.argmax()) == task.answer(i))
-    assert choices.by_letter(engine, task, range(24)) == (expected, 0)
+    assert choices.by_letter(engine, task, range(24)) == [(right, False) for right in expected]
     assert 0 < sum(expected) < 24
 
 
@@ -95,7 +96,7 @@ def test_only_the_letters_of_choices_there_are_count(engine, arc):
     assert choices.evaluate(engine, task, range(8))["chance"] == 0.5
     prompt = Conversation.ask(choice_question("Question 0?", ["red", "blue"])).prompt(TOKENIZER)
     a, b = engine.model(torch.tensor([prompt]))[0, -1, [TOKENIZER.encode(c)[0] for c in "AB"]]
-    assert choices.by_letter(engine, task, [0]) == ([bool(a >= b)], 0)
+    assert choices.by_letter(engine, task, [0]) == [(bool(a >= b), False)]
 
 
 def test_a_long_question_loses_its_beginning_and_a_choice_never_loses_anything(
@@ -124,7 +125,7 @@ def test_a_long_question_loses_its_beginning_and_a_choice_never_loses_anything(
         prompts.append((prompt, answers))
         scores = [log_probability(short, prompt, answer) for answer in answers]
         expected.append(scores.index(max(scores)) == 0)
-    assert choices.by_text(short, task, range(len(rows))) == (expected, len(rows))
+    assert choices.by_text(short, task, range(len(rows))) == [(right, True) for right in expected]
     assert [(prompt.context, prompt.continuations) for prompt in scored] == prompts
     assert 0 < sum(expected) < len(rows)
     scores = choices.evaluate(short, task, range(len(rows)))
@@ -136,27 +137,21 @@ def test_a_choice_that_cannot_fit_is_told_and_wrong(random_model, arc, cpu):
         random_model(replace(CONFIG, sequence_len=40), TOKENIZER.vocab_size), TOKENIZER, cpu
     )
     task = arc(("Which?", ["red " * 30, "blue"]), ("Which?", ["red", "red"]))
-    assert choices.by_text(short, task, range(2)) == ([None, True], 0)
+    assert choices.by_text(short, task, range(2)) == [(None, False), (True, False)]
     scores = choices.evaluate(short, task, range(2))
     assert (scores["text"], scores["questions"], scores["too long"]) == (1 / 2, 2, 1)
 
 
 def test_ranks_share_the_questions_and_agree(engine, mirror):
-    """Two runtimes that stand for two ranks: their parts make the whole."""
     task = tasks.load("mmlu", "test", mirror)
     whole = choices.evaluate(engine, task, range(30))
-    told: list[torch.Tensor] = []
 
-    def add(counts):
-        told.append(counts)
-        return sum(told)
+    def evaluate(part):
+        return choices.evaluate(Engine(engine.model, TOKENIZER, part), task, range(30))
 
-    for rank in (0, 1):
-        engine.runtime = replace(engine.runtime, rank=rank, world_size=2)
-        object.__setattr__(engine.runtime, "sum", add)
-        last = choices.evaluate(engine, task, range(30))
-    assert last == whole and whole["questions"] == 30 and whole["chance"] == 0.25
-    assert all(counts[0] > 0 for counts in told)
+    results, parts = as_ranks(engine.runtime, 2, evaluate)
+    assert results == [whole, whole] and whole["questions"] == 30 and whole["chance"] == 0.25
+    assert all(sum(right for (right, _), _ in part) > 0 for part in parts)
 
 
 def test_rounds_change_nothing_and_can_be_stopped_between(engine, mirror, monkeypatch):

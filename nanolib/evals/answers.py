@@ -6,15 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from nanolib.conversation import Message, answer_parts
 from nanolib.engine import Answer, Engine
-from nanolib.evals import Progress, rounds
+from nanolib.evals import QUESTIONS_AT_ONCE, Progress, score_all
 from nanolib.runtime import seed_of
 from nanolib.tasks import GradedTask
 
-QUESTIONS_AT_ONCE = 128  # between two calls of `progress`
 ROWS_AT_ONCE = 256  # sampled together
 SHOWN = 8  # answers kept in the results
 
@@ -80,18 +77,19 @@ def evaluate(
     """Accuracy of greedy answers.
 
     A question that fills the context ("too long") and an answer that needs what the sandbox lacks
-    ("unsupported") count as wrong and are told, if any.
+    ("unsupported") count as wrong; the result has their numbers, if any.
     """
-    task, runtime = questions.task, questions.engine.runtime
-    mine: list[tuple[int, str, bool | str | None]] = []  # question, answer, grade
-    for some in rounds(indices, QUESTIONS_AT_ONCE, runtime, progress):
+    task, engine = questions.task, questions.engine
+
+    def graded(some: Sequence[int]) -> list[tuple[str, bool | str | None]]:
+        found: dict[int, tuple[str, bool | str | None]] = dict.fromkeys(some, ("", "too long"))
         fitting = questions.fitting(some, room=1)
         for i, (answer,) in zip(fitting, questions.answers(fitting), strict=True):
-            text = questions.engine.tokenizer.decode(answer.ids)
-            mine.append((i, text, task.grade(i, questions.text(answer))))
-        mine += [(i, "", "too long") for i in some if i not in fitting]
-    graded = sorted(entry for part in runtime.gather(mine) for entry in part)
-    grades = [grade for *_, grade in graded]
+            found[i] = engine.tokenizer.decode(answer.ids), task.grade(i, questions.text(answer))
+        return list(found.values())
+
+    found = score_all(graded, indices, QUESTIONS_AT_ONCE, engine.runtime, progress)
+    grades = [grade for _, grade in found]
     apart = {"unsupported": grades.count(None), "too long": grades.count("too long")}
     return {
         "accuracy": grades.count(True) / len(indices),
@@ -99,7 +97,7 @@ def evaluate(
         **{name: count for name, count in apart.items() if count},
         "samples": [
             [task.unanswered(i).turns[-1].text, text, grade is True]
-            for i, text, grade in graded[:SHOWN]
+            for i, (text, grade) in zip(indices[:SHOWN], found, strict=False)
         ],
     }
 
@@ -122,14 +120,16 @@ def evaluate_sampled(
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """pass@1 to pass@`samples`, sampled at temperature 1."""
-    runtime = questions.engine.runtime
-    sums = torch.zeros(samples, dtype=torch.float64, device=runtime.device)
-    for some in rounds(indices, max(1, ROWS_AT_ONCE // samples), runtime, progress):
+
+    def right(some: Sequence[int]) -> list[int]:
         seeds = [seed_of(seed, "passes", i) for i in some]
         sampled = questions.answers(some, samples, seeds, temperature=1.0, top_k=top_k)
-        for i, answers in zip(some, sampled, strict=True):
-            right = int(sum(questions.rewards(i, map(questions.text, answers))))
-            passed = [pass_at_k(samples, right, k) for k in range(1, samples + 1)]
-            sums += torch.tensor(passed, dtype=sums.dtype, device=sums.device)
-    means = (runtime.sum(sums) / len(indices)).tolist()
-    return {f"pass@{k}": mean for k, mean in enumerate(means, 1)}
+        texts = [map(questions.text, answers) for answers in sampled]
+        return [int(sum(questions.rewards(*pair))) for pair in zip(some, texts, strict=True)]
+
+    at_once = max(1, ROWS_AT_ONCE // samples)
+    counts = score_all(right, indices, at_once, questions.engine.runtime, progress)
+    return {
+        f"pass@{k}": sum(pass_at_k(samples, count, k) for count in counts) / len(counts)
+        for k in range(1, samples + 1)
+    }

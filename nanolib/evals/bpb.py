@@ -8,7 +8,7 @@ that those tokens stand for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,22 +32,20 @@ def bits_per_byte(
     """
     length = model.config.sequence_len
     mine = documents[runtime.rank :: runtime.world_size]
-    windows = [window for document in mine for window in _windows(document, length)]
+    windows = [
+        document[start : start + length + 1]
+        for document in mine
+        for start in range(0, len(document) - 1, length)
+    ]
     size = sum(int(byte_lengths[window[1:]].sum()) for window in windows)
     nats = sum(
         _nats(model, [windows[i] for i in group], bos, runtime)
         for group in groups([len(window) for window in windows], tokens_at_once)
     )
-    totals = torch.tensor([nats, size], dtype=torch.float64, device=runtime.device)
-    nats, size = runtime.sum(totals).tolist()
+    nats, size = map(sum, zip(*runtime.gather((nats, size)), strict=True))
     if not size:
         raise ValueError(f"{len(documents)} documents hold no text to score")
     return nats / math.log(2) / size
-
-
-def _windows(document: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(document) - 1, length):
-        yield document[start : start + length + 1]
 
 
 @torch.no_grad()
@@ -55,7 +53,7 @@ def _nats(model: GPT, windows: list[np.ndarray], bos: int, runtime: Runtime) -> 
     masks = [np.ones(len(window), bool) for window in windows]
     batch = batch_of_rows(windows, masks, max(map(len, windows)) - 1, bos).to(runtime.device)
     with runtime.autocast():
-        return float(model.nll(batch).sum(dtype=torch.float64))
+        return float(model.nll(batch).cpu().sum(dtype=torch.float64))  # MPS has no float64
 
 
 class Trigram:

@@ -11,17 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from nanolib.conversation import LETTERS, Conversation
 from nanolib.engine import Engine
-from nanolib.evals import Progress, rounds
-from nanolib.evals.core import Prompt, centred, score_questions
+from nanolib.evals import QUESTIONS_AT_ONCE, Progress, score_all
+from nanolib.evals.core import Grade, Prompt, centred, likeliest, score_questions
 from nanolib.tasks import ChoiceTask
-
-QUESTIONS_AT_ONCE = 128  # between two calls of `progress`
-
-Graded = tuple[list[bool | None], int]  # right or not (None: too long); how many were cut to fit
 
 
 def evaluate(
@@ -32,30 +27,31 @@ def evaluate(
     "cut" counts questions that lost their beginning to fit the context, and "too long" those with
     a choice that cannot fit, which count as wrong; each once by text and once by letter.
     """
-    counts = torch.zeros(4, dtype=torch.long)
-    for some in rounds(questions, QUESTIONS_AT_ONCE, engine.runtime, progress):
-        for column, grade in enumerate((by_text, by_letter)):
-            right, cut = grade(engine, task, some)
-            counts[column] += right.count(True)
-            counts[2:] += torch.tensor([cut, right.count(None)])
-    total = engine.runtime.sum(counts.to(engine.runtime.device))
-    text, letters, cut, too_long = total.tolist()
+
+    def grade(some: Sequence[int]) -> list[tuple[Grade, Grade]]:
+        grades = by_text(engine, task, some), by_letter(engine, task, some)
+        return list(zip(*grades, strict=True))
+
+    pairs = score_all(grade, questions, QUESTIONS_AT_ONCE, engine.runtime, progress)
+    text, letters = ([right for right, _ in grades] for grades in zip(*pairs, strict=True))
+    cut = sum(cut for pair in pairs for _, cut in pair)
+    apart = {"cut": cut, "too long": (text + letters).count(None)}
     return {
-        "text": text / len(questions),
-        "letters": letters / len(questions),
+        "text": text.count(True) / len(questions),
+        "letters": letters.count(True) / len(questions),
         "chance": float(np.mean([1 / len(task.choices(i)) for i in questions])),
         "questions": len(questions),
-    } | {name: count for name, count in (("cut", cut), ("too long", too_long)) if count}
+    } | {name: count for name, count in apart.items() if count}
 
 
-def by_letter(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> Graded:
+def by_letter(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:
     """Whether the right choice's letter is the likeliest of the question's letters."""
     letters = [[engine.tokenizer.encode(letter)[0]] for letter in LETTERS]
     asked = [(task.unanswered(i), letters[: len(task.choices(i))]) for i in questions]
-    return _grade(engine, asked, [task.answer(i) for i in questions])
+    return _grades(engine, task, questions, asked)
 
 
-def by_text(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> Graded:
+def by_text(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:
     """Whether the right choice's text is the likeliest answer to the question alone."""
     tokenizer = engine.tokenizer
     end = tokenizer.special("<|assistant_end|>")
@@ -66,24 +62,26 @@ def by_text(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> Grade
         )
         for i in questions
     ]
-    return _grade(engine, asked, [task.answer(i) for i in questions])
+    return _grades(engine, task, questions, asked)
 
 
-def _grade(
-    engine: Engine, asked: Sequence[tuple[Conversation, list[list[int]]]], right: Sequence[int]
-) -> Graded:
-    """Compare answers (ids) to questions; `right` is the index of each question's right one."""
+def _grades(
+    engine: Engine,
+    task: ChoiceTask,
+    questions: Sequence[int],
+    asked: Sequence[tuple[Conversation, list[list[int]]]],
+) -> list[Grade]:
+    """Compare the log-probabilities of each question's answers (ids)."""
     # Of <|bos|> <|user_start|> question <|user_end|> <|assistant_start|> the question may be cut.
     prompts = [
         [Prompt(question.prompt(engine.tokenizer), answers, head=2, tail=2)]
         for question, answers in asked
     ]
-    scores, cut = score_questions(engine.model, prompts, engine.runtime)
-    best = [
-        max(range(len(found)), key=lambda n, found=found: found[n].logprob) if found else None
-        for found in scores
+    scored = score_questions(engine.model, prompts, engine.runtime)
+    return [
+        (likeliest([score.logprob for score in scores], task.answer(i)), cut)
+        for i, (scores, cut) in zip(questions, scored, strict=True)
     ]
-    return [n if n is None else n == gold for n, gold in zip(best, right, strict=True)], cut
 
 
 # ---------------------------------------------------------------------------- ChatCORE
@@ -103,9 +101,9 @@ def chatcore(scores: Mapping[str, Mapping[str, Any]]) -> float | None:
 
     scores: task -> its scores. None unless all five are there.
     """
-    if not all(measure in scores.get(task, {}) for task, (measure, _) in CHATCORE_PARTS.items()):
-        return None
     parts = [
-        centred(scores[task][measure], chance) for task, (measure, chance) in CHATCORE_PARTS.items()
+        centred(scores[task][measure], chance)
+        for task, (measure, chance) in CHATCORE_PARTS.items()
+        if measure in scores.get(task, {})
     ]
-    return sum(parts) / len(parts)
+    return sum(parts) / len(parts) if len(parts) == len(CHATCORE_PARTS) else None

@@ -26,23 +26,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import yaml
 
 from nanolib.data.packing import groups, padded
-from nanolib.evals import Progress, rounds
+from nanolib.evals import QUESTIONS_AT_ONCE, Progress, score_all
 from nanolib.model import GPT, KVCache
 from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
 
-KINDS = ("multiple_choice", "schema", "language_modeling")
 DELIMITER = " "  # between context and continuation where core.yaml names none
 SHUFFLE_SEED = 1337  # of a task's questions, as in nanochat
 EXAMPLES_SEED = 1234  # plus a question's index after shuffling: of the examples before it
 TOKENS_AT_ONCE = 16_384
-QUESTIONS_AT_ONCE = 128  # tokenised, sorted by length and scored between two calls of `progress`
+DAMAGED = (OSError, zipfile.BadZipFile, zlib.error)  # what reading a bundle may raise
+MALFORMED = (LookupError, TypeError, ValueError, yaml.YAMLError)
 
 
 # ---------------------------------------------------------------------------- the bundle
@@ -78,36 +77,22 @@ def load(bundle: Path) -> list[CoreTask]:
 
     Raises ValueError that names the file and what is missing or malformed in it.
     """
-    import yaml
-
     try:
         with zipfile.ZipFile(bundle) as file:
             names = [name for name in file.namelist() if f"/{name}".endswith("/core.yaml")]
             root = min(names, key=len, default="").removesuffix("core.yaml")
 
             def read(name: str) -> str:
-                if root + name not in file.namelist():
-                    raise ValueError(f"there is no {name}")
                 return file.read(root + name).decode()
 
             listed = yaml.safe_load(read("core.yaml"))["icl_tasks"]
-            chances = _chances(read("eval_meta_data.csv"))
+            table = csv.DictReader(io.StringIO(read("eval_meta_data.csv")))
+            chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
             return [_task(entry, chances, read) for entry in listed]
-    except (KeyError, TypeError, IndexError, yaml.YAMLError) as error:
-        problem = f"core.yaml is malformed ({error!r})"
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        problem = str(error)
-    raise ValueError(f"{bundle} is no evaluation bundle of CORE ({problem}): copy it again")
-
-
-def _chances(table: str) -> dict[str, float]:
-    """Task -> a guesser's accuracy."""
-    try:
-        rows = csv.DictReader(io.StringIO(table))
-        return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
-    except (KeyError, ValueError) as error:
+    except (*MALFORMED, *DAMAGED) as error:
+        kind = type(error).__name__
         raise ValueError(
-            f"eval_meta_data.csv needs columns 'Eval Task' and 'Random baseline' (percent): {error}"
+            f"{bundle} is no evaluation bundle of CORE ({kind}: {error}); copy it again"
         ) from error
 
 
@@ -115,8 +100,6 @@ def _task(
     entry: Mapping[str, Any], chances: Mapping[str, float], read: Callable[[str], str]
 ) -> CoreTask:
     label, kind, uri = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
-    if kind not in KINDS:
-        raise ValueError(f"core.yaml: {label} is a {kind!r}; known are {', '.join(KINDS)}")
     if not 0 <= chances.get(label, -1) < 1:
         raise ValueError(
             f"eval_meta_data.csv must give {label} a random baseline of at least 0 and below 100 "
@@ -141,22 +124,21 @@ def _task(
 
 
 def question(kind: str, row: Any) -> Question:
-    """A row of a task of that kind. Raises ValueError that says what is wrong with it."""
-    try:
-        if kind == "multiple_choice":
-            options = [(row["query"], choice) for choice in row["choices"]]
-        elif kind == "schema":
-            options = [(context, row["continuation"]) for context in row["context_options"]]
-        else:
-            options = [(row["context"].strip(), row["continuation"])]
-        gold = 0 if kind == "language_modeling" else row["gold"]
-        stripped = [(context.strip(), continuation.strip()) for context, continuation in options]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is no row of a {kind} task ({error!r})") from error
-    if not all(continuation for _, continuation in stripped):
-        raise ValueError(f"nothing to score after {options[0][0]!r}")
-    if gold not in range(len(options)):
-        raise ValueError(f"gold is {gold!r}, of {len(options)} options")
+    """A row of a task of that kind. Raises ValueError for any other."""
+    options, gold = [], 0
+    match kind, row:
+        case "multiple_choice", {"query": query, "choices": [*choices], "gold": int(gold)}:
+            options = [(query, choice) for choice in choices]
+        case "schema", {"context_options": [*contexts], "continuation": end, "gold": int(gold)}:
+            options = [(context, end) for context in contexts]
+        case "language_modeling", {"context": str(context), "continuation": end}:
+            options = [(context.strip(), end)]
+    texts = all(isinstance(text, str) for option in options for text in option)
+    if not texts or not all(end.strip() for _, end in options) or gold not in range(len(options)):
+        raise ValueError(
+            f"a row of a {kind} task must have something to score in each option, and a gold among "
+            f"the options, got {str(row)[:200]}"
+        )
     return Question(options, gold)
 
 
@@ -181,20 +163,18 @@ class Prompt:
         """Ids the model reads: the context once, then each continuation."""
         return len(self.context) + sum(map(len, self.continuations))
 
-    def excess(self, length: int) -> int:
-        """How many ids do not fit: a row has `length` inputs and, after the last, a target."""
-        return len(self.context) + max(map(len, self.continuations)) - (length + 1)
+    def cut_to(self, length: int) -> Prompt | None:
+        """With a context that leaves room for the longest continuation; None if there is no room.
 
-    def fits(self, length: int) -> bool:
-        """Whether cutting the context is enough. A continuation is never cut: it would score
-        better without its last tokens."""
-        return self.excess(length) <= len(self.context) - self.head - self.tail
-
-    def cut_to(self, length: int) -> Prompt:
-        if self.excess(length) <= 0:
+        A row has `length` inputs and, after the last, a target. A continuation is never cut: it
+        would score better without its last tokens.
+        """
+        excess = len(self.context) + max(map(len, self.continuations)) - (length + 1)
+        if excess <= 0:
             return self
-        rest = self.context[self.head + self.excess(length) :]
-        return replace(self, context=self.context[: self.head] + rest)
+        if excess > len(self.context) - self.head - self.tail:
+            return None
+        return replace(self, context=self.context[: self.head] + self.context[self.head + excess :])
 
 
 def examples(task: CoreTask, index: int) -> list[int]:
@@ -218,7 +198,7 @@ def prompts(task: CoreTask, index: int, tokenizer: Tokenizer) -> list[Prompt]:
     rows = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)]
     most = min(map(len, rows[: len(options)])) - 1  # context and continuation keep an id of each
     if task.kind == "schema":
-        suffix = max(1, min(common_suffix(rows), most))
+        suffix = max(1, min(common_prefix([ids[::-1] for ids in rows]), most))
         return [Prompt(ids[:-suffix], [ids[-suffix:]]) for ids in rows]
     prefix = min(common_prefix(rows), most)
     return [Prompt(rows[0][:prefix], [ids[prefix:] for ids in rows[: len(options)]])]
@@ -232,12 +212,9 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return min(map(len, rows))
 
 
-def common_suffix(rows: Sequence[Sequence[int]]) -> int:
-    """How many ids all rows end with."""
-    return common_prefix([row[::-1] for row in rows])
-
-
 # ---------------------------------------------------------------------------- scoring
+
+Grade = tuple[bool | None, bool]  # right (None: too long for the context), cut to fit it
 
 
 class Score(NamedTuple):
@@ -250,17 +227,20 @@ class Score(NamedTuple):
 
 def score_questions(
     model: GPT, questions: Sequence[Sequence[Prompt]], runtime: Runtime
-) -> tuple[list[list[Score]], int]:
-    """Scores of each question's options in order, and how many questions were cut to fit.
+) -> list[tuple[list[Score], bool]]:
+    """Of each question the scores of its options in order, and whether it was cut to fit.
 
     A question has no scores where the context cannot hold one of its options.
     """
-    length = model.config.sequence_len
-    fitting = [row if all(prompt.fits(length) for prompt in row) else [] for row in questions]
-    short = [[prompt.cut_to(length) for prompt in row] for row in fitting]
-    found = iter(score(model, [prompt for row in short for prompt in row], runtime))
-    scores = [[one for _ in row for one in next(found)] for row in short]
-    return scores, sum(row != cut for row, cut in zip(fitting, short, strict=True))
+    short = []
+    for prompts in questions:
+        fitting = [cut for p in prompts if (cut := p.cut_to(model.config.sequence_len))]
+        short.append(fitting if len(fitting) == len(prompts) else [])
+    found = iter(score(model, [prompt for fitting in short for prompt in fitting], runtime))
+    return [
+        ([one for _ in fitting for one in next(found)], bool(fitting) and fitting != prompts)
+        for prompts, fitting in zip(questions, short, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -295,27 +275,19 @@ def _score_group(model: GPT, prompts: Sequence[Prompt], runtime: Runtime) -> lis
         KVCache(model.config, rows, length, runtime.device, runtime.dtype)
         for rows in (len(prompts), len(owners))
     )
+    sizes = [len(ids) for ids in targets]
+    used_BS = torch.arange(inputs_BS.shape[1]) < torch.tensor(sizes)[:, None]
+    target_N = torch.tensor([id for ids in targets for id in ids], device=runtime.device)
     with runtime.autocast():
         model.hidden(contexts_PT.to(runtime.device), cache=read)
         read.advance([len(ids) for ids in contexts])
         cache.copy_rows(read, owners)
         hidden_BSD = model.hidden(inputs_BS.to(runtime.device), cache=cache)
-        return _scores(model, hidden_BSD, targets)
-
-
-def _scores(model: GPT, hidden_BSD: Tensor, targets: Sequence[Sequence[int]]) -> list[Score]:
-    """Scores of the targets from the hidden states that predict them; a row's tail is padding."""
-    sizes = np.array([len(ids) for ids in targets])
-    used_BS = torch.arange(hidden_BSD.shape[1]) < torch.from_numpy(sizes)[:, None]
-    target_N = torch.tensor([id for ids in targets for id in ids], device=hidden_BSD.device)
-    logits_NV = model.logits(hidden_BSD[used_BS.to(hidden_BSD.device)])
-    nll_N = F.cross_entropy(logits_NV, target_N, reduction="none").double().cpu().numpy()
-    hit_N = (logits_NV.argmax(1) == target_N).cpu().numpy()
-    starts = np.cumsum(sizes) - sizes
-    logprobs = -np.add.reduceat(nll_N, starts)
-    greedy = np.logical_and.reduceat(hit_N, starts)
-    columns = zip(logprobs.tolist(), sizes.tolist(), greedy.tolist(), strict=True)
-    return [Score(*column) for column in columns]
+        logits_NV = model.logits(hidden_BSD[used_BS.to(runtime.device)])
+    nll_N = F.cross_entropy(logits_NV, target_N, reduction="none").cpu().double()
+    hit_N = (logits_NV.argmax(1) == target_N).cpu()
+    each = zip(nll_N.split(sizes), hit_N.split(sizes), strict=True)
+    return [Score(-float(nll.sum()), len(nll), bool(hit.all())) for nll, hit in each]
 
 
 # ---------------------------------------------------------------------------- the score
@@ -333,33 +305,37 @@ def evaluate(
     "cut" counts questions that lost the beginning of their examples to fit the model's context;
     "too long", if any, those with an option that cannot fit, which count as wrong.
     """
-    right = cut = too_long = 0
-    for indices in rounds(range(len(task.questions)), QUESTIONS_AT_ONCE, runtime, progress):
+
+    def grade(indices: Sequence[int]) -> list[Grade]:
         asked = [prompts(task, index, tokenizer) for index in indices]
-        scores, shortened = score_questions(model, asked, runtime)
-        cut += shortened
-        too_long += scores.count([])
-        right += sum(_is_right(task, i, found) for i, found in zip(indices, scores, strict=True))
-    counts = torch.tensor([right, cut, too_long], device=runtime.device)
-    right, cut, too_long = runtime.sum(counts).tolist()
-    accuracy = right / len(task.questions)
+        scored = score_questions(model, asked, runtime)
+        return [
+            (_right(task, i, found), cut) for i, (found, cut) in zip(indices, scored, strict=True)
+        ]
+
+    grades = score_all(grade, range(len(task.questions)), QUESTIONS_AT_ONCE, runtime, progress)
+    right = [right for right, _ in grades]
+    accuracy = right.count(True) / len(right)
+    too_long = right.count(None)
     return {
         "accuracy": accuracy,
         "centred": centred(accuracy, task.chance),
         "chance": task.chance,
-        "questions": len(task.questions),
+        "questions": len(right),
         "shots": task.shots,
-        "cut": cut,
+        "cut": sum(cut for _, cut in grades),
     } | ({"too long": too_long} if too_long else {})
 
 
-def _is_right(task: CoreTask, index: int, scores: Sequence[Score]) -> bool:
-    if not scores:
-        return False
-    if task.kind == "language_modeling":
+def _right(task: CoreTask, index: int, scores: Sequence[Score]) -> bool | None:
+    if scores and task.kind == "language_modeling":
         return scores[0].greedy
-    means = [logprob / tokens for logprob, tokens, _ in scores]
-    return means.index(max(means)) == task.questions[index].gold
+    return likeliest([score.logprob / score.tokens for score in scores], task.questions[index].gold)
+
+
+def likeliest(scores: Sequence[float], gold: int) -> bool | None:
+    """Whether the highest score is the one at `gold`; None where there are none."""
+    return scores.index(max(scores)) == gold if scores else None
 
 
 def centred(accuracy: float, chance: float) -> float:
@@ -368,7 +344,5 @@ def centred(accuracy: float, chance: float) -> float:
 
 
 def core(results: Mapping[str, Mapping[str, Any]]) -> float:
-    """CORE: the mean centred accuracy of what `evaluate` found for each task."""
-    if not results:
-        raise ValueError("CORE is a mean over tasks, and there is none")
+    """CORE: the mean centred accuracy of the tasks; results: task -> what `evaluate` found."""
     return sum(scores["centred"] for scores in results.values()) / len(results)
