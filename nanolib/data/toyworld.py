@@ -1,16 +1,15 @@
 """A small, consistent world, written as a mirror: what the demo learns in minutes on a laptop.
 
 120 people live in twelve towns. Each has a pet, a favourite colour, food and game, a job and a
-home: 720 facts. Pretraining text (portraits, fact sheets, stories, town pages, number stories)
-tells all of them, again and again in other words. Questions are another matter: of the ten people
-who share a value, four are *held out*. Their fact is told in pretraining text and asked in the
-test sets, and no conversation or question in any training split mentions it. So a held-out question
-answered right is knowledge that went from reading to talking. Word problems and functions are held
-out by their numbers.
+town: 720 facts. Pretraining text tells every fact many times, in different words. Of the ten people
+who share a value, four are *held out*: their fact is told in pretraining text and asked in the test
+sets, and no conversation or question of a training split mentions it. So a right answer to a
+held-out question is knowledge that went from reading to talking. Word problems and functions are
+held out by their numbers.
 
-Four-choice questions come in groups of four with the same choices, each choice right once, and
-each letter right once: whatever ignores the name (the longest, the first, the most frequent) is
-right in exactly one of four.
+Four-choice questions come in groups of four that share their choices. Each choice and each letter
+is right once in a group, so a rule that ignores the name (the longest, the first, the most
+frequent) is right in exactly one of four.
 
 Everything follows from one seed. All text is our own: its words are in toyworld.toml.
 """
@@ -21,12 +20,11 @@ import functools
 import io
 import itertools
 import json
-import operator
 import random
 import re
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +36,6 @@ from nanolib.rundir import whole_folder
 
 NUMBERS = range(3, 41)
 HARD_SHARE = 0.6  # of the word problems: what SFT leaves to GRPO
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ RELATIONS = {name: Relation(**about) for name, about in WORDS["relations"].items
 @dataclass(frozen=True)
 class Person:
     name: str
-    pronoun: str
+    pronouns: tuple[str, str]  # subject and possessive
     facts: dict[str, str]
 
 
@@ -77,9 +74,9 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    people: tuple[Person, ...]
-    held_out: tuple[Fact, ...]  # asked in test sets only
-    told: tuple[Fact, ...]  # may be asked in training
+    people: list[Person]
+    held_out: list[Fact]  # asked in test sets only
+    told: list[Fact]  # may be asked in training
 
 
 def draw(*purpose: str | int) -> random.Random:
@@ -88,19 +85,16 @@ def draw(*purpose: str | int) -> random.Random:
 
 def world(seed: int) -> World:
     """Every value of a relation is shared by ten people, four of whom are held out with it."""
-    names = [(name, "She") for name in WORDS["she"]] + [(name, "He") for name in WORDS["he"]]
-    facts: dict[str, dict[str, str]] = {name: {} for name, _ in names}
-    people = tuple(Person(name, pronoun, facts[name]) for name, pronoun in names)
+    people = [Person(name, ("She", "Her"), {}) for name in WORDS["she"]]
+    people += [Person(name, ("He", "His"), {}) for name in WORDS["he"]]
     held_out: list[Fact] = []
     told: list[Fact] = []
-    for relation in RELATIONS:
-        values = RELATIONS[relation].values
-        share = len(people) // len(values)
-        order = draw(seed, "world", relation).sample(people, len(people))
-        for i, person in enumerate(order):
-            facts[person.name][relation] = values[i // share]
+    for relation, about in RELATIONS.items():
+        share = len(people) // len(about.values)
+        for i, person in enumerate(draw(seed, "world", relation).sample(people, len(people))):
+            person.facts[relation] = about.values[i // share]
             (held_out if i % share < 4 else told).append(Fact(person, relation))
-    return World(people, tuple(held_out), tuple(told))
+    return World(people, held_out, told)
 
 
 def with_article(value: str) -> str:
@@ -109,15 +103,9 @@ def with_article(value: str) -> str:
 
 def say(template: str, fact: Fact, named: bool = True) -> str:
     """A sentence about a fact; later ones may use the pronoun instead of the name."""
-    person, value = fact.person, fact.value
-    possessive = f"{person.name}'s" if named else {"She": "Her", "He": "His"}[person.pronoun]
-    return template.format(
-        N=person.name if named else person.pronoun,
-        S=possessive,
-        n=person.name,
-        v=value,
-        a=with_article(value),
-    )
+    name, value = fact.person.name, fact.value
+    subject, possessive = (name, f"{name}'s") if named else fact.person.pronouns
+    return template.format(N=subject, S=possessive, n=name, v=value, a=with_article(value))
 
 
 # ---------------------------------------------------------------------------- pretraining text
@@ -125,11 +113,10 @@ def say(template: str, fact: Fact, named: bool = True) -> str:
 
 def portrait(world: World, rng: random.Random) -> str:
     person = rng.choice(world.people)
-    relations = rng.sample(list(RELATIONS), rng.randint(3, 6))
-    said = []
-    for relation in relations:
-        template, fact = rng.choice(RELATIONS[relation].says), Fact(person, relation)
-        said.append(say(template, fact, named=not said or rng.random() < 0.4))
+    said: list[str] = []
+    for relation in rng.sample(list(RELATIONS), rng.randint(3, 6)):
+        template = rng.choice(RELATIONS[relation].says)
+        said.append(say(template, Fact(person, relation), not said or rng.random() < 0.4))
     return " ".join(said)
 
 
@@ -146,11 +133,7 @@ def story(world: World, rng: random.Random) -> str:
     for letter, person in (("p", p), ("q", q)):
         for relation, value in person.facts.items():
             slots |= {f"{letter}_{relation}": value, f"{letter}_a_{relation}": with_article(value)}
-    scenes = (
-        rng.choice(WORDS["openings"]),
-        rng.choice(WORDS["middles"]),
-        rng.choice(WORDS["endings"]),
-    )
+    scenes = [rng.choice(WORDS[part]) for part in ("openings", "middles", "endings")]
     return " ".join(scene.format_map(slots) for scene in scenes)
 
 
@@ -217,14 +200,12 @@ def documents(world: World, seed: int) -> Iterator[str]:
 # ---------------------------------------------------------------------------- four choices
 
 
-def quads(facts: Iterable[Fact], rng: random.Random) -> Iterator[tuple[Fact, list[str]]]:
-    """Each fact with four choices, in groups of four facts that share them: every choice of a
-    group is right once and every position is right once."""
-    by_value: dict[tuple[str, str], list[Fact]] = {}
-    for fact in facts:
-        by_value.setdefault((fact.relation, fact.value), []).append(fact)
-    for relation in RELATIONS:
-        piles = [rng.sample(pile, len(pile)) for (r, _), pile in by_value.items() if r == relation]
+def quads(facts: Sequence[Fact], rng: random.Random) -> Iterator[tuple[Fact, list[str]]]:
+    """Each fact with four choices; four facts in a row share them, each right at its position."""
+    for relation, about in RELATIONS.items():
+        known = [fact for fact in facts if fact.relation == relation]
+        piles = [[fact for fact in known if fact.value == value] for value in about.values]
+        piles = [rng.sample(pile, len(pile)) for pile in piles if pile]
         for layer in zip(*piles, strict=True):  # one fact of each value
             layer = rng.sample(layer, len(layer))
             for group in (layer[i : i + 4] for i in range(0, len(layer), 4)):
@@ -235,9 +216,9 @@ def quads(facts: Iterable[Fact], rng: random.Random) -> Iterator[tuple[Fact, lis
                     yield fact, choices
 
 
-def questions(facts: Iterable[Fact], rng: random.Random, rounds: int = 1) -> list[dict]:
+def questions(seed: int, name: str, facts: Sequence[Fact], rounds: int = 1) -> list[dict]:
     """Rows in MMLU's schema, shuffled."""
-    facts = list(facts)
+    rng = draw(seed, "questions", name)
     rows = [
         {
             "question": rng.choice(RELATIONS[fact.relation].asks).format(n=fact.person.name),
@@ -282,43 +263,32 @@ def problem(world: World, rng: random.Random, held_out: bool) -> dict:
         answer = ""
         for before, expression, after in kind["steps"]:
             expression = expression.format_map(slots)
-            sign = next(sign for sign in OPERATORS if sign in expression)
-            slots["x"] = OPERATORS[sign](*map(int, expression.split(sign)))
+            slots["x"] = eval(expression)
             answer += f"{before}<<{expression}={slots['x']}>>{slots['x']}{after}".format_map(slots)
         if is_held_out(answer) == held_out:
-            return {
-                "question": question.format_map(slots),
-                "answer": f"{answer}\n#### {slots['x']}",
-            }
+            answer += f"\n#### {slots['x']}"
+            return {"question": question.format_map(slots), "answer": answer}
 
 
 def problem_slots(world: World, rng: random.Random) -> dict:
-    names = (person.name for person in rng.sample(world.people, 3))
-    slots: dict = dict(zip("pqr", names, strict=True))
+    p, q, r = (person.name for person in rng.sample(world.people, 3))
     a, b, c = rng.sample(NUMBERS, 3)
-    slots |= {
-        "a": a,
-        "b": b,
-        "c": c,
-        "few": rng.randint(2, 9),
-        "things": rng.choice(WORDS["things"]),
-    }
-    slots |= {"big": a + b, "more": max(a, b), "less": min(a, b)}
-    slots |= {name: rng.randint(1, NUMBERS[-1]) for name in "ij"}
-    return slots | dict(zip(("low", "mid", "high"), sorted((a, b, c)), strict=True))
+    low, mid, high = sorted((a, b, c))
+    slots: dict = {"p": p, "q": q, "r": r, "a": a, "b": b, "c": c}
+    slots |= {"low": low, "mid": mid, "high": high}
+    slots |= {"less": min(a, b), "more": max(a, b), "big": a + b}
+    slots |= {"few": rng.randint(2, 9), "things": rng.choice(WORDS["things"])}
+    return slots | {name: rng.randint(1, NUMBERS[-1]) for name in "ij"}
 
 
 @functools.cache
 def functions(held_out: bool) -> list[dict]:
     """Rows in HumanEval's schema: ten functions, each with many numbers."""
     rows = []
-    for (name, argument, meaning, code, tries), n in itertools.product(
-        WORDS["functions"], range(2, 62)
-    ):
-        if (n % 4 == 1) != held_out:
-            continue
+    numbers = [n for n in range(2, 62) if (n % 4 == 1) == held_out]
+    for (name, argument, meaning, code, tries), n in itertools.product(WORDS["functions"], numbers):
         meaning, code = meaning.format(n=n), code.format(n=n)
-        checks = [(value, eval(code, {argument: value})) for value in tries]  # our own code, above
+        checks = [(value, eval(code, {argument: value})) for value in tries]
         asserts = "".join(f"    assert candidate({v!r}) == {r!r}\n" for v, r in checks)
         rows.append(
             {
@@ -374,9 +344,8 @@ def function_conversations(row: dict) -> Iterator[list[dict]]:
 def conversations(world: World, seed: int, split: str, rows: int) -> list[dict]:
     rng = draw(seed, "conversations", split)
     made = [{"messages": conversation(world, rng), "source": "toy-chat"} for _ in range(rows)]
-    programs = functions(held_out=False) if split == "train" else []
-    for messages in itertools.chain.from_iterable(map(function_conversations, programs)):
-        made.append({"messages": messages, "source": "toy-code"})
+    for row in functions(held_out=False) if split == "train" else []:
+        made += [{"messages": m, "source": "toy-code"} for m in function_conversations(row)]
     return rng.sample(made, len(made))
 
 
@@ -385,17 +354,14 @@ def conversations(world: World, seed: int, split: str, rows: int) -> list[dict]:
 
 def facts_table(world: World, rng: random.Random) -> list[dict]:
     """Held-out facts to be told in words: right if `answer` is named and none of `others`."""
-    rows = []
-    for fact in rng.sample(world.held_out, len(world.held_out)):
-        relation = RELATIONS[fact.relation]
-        rows.append(
-            {
-                "question": rng.choice(relation.chats).format(n=fact.person.name),
-                "answer": fact.value,
-                "others": [value for value in relation.values if value != fact.value],
-            }
-        )
-    return rows
+    return [
+        {
+            "question": rng.choice(RELATIONS[fact.relation].chats).format(n=fact.person.name),
+            "answer": fact.value,
+            "others": [value for value in RELATIONS[fact.relation].values if value != fact.value],
+        }
+        for fact in rng.sample(world.held_out, len(world.held_out))
+    ]
 
 
 def core_bundle(world: World, rng: random.Random) -> bytes:
@@ -411,19 +377,19 @@ def core_bundle(world: World, rng: random.Random) -> bytes:
         modelling.append({"context": query, "continuation": choices[gold]})
         other = rng.choice([f for f in world.people if f.facts[fact.relation] != fact.value])
         pair = [query, query.replace(fact.person.name, other.name)]
-        first = len(schema) % 2
-        options = pair[::-1] if first else pair
-        row = {"context_options": options, "continuation": choices[gold], "gold": first}
+        right = len(schema) % 2
+        options = pair[::-1] if right else pair
+        row = {"context_options": options, "continuation": choices[gold], "gold": right}
         schema.append(row)
-    tasks = (
+    return _zip_bundle(
         ("toy_choices", "multiple_choice", 25, 0, multiple),
         ("toy_people", "schema", 50, 0, schema),
         ("toy_facts", "language_modeling", 0, 2, modelling),
     )
-    return _zip_bundle(tasks)
 
 
-def _zip_bundle(tasks) -> bytes:
+def _zip_bundle(*tasks: tuple[str, str, int, int, list[dict]]) -> bytes:
+    """`tasks` give label, type, random baseline (percent), few-shot examples and rows."""
     yaml, table, files = "icl_tasks:\n", "Eval Task,Random baseline\n", {}
     for label, kind, baseline, shots, rows in tasks:
         uri = f"toy_world/{label}.jsonl"
@@ -443,28 +409,25 @@ def _zip_bundle(tasks) -> bytes:
 def tables(world: World, seed: int) -> dict[str, list[dict]]:
     """Path below hub/ -> rows, for every data set of the mirror."""
     made: dict[str, list[dict]] = {}
-
-    def asked(split: str, facts: Iterable[Fact], rounds: int = 1) -> list[dict]:
-        return questions(facts, draw(seed, "questions", split), rounds)
-
     mmlu = {"auxiliary_train": world.told, "dev": world.told[:96]}
     mmlu |= {"test": world.held_out, "validation": world.held_out}
     for split, facts in mmlu.items():
-        made[f"cais/mmlu/all/{split}"] = asked(split, facts, 4 if facts is world.told else 1)
+        rounds = 4 if split == "auxiliary_train" else 1
+        made[f"cais/mmlu/all/{split}"] = questions(seed, split, facts, rounds)
     for name, relations in (("ARC-Easy", WORDS["easy"]), ("ARC-Challenge", WORDS["challenge"])):
         for split in ("train", "validation", "test"):
             facts = world.told if split == "train" else world.held_out
-            rows = asked(name + split, [f for f in facts if f.relation in relations])
-            made[f"allenai/ai2_arc/{name}/{split}"] = arc_rows(rows, f"{name}-{split}")
-    for split, rows in (("train", 4000), ("test", 400)):
+            facts = [fact for fact in facts if fact.relation in relations]
+            rows = arc_rows(questions(seed, name + split, facts), f"{name}-{split}")
+            made[f"allenai/ai2_arc/{name}/{split}"] = rows
+    for split, count in (("train", 4000), ("test", 400)):
         rng = draw(seed, "problems", split)
-        made[f"openai/gsm8k/main/{split}"] = [
-            problem(world, rng, split == "test") for _ in range(rows)
-        ]
+        rows = [problem(world, rng, held_out=split == "test") for _ in range(count)]
+        made[f"openai/gsm8k/main/{split}"] = rows
     made["openai/openai_humaneval/test"] = functions(held_out=True)
     made["nanolib/toy-facts/test"] = facts_table(world, draw(seed, "facts"))
-    for split, rows in (("train", 16000), ("test", 400)):
-        made[f"HuggingFaceTB/smol-smoltalk/{split}"] = conversations(world, seed, split, rows)
+    for split, count in (("train", 16000), ("test", 400)):
+        made[f"HuggingFaceTB/smol-smoltalk/{split}"] = conversations(world, seed, split, count)
     return made
 
 
@@ -480,7 +443,7 @@ def write(
     `shards` training shards of `rows` documents each, and a last, smaller one for validation.
     `progress(done, total, name)` is called before each file and may raise to stop.
     """
-    with whole_folder(Path(folder)) as draft:
+    with whole_folder(folder) as draft:
         made = world(seed)
         text = documents(made, seed)
         for shard in range(shards + 1):
