@@ -27,10 +27,10 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from nanolib.config import FIRST_EDITION, flatten, recipe_from, settings
+from nanolib.config import Recipe, flatten, replace_settings
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
-from nanolib.rundir import saving, warn_once
+from nanolib.rundir import saved_recipe, saving
 from nanolib.runtime import Runtime
 
 VERSION = 1
@@ -219,8 +219,8 @@ def load_model(folder: Path, device: torch.device, about: Mapping[str, Any] | No
         raise ValueError(f"there is no {stage} model yet in {folder}: nanolib stage {stage}")
     if about is not None:
         check_same(checkpoint, about)
-    config = recipe_from(checkpoint.index["recipe"]).model
-    model = GPT.empty(config, checkpoint.index["vocab_size"], device)
+    recipe = replace_settings(Recipe(), checkpoint.index["recipe"])
+    model = GPT.empty(recipe.model, checkpoint.index["vocab_size"], device)
     restore_model(checkpoint, model)
     return model
 
@@ -248,12 +248,14 @@ def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
     The checkpoint may be of another version: a setting that it lacks had the default, one that
     this version lacks is named and ignored.
     """
-    saved = FIRST_EDITION | checkpoint.index["recipe"]
-    if unknown := saved.keys() - settings().keys():
-        warn_once(f"{checkpoint.path} has settings unknown here: {', '.join(sorted(unknown))}")
-    theirs = flatten(recipe_from(saved)) | {k: checkpoint.index[k] for k in about if k != "recipe"}
-    mine = about["recipe"] | {k: about[k] for k in about if k != "recipe"}
-    differences = [f"{k} {theirs[k]!r} != {v!r}" for k, v in mine.items() if theirs[k] != v]
+    saved = saved_recipe(checkpoint.index["recipe"], checkpoint.path)
+    theirs = {**flatten(replace_settings(Recipe(), saved)), **checkpoint.index}
+    mine = {**about["recipe"], **about}
+    differences = [
+        f"{key} {theirs[key]!r} != {value!r}"
+        for key, value in mine.items()
+        if key != "recipe" and theirs[key] != value
+    ]
     if differences:
         raise ValueError(
             f"{checkpoint.path} belongs to another run ({', '.join(differences)}); use "

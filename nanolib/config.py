@@ -18,7 +18,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,29 +29,23 @@ MODELS = ("base", "mid", "sft", "grpo")  # the stages that leave a model, in ord
 STAGES = ("data", "tokenizer", "shards", *MODELS, "eval", "report")
 NUM_SPECIAL_TOKENS = 9
 MIN_VOCAB = 256 + NUM_SPECIAL_TOKENS
+# What newer settings must be for a recipe that the first edition saved: it lacks them.
+FIRST_EDITION = {"optim.every_stage": True}
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What a value must be besides its type; `words` completes "base.steps must be …"."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-Count = Annotated[int, Bound("at least 1", lambda value: value >= 1)]
-Limit = Annotated[int, Bound("0 or more, or none for all", lambda value: value >= 0)]
-Positive = Annotated[float, Bound("more than 0", lambda value: value > 0)]
-Fraction = Annotated[float, Bound("a fraction from 0 to 1", lambda value: 0 <= value <= 1)]
+# A type, what else a value must be, in words, and as a function. The words complete an error's
+# "base.steps must be ...".
+Count = Annotated[int, "at least 1", lambda value: value >= 1]
+Limit = Annotated[int, "0 or more, or none for all", lambda value: value >= 0]
+Positive = Annotated[float, "more than 0", lambda value: value > 0]
+Fraction = Annotated[float, "a fraction from 0 to 1", lambda value: 0 <= value <= 1]
 VocabSize = Annotated[
     int,
-    Bound(
-        f"at least {MIN_VOCAB} (256 bytes and {NUM_SPECIAL_TOKENS} special tokens)",
-        lambda value: value >= MIN_VOCAB,
-    ),
+    f"at least {MIN_VOCAB} (256 bytes and {NUM_SPECIAL_TOKENS} special tokens)",
+    lambda value: value >= MIN_VOCAB,
 ]
 HeadDim = Annotated[
-    int, Bound("even (RoPE turns pairs) and at least 2", lambda value: value > 0 and not value % 2)
+    int, "even (RoPE turns pairs) and at least 2", lambda value: value > 0 and not value % 2
 ]
 
 
@@ -125,12 +119,14 @@ class OptimConfig:
     momentum_warmup: Count = 300  # steps
     newton_schulz_steps: Count = 5
     clip: Positive | None = 1.0  # global gradient norm
-    every_stage: bool = False  # clip beyond base and warm momentum up beyond mid
+    # True: every stage clips gradients and warms momentum up. False, as in the original: only base
+    # clips, only base and mid warm up.
+    every_stage: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What all training stages share; the learning rate warms up, stays, decays (see `train`)."""
+    """What all training stages share; `nanolib.train.lr_scale` is the learning rate's schedule."""
 
     enabled: bool = True
     steps: Count | None = None
@@ -262,6 +258,7 @@ class Config:
     machine: MachineConfig
 
 
+# Short forms for the command line.
 ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks", "depth": "model.depth"}
 
 
@@ -280,15 +277,13 @@ def _leaves(cls: type, prefix: str) -> dict[str, Any]:
 @functools.cache
 def settings() -> Mapping[str, Any]:
     """Dotted path -> type of every setting that a profile or an override may name."""
-    return types.MappingProxyType(_leaves(Recipe, "") | _leaves(MachineConfig, "machine."))
+    return _leaves(Recipe, "") | _leaves(MachineConfig, "machine.")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries or dataclasses as one flat dictionary of dotted paths."""
-    if dataclasses.is_dataclass(tree):
-        tree = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    """Nested dictionaries or a config dataclass as one flat dictionary of dotted paths."""
     flat: dict[str, Any] = {}
-    for name, value in tree.items():
+    for name, value in (tree if isinstance(tree, Mapping) else vars(tree)).items():
         if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
@@ -296,17 +291,24 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _overlay(tree: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
-    """A config dataclass with the settings replaced that a flat dictionary names."""
+def replace_settings(tree: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """A config dataclass with the settings that `flat` names; other names are ignored."""
     values: dict[str, Any] = {}
-    for name in (f.name for f in dataclasses.fields(tree)):
-        path, value = prefix + name, getattr(tree, name)
+    for name, value in vars(tree).items():
+        value = flat.get(prefix + name, value)
         if dataclasses.is_dataclass(value):
-            values[name] = _overlay(value, flat, f"{path}.")
-        elif path in flat:
-            value = flat[path]
-            values[name] = tuple(value) if isinstance(value, list) else value
+            value = replace_settings(value, flat, f"{prefix}{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(tree, **values)
+
+
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple[str, ...]: "a comma-separated list",
+}
 
 
 def coerce(path: str, hint: Any, value: Any) -> Any:
@@ -314,61 +316,40 @@ def coerce(path: str, hint: Any, value: Any) -> Any:
 
     Raises ValueError that names the path, the value and what would be accepted.
     """
-    for option in _options(hint):
-        kind, *bounds = typing.get_args(option) if _is(option, Annotated) else (option,)
-        try:
-            converted = _convert(kind, value)
-        except (TypeError, ValueError):
-            continue
-        for bound in bounds:
-            if not bound.holds(converted):
-                raise ValueError(f"{path} must be {bound.words}, got {value}")
-        return converted
-    accepted = " or ".join(map(_describe, _options(hint)))
-    got = "none" if value is None else repr(value)
-    raise ValueError(f"{path} must be {accepted}, got {got}")
-
-
-def _is(hint: Any, origin: Any) -> bool:
-    return typing.get_origin(hint) is origin
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the one type."""
-    is_union = _is(hint, types.UnionType) or _is(hint, typing.Union)
-    return typing.get_args(hint) if is_union else (hint,)
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kind, *none = typing.get_args(hint) if is_union else (hint,)  # all unions are `... | None`
+    if isinstance(value, str) and value.lower() in ("none", "null"):
+        value = None
+    if none and value is None:
+        return None
+    is_bounded = typing.get_origin(kind) is Annotated
+    kind, words, holds = typing.get_args(kind) if is_bounded else (kind, "", lambda _: True)
+    try:
+        converted = _convert(kind, value)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        words = KINDS.get(kind) or f"one of {', '.join(typing.get_args(kind))}"
+        got = "none" if value is None else repr(value)
+        raise ValueError(f"{path} must be {words}{' or none' * len(none)}, got {got}") from None
+    if not holds(converted):
+        raise ValueError(f"{path} must be {words}, got {value}")
+    return converted
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """`value` as one plain type; ValueError or TypeError where it is none of that type."""
-    text = value.lower() if isinstance(value, str) else None
-    if kind is type(None):
-        if value is None or text in ("none", "null"):
-            return None
-    elif _is(kind, Literal):
-        if value in typing.get_args(kind):
-            return value
-    elif _is(kind, tuple):
+    """`value` as one of KINDS or a Literal; any error means that it is none of that kind."""
+    if kind is bool:
+        return {"true": True, "false": False}[str(value).lower()]
+    if kind in (int, float):
+        number = kind(float(value))  # OverflowError or ValueError for infinity and nan
+        if isinstance(value, bool) or number != float(value) or not math.isfinite(number):
+            raise ValueError
+        return number
+    if kind == tuple[str, ...]:
         items = value.split(",") if isinstance(value, str) else value
         return tuple(str(item).strip() for item in items if str(item).strip())
-    elif kind is bool:
-        if isinstance(value, bool) or text in ("true", "false"):
-            return value is True or text == "true"
-    elif kind in (int, float) and not isinstance(value, bool):
-        number = float(value.replace("_", "")) if isinstance(value, str) else float(value)
-        if math.isfinite(number) and (kind is float or number == int(number)):
-            return kind(number)
-    elif kind is str and isinstance(value, str | Path) and text not in ("none", "null"):
-        return str(value)
-    raise ValueError
-
-
-def _describe(option: Any) -> str:
-    kind = typing.get_args(option)[0] if _is(option, Annotated) else option
-    if _is(kind, Literal):
-        return "one of " + ", ".join(typing.get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind, "none" if kind is type(None) else "a comma-separated list")
+    if not isinstance(value, str | Path) or value not in (typing.get_args(kind) or [value]):
+        raise ValueError
+    return str(value)
 
 
 def as_text(value: Any) -> str:
@@ -457,38 +438,16 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
 
     Raises ValueError for settings that contradict each other.
     """
-    recipe = recipe_from(flat)
-    machine = _overlay(MachineConfig(), flat, "machine.")
+    recipe = replace_settings(Recipe(), flat)
+    machine = replace_settings(MachineConfig(), flat, "machine.")
     _check_together(recipe, machine)
-    return Config(profile=profile, recipe=_derive(recipe), machine=machine)
-
-
-# Values of newer settings for recipes saved by the first edition, which lack them.
-FIRST_EDITION = {"optim.every_stage": True}
-
-
-def recipe_from(flat: Mapping[str, Any]) -> Recipe:
-    """A recipe from saved settings, such as a checkpoint's, which may be of another version.
-
-    Settings that `flat` lacks have their defaults; names that are no settings are ignored.
-    """
-    return _overlay(Recipe(), flat)
-
-
-def _derive(recipe: Recipe) -> Recipe:
-    """Fill what the depth decides: the pretraining horizon and the intervals."""
     base = recipe.base
-    parameters = recipe.model.parameters(recipe.tokenizer.vocab_size)
-    horizon = math.ceil(base.tokens_per_parameter * parameters / base.batch_tokens)
-    steps = base.steps or horizon
+    tokens = base.tokens_per_parameter * recipe.model.parameters(recipe.tokenizer.vocab_size)
+    steps = base.steps or math.ceil(tokens / base.batch_tokens)
     every = max(1, steps // 10)
-    base = dataclasses.replace(
-        base,
-        steps=steps,
-        eval_every=base.eval_every or every,
-        save_every=base.save_every or every,
-    )
-    return dataclasses.replace(recipe, base=base)
+    derived = {"eval_every": base.eval_every or every, "save_every": base.save_every or every}
+    base = dataclasses.replace(base, steps=steps, **derived)
+    return Config(profile=profile, recipe=dataclasses.replace(recipe, base=base), machine=machine)
 
 
 def _check_together(recipe: Recipe, machine: MachineConfig) -> None:

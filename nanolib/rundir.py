@@ -32,7 +32,7 @@ import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nanolib import config as settings
 from nanolib.config import Config
@@ -126,7 +126,11 @@ class Metrics:
         with saving(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
-                _cut_torn_line(file)
+                end = size = file.seek(0, os.SEEK_END)
+                while end and file.seek(end - 1) >= 0 and file.read(1) != b"\n":
+                    end -= 1  # over what a killed writer left of a line
+                if end < size:
+                    file.truncate(end)
                 file.write(json.dumps(row).encode() + b"\n")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -140,22 +144,6 @@ class Metrics:
         """Drop what lies after `step`: a resumed stage writes those rows again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def _cut_torn_line(file: BinaryIO) -> None:
-    """Drop what a killed writer left after the last newline; reads no more than that line."""
-    end = size = file.seek(0, os.SEEK_END)
-    block = 1  # enough where the last line is whole
-    while end:
-        start = max(0, end - block)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end, block = start, 4096
-    if end < size:
-        file.truncate(end)
 
 
 # ---------------------------------------------------------------------------- one stage
@@ -224,7 +212,7 @@ class Run:
         made with another recipe.
         """
         this = cls.peek(profile, run, overrides)
-        if not this.exists() and not _create(this.path, this.config, overrides or {}):
+        if not this.exists() and not _create(this, overrides or {}):
             this = cls.peek(profile, run, overrides)  # another process was first
         _remember(this.path)
         return this
@@ -233,15 +221,13 @@ class Run:
     def peek(
         cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
     ) -> Run:
-        """The run that `open` would open or create; nothing is written. Raises what `open` raises."""
+        """The run that `open` would open or create; writes nothing and raises what `open` raises."""
         given, defaults = settings.check_overrides(overrides or {}), settings.load_profile(profile)
         path = _locate(run or _default_id(profile, defaults, given))
         if path.name == LATEST:
-            raise ValueError(
-                f"{LATEST!r} is kept for the run opened last; choose another --run NAME"
-            )
+            raise ValueError(f"{LATEST!r} is the run opened last; choose another --run NAME")
         if not (path / "manifest.json").exists():
-            return cls(path, settings.from_flat(profile, {**defaults, **given}))
+            return cls(path, settings.from_flat(profile, defaults | given))
         manifest = _read_manifest(path)
         if manifest["profile"] != profile:
             raise _refusal(path, "profile", manifest["profile"], profile)
@@ -257,7 +243,7 @@ class Run:
         path = _locate(run or LATEST).resolve()
         if not (path / "manifest.json").exists():
             raise ValueError(
-                f"there is no run {run!r} at {path}{_existing()}"
+                f"there is no run {run!r} at {path} (`nanolib runs` lists all)"
                 if run
                 else f"there is no run yet in {runs_folder()}; make one: nanolib run demo"
             )
@@ -268,13 +254,7 @@ class Run:
         return cls._read(path, manifest, machine_defaults, given)
 
     @classmethod
-    def _read(
-        cls,
-        path: Path,
-        manifest: Mapping[str, Any],
-        defaults: Mapping[str, Any],
-        given: Mapping[str, Any],
-    ) -> Run:
+    def _read(cls, path: Path, manifest: dict, defaults: dict, given: dict) -> Run:
         """The run of a manifest; ValueError where what is asked for now is another recipe.
 
         A setting newer than the run is not in its manifest: the run has the setting's default,
@@ -289,11 +269,8 @@ class Run:
             if key in given:
                 raise _refusal(path, key, before, wanted)
             if key in recipe:
-                raise ValueError(
-                    f"run {path.name!r} was made with {key} = {before}, and profile {profile} now "
-                    f"says {wanted}; restore the profile to go on with that run, or start a new "
-                    f"one with --run NAME (this one is {path})"
-                )
+                remedy = f"restore profile {profile}, which has changed,"
+                raise _refusal(path, key, before, wanted, remedy)
         return run
 
     def exists(self) -> bool:
@@ -312,12 +289,10 @@ class Run:
         This opening's machine.mirror, else the one the data stage used, else the one it fetched
         or, for the toy world, wrote.
         """
-        given = self.config.machine.mirror
-        if given is None and (record := self.stage("data").done()):
-            given = record["result"].get("mirror")
-        if given is None:
-            return self.stage("data").path / "mirror"
-        return settings.REPOSITORY / Path(given).expanduser()
+        stage = self.stage("data")
+        recorded = (stage.done() or {"result": {}})["result"].get("mirror")
+        mirror = self.config.machine.mirror or recorded or stage.path / "mirror"
+        return settings.REPOSITORY / Path(mirror).expanduser()
 
 
 def _default_id(profile: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> str:
@@ -340,24 +315,18 @@ def _locate(run: str) -> Path:
     return runs_folder().resolve() / run
 
 
-def _existing() -> str:
-    names = sorted(p.parent.name for p in runs_folder().glob("*/manifest.json"))
-    return f"; there are {', '.join(n for n in names if n != LATEST)}" if names else ""
-
-
-def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> bool:
+def _create(run: Run, overrides: Mapping[str, Any]) -> bool:
     """Write the manifest; False where another process did so first, and its own stands."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file, not a run's directory; choose another --run NAME")
-    visible = [name for name in os.listdir(path) if name[0] != "."] if path.exists() else []
-    if visible and "manifest.json" not in visible:
+    path = run.path
+    names = [name for name in os.listdir(path) if name[0] != "."] if path.is_dir() else []
+    if path.is_file() or (names and "manifest.json" not in names):
         raise ValueError(
-            f"{path} holds files but no manifest.json, so it is not a run; "
+            f"{path} is not a run: a file, or a folder with other files and no manifest.json; "
             "choose another --run NAME"
         )
-    recipe, given = settings.flatten(config.recipe), settings.check_overrides(overrides)
+    recipe, given = settings.flatten(run.config.recipe), settings.check_overrides(overrides)
     manifest = {
-        "profile": config.profile,
+        "profile": run.config.profile,
         "created": now(),
         "overrides": {key: value for key, value in given.items() if key in recipe},
         "recipe": recipe,
@@ -375,31 +344,34 @@ def _create(path: Path, config: Config, overrides: Mapping[str, Any]) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest with its settings checked; those this version lacks are named and left out."""
+    """The manifest with its settings as this version reads them."""
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        known = settings.settings()
-        unknown = sorted(manifest["recipe"].keys() - known.keys())
-        for part in ("recipe", "overrides"):
-            flat = {key: value for key, value in manifest[part].items() if key in known}
-            manifest[part] = settings.check_overrides(flat)
-        manifest["recipe"] = settings.FIRST_EDITION | manifest["recipe"]
+        manifest["recipe"] = saved_recipe(manifest["recipe"], file)
+        known = {k: v for k, v in manifest["overrides"].items() if k in settings.settings()}
+        return manifest | {"overrides": settings.check_overrides(known)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged ({error}); restore it, or start a new run with --run NAME"
         ) from None
-    if unknown:
-        warn_once(
-            f"{file} has settings that this version lacks and leaves out: {', '.join(unknown)}"
-        )
-    return manifest
 
 
-def _refusal(path: Path, key: str, saved: Any, asked: Any) -> ValueError:
+def saved_recipe(saved: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """A recipe in `file` as this version reads it; settings that it lacks are named and left out."""
+    known = settings.settings()
+    if unknown := sorted(saved.keys() - known.keys()):
+        warn_once(f"{file} has settings unknown here, which are left out: {', '.join(unknown)}")
+    recipe = {key: value for key, value in saved.items() if key in known}
+    return settings.FIRST_EDITION | settings.check_overrides(recipe)
+
+
+def _refusal(
+    path: Path, key: str, saved: Any, asked: Any, remedy: str = "leave it out"
+) -> ValueError:
     return ValueError(
-        f"run {path.name!r} was made with {key} = {saved}, not {asked}; leave it out to go on "
-        f"with that run, or start a new one with --run NAME (this one is {path})"
+        f"run {path.name!r} was made with {key} = {saved}, not {asked}; {remedy} to go on with "
+        f"that run, or start a new one with --run NAME (this one is {path})"
     )
 
 

@@ -82,9 +82,7 @@ def test_a_profile_edited_since_is_noticed(folder):
     Run.open("tiny")
     text = (folder / "profiles/tiny.toml").read_text()
     (folder / "profiles/tiny.toml").write_text(text + "seed = 7\n")
-    with pytest.raises(
-        ValueError, match=r"seed = 1, and profile tiny now says 7; restore .*--run NAME"
-    ):
+    with pytest.raises(ValueError, match=r"seed = 1, not 7; restore profile tiny, .*--run NAME"):
         Run.open("tiny")
     assert Run.load("tiny").config.recipe.seed == 1
 
@@ -140,7 +138,7 @@ def test_unknown_settings_of_a_manifest_are_named_once(folder, capsys):
     opened = Run.open("tiny", overrides={"base.steps": 3})
     assert opened == Run.load() and opened.config.recipe.base.steps == 3
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and errors.endswith("leaves out: base.old, model.gone\n")
+    assert errors.count("\n") == 1 and errors.endswith("left out: base.old, model.gone\n")
 
 
 def test_a_run_is_opened_with_one_read_of_its_profile(monkeypatch):
@@ -200,9 +198,9 @@ def test_names_and_places_that_cannot_be_a_run(folder):
         Run.open("tiny", "latest")
     (folder / "home").mkdir()
     (folder / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match=r"home holds files but no manifest\.json"):
+    with pytest.raises(ValueError, match=r"home is not a run: .* no manifest\.json"):
         Run.open("tiny", str(folder / "home"))
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match=r"letter\.txt is not a run: a file"):
         Run.open("tiny", str(folder / "home" / "letter.txt"))
     with pytest.raises(ValueError, match="there is no run 'nobody'"):
         Run.load("nobody")
@@ -223,7 +221,8 @@ def test_the_manifest_is_written_once(folder):
     """What happens when two processes find no manifest at the same moment."""
     path = Run.open("tiny").path
     before = (path / "manifest.json").read_bytes()
-    assert not rundir._create(path, config.resolve("tiny", {"seed": 9}), {"seed": 9})
+    late = Run(path, config.resolve("tiny", {"seed": 9}))
+    assert not rundir._create(late, {"seed": 9})
     assert (path / "manifest.json").read_bytes() == before
 
 
