@@ -22,6 +22,8 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
+from nanolib.config import REPOSITORY
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--no-sandbox",
@@ -77,10 +79,14 @@ def chromium(name: str) -> Iterator:
 
 @contextlib.contextmanager
 def jupyterlab(notebook: NotebookNode, home: Path) -> Iterator[str]:
-    """JupyterLab with one notebook, all its files under `home`; the notebook's address."""
+    """JupyterLab with one notebook and the chapters' helpers beside it; the notebook's address.
+
+    All files are under `home`.
+    """
     ARTIFACTS.mkdir(exist_ok=True)
     (home / "notebooks").mkdir()
-    nbformat.write(notebook, home / "notebooks/lesson.ipynb")
+    nbformat.write(notebook, home / "notebooks/chapter.ipynb")
+    shutil.copy(REPOSITORY / "notebooks/lesson.py", home / "notebooks")
     for name, values in SETTINGS.items():
         file = home / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +118,7 @@ def jupyterlab(notebook: NotebookNode, home: Path) -> Iterator[str]:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         wait_for(answers, "JupyterLab")
-        yield f"http://127.0.0.1:{port}/lab/tree/lesson.ipynb?token={TOKEN}"
+        yield f"http://127.0.0.1:{port}/lab/tree/chapter.ipynb?token={TOKEN}"
     finally:
         server.terminate()
         try:
