@@ -1,4 +1,4 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs, bytes, dollars.
+"""What a model costs in FLOPs and bytes, from its configuration alone, and on which devices.
 
 A multiply-add is two FLOPs. Only matrix products are counted: everything else is under one percent
 of the arithmetic, though not of the time. Shapes: T time, D width, H query heads, K head size,
@@ -17,30 +17,22 @@ from nanolib.config import ModelConfig
 DOLLARS_PER_GPU_HOUR = 3.0  # what the original paid for an H100; rents differ by place and day
 
 
-@dataclass(frozen=True)
-class Device:
-    """One accelerator, as its data sheet describes it."""
-
-    peak: float | None  # dense bfloat16 FLOP/s; None: not known
-    memory: float  # GB of 10⁹ bytes
-
-
-# The key is part of the name that torch.cuda.get_device_name gives; the first match counts.
+# Peak (dense bfloat16 FLOP/s) and memory (GB of 10⁹ bytes) from the data sheets. The key is part of
+# the name that torch.cuda.get_device_name gives; the first match counts.
 DEVICES = {
-    "H100 PCIe": Device(756e12, 80),
-    "H100 NVL": Device(835e12, 94),
-    "H100": Device(989e12, 80),
-    "H200": Device(989e12, 141),
-    "B200": Device(2250e12, 180),
-    "A100-SXM4-40GB": Device(312e12, 40),
-    "A100": Device(312e12, 80),
-    "L40S": Device(362e12, 48),
-    "RTX 4090": Device(165e12, 24),
+    "H100 PCIe": (756e12, 80),
+    "H100 NVL": (835e12, 94),
+    "H100": (989e12, 80),
+    "H200": (989e12, 141),
+    "B200": (2250e12, 180),
+    "A100-SXM4-40GB": (312e12, 40),
+    "A100": (312e12, 80),
+    "L40S": (362e12, 48),
+    "RTX 4090": (165e12, 24),
 }
 
-# Model FLOPs utilisation by depth, measured in bfloat16 on one H100 (2026-11-24,
-# runs/bench/device.md), so without communication between GPUs: over whole runs at depths 8 and 20,
-# over forward, backward and update at the others. (nanochat of July 2026: 0.41 at 12, 0.487 at 20.)
+# Model FLOPs utilisation by depth on one H100 in bfloat16 (2026-11-24, runs/bench/device.md): over
+# whole runs at depths 8 and 20, over forward, backward and update at the others.
 MEASURED_MFU = {8: 0.346, 12: 0.427, 20: 0.474, 26: 0.485, 32: 0.526}
 
 # The share of the activations that a compiled bfloat16 program keeps: fitted so that the estimate
@@ -54,7 +46,8 @@ class Machine:
 
     name: str
     count: int
-    device: Device
+    peak: float | None  # dense bfloat16 FLOP/s of one device; None: not known
+    memory: float  # GB of one device
     dollars_per_hour: float | None = None
     cuda: bool = True
 
@@ -65,18 +58,17 @@ class Machine:
         >>> Machine.parse("8xH100").dollars_per_hour
         24.0
         """
-        found = re.fullmatch(r"(?:(\d+)\s*[x×]\s*)?(.+)", text.strip(), re.IGNORECASE)
-        count, wanted = (int(found[1] or 1), found[2].lower()) if found else (1, "")
+        found = re.fullmatch(r"(?:([1-9]\d*)[x×])?(.+)", text.lower().replace(" ", ""))
         known = {name.lower().replace(" ", ""): name for name in DEVICES}
-        name = known.get(wanted.replace(" ", ""))
-        if name is None or count < 1:
+        if found is None or found[2] not in known:
             raise ValueError(
                 f"a machine is a number of devices such as 8xH100, got {text!r}; the devices known "
                 f"are {', '.join(DEVICES)}"
             )
-        if dollars_per_hour is None:
-            dollars_per_hour = count * DOLLARS_PER_GPU_HOUR
-        return cls(name=name, count=count, device=DEVICES[name], dollars_per_hour=dollars_per_hour)
+        count, name = int(found[1] or 1), known[found[2]]
+        price = count * DOLLARS_PER_GPU_HOUR if dollars_per_hour is None else dollars_per_hour
+        peak, memory = DEVICES[name]
+        return cls(name=name, count=count, peak=peak, memory=memory, dollars_per_hour=price)
 
 
 # ---------------------------------------------------------------------------- size
@@ -158,7 +150,7 @@ def training_flops(config: ModelConfig, vocab_size: int) -> int:
 
 def peak_flops(device: str) -> float | None:
     """Dense bfloat16 FLOP/s of one device with that name; None if it is not in `DEVICES`."""
-    return next((known.peak for part, known in DEVICES.items() if part in device), None)
+    return next((peak for part, (peak, _) in DEVICES.items() if part in device), None)
 
 
 def mfu(
@@ -177,18 +169,3 @@ def mfu(
 def assumed_mfu(depth: int) -> float:
     """The utilisation to expect at a depth: `MEASURED_MFU`, interpolated, flat beyond its ends."""
     return float(np.interp(depth, list(MEASURED_MFU), list(MEASURED_MFU.values())))
-
-
-def training_seconds(
-    config: ModelConfig, vocab_size: int, tokens: float, machine: Machine
-) -> float | None:
-    """Projected seconds to train on `tokens` tokens; None where the device's peak is not known."""
-    if machine.device.peak is None:
-        return None
-    work = training_flops(config, vocab_size) * tokens
-    return work / (assumed_mfu(config.depth) * machine.device.peak * machine.count)
-
-
-def dollars(seconds: float, dollars_per_hour: float | None) -> float | None:
-    """What `seconds` on a machine cost; None where its price is not given."""
-    return None if dollars_per_hour is None else dollars_per_hour * seconds / 3600

@@ -440,7 +440,7 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     """
     recipe = replace_settings(Recipe(), flat)
     machine = replace_settings(MachineConfig(), flat, "machine.")
-    _check_together(recipe, machine)
+    check_together(recipe, machine)
     base = recipe.base
     tokens = base.tokens_per_parameter * recipe.model.parameters(recipe.tokenizer.vocab_size)
     steps = base.steps or math.ceil(tokens / base.batch_tokens)
@@ -450,7 +450,7 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     return Config(profile=profile, recipe=dataclasses.replace(recipe, base=base), machine=machine)
 
 
-def _check_together(recipe: Recipe, machine: MachineConfig) -> None:
+def check_together(recipe: Recipe, machine: MachineConfig) -> None:
     """Settings that must fit each other; ValueError names the value and what would do."""
     model = recipe.model
     if model.heads % model.num_kv_heads:

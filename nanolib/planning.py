@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from nanolib import accounting
-from nanolib import config as settings
-from nanolib.accounting import Device, Machine, TrainingMemory
-from nanolib.config import Config, GRPOConfig, MachineConfig, Recipe
+from nanolib.accounting import Machine, TrainingMemory
+from nanolib.config import Config, GRPOConfig, MachineConfig, Recipe, check_together
 from nanolib.data.packing import Batch
 from nanolib.model import GPT
 from nanolib.progress import clock
@@ -25,6 +24,8 @@ from nanolib.runtime import Runtime
 
 MARGIN = 0.92  # of a GPU's memory; the rest is for gaps in the allocator and for NCCL's buffers
 ENOUGH = 65_536  # tokens of a micro-batch, the original's most; more takes memory, not less time
+
+Nll = Callable[[Batch], Tensor]  # what training will call, compiled if training compiles
 
 
 def size(number: float) -> str:
@@ -40,10 +41,10 @@ def size(number: float) -> str:
 
 
 def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
-    """The rows of a micro-batch that should fit into `room` bytes, at most `share`.
+    """The rows of a micro-batch that should fit into `room` bytes.
 
-    That is `share`, or what holds `ENOUGH` tokens if that is less, or a power of two below.
-    Raises ValueError that names what to lower where one row does not fit.
+    That is `share`, or `ENOUGH` tokens if that is less, or the largest power of two below that
+    fits. Raises ValueError where not even one row does.
     """
     rows = min(share, max(1, ENOUGH // memory.model.sequence_len))
     while rows and memory.total(rows) > room:
@@ -70,15 +71,12 @@ def _next_smaller(rows: int) -> int:
 # ---------------------------------------------------------------------------- what does fit
 
 
-def fitting_rows(
-    model: GPT, nll: Callable[[Batch], Tensor], length: int, share: int, runtime: Runtime
-) -> int:
+def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime) -> int:
     """The rows of `length` tokens that one micro-batch can have on this device, at most `share`.
 
     The same on all ranks, which must all call it, before the optimizer is made and with no
-    gradients. nll: what training will call, compiled if training compiles. On CUDA the estimate is
-    tried, beside memory set aside for the optimizer's state, and halved until it fits; training
-    reuses what the trial compiles. Elsewhere the estimate is the answer.
+    gradients. On CUDA the estimate is tried and halved until it fits; training reuses what the
+    trial compiles. Elsewhere the estimate is the answer.
     Raises ValueError where not even one row fits.
     """
     runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL takes its memory before we measure
@@ -108,22 +106,12 @@ def main_memory(ranks: int) -> float:
 
 def _largest(fits: Callable[[int], bool], rows: int, runtime: Runtime) -> int:
     """The first of `rows` and the powers of two below it that fits on every rank; 0 if none does."""
-    while rows:
-        failed = torch.tensor(int(not fits(rows)), device=runtime.device)
-        if int(runtime.sum(failed)) == 0:
-            break
+    while rows and not all(runtime.gather(fits(rows))):
         rows = _next_smaller(rows)
     return rows
 
 
-def _fits(
-    model: GPT,
-    nll: Callable[[Batch], Tensor],
-    length: int,
-    rows: int,
-    room: float,
-    runtime: Runtime,
-) -> bool:
+def _fits(model: GPT, nll: Nll, length: int, rows: int, room: float, runtime: Runtime) -> bool:
     """Whether training steps of `rows` rows really fit; leaves no gradients and no memory behind.
 
     No collectives in here: one rank may run out of memory where another does not.
@@ -136,8 +124,7 @@ def _fits(
         fits = not cuda or torch.cuda.max_memory_allocated(runtime.device) <= room
     except torch.OutOfMemoryError:
         fits = False
-    for weight in model.parameters():  # after the `except`: its traceback keeps tensors alive
-        weight.grad = None
+    model.zero_grad()  # after the `except`: its traceback keeps tensors alive
     if cuda:
         torch.cuda.empty_cache()
         if not fits:  # or the next size would be compiled with dynamic shapes, which are slower
@@ -145,9 +132,7 @@ def _fits(
     return fits
 
 
-def _try(
-    model: GPT, nll: Callable[[Batch], Tensor], length: int, rows: int, runtime: Runtime
-) -> None:
+def _try(model: GPT, nll: Nll, length: int, rows: int, runtime: Runtime) -> None:
     """Two forward and backward passes and an update's memory, beside the optimizer's state."""
     memory = TrainingMemory(model.config, model.vocab_size, runtime.world_size)
     state = torch.empty(memory.optimizer, dtype=torch.uint8, device=runtime.device)
@@ -159,7 +144,6 @@ def _try(
         with runtime.autocast():
             nll_BT = nll(batch)
         nll_BT.sum().backward()
-        del nll_BT
     update = torch.empty(memory.update, dtype=torch.uint8, device=runtime.device)
     del state, update
 
@@ -176,43 +160,47 @@ def share_of(recipe: Recipe, stage: str, ranks: int) -> int:
 
 
 def this_machine(given: MachineConfig) -> Machine:
-    """The computer that this runs on; ValueError where it lacks the device that is asked for."""
+    """The computer that this runs on; ValueError where it lacks the device asked for."""
     gpus = torch.cuda.device_count() if given.device in ("auto", "cuda") else 0
     if gpus:
         name = torch.cuda.get_device_name(0)
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
-        device = Device(accounting.peak_flops(name), memory / 1e9)
-        return Machine(name=name, count=gpus, device=device)
+        peak = accounting.peak_flops(name)
+        return Machine(name=name, count=gpus, peak=peak, memory=memory / 1e9)
     if given.device == "cuda":
         raise ValueError(
             "machine.device is 'cuda', which torch does not see here; name the machine that it is "
             "for (--on 8xH100), or try --machine.device auto"
         )
     ranks = given.ranks or 1
-    device = Device(peak=None, memory=main_memory(ranks) / 1e9)
-    return Machine(name="CPU process", count=ranks, device=device, cuda=False)
+    memory = main_memory(ranks) / 1e9
+    return Machine(name="CPU process", count=ranks, peak=None, memory=memory, cuda=False)
 
 
 def plan(config: Config, machine: Machine) -> Iterator[str]:
-    """Lines that say what a run takes on a machine. Raises ValueError where it does not fit.
+    """Lines that say what a run takes on `machine.ranks` of a machine's devices, or on all.
 
-    It runs on machine.ranks of the machine's devices, or on all.
+    Raises ValueError where it does not fit.
     """
-    config, machine = _together(config, machine)
+    ranks = config.machine.ranks or machine.count
+    if ranks > machine.count:
+        raise ValueError(
+            f"machine.ranks = {ranks} needs as many devices, and there are {machine.count}; lower it"
+        )
+    check_together(config.recipe, replace(config.machine, ranks=ranks))
+    machine = replace(machine, count=ranks)
     model, vocab = config.recipe.model, config.recipe.tokenizer.vocab_size
-    device, price = machine.device, machine.dollars_per_hour
-    peak = f", {device.peak / 1e12:,.0f} TFLOP/s in bfloat16" if device.peak else ""
-    yield (
-        f"{config.profile} on {machine.count} x {machine.name} ({device.memory:.3g} GB{peak} each)"
-        + (f", ${price:,.2f} an hour" if price else "")
-    )
+    peak = f", {machine.peak / 1e12:,.0f} TFLOP/s in bfloat16" if machine.peak else ""
+    price = f", ${machine.dollars_per_hour:,.2f} an hour" if machine.dollars_per_hour else ""
+    each = f"{machine.memory:.3g} GB{peak} each"
+    yield f"{config.profile} on {machine.count} x {machine.name} ({each}){price}"
     yield (
         f"model        depth {model.depth}, width {model.width:,}, {model.heads} heads, context "
         f"{model.sequence_len:,}, vocabulary {vocab:,}"
     )
     parts = ", ".join(f"{name} {count:,}" for name, count in model.parts(vocab).items())
     yield f"parameters   {model.parameters(vocab):,}: {parts}"
-    if device.peak:
+    if machine.peak:
         measured = (f"{depth} ({share:.1%})" for depth, share in accounting.MEASURED_MFU.items())
         yield (
             f"time         projected at {accounting.assumed_mfu(model.depth):.1%} of the peak, from "
@@ -222,22 +210,10 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     yield from _stage_lines(config, machine)
 
 
-def _together(config: Config, machine: Machine) -> tuple[Config, Machine]:
-    """The settings and the machine, both with the ranks that the run will have there."""
-    ranks = config.machine.ranks or machine.count
-    if ranks > machine.count:
-        raise ValueError(
-            f"machine.ranks = {ranks} needs as many devices, and there are {machine.count}; lower it"
-        )
-    flat = settings.flatten(config.recipe) | settings.flatten(config.machine, "machine.")
-    config = settings.from_flat(config.profile, flat | {"machine.ranks": ranks})
-    return config, replace(machine, count=ranks)
-
-
 def _stage_lines(config: Config, machine: Machine) -> Iterator[str]:
     """Each training stage's micro-batch, memory and work, and the parts of the memory."""
     recipe, given, ranks = config.recipe, config.machine, machine.count
-    room = machine.device.memory * 1e9 * (MARGIN if machine.cuda else 1)
+    room = machine.memory * 1e9 * (MARGIN if machine.cuda else 1)
     half = given.dtype == "bfloat16" or (machine.cuda and given.dtype != "float32")
     vocab_size, width = recipe.tokenizer.vocab_size, 2 if half else 4
     memory = TrainingMemory(recipe.model, vocab_size, ranks, machine.cuda, width)
@@ -271,13 +247,14 @@ def _work(recipe: Recipe, name: str, machine: Machine) -> str:
     if stage.steps is None:
         return f"{stage.epochs:g} epochs; not projected: depends on its conversations' lengths"
     tokens = stage.steps * stage.batch_tokens
+    flops = accounting.training_flops(model, vocab) * tokens
     text = (
         f"{stage.steps:,} steps x {stage.batch_tokens:,} tokens = {tokens / 1e6:,.0f} M tokens "
-        f"({tokens / model.parameters(vocab):.1f} a parameter), "
-        f"{accounting.training_flops(model, vocab) * tokens:.2e} FLOPs"
+        f"({tokens / model.parameters(vocab):.1f} a parameter), {flops:.2e} FLOPs"
     )
-    seconds = accounting.training_seconds(model, vocab, tokens, machine)
-    if seconds is None:
+    if machine.peak is None:
         return text
-    cost = accounting.dollars(seconds, machine.dollars_per_hour)
-    return f"{text}: {clock(seconds)}{f', ${cost:.2f}' if cost else ''} (projected)"
+    seconds = flops / (accounting.assumed_mfu(model.depth) * machine.peak * machine.count)
+    hourly = machine.dollars_per_hour
+    cost = f", ${hourly * seconds / 3600:.2f}" if hourly else ""
+    return f"{text}: {clock(seconds)}{cost} (projected)"

@@ -99,15 +99,13 @@ def test_cache_bytes():
     assert accounting.cache_bytes(config, 3, 17) == sum(t.nbytes for t in stored)
 
 
-def test_mfu_and_cost():
+def test_mfu():
     """The original's run: 11.2 billion tokens on eight H100 in about three hours."""
     rate = {"tokens_per_second": 11.2e9 / (3 * 3600), "ranks": 8}
     share = accounting.mfu(D20, 65_536, device="NVIDIA H100 80GB HBM3", **rate)
     assert share == pytest.approx(0.46, abs=0.02)
     assert accounting.mfu(D20, 65_536, device="cpu", **rate) is None
     assert accounting.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert accounting.dollars(3 * 3600 + 51 * 60, 24.0) == pytest.approx(92.4)
-    assert accounting.dollars(60, None) is None
 
 
 @pytest.mark.parametrize(
@@ -138,14 +136,11 @@ def test_the_assumed_utilisation():
     assert accounting.assumed_mfu(1) == 0.346 and accounting.assumed_mfu(64) == 0.526
 
 
-def test_the_projection_of_the_originals_d32():
-    """Its own note: 1.207960e10 FLOPs a token, 71,680 steps of 1.574 s on eight, 50.9 %."""
+def test_flops_and_mfu_of_the_originals_d32():
+    """Its own note: 1.207960e10 FLOPs a token, steps of 1.574 s on eight, 50.9 %."""
     d32 = ModelConfig(depth=32)
     assert accounting.training_flops(d32, 65_536) == pytest.approx(1.207960e10, rel=1e-6)
-    eight = Machine.parse("8xH100")
     told = accounting.mfu(
         d32, 65_536, tokens_per_second=524_288 / 1.574, device="NVIDIA H100 80GB HBM3", ranks=8
     )
     assert told == pytest.approx(0.509, abs=5e-4)
-    seconds = accounting.training_seconds(d32, 65_536, 71_680 * 524_288, eight)
-    assert seconds == pytest.approx(71_680 * 1.574 * 0.509 / accounting.MEASURED_MFU[32], rel=1e-3)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_model import CPU, VOCAB, tiny
 
-from nanolib import config, planning
-from nanolib.accounting import Device, Machine, TrainingMemory
+from nanolib import accounting, config, planning
+from nanolib.accounting import Machine, TrainingMemory
 from nanolib.config import ModelConfig
 from nanolib.data.packing import batch_of_rows
 from nanolib.model import GPT
@@ -148,7 +148,7 @@ def test_all_ranks_take_the_smallest_that_fits_on_every_one():
         tried.append(rows)
         return True
 
-    runtime = SimpleNamespace(device=CPU, sum=lambda mine: mine + int(tried[-1] > 4))
+    runtime = SimpleNamespace(gather=lambda mine: [mine, tried[-1] <= 4])
     assert planning._largest(fits, 16, runtime) == 4
     assert tried == [16, 8, 4]
 
@@ -198,6 +198,15 @@ def test_the_plan_of_the_originals_d20():
     assert text.count("not projected") == 3  # mid, sft, grpo
 
 
+def test_the_projection_of_the_originals_d32():
+    """Its own note: 71,680 steps of 1.574 s on eight, at 50.9 %."""
+    seconds = 71_680 * 1.574 * 0.509 / accounting.MEASURED_MFU[32]
+    found = re.search(r"71,680 steps .*: (\d+):(\d+):(\d+), ", plan("d32", "8xH100"))
+    assert found is not None
+    hours, minutes, rest = map(int, found.groups())
+    assert 3600 * hours + 60 * minutes + rest == pytest.approx(seconds, rel=1e-3)
+
+
 def test_base_is_not_set_beside_all_stages_of_the_original():
     """Its report tells no split of its 3 h 51 min, so there is nothing to compare base with."""
     assert "3:51" not in plan("speedrun", "8xH100")
@@ -211,11 +220,11 @@ def test_the_plan_for_some_of_a_machines_devices():
 
 
 def test_a_machine_without_a_known_peak_is_promised_no_time():
-    machine = Machine(name="CPU process", count=1, device=Device(None, 8), cuda=False)
+    machine = Machine(name="CPU process", count=1, peak=None, memory=8, cuda=False)
     text = "\n".join(planning.plan(config.resolve("smoke"), machine))
     assert "projected at" not in text and "$" not in text and "20 steps x 1,024 tokens" in text
     with pytest.raises(ValueError, match="too small"):
-        list(planning.plan(config.resolve("smoke"), replace(machine, device=Device(None, 1e-4))))
+        list(planning.plan(config.resolve("smoke"), replace(machine, memory=1e-4)))
 
 
 def test_a_stage_of_given_steps_is_projected():

@@ -18,7 +18,6 @@ import torch
 from nanolib import checkpoint, planning, tasks
 from nanolib.config import BaseConfig, ConversationConfig, GRPOConfig, OptimConfig, flatten, up_to
 from nanolib.conversation import Conversation
-from nanolib.data.packing import Batch
 from nanolib.data.sources import (
     ConversationSource,
     RowSource,
@@ -40,8 +39,6 @@ from nanolib.stages.text import load_tokenizer, shard_paths, validation_document
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 from nanolib.train import CrossEntropy, Loss, Trainer
-
-Nll = Callable[[Batch], torch.Tensor]  # what `GPT.nll` is, compiled or not
 
 SAVE_MINUTES_ON_CUDA = 10.0  # unless machine.save_minutes is given
 HELD_OUT = 100  # conversations of each source in mid's and SFT's held-out losses
@@ -165,7 +162,7 @@ class Setup:
 
     tokenizer: Tokenizer
     model: GPT
-    nll: Nll  # of the model, compiled on CUDA
+    nll: planning.Nll  # of the model, compiled on CUDA
     device_batch: int  # most rows in a micro-batch
 
 
