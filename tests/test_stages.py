@@ -96,7 +96,7 @@ def _packed(talks, tokenizer, folder: Path, settings) -> tuple[ConversationSourc
 
 def _sft_settings(run: Run) -> dict:
     context = _context(run, "sft")
-    return training._row_settings(context, run.config.recipe.sft, training._setup(context))
+    return training.Training(context).row_settings(run.config.recipe.sft.batch_tokens)
 
 
 def test_sft_targets_are_what_the_assistant_says(run, tmp_path):
@@ -130,9 +130,9 @@ def test_a_conversation_without_a_target_is_left_out(run, tmp_path):
 def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_other(run, ranks):
     """Ids and masks of every row, and a step's batches, on every rank."""
     context, config = _context(run, "mid"), run.config.recipe.mid
-    setup = training._setup(context)
+    setup = training.Training(context)
     folder, about = training._mixture(context, config, setup.tokenizer)
-    settings = training._row_settings(context, config, setup) | {"world_size": ranks}
+    settings = setup.row_settings(config.batch_tokens) | {"world_size": ranks}
     talks = [
         talk
         for name, limit in flatten(config.rows).items()
@@ -222,8 +222,8 @@ def test_held_out_losses_of_a_stage_begin_where_those_of_the_one_before_ended(ru
 def test_validation_loss_is_of_what_the_assistant_says(run, tmp_path):
     """Against the mean over the targets of all rows, computed one by one."""
     context = _context(run, "sft")
-    setup = training._setup(context)
-    settings = training._row_settings(context, run.config.recipe.sft, setup)
+    setup = training.Training(context)
+    settings = setup.row_settings(run.config.recipe.sft.batch_tokens)
     talks = training._conversations(context, "smoltalk", "test", 30)
     held, _ = _packed(talks, setup.tokenizer, tmp_path / "packed", settings)
     nats, count = 0.0, 0
@@ -247,7 +247,6 @@ def test_base_clips_and_base_and_mid_warm_momentum_up(every_stage, run, tmp_path
 
     monkeypatch.setattr(training, "Trainer", made)
     monkeypatch.setattr(training.checkpoint, "check_same", lambda *_: None)
-    monkeypatch.setattr(training, "_score_start", lambda *_: None)
     for name in MODELS:
         with pytest.raises(Stopped):
             worker.WORK[name](_context(fork, name))
@@ -366,18 +365,16 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
         asked.append((length, share))
         return 3
 
-    def train(context, config, setup, source, *_):
-        seen[context.run.config.machine.device_batch] = source
+    def train(setup, source, *_):
+        seen[setup.context.run.config.machine.device_batch] = source
         assert setup.nll == setup.model.nll == getattr(source, "nll", setup.nll)
         return {}
 
     monkeypatch.setattr(training.planning, "fitting_rows", found)
-    monkeypatch.setattr(training, "_train", train)
+    monkeypatch.setattr(training.Training, "run", train)
     for given in (None, 5):
         machine = {"machine.device_batch": given}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "_score_start", lambda *_: None)
-            worker.WORK[stage](_context(Run.load(run.id, machine), stage))
+        worker.WORK[stage](_context(Run.load(run.id, machine), stage))
     ((length, share),) = asked
     assert length == 128 and share == (16 if stage == "grpo" else 8)
     for given, source in seen.items():

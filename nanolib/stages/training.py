@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from nanolib import checkpoint, planning, tasks
-from nanolib.config import BaseConfig, ConversationConfig, GRPOConfig, OptimConfig, flatten, up_to
+from nanolib.config import ConversationConfig, OptimConfig, flatten, up_to
 from nanolib.conversation import Conversation
+from nanolib.data.packing import IGNORED
 from nanolib.data.sources import (
     ConversationSource,
     RowSource,
@@ -26,13 +27,13 @@ from nanolib.data.sources import (
     save_conversations,
 )
 from nanolib.engine import Engine
-from nanolib.evals import answers
+from nanolib.evals import answers, score_all
 from nanolib.evals.answers import Questions
 from nanolib.evals.bpb import bits_per_byte
 from nanolib.grpo import PolicyGradient, RolloutSource
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
-from nanolib.rundir import Run, whole_folder, write_json
+from nanolib.rundir import Run, StageDir, whole_folder, write_json
 from nanolib.runtime import Runtime, seed_of
 from nanolib.stages import Context
 from nanolib.stages.text import load_tokenizer, shard_paths, validation_documents
@@ -46,57 +47,45 @@ HELD_OUT = 100  # conversations of each source in mid's and SFT's held-out losse
 
 def base(context: Context) -> dict[str, Any]:
     """Pretrain on the token shards; bits per byte on the validation shard as it goes."""
-    run, config = context.run, context.run.config.recipe.base
-    train, _ = shard_paths(run)
-    setup = _setup(context)
-    tokenizer = setup.tokenizer
-    source = TextSource.open(train, **_row_settings(context, config, setup))
+    config = context.run.config.recipe.base
     assert config.steps is not None
-    documents = validation_documents(run, tokenizer, config.eval_documents)
+    training = Training(context)
+    tokenizer = training.tokenizer
+    shards, _ = shard_paths(context.run)
+    source = TextSource.open(shards, **training.row_settings(config.batch_tokens))
+    documents = validation_documents(context.run, tokenizer, config.eval_documents)
 
-    def score(step: int) -> None:
-        bpb = bits_per_byte(
-            setup.model, documents, tokenizer.byte_lengths, tokenizer.bos, context.runtime
-        )
-        _eval_row(context, step, bpb=bpb)
+    def score() -> dict[str, float]:
+        lengths, bos = tokenizer.byte_lengths, tokenizer.bos
+        return {"bpb": bits_per_byte(training.model, documents, lengths, bos, context.runtime)}
 
-    return _train(context, config, setup, source, config.steps, score) | {
+    return training.run(source, config.steps, score) | {
         "epochs": config.steps * source.batch_rows / len(source)
     }
 
 
-def mid(context: Context) -> dict[str, Any]:
-    """Go on from base with conversations, four choices and word problems that use the tool."""
-    return _converse(context, context.run.config.recipe.mid)
-
-
-def sft(context: Context) -> dict[str, Any]:
-    """Finetune on a small, clean mixture of the same kind."""
-    return _converse(context, context.run.config.recipe.sft)
-
-
-def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
-    """Train on conversations: the loss covers what the assistant says, nothing else."""
-    setup = _setup(context)
-    settings = _row_settings(context, config, setup)
-    folder, about = _mixture(context, config, setup.tokenizer)
+def converse(context: Context) -> dict[str, Any]:
+    """Train on what the assistant says in a mixture of conversations: the stages mid and sft."""
+    recipe = context.run.config.recipe
+    config = recipe.mid if context.stage.name == "mid" else recipe.sft
+    training = Training(context)
+    settings = training.row_settings(config.batch_tokens)
+    folder, about = _mixture(context, config, training.tokenizer)
     source = ConversationSource.open(folder / "train", **settings)
-    alike = settings | {"seed": context.run.config.recipe.seed}  # the same rows in every stage
+    alike = settings | {"seed": recipe.seed}  # the same rows in every stage
     held_out = {
         name: ConversationSource.open(folder / "held_out" / name, **alike)
         for name in about["conversations"]
     }
     steps = config.steps or math.ceil(config.epochs * len(source) / source.batch_rows)
 
-    def score(step: int) -> None:
-        losses = {
-            f"{name}_loss": _validation_loss(setup.model, part, context.runtime)
+    def score() -> dict[str, float]:
+        return {
+            f"{name}_loss": _validation_loss(training.model, part, context.runtime)
             for name, part in held_out.items()
         }
-        _eval_row(context, step, **losses)
 
-    _score_start(context, score)
-    return _train(context, config, setup, source, steps, score) | {
+    return training.run(source, steps, score) | {
         **about,
         "epochs": steps * source.batch_rows / len(source),
     }
@@ -104,11 +93,11 @@ def _converse(context: Context, config: ConversationConfig) -> dict[str, Any]:
 
 def grpo(context: Context) -> dict[str, Any]:
     """Learn from graded answers, with the tool at hand; see `nanolib.grpo`."""
-    run, config, mirror = context.run, context.run.config.recipe.grpo, context.run.mirror()
-    setup = _setup(context)
-    seed = seed_of(run.config.recipe.seed, "grpo")
+    config, mirror = context.run.config.recipe.grpo, context.run.mirror()
+    training = Training(context)
+    seed = seed_of(context.run.config.recipe.seed, "grpo")
     with Sandbox() as sandbox:
-        engine = make_engine(context, setup.model, setup.tokenizer, sandbox)
+        engine = make_engine(context, training.model, training.tokenizer, sandbox)
         train, test = (
             Questions(engine, tasks.load_graded(config.task, split, mirror), config.max_new_tokens)
             for split in ("train", "test")
@@ -117,72 +106,105 @@ def grpo(context: Context) -> dict[str, Any]:
             train,
             config,
             seed,
-            device_batch=setup.device_batch,
-            nll=setup.nll,
+            device_batch=training.device_batch,
+            nll=training.nll,
             metrics=context.stage.metrics,
         )
         held_out = test.usable()[: config.eval_questions]
         steps = config.steps or math.ceil(config.epochs * len(source.usable) / config.questions)
 
-        def score(step: int) -> None:
+        def score() -> dict[str, float]:
             progress = partial(context.progress, message="answers to held-out questions")
             greedy = answers.evaluate(test, held_out, progress)["accuracy"]
             sampled = answers.evaluate_sampled(
                 test, held_out, config.eval_samples, seed, config.top_k, progress
             )
-            _eval_row(context, step, greedy=greedy, **sampled)
+            return {"greedy": greedy, **sampled}
 
-        _score_start(context, score)
-        loss = PolicyGradient(config.clip)
-        return _train(context, config, setup, source, steps, score, loss) | {
+        return training.run(source, steps, score, PolicyGradient(config.clip)) | {
             "epochs": steps * config.questions / len(source.usable),
             "answers": steps * config.questions * config.samples,
         }
 
 
-def _row_settings(
-    context: Context, config: BaseConfig | ConversationConfig, setup: Setup
-) -> dict[str, Any]:
-    run, runtime = context.run, context.runtime
-    length = run.config.recipe.model.sequence_len
-    return {
-        "length": length,
-        "batch_rows": config.batch_tokens // length,
-        "bos": setup.tokenizer.bos,
-        "seed": seed_of(run.config.recipe.seed, context.stage.name),
-        "rank": runtime.rank,
-        "world_size": runtime.world_size,
-        "device_batch": setup.device_batch,
-    }
+class Training:
+    """What a training stage starts with: tokenizer, model, micro-batch; and how it trains.
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What a training stage starts with."""
-
-    tokenizer: Tokenizer
-    model: GPT
-    nll: planning.Nll  # of the model, compiled on CUDA
-    device_batch: int  # most rows in a micro-batch
-
-
-def _setup(context: Context) -> Setup:
-    """The tokenizer, the model that a stage starts from, and its micro-batch.
-
-    Call it before the optimizer is made: on CUDA the micro-batch is found by trying.
+    Make it before the optimizer: on CUDA the micro-batch is found by trying.
     """
-    config, runtime = context.run.config, context.runtime
-    tokenizer = load_tokenizer(context.run)
-    model = _new_model(context, tokenizer)
-    nll = model.nll
-    if runtime.device.type == "cuda":
-        nll = model.compiled_nll(cudnn=context.stage.name != "grpo")  # whose rows vary in length
-    length = config.recipe.model.sequence_len
-    share = planning.share_of(config.recipe, context.stage.name, runtime.world_size)
-    rows = config.machine.device_batch or planning.fitting_rows(model, nll, length, share, runtime)
-    if runtime.is_lead:
-        print(f"micro-batch: {min(rows, share)} of a rank's {share} rows", flush=True)
-    return Setup(tokenizer, model, nll, rows)
+
+    def __init__(self, context: Context):
+        config, runtime, name = context.run.config, context.runtime, context.stage.name
+        self.context, self.tokenizer = context, load_tokenizer(context.run)
+        self.model = _new_model(context, self.tokenizer)
+        self.nll: planning.Nll = self.model.nll
+        if runtime.device.type == "cuda":
+            self.nll = self.model.compiled_nll(cudnn=name != "grpo")  # whose rows vary in length
+        self.length = config.recipe.model.sequence_len
+        share = planning.share_of(config.recipe, name, runtime.world_size)
+        self.device_batch = config.machine.device_batch or planning.fitting_rows(
+            self.model, self.nll, self.length, share, runtime
+        )
+        if runtime.is_lead:
+            rows = min(self.device_batch, share)
+            print(f"micro-batch: {rows} of a rank's {share} rows", flush=True)
+
+    def row_settings(self, batch_tokens: int) -> dict[str, Any]:
+        """Of a `RowSource`."""
+        return {
+            "length": self.length,
+            "batch_rows": batch_tokens // self.length,
+            "bos": self.tokenizer.bos,
+            "seed": seed_of(self.context.run.config.recipe.seed, self.context.stage.name),
+            "rank": self.context.runtime.rank,
+            "world_size": self.context.runtime.world_size,
+            "device_batch": self.device_batch,
+        }
+
+    def run(
+        self,
+        source: RowSource | RolloutSource,
+        steps: int,
+        score: Callable[[], dict[str, float]],
+        loss: Loss | None = None,
+    ) -> dict[str, Any]:
+        """Train to the last step, and score a model that is not new before the first.
+
+        Returns the stage's result.
+        """
+        context, runtime, stage = self.context, self.context.runtime, self.context.stage
+        config = context.run.config
+        schedule = getattr(config.recipe, stage.name)
+
+        def record(step: int) -> None:
+            scores = score()
+            if runtime.is_lead:
+                stage.metrics.append(kind="eval", step=step, **scores)
+
+        every = max(1, steps // 10)
+        save_minutes = SAVE_MINUTES_ON_CUDA if runtime.device.type == "cuda" else None
+        trainer = Trainer(
+            stage=stage,
+            model=self.model,
+            nll=self.nll,
+            optimizer=MuonAdamW(self.model, _optim(context), runtime),
+            source=source,
+            schedule=schedule,
+            steps=steps,
+            save_every=schedule.save_every or every,
+            save_minutes=config.machine.save_minutes or save_minutes,
+            eval_every=schedule.eval_every or every,
+            runtime=runtime,
+            guard=context.guard,
+            about=about_checkpoint(context.run, stage.name, self.tokenizer),
+            loss=loss or CrossEntropy(),
+            score=lambda trainer: record(trainer.step),
+        )
+        if stage.name != "base" and not _rows(stage, "eval"):
+            record(0)
+        trainer.fit()
+        runtime.barrier()
+        return _result(stage, self.model)
 
 
 def _new_model(context: Context, tokenizer: Tokenizer) -> GPT:
@@ -204,41 +226,6 @@ def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, An
     }
 
 
-def _train(
-    context: Context,
-    config: BaseConfig | ConversationConfig | GRPOConfig,
-    setup: Setup,
-    source: RowSource | RolloutSource,
-    steps: int,
-    score: Callable[[int], None],
-    loss: Loss | None = None,
-) -> dict[str, Any]:
-    """Train to the last step; returns the stage's result."""
-    runtime, machine = context.runtime, context.run.config.machine
-    every = max(1, steps // 10)
-    save_minutes = SAVE_MINUTES_ON_CUDA if runtime.device.type == "cuda" else None
-    trainer = Trainer(
-        stage=context.stage,
-        model=setup.model,
-        nll=setup.nll,
-        optimizer=MuonAdamW(setup.model, _optim(context), runtime),
-        source=source,
-        schedule=config,
-        steps=steps,
-        save_every=config.save_every or every,
-        save_minutes=machine.save_minutes or save_minutes,
-        eval_every=config.eval_every or every,
-        runtime=runtime,
-        guard=context.guard,
-        about=about_checkpoint(context.run, context.stage.name, setup.tokenizer),
-        loss=loss or CrossEntropy(),
-        score=lambda trainer: score(trainer.step),
-    )
-    trainer.fit()
-    runtime.barrier()
-    return _result(context, setup.model)
-
-
 def _optim(context: Context) -> OptimConfig:
     """The recipe's, as far as it holds here: the original clips in base, warms up in base and mid."""
     config, stage = context.run.config.recipe.optim, context.stage.name
@@ -249,34 +236,26 @@ def _optim(context: Context) -> OptimConfig:
     )
 
 
-def _result(context: Context, model: GPT) -> dict[str, Any]:
-    """What a finished stage tells, from its metrics: the same however often it was resumed."""
-    rows = context.stage.metrics.rows()
-    steps_done = [row for row in rows if row["kind"] == "train"]
-    scores = [row for row in rows if row["kind"] == "eval"]
-    seconds = sum(row["seconds"] for row in steps_done)
-    tokens = sum(row["tokens"] for row in steps_done)
+def _result(stage: StageDir, model: GPT) -> dict[str, Any]:
+    """A finished stage's result, from its metrics: the same however often it was resumed."""
+    steps, scores = _rows(stage, "train"), _rows(stage, "eval")
+    seconds = sum(row["seconds"] for row in steps)
+    tokens = sum(row["tokens"] for row in steps)
     final = {k: v for k, v in scores[-1].items() if k not in ("kind", "step")}
     return {
-        "steps": len(steps_done),
+        "steps": len(steps),
         "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_loss": steps_done[-1]["loss"],
+        "train_loss": steps[-1]["loss"],
         **{f"validation_{name}": value for name, value in final.items()},
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
 
 
-def _score_start(context: Context, score: Callable[[int], None]) -> None:
-    """Score the model that the stage starts from, once."""
-    if not any(row["kind"] == "eval" for row in context.stage.metrics.rows()):
-        score(0)
-
-
-def _eval_row(context: Context, step: int, **scores: float) -> None:
-    if context.runtime.is_lead:
-        context.stage.metrics.append(kind="eval", step=step, **scores)
+def _rows(stage: StageDir, kind: str) -> list[dict[str, Any]]:
+    """The stage's metrics of one kind."""
+    return [row for row in stage.metrics.rows() if row["kind"] == kind]
 
 
 def _mixture(
@@ -340,15 +319,16 @@ def _conversations(
 
 @torch.no_grad()
 def _validation_loss(model: GPT, held: ConversationSource, runtime: Runtime) -> float:
-    """Nats a token on held-out conversations, one pass, shared among the ranks."""
-    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
-    for number in range(held.rank, len(held), held.world_size):
-        batch = held.batch([held.row(number)]).to(runtime.device)
+    """Nats a token on held-out conversations."""
+
+    def sums(rows: Sequence[int]) -> list[tuple[float, int]]:
+        batch = held.batch([held.row(number) for number in rows]).to(runtime.device)
         with runtime.autocast():
-            nll_BT = model.nll(batch)
-        sums += torch.stack([nll_BT.sum().double(), (batch.targets_BT >= 0).sum().double()])
-    total, count = runtime.sum(sums).tolist()
-    return total / count
+            nll = model.nll(batch).sum()
+        return [(float(nll), int((batch.targets_BT != IGNORED).sum()))]
+
+    nats, targets = zip(*score_all(sums, range(len(held)), 1, runtime), strict=True)
+    return sum(nats) / sum(targets)
 
 
 def make_engine(context: Context, model: GPT, tokenizer: Tokenizer, sandbox: Sandbox) -> Engine:
