@@ -184,28 +184,25 @@ class RolloutSource:
 
     def _record(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """One metrics row over all ranks' rollouts, with two answers to one question."""
-        sums = [
-            (
-                sum(rollout.rewards),
-                float(len(set(rollout.rewards)) > 1),
-                sum(len(answer.ids) for answer in rollout.answers),
-                sum(answer.end is None for answer in rollout.answers),
-            )
+        mine = [
+            (reward, len(answer.ids), answer.end is None)
             for rollout in rollouts
+            for answer, reward in zip(rollout.answers, rollout.rewards, strict=True)
         ]
-        mine = torch.tensor(sums, dtype=torch.float64, device=self.runtime.device).sum(0)
-        reward, mixed, tokens, cut = self.runtime.sum(mine).tolist()
+        mixed = sum(len(set(rollout.rewards)) > 1 for rollout in rollouts)
+        gathered = self.runtime.gather((mine, mixed))
         if self.metrics is None or not self.runtime.is_lead:
             return
-        answers = self.config.questions * self.config.samples
+        answers = [answer for part, _ in gathered for answer in part]
+        reward, tokens, cut = (sum(column) / len(answers) for column in zip(*answers, strict=True))
         self.metrics.append(
             kind="rollout",
             step=step,
-            reward=reward / answers,
-            mixed=mixed
-            / self.config.questions,  # where all answers earn the same, none is learned from
-            answer_tokens=tokens / answers,
-            cut=cut / answers,  # answers that reached a limit
+            reward=reward,
+            # Of the questions: where all answers earn the same, nothing is learned.
+            mixed=sum(mixed for _, mixed in gathered) / self.config.questions,
+            answer_tokens=tokens,
+            cut=cut,  # answers that reached a limit
             samples=list(self._extremes(rollouts)),
         )
 

@@ -36,16 +36,15 @@ def evaluate(context: Context) -> dict[str, Any]:
         engine = make_engine(context, model, tokenizer, sandbox)
         parts = _text_scores(context, engine) | _core_scores(context, engine)
         if of != "base":
-            parts |= _task_scores(context, engine)
+            names = run.config.recipe.eval.tasks
+            parts |= {name: partial(score_task, context, engine, name) for name in names}
         for number, (name, score) in enumerate(parts.items()):
             context.progress(number, len(parts), name)
             if name in known:
                 continue
-            known[name] = score()
+            scores = known[name] = score()
             if context.runtime.is_lead:
-                context.stage.metrics.append(
-                    kind="score", step=number, task=name, scores=known[name]
-                )
+                context.stage.metrics.append(kind="score", step=number, task=name, scores=scores)
     return _with_means({name: known[name] for name in parts})
 
 
@@ -64,24 +63,19 @@ def _text_scores(context: Context, engine: Engine) -> dict[str, Score]:
     """Bits per byte (of base beside a trigram's), and what base writes after a few openings."""
     run, tokenizer = context.run, engine.tokenizer
     documents = validation_documents(run, tokenizer, run.config.recipe.base.eval_documents)
-    lengths = tokenizer.byte_lengths
 
     def compression() -> dict[str, Any]:
-        bpb = bits_per_byte(engine.model, documents, lengths, tokenizer.bos, context.runtime)
-        return {"bpb": bpb}
-
-    def beside_trigram() -> dict[str, Any]:
-        scores = compression()
-        if context.runtime.is_lead:  # gigabytes: once is enough
+        model, lengths, runtime = engine.model, tokenizer.byte_lengths, context.runtime
+        scores = {"bpb": bits_per_byte(model, documents, lengths, tokenizer.bos, runtime)}
+        if context.of == "base" and runtime.is_lead:  # gigabytes: once is enough
             tokens = first_tokens(shard_paths(run)[0], TRIGRAM_TOKENS)
             trigram = Trigram(tokens, tokenizer.vocab_size)
-            bpb = trigram.bits_per_byte(np.concatenate(documents), lengths)
-            scores["trigram_bpb"] = bpb
+            scores["trigram_bpb"] = trigram.bits_per_byte(np.concatenate(documents), lengths)
         return scores
 
     def samples() -> dict[str, Any]:
-        openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in documents]
-        openings = openings[:SAMPLE_PROMPTS]
+        first = documents[:SAMPLE_PROMPTS]
+        openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in first]
         continued = engine.complete(openings, max_new_tokens=48)
         texts = [
             [tokenizer.decode(opening[1:]), tokenizer.decode(new)]
@@ -89,9 +83,7 @@ def _text_scores(context: Context, engine: Engine) -> dict[str, Score]:
         ]
         return {"samples": texts}
 
-    if context.of == "base":
-        return {"compression": beside_trigram, "samples": samples}
-    return {"compression": compression}
+    return {"compression": compression} | ({"samples": samples} if context.of == "base" else {})
 
 
 def _core_scores(context: Context, engine: Engine) -> dict[str, Score]:
@@ -100,20 +92,13 @@ def _core_scores(context: Context, engine: Engine) -> dict[str, Score]:
     if limit == 0:
         return {}
 
-    def score(task: core.CoreTask) -> Score:
-        model, tokenizer, runtime = engine.model, engine.tokenizer, context.runtime
+    def score(task: core.CoreTask) -> dict[str, Any]:
         progress = partial(context.progress, message=f"core/{task.label}")
-        return lambda: core.evaluate(model, tokenizer, task.shuffled(limit), runtime, progress)
+        few = task.shuffled(limit)
+        return core.evaluate(engine.model, engine.tokenizer, few, context.runtime, progress)
 
     bundle = core.load(hub.eval_bundle(context.run.mirror()))
-    return {f"core/{task.label}": score(task) for task in bundle}
-
-
-def _task_scores(context: Context, engine: Engine) -> dict[str, Score]:
-    def score(name: str) -> Score:
-        return lambda: score_task(context, engine, name)
-
-    return {name: score(name) for name in context.run.config.recipe.eval.tasks}
+    return {f"core/{task.label}": partial(score, task) for task in bundle}
 
 
 def score_task(context: Context, engine: Engine, name: str) -> dict[str, Any]:
