@@ -41,6 +41,10 @@ TAIL = 30  # lines of the log that an error shows
 Watch = Callable[[StageDir, Sequence[dict[str, Any]]], None]
 
 
+class StageError(ValueError):
+    """A user's mistake that keeps a stage from running or finishing."""
+
+
 class WorkerError(RuntimeError):
     """A stage's process ended without finishing; the message has the tail of its log."""
 
@@ -57,7 +61,7 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
     of: the stage whose model ``eval`` scores; None: the run's last one.
     watch: called with a stage's directory and its metric rows whenever there are new ones, and
     once more when the stage is done.
-    Raises ValueError for a user's mistake (found here or in the worker), WorkerError when the
+    Raises StageError for a user's mistake (found here or in the worker), WorkerError when the
     worker fails, KeyboardInterrupt after the worker has saved.
     """
     of = _scored_model(name, run, of)
@@ -98,21 +102,21 @@ def all_stages(run: Run) -> list[tuple[str, str | None]]:
 
 
 def _scored_model(name: str, run: Run, of: str | None) -> str | None:
-    """The stage whose model ``eval`` scores, None for other stages; ValueError if not in the run."""
+    """The stage whose model ``eval`` scores, None for other stages; StageError if not in the run."""
     models = run.config.recipe.models
     if name not in config.STAGES:
-        raise ValueError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
+        raise StageError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
     if name in config.MODELS and name not in models:
-        raise ValueError(
+        raise StageError(
             f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false; "
             "give --run NAME to begin one that has it"
         )
     if name != "eval":
         if of is not None:
-            raise ValueError(f"only eval takes `of`, got stage {name!r} of {of!r}")
+            raise StageError(f"only eval takes `of`, got stage {name!r} of {of!r}")
         return None
     if not models or of not in (None, *models):
-        raise ValueError(f"run {run.id!r} trains no model {of!r}; it has {', '.join(models)}")
+        raise StageError(f"run {run.id!r} trains no model {of!r}; it has {', '.join(models)}")
     return of or models[-1]
 
 
@@ -298,7 +302,7 @@ def _failure(stage: StageDir, code: int, start: int) -> Exception:
     mistakes = [line for line in lines if line.startswith("error: ")]
     torchrun_saw = any(re.search(r"exitcode\s*: 2\b", line) for line in lines)
     if mistakes and (code == 2 or torchrun_saw):
-        return ValueError(mistakes[-1].removeprefix("error: "))
+        return StageError(mistakes[-1].removeprefix("error: "))
     how = f"exit code {code}"
     if code < 0:
         how = f"killed by {signal.Signals(-code).name}"

@@ -2,12 +2,11 @@
 
 papermill executes ``notebooks/NN_topic.py`` with the parameters ``profile``, ``run`` and
 ``overrides``; the chapters launch the stages. A chapter finished with the same source and recipe is
-skipped, an interrupted one is executed again, and finished stages return at once, so the same
-command goes on wherever the last one ended.
+skipped, and finished stages return at once, so the same command goes on where the last one ended.
 
-A chapter whose lesson fails (an assert, a plot) after its stages are done does not stop the chain:
-it is reported, the next chapters run, and the command ends with an error. The same command executes
-it again.
+A stage that fails stops the chain. A chapter's own code that fails (its lesson: an assert, a plot)
+does not: the next chapters run, the command ends with an error, and the same command executes the
+chapter again.
 """
 
 from __future__ import annotations
@@ -28,12 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanolib import attempts, config, launch, runbook, rundir
-from nanolib.progress import Line, clock
+from nanolib.progress import Line, clock, title
 from nanolib.rundir import Run
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
-    from papermill import PapermillExecutionError
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 PARAMETERS = ("profile", "run", "overrides")
@@ -41,14 +39,14 @@ COMMAND = (sys.executable, "-m", "nanolib")  # what `detach` starts; tests put t
 
 
 class ChapterError(RuntimeError):
-    """A chapter ended early; the message says where to look."""
+    """A chapter ended early, or its lesson failed; the message says where to look."""
 
 
 def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None) -> Run:
-    """Execute all chapters for a run, making it if there is none, and say where things are.
+    """Execute all chapters for a run, making it if there is none, and say where its results are.
 
-    Raises ValueError for a user's mistake; ChapterError when a stage fails, at once, or a lesson,
-    at the end; KeyboardInterrupt once everything that was running has saved and ended.
+    Raises ValueError for a user's mistake; ChapterError at once when a stage fails, at the end when
+    a lesson failed; KeyboardInterrupt once everything that was running has saved and ended.
     """
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
@@ -58,9 +56,6 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
         line.say(f"run {this.name}: {this.path}")
         follower.look()
         try:
-            for chapter in _chapters(this):
-                if chapter.failure():
-                    chapter.record_path.unlink()  # it gets another chance
             for chapter in _chapters(this):
                 _bring_to_end(chapter, parameters, line, follower)
             _update_run_book(this)
@@ -78,7 +73,7 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
 def dry_run(
     profile: str, run: str | None, overrides: Mapping[str, Any], on: str | None = None
 ) -> Iterator[str]:
-    """Lines that say what `run` would do: the plan, the data and the stages still to run.
+    """Lines that say what `run` would do: the data, the plan and the stages.
 
     Nothing is written, fetched or trained. on: the machine the run is meant for, such as "8xH100";
     None: this one. Raises ValueError at the first mistake.
@@ -101,12 +96,9 @@ def dry_run(
         text.check_tasks(this)
         yield f"data         {mirror}: {len(files.train)} training text files, all tasks complete"
     yield from planning.plan(this.config, machine or planning.this_machine(this.config.machine))
-    stages = [
-        (f"{name} of {of}" if of else name)
-        + " (finished)" * (this.stage(name, of).done() is not None)
-        for name, of in launch.all_stages(this)
-    ]
-    yield f"stages       {', '.join(stages)}"
+    stages = [this.stage(name, of) for name, of in launch.all_stages(this)]
+    words = [title(stage) + " (finished)" * (stage.done() is not None) for stage in stages]
+    yield f"stages       {', '.join(words)}"
 
 
 # ---------------------------------------------------------------------------- chapters
@@ -162,14 +154,14 @@ class Chapter:
         return hashlib.sha256(self.source.read_bytes() + recipe.encode()).hexdigest()
 
     def record(self) -> dict[str, Any] | None:
-        """How it ended, with this source and recipe; None until it has."""
+        """How it ended with this source and recipe; None until then."""
         if not self.record_path.exists() or not self.notebook.exists():
             return None
         record = json.loads(self.record_path.read_text(encoding="utf-8"))
         return record if record["fingerprint"] == self.fingerprint() else None
 
     def failure(self) -> str | None:
-        """What its lesson failed with; None: it did not, or was not executed."""
+        """What its lesson failed with, if it did."""
         return (self.record() or {}).get("failure")
 
 
@@ -181,10 +173,11 @@ def _bring_to_end(
     chapter: Chapter, parameters: Mapping[str, Any], line: Line, follower: launch.Follower
 ) -> None:
     """Execute a chapter unless it is finished, and keep its notebook, HTML and record."""
-    if chapter.record():
+    if chapter.record() and not chapter.failure():
         line.say(f"chapter {chapter.name}: finished before")
         return
     line.say(f"chapter {chapter.name}")
+    chapter.record_path.unlink(missing_ok=True)
     fingerprint, started = chapter.fingerprint(), time.monotonic()
     over = threading.Event()
     thread = threading.Thread(target=follower.follow, args=[lambda: not over.is_set()])
@@ -197,12 +190,10 @@ def _bring_to_end(
         thread.join()
     seconds = time.monotonic() - started
     record = {"fingerprint": fingerprint, "seconds": seconds, "finished": rundir.now()}
-    rundir.write_json(chapter.record_path, record | ({"failure": failure} if failure else {}))
+    rundir.write_json(chapter.record_path, record | {"failure": failure})
     _update_run_book(chapter.run)
-    if failure:
-        line.say(f"chapter {chapter.name}: its lesson failed ({failure}); the next chapter begins")
-    else:
-        line.say(f"chapter {chapter.name}: done in {clock(seconds)}")
+    ended = f"its lesson failed ({failure})" if failure else f"done in {clock(seconds)}"
+    line.say(f"chapter {chapter.name}: {ended}")
 
 
 def _update_run_book(run: Run) -> None:
@@ -212,19 +203,18 @@ def _update_run_book(run: Run) -> None:
 def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
     """Execute one chapter with papermill, in the notebooks' folder, with a kernel of its own.
 
-    Returns None, or what its lesson failed with. Raises ChapterError or ValueError where a stage
-    failed, ChapterError where the kernel died.
+    Returns None, or what its lesson failed with. Raises ValueError for a user's mistake about a
+    stage, ChapterError where a stage failed or the kernel died.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    # After Ctrl-C both report that the kernel is dead. What matters arrives as an exception.
+    # After Ctrl-C both log that the kernel is dead, which we learn from an exception.
     for logger in ("papermill", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     chapter.notebook.parent.mkdir(parents=True, exist_ok=True)
-    for helper in NOTEBOOKS.glob("[!0-9]*.py"):  # so that executed chapters can be run in place
+    for helper in NOTEBOOKS.glob("[!0-9]*.py"):  # a reader may run the executed chapters there
         shutil.copy(helper, chapter.notebook.parent)
-    unfinished_before = _unfinished_logs(chapter.run)
     try:
         papermill.execute_notebook(
             read(chapter.source),
@@ -238,9 +228,14 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
             extra_arguments=["--log-level=40"],  # errors only
         )
     except papermill.PapermillExecutionError as error:
-        stage_failed = _unfinished_logs(chapter.run) - unfinished_before
-        if stage_failed or error.ename in ("WorkerError", "KeyboardInterrupt"):
-            raise _stage_failure(chapter, error) from None
+        if error.ename == "StageError":
+            where = f"(chapter {chapter.name}, see {chapter.notebook})"
+            raise ValueError(f"{error.evalue} {where}") from None
+        if error.ename in ("WorkerError", "KeyboardInterrupt"):
+            raise ChapterError(
+                f"chapter {chapter.name}: {error.ename}: {error.evalue}\n"
+                f"The traceback is in {chapter.notebook}"
+            ) from None
         return f"{error.ename}: {error.evalue}".strip().partition("\n")[0]
     except DeadKernelError:
         raise ChapterError(
@@ -248,23 +243,6 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
             "stages saved is kept: run the same command to go on"
         ) from None
     return None
-
-
-def _unfinished_logs(run: Run) -> set[tuple[Path, int]]:
-    """The log of each unfinished stage and its size, which grows whenever the stage is launched."""
-    return {
-        (stage.log, stage.log.stat().st_size)
-        for stage in launch.stage_dirs(run)
-        if stage.log.exists() and not stage.done()
-    }
-
-
-def _stage_failure(chapter: Chapter, error: PapermillExecutionError) -> Exception:
-    """What to raise where a cell's exception came from a stage."""
-    if error.ename == "ValueError":
-        return ValueError(f"{error.evalue} (chapter {chapter.name}, see {chapter.notebook})")
-    text = f"chapter {chapter.name}: {error.ename}: {error.evalue}"
-    return ChapterError(f"{text}\nThe traceback is in {chapter.notebook}")
 
 
 # ---------------------------------------------------------------------------- the state of a run
@@ -276,7 +254,7 @@ def _lock(run: Run) -> Path:
 
 @contextlib.contextmanager
 def only_one(run: Run) -> Generator[None, None, None]:
-    """Keep other commands from executing the same run's chapters; the lock names its holder."""
+    """Keep other commands from executing the run's chapters; the lock file has our process id."""
     with launch.locked(_lock(run)) as lock:
         if lock is None:
             raise ValueError(
@@ -289,7 +267,7 @@ def only_one(run: Run) -> Generator[None, None, None]:
 
 
 def running(run: Run) -> int | None:
-    """The process id of the command that is executing a run's chapters; None if there is none."""
+    """The process id of the command that is executing a run's chapters, if any."""
     if not _lock(run).exists():
         return None
     with launch.locked(_lock(run)) as lock:
@@ -297,13 +275,13 @@ def running(run: Run) -> int | None:
 
 
 def next_chapter(run: Run) -> str | None:
-    """The first chapter that was not executed to its end, the current one of a running command."""
+    """The first chapter not yet executed to its end: while a command runs, its current one."""
     return next((chapter.name for chapter in _chapters(run) if not chapter.record()), None)
 
 
 def _tell_finished(run: Run, line: Line) -> None:
     """Say where a run's results are; ChapterError where lessons failed."""
-    failed = {chapter: chapter.failure() for chapter in _chapters(run) if chapter.failure()}
+    failed = [f"  {c.notebook}: {c.failure()}" for c in _chapters(run) if c.failure()]
     report = run.path / "report.md"
     line.say(f"run {run.name} is finished" + f", but {len(failed)} lesson(s) failed" * bool(failed))
     line.say(f"  chapters  {run.path / 'chapters' / 'index.html'}")
@@ -311,9 +289,8 @@ def _tell_finished(run: Run, line: Line) -> None:
         line.say(f"  report    {report}")
     line.say(f"  chat      uv run nanolib chat --run {run.name}")
     if failed:
-        lessons = [f"  {chapter.notebook}: {failure}" for chapter, failure in failed.items()]
         raise ChapterError(
-            "\n".join(["these lessons failed; the same command tries them again:", *lessons])
+            "\n".join(["these lessons failed; the same command tries them again:", *failed])
         )
 
 
@@ -328,11 +305,9 @@ def log_path(run: Run) -> Path:
 def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
     """Start ``nanolib run`` in a session of its own, and say how to watch and stop it.
 
-    Nothing else outlives its starter: the run's kernels and workers still end with the command.
     Returns once the run is under way. Raises ValueError for a user's mistake, also where another
     command is executing the run, ChapterError where the new one ends before it begins.
     """
-    chapters()
     this = Run.open(profile, run, overrides)
     with only_one(this):
         pass
@@ -372,8 +347,7 @@ def _last_words(text: str) -> str:
 def watch(run: Run) -> None:
     """Show a run's finished stages, then follow what is working on it until nothing is.
 
-    Returns when the run is finished, or a lone stage is done; raises ChapterError otherwise, with
-    what is known of the reason.
+    Raises ChapterError unless the run is finished, or only stages ran and they are done.
     """
     line = Line()
     line.say(f"run {run.name}: {run.path}")
@@ -399,14 +373,13 @@ def watch(run: Run) -> None:
     elif seen == {"stage"} and all(stage.done() for stage in launch.stage_dirs(run)):
         line.say("what ran is done")
     else:
-        raise ChapterError(_why_unfinished(run, bool(seen)))
+        raise ChapterError(_unfinished(run))
 
 
-def _why_unfinished(run: Run, worked: bool) -> str:
-    """What is known of a run that is not finished; worked: something ran while we watched."""
-    quiet = "nothing runs any more" if worked else "nothing is running"
+def _unfinished(run: Run) -> str:
+    """How to go on with a run, and the error of its last detached command if nothing ran since."""
     text = (
-        f"{quiet}, and run {run.name} is not finished; go on with it: "
+        f"nothing is running, and run {run.name} is not finished; go on with it: "
         f"nanolib run {run.config.profile} --run {run.name}"
     )
     log, lock = log_path(run), _lock(run)

@@ -24,17 +24,21 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def title(stage: StageDir) -> str:
+    """Its name, such as "base" or "eval of sft"."""
+    return stage.name if stage.path.name == stage.name else f"{stage.name} of {stage.path.name}"
+
+
 def describe(stage: StageDir, rows: Sequence[Row]) -> str:
     """Stage, step, loss, tokens/s, time left and the last evaluation, where the rows have them.
 
-    Such as "base    120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412"; a finished stage ends in
-    "done in 2:13" instead.
+    Such as "base  120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412", or at the end "done
+    in 2:13".
     """
-    of = "" if stage.path.name == stage.name else f" of {stage.path.name}"
     last = next((row for row in reversed(rows) if row["kind"] in ("train", "progress")), {})
     evaluated = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
     record = stage.done()
-    words = [f"{stage.name + of:<9}"]
+    words = [f"{title(stage):<9}"]
     if "steps" in last and (record is None or "loss" in last):
         words.append(f"{last['step']:,}/{last['steps']:,}")
     if "loss" in last:
@@ -66,14 +70,15 @@ class Line:
         self._shown = ("", "")  # stage and text
 
     def __call__(self, stage: StageDir, rows: Sequence[Row]) -> None:
-        text, name = describe(stage, rows), str(stage.path)
         if not rows and stage.done() is None:
             return
-        if self._terminal and self._shown[0] not in ("", name):
-            self.stream.write("\n")
+        text, name = describe(stage, rows), str(stage.path)
+        is_other = name != self._shown[0]
         if self._terminal:
+            if is_other:
+                self.close()
             self.stream.write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K")
-        elif (self._due() or self._shown[0] != name or stage.done()) and self._shown[1] != text:
+        elif text != self._shown[1] and (is_other or stage.done() or self._due()):
             self.stream.write(text + "\n")
             self._printed_at = time.monotonic()
         else:

@@ -5,6 +5,7 @@ Chapters here are two small files, and stages count instead of training (`fake_s
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,27 +176,30 @@ def test_a_lesson_that_fails_before_its_stage(notebooks):
 
 
 @pytest.mark.parametrize(
-    "call, error, message",
+    "name, message",
     [
-        (
-            'launch.stage("shards", this)',
-            ValueError,
-            r"^depth must be .* 0 \(chapter 00_first, see",
-        ),
-        (
-            'launch.stage("data", this, watch=lambda *_: 1 / 0)',
-            pipeline.ChapterError,
-            r"00_first: ZeroDivisionError.*\n.*ipynb",
-        ),
+        ("shards", "depth must be at least 1, got 0"),
+        ("mid", "run 'smoke-[^']*' has no stage mid: "),
     ],
 )
-def test_a_stage_that_fails_stops_the_chain(notebooks, monkeypatch, call, error, message):
+def test_a_users_mistake_stops_the_chain(notebooks, monkeypatch, capsys, name, message):
+    """Found by the worker, or by `launch.stage` before it starts one."""
     monkeypatch.setenv("FAKE", "tokenizer:mistake")
+    (notebooks / "00_first.py").write_text(chapter("fake_stages", f'launch.stage("{name}", this)'))
+    assert cli.main(["run", "smoke", "--mid.enabled", "false"]) == cli.USERS_MISTAKE
+    errors = capsys.readouterr().err
+    assert re.search(rf"^error: {message}.* \(chapter 00_first, see .*ipynb\)$", errors, re.M)
+    assert not list(Path(os.environ["NANOLIB_RUNS"]).glob("*/chapters/01_second.ipynb"))
+
+
+def test_a_watch_that_fails_is_a_failed_lesson(notebooks, monkeypatch, capsys):
+    """Its stage is stopped; a later chapter that needs it goes on with it."""
     monkeypatch.setenv("FAKE_SLEEP", "data:0.1")
-    (notebooks / "00_first.py").write_text(chapter("fake_stages", call + "\n"))
-    with pytest.raises(error, match=message):
-        pipeline.run("smoke")
-    assert not (Run.load("smoke").path / "chapters" / "01_second.ipynb").exists()
+    call = 'launch.stage("data", this, watch=lambda *_: 1 / 0)'
+    (notebooks / "00_first.py").write_text(chapter("fake_stages", call))
+    assert cli.main(["run", "smoke"]) == cli.FAILED
+    assert "00_first.ipynb: ZeroDivisionError" in capsys.readouterr().err
+    assert Run.load("smoke").stage("data").done() and Run.load("smoke").stage("base").done()
 
 
 def test_a_failing_worker_reaches_the_terminal(notebooks):
