@@ -11,22 +11,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanolib.rundir import Metrics
 
 FILE = "attempts.jsonl"
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What the attempts took together."""
-
-    attempts: int
-    seconds: float  # of wall clock
-    dollars: float | None  # None: no attempt had a price
 
 
 @contextlib.contextmanager
@@ -44,20 +34,19 @@ def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, No
         rows.append(**attempt, ended=time.time())
 
 
-def spent(folder: Path, now: float | None = None) -> Spent:
-    """All attempts at the work in `folder`, the one under way counted until `now`.
+def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
+    """Attempts, seconds and dollars of the work in `folder`; dollars are None without a price.
 
-    now: Unix seconds; None: when the folder last changed.
+    now: when the attempt under way is counted to, Unix seconds; None: the folder's last change.
     """
-    attempts = _attempts(folder)
-    seconds, dollars = 0.0, []
-    for attempt in attempts:
+    took, dollars = [], []
+    for attempt in _attempts(folder):
         ended = attempt["ended"] or now or _last_change(folder)
-        took = max(0.0, ended - attempt["started"])
-        seconds += took
+        took.append(max(0.0, ended - attempt["started"]))
         if attempt["dollars_per_hour"] is not None:
-            dollars.append(attempt["dollars_per_hour"] * took / 3600)
-    return Spent(len(attempts), seconds, sum(dollars) if dollars else None)
+            dollars.append(attempt["dollars_per_hour"] * took[-1] / 3600)
+    total = sum(dollars) if dollars else None
+    return {"attempts": len(took), "seconds": sum(took), "dollars": total}
 
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
@@ -66,6 +55,6 @@ def _attempts(folder: Path) -> list[dict[str, Any]]:
 
 
 def _last_change(folder: Path) -> float:
-    """When the work last wrote a file: the report card and this module's file are not work."""
+    """When the work last wrote a file; the report card and the attempts are not work."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.name not in (FILE, "report.md")]
     return max((path.stat().st_mtime for path in files), default=0.0)

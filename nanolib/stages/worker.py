@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,31 +45,23 @@ WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
 
 def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
     """Do one stage in this process (one rank of it) and leave its done record."""
-    stage = run.stage(name, of)
-    started, dollars_per_hour = now(), run.config.machine.dollars_per_hour
+    stage, machine, started = run.stage(name, of), run.config.machine, now()
     stage.path.mkdir(parents=True, exist_ok=True)
     guard = Guard.start()  # first: joining ranks that are gone would wait for minutes
-    machine = run.config.machine
-    if name in ON_CPU:
-        machine = replace(machine, device="cpu")
-    runtime = Runtime.start(machine)
+    runtime = Runtime.start(replace(machine, device="cpu") if name in ON_CPU else machine)
     context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
     launched = os.environ.get("NANOLIB_GUARD") == "1"  # then the launcher records the attempt
-    with nullcontext() if launched else attempts.recorded(stage.path, dollars_per_hour):
+    with nullcontext() if launched else attempts.recorded(stage.path, machine.dollars_per_hour):
         if name not in ("data", "report"):
             text.gather_if_gone(context)
         result = WORK[name](context)
         runtime.barrier()
     if runtime.is_lead:
         spent = attempts.spent(stage.path, now=time.time())
-        stage.finish(
-            result,
-            started=started,
-            attempts=spent.attempts,
-            seconds=max(spent.seconds, result.get("seconds", 0.0)),  # older attempts: no record
-            dollars=spent.dollars,
-            machine=asdict(run.config.machine) | _hardware(runtime),
-        )
+        # The first edition recorded no attempts: a run that it began has at least its training.
+        spent["seconds"] = max(spent["seconds"], result.get("seconds", 0.0))
+        hardware = asdict(machine) | _hardware(runtime)
+        stage.finish(result, started=started, **spent, machine=hardware)
     runtime.close()  # not after an error: it waits for the other ranks, who may wait for us
     return result
 
@@ -90,16 +81,14 @@ def _hardware(runtime: Runtime) -> dict[str, Any]:
 
 def main() -> int:
     """One rank of one stage. Exit code 2: the user's mistake; 75: stopped and saved."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanolib.stages.worker", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser("python -m nanolib.stages.worker", description=main.__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("run", help="the run's directory")
     parser.add_argument("--of", help="whose model to evaluate")
     parser.add_argument("--machine", default="{}", help="machine settings as JSON")
     given = parser.parse_args()
     try:
-        run = Run.load(str(Path(given.run).resolve()), machine=json.loads(given.machine))
+        run = Run.load(os.path.abspath(given.run), machine=json.loads(given.machine))
         if run.stage(given.stage, given.of).done() is None:
             work(given.stage, run, given.of)
     except Stopped as stopped:
