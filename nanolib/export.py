@@ -33,19 +33,7 @@ NAMES = {
     ".mlp.down.": ".mlp.fc2.",
 }
 
-# The conversation grammar of `nanolib.conversation`, for text turns.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% set ns = namespace(system='') %}"
-    "{% for message in messages %}"
-    "{% if message.role == 'system' %}{% set ns.system = message.content + '\\n\\n' %}"
-    "{% else %}"
-    "<|{{ message.role }}_start|>{{ ns.system }}{{ message.content }}<|{{ message.role }}_end|>"
-    "{% set ns.system = '' %}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
-)
+CHAT_TEMPLATE = Path(__file__).parent / "templates" / "chat.j2"
 
 
 def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
@@ -83,7 +71,7 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             "additional_special_tokens": list(SPECIAL_TOKENS),
             "model_max_length": trained.config.sequence_len,
             "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": CHAT_TEMPLATE.read_text(encoding="utf-8"),
         },
     }
     weights = {_their_name(name): w.detach().cpu() for name, w in trained.named_parameters()}
@@ -148,6 +136,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.bos)]
     names = ["".join(letters[byte] for byte in token) for token in tokens]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    split = {"pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
     return {
         "version": "1.0",
         "truncation": None,
@@ -159,32 +154,16 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": tokenizer.pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                _BYTE_LEVEL,
-            ],
+            "pretokenizers": [{"type": "Split", **split}, byte_level],
         },
         "post_processor": None,
-        "decoder": _BYTE_LEVEL,
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
             "vocab": {name: id for id, name in enumerate(names)},
             "merges": [[names[left], names[right]] for left, right in tokenizer.merges],
         },
     }
-
-
-_BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": False,
-    "use_regex": False,
-}
 
 
 def _byte_letters() -> str:
