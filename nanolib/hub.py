@@ -1,22 +1,23 @@
 """Data sets and other files as a mirror: a folder that holds everything a run reads.
 
 A mirror has ``text/*.parquet`` (pretraining text; the last name is the validation shard),
-``hub/REPOSITORY/[CONFIG/]SPLIT.parquet`` and ``eval_bundle.zip``. The user's own, the toy world and
-what `fetch` brings from the Hugging Face hub look the same; only `fetch` uses the network.
+``hub/REPOSITORY/[CONFIG/]SPLIT.parquet`` and ``eval_bundle.zip``, whether it is the user's own, the
+toy world, or filled by `fetch` from the Hugging Face hub. Only `fetch` uses the network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
-import os
 import shutil
+import tempfile
 import urllib.request
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -56,10 +57,10 @@ def text_files(config: Config, mirror: Path) -> TextFiles:
         raise ValueError(f"the mirror {mirror} has no folder text/; {LOOK_ELSEWHERE}")
     files = sorted(folder.glob("*.parquet"))
     _check_listing(len(files), f"{folder}", wanted)
-    train = files[:-1] if wanted is None else files[:wanted]
-    for path in [*train, files[-1]]:
+    *train, validation = files
+    for path in [*train[:wanted], validation]:
         _open_text(path)
-    return TextFiles(train, files[-1])
+    return TextFiles(train[:wanted], validation)
 
 
 def _check_listing(found: int, where: str, wanted: int | None) -> None:
@@ -77,6 +78,15 @@ def _check_listing(found: int, where: str, wanted: int | None) -> None:
 # ---------------------------------------------------------------------------- reading parquet
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Generator[None, None, None]:
+    """Turn Arrow's errors, for damage and for text that is not UTF-8, into a ValueError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): write or copy it again") from error
+
+
 def _open(path: Path) -> pq.ParquetFile:
     """A parquet file that has rows, or a ValueError that names it."""
     if path.is_symlink() and not path.exists():
@@ -86,14 +96,8 @@ def _open(path: Path) -> pq.ParquetFile:
         )
     if not path.is_file():
         raise ValueError(f"{path} is missing; {LOOK_ELSEWHERE}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes): copy it again")
-    try:
+    with _reading(path):
         file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable parquet file, perhaps cut short ({error}): copy it again"
-        ) from error
     if file.metadata.num_rows == 0:
         raise ValueError(f"{path} has no rows: copy it again or leave it out")
     return file
@@ -116,14 +120,15 @@ def _open_text(path: Path) -> pq.ParquetFile:
 def documents(path: Path) -> Iterator[str]:
     """The documents of one shard of pretraining text, in order.
 
-    A few threads decode row groups ahead, so that an encoder with many threads does not wait.
+    A few threads decode row groups ahead, so that a tokenizer with many threads does not wait.
     """
-    path = Path(path)
     metadata = _open_text(path).metadata
 
     def read(group: int) -> pa.ChunkedArray:
-        file = pq.ParquetFile(path, metadata=metadata)
-        column = _checked(path, lambda: file.read_row_group(group, columns=["text"]))["text"]
+        with _reading(path):
+            file = pq.ParquetFile(path, metadata=metadata)
+            column = file.read_row_group(group, columns=["text"])["text"]
+            column.validate(full=True)
         if column.null_count:
             raise ValueError(f"{path}: row group {group} has {column.null_count} rows without text")
         return column
@@ -137,24 +142,17 @@ def documents(path: Path) -> Iterator[str]:
             yield from column.to_pylist()
 
 
-def _checked(path: Path, read) -> pa.Table:
-    """A table, fully validated. Raises ValueError for damage and for text that is not UTF-8."""
-    try:
-        table = read()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        reason = "has text that is not UTF-8" if "UTF8" in str(error).upper() else "is damaged"
-        raise ValueError(f"{path} {reason} ({error}): write or copy it again") from error
-    return table
-
-
-def table(repository: str, split: str, config_name: str | None, mirror: Path) -> pa.Table:
+def table(split: Split, mirror: Path) -> pa.Table:
     """All rows of one split of a data set."""
-    path = _table_path(mirror, (repository, config_name, split))
-    return _checked(path, _open(path).read)
+    path = _table_path(split, mirror)
+    file = _open(path)
+    with _reading(path):
+        rows = file.read()
+        rows.validate(full=True)
+    return rows
 
 
-def _table_path(mirror: Path, split: Split) -> Path:
+def _table_path(split: Split, mirror: Path) -> Path:
     repository, name, part = split
     return mirror / "hub" / repository / (name or "") / f"{part}.parquet"
 
@@ -174,19 +172,18 @@ def eval_bundle(mirror: Path) -> Path:
 
 
 def fetch(
-    config: Config, splits: Iterable[Split], folder: Path, progress: Progress
+    config: Config, splits: Sequence[Split], folder: Path, progress: Progress
 ) -> dict[str, str]:
     """Fill `folder` as a mirror from the hub; returns each repository's revision (commit hash).
 
-    Text as far as ``data.text_shards`` or the pretraining horizon needs, `splits`, and the
-    evaluation bundle if CORE is scored. Cached files are linked, not copied. Raises
-    ValueError for network errors and for a file that arrives damaged twice.
+    Fetches as much text as ``data.text_shards`` says or pretraining will read, `splits`, and the
+    evaluation bundle if CORE is scored. Cached files are linked, not copied. Raises ValueError for
+    network errors and for a file that arrives damaged twice.
     """
     revisions = {config.recipe.data.repository: _fetch_text(config, folder / "text", progress)}
     if config.recipe.eval.core_problems != 0:
         progress(0, 1, "the evaluation bundle")
-        (folder / "eval_bundle.zip").symlink_to(_download(EVAL_BUNDLE))
-    splits = list(splits)
+        (folder / "eval_bundle.zip").symlink_to(_fetch_bundle())
     for number, split in enumerate(splits):
         progress(number, len(splits), " ".join(filter(None, split)))
         _fetch_table(split, folder, revisions)
@@ -217,18 +214,19 @@ def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
     _check_listing(len(names), repository, wanted)
     folder.mkdir()
     base = config.recipe.base
-    size = missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens
+    missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens
+    total = 1 + (wanted or 1)
     for number, name in enumerate([names[-1], *names[:-1]]):
-        left = wanted + 1 - number if wanted else max(2 - number, math.ceil(missing / size))
-        if left <= 0:
+        if number == total:
             break
-        progress(number, number + left, name)
+        progress(number, total, name)
         path = _fetch_file(repository, files[name], info.sha)
         _open_text(path)
         (folder / name).symlink_to(path)
-        if number:
+        if number and wanted is None:
             size = _text_bytes(path)
             missing -= size
+            total = number + 1 + max(0, math.ceil(missing / size))
     return info.sha
 
 
@@ -236,33 +234,28 @@ def _fetch_file(repository: str, file, revision: str) -> Path:
     """One cached file of the hub, its size and hash checked; a damaged one is fetched again."""
     from huggingface_hub import hf_hub_download
 
+    download = functools.partial(
+        hf_hub_download, repository, file.rfilename, repo_type="dataset", revision=revision
+    )
     problem = ""
     for again in (False, True):
         with _network(repository):
-            path = Path(
-                hf_hub_download(
-                    repository,
-                    file.rfilename,
-                    repo_type="dataset",
-                    revision=revision,
-                    force_download=again,
-                )
-            ).resolve()
-        problem = _difference(path, file.size, file.lfs and file.lfs.sha256)
+            path = Path(download(force_download=again)).resolve()
+        problem = _difference(path, file)
         if not problem:
             return path
         print(f"{path} {problem}: fetching it again", flush=True)
     raise ValueError(f"{repository} gave {file.rfilename} damaged twice ({problem}); {OFFLINE}")
 
 
-def _difference(path: Path, size: int | None, sha256: str | None) -> str:
-    """How a file differs from the listed size and hash; "" if it does not."""
-    found = path.stat().st_size
-    if size is not None and found != size:
-        return f"has {found} of {size} bytes"
-    if sha256:
+def _difference(path: Path, listed) -> str:
+    """How a file differs from its size and hash in the hub's listing; "" if it does not."""
+    size = path.stat().st_size
+    if listed.size not in (None, size):
+        return f"has {size} of {listed.size} bytes"
+    if listed.lfs:
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            if hashlib.file_digest(file, "sha256").hexdigest() != listed.lfs.sha256:
                 return "has another SHA-256 than the hub lists"
     return ""
 
@@ -281,7 +274,7 @@ def _fetch_table(split: Split, folder: Path, revisions: dict[str, str]) -> None:
     from huggingface_hub import HfApi
 
     repository, name, part = split
-    target = _table_path(folder, split)
+    target = _table_path(split, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _network(f"{repository} ({name or 'no config'}, {part})"):
         if repository not in revisions:
@@ -290,27 +283,22 @@ def _fetch_table(split: Split, folder: Path, revisions: dict[str, str]) -> None:
         rows.to_parquet(target)
 
 
-def _download(url: str) -> Path:
-    """A zip file from the web, kept in the user's cache; a damaged one is fetched again."""
-    target = Path.home() / ".cache/nanolib" / url.rsplit("/", 1)[-1]
+def _fetch_bundle() -> Path:
+    """CORE's evaluation bundle in the user's cache; a damaged one is fetched again."""
+    target = Path.home() / ".cache/nanolib/eval_bundle.zip"
     if target.is_file():
-        problem = _zip_problem(target)
-        if not problem:
+        if not (problem := _zip_problem(target)):
             return target
         print(f"{target} {problem}: fetching it again", flush=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with _network(url, "give --mirror DIR, or set eval.core_problems = 0 to leave CORE out"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=60) as reply, partial.open("wb") as file:
-                shutil.copyfileobj(reply, file)
-            length = reply.headers["Content-Length"]
-            problem = _difference(partial, length and int(length), None) or _zip_problem(partial)
-            if problem:
-                raise ConnectionError(f"the download {problem}")
+    remedy = "give --mirror DIR, or set eval.core_problems = 0 to leave CORE out"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as draft, _network(EVAL_BUNDLE, remedy):
+        partial = Path(draft) / target.name
+        with urllib.request.urlopen(EVAL_BUNDLE, timeout=60) as reply, partial.open("wb") as file:
+            shutil.copyfileobj(reply, file)
+        if problem := _zip_problem(partial):
+            raise ConnectionError(f"the download {problem}")
         partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 
@@ -320,5 +308,5 @@ def _zip_problem(path: Path) -> str:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError) as error:
-        return f"is no whole zip file ({error})"
+        return f"is cut short or no zip file ({error})"
     return f"has damaged {bad}" if bad else ""

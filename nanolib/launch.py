@@ -3,12 +3,12 @@
     result = launch.stage("base", run)
 
 runs the missing stages before it, starts ``python -m nanolib.stages.worker base DIR``, alone or
-under torchrun, follows its metrics, and returns the result in its done record. Notebooks, the
-command line, a laptop and eight GPUs all take this path.
+under torchrun, follows its metrics, and returns the result in its done record. Notebooks and the
+command line take this path, on a laptop as on eight GPUs.
 
-Lock: the launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard output.
-The lock belongs to the open file, so it is held until the last rank has ended, even when the
-launcher or torchrun is killed. Guard: see `nanolib.guard`.
+The launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard output. The
+lock belongs to the open file, so it is held until the last rank has ended, even when the launcher
+or torchrun is killed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ from typing import Any
 from nanolib import attempts, config, guard, rundir
 from nanolib.rundir import Run, StageDir
 
-WORKER: str = (
-    "nanolib.stages.worker"  # the module that runs a stage: `python -m WORKER STAGE DIR …`
-)
+WORKER: str = "nanolib.stages.worker"  # the module that runs a stage
 PARALLEL = (*config.MODELS, "eval")  # the stages that run on several ranks
 POLL = 0.2  # seconds between looks at what is running
 TAIL = 30  # lines of the log that an error shows
@@ -111,13 +109,11 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
             f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false; "
             "give --run NAME to begin one that has it"
         )
-    if name != "eval":
-        if of is not None:
-            raise StageError(f"only eval takes `of`, got stage {name!r} of {of!r}")
-        return None
-    if not models or of not in (None, *models):
+    if name != "eval" and of is not None:
+        raise StageError(f"only eval takes `of`, got stage {name!r} of {of!r}")
+    if name == "eval" and (not models or of not in (None, *models)):
         raise StageError(f"run {run.id!r} trains no model {of!r}; it has {', '.join(models)}")
-    return of or models[-1]
+    return (of or models[-1]) if name == "eval" else None
 
 
 def _is_stale(report: StageDir, run: Run) -> bool:
@@ -129,10 +125,9 @@ def _is_stale(report: StageDir, run: Run) -> bool:
 
 def stage_dirs(run: Run) -> list[StageDir]:
     """The directories of all stages that were ever started, in the order they run."""
-    found = [("eval", path) for path in sorted((run.path / "eval").glob("*"))]
-    found += [(name, run.path / name) for name in config.STAGES if name != "eval"]
-    found.sort(key=lambda name_path: config.STAGES.index(name_path[0]))
-    return [StageDir(name, path) for name, path in found if path.is_dir()]
+    paths = {name: [run.path / name] for name in config.STAGES}
+    paths["eval"] = sorted((run.path / "eval").glob("*"))
+    return [StageDir(name, path) for name in paths for path in paths[name] if path.is_dir()]
 
 
 # ---------------------------------------------------------------------------- following
@@ -279,7 +274,7 @@ def _cores() -> int:
 
 
 def _end(worker: subprocess.Popen, stage: StageDir) -> None:
-    """Close the guard pipe and wait until the last of the worker's processes has ended."""
+    """Close the guard pipe (`nanolib.guard`) and wait until the last of the worker's processes has ended."""
     assert worker.stdin is not None
     worker.stdin.close()
     try:
@@ -303,9 +298,7 @@ def _failure(stage: StageDir, code: int, start: int) -> Exception:
     torchrun_saw = any(re.search(r"exitcode\s*: 2\b", line) for line in lines)
     if mistakes and (code == 2 or torchrun_saw):
         return StageError(mistakes[-1].removeprefix("error: "))
-    how = f"exit code {code}"
-    if code < 0:
-        how = f"killed by {signal.Signals(-code).name}"
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     tail = "\n".join(lines[-TAIL:])
     return WorkerError(
         f"stage {stage.name} did not finish ({how}). Run it again to go on from its last save.\n"

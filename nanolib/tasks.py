@@ -35,8 +35,8 @@ class Task:
     columns: tuple[str, ...]
 
     def __init__(self, split: str, mirror: Path):
-        _, _, self.split = self.source(split)
-        table = hub.table(self.repository, self.split, self.config, mirror)
+        source = self.source(split)
+        table, self.split = hub.table(source, mirror), source[-1]
         missing = [column for column in self.columns if column not in table.column_names]
         if missing:
             raise ValueError(

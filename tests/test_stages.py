@@ -146,7 +146,7 @@ def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_oth
     for rank in range(ranks):
         mapped = ConversationSource.open(folder / "train", **settings | {"rank": rank})
         naive = ConversationSource([r.ids for r in kept], [r.loss_mask for r in kept], **settings | {"rank": rank})  # fmt: skip
-        assert isinstance(mapped.ids.flat, np.memmap)
+        assert isinstance(mapped.ids[0].base.base, np.memmap)
         assert mapped.rows == naive.rows
         for number in range(len(naive)):
             for found, expected in zip(mapped.row(number), naive.row(number), strict=True):
@@ -400,7 +400,7 @@ def hub_run(run, tmp_path, monkeypatch):
     shutil.copytree(run.mirror(), tmp_path / "mirror")
     hub = FakeHub(tmp_path / "mirror", monkeypatch)
     bundle = tmp_path / "mirror/eval_bundle.zip"
-    monkeypatch.setattr(text.hub, "_download", lambda url: hub.call("bundle") or bundle)
+    monkeypatch.setattr(text.hub, "_fetch_bundle", lambda: hub.call("bundle") or bundle)
     return Run.open("smoke", str(tmp_path / "hubbed"), SMALL | {"data.source": "hub"}), hub
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -1  # a target that is not trained on
+Ids = Sequence[int] | np.ndarray  # or their mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +49,25 @@ class Source(Protocol):
         ...
 
 
-def batch_of_rows(
-    rows: Sequence[np.ndarray], masks: Sequence[np.ndarray], length: int, bos: int
-) -> Batch:
+def batch_of_rows(rows: Sequence[Ids], masks: Sequence[Ids], length: int, bos: int) -> Batch:
     """Rows of at most `length` + 1 ids as a batch, padded with BOS inputs and ignored targets.
 
     `masks` (bool, of the rows' lengths) say which ids are targets.
     """
-    ids = np.full((len(rows), length + 1), bos, dtype=np.int64)
-    is_target = np.zeros((len(rows), length + 1), dtype=bool)
-    for i, row in enumerate(rows):
-        if len(row) > length + 1:
-            raise ValueError(f"a row of {len(row)} ids does not fit into {length} + 1")
-        ids[i, : len(row)] = row
-        is_target[i, : len(row)] = masks[i]
-    targets = np.where(is_target[:, 1:], ids[:, 1:], IGNORED)
-    return Batch(
-        inputs_BT=torch.from_numpy(ids[:, :-1].copy()),
-        targets_BT=torch.from_numpy(targets),
-    )
+    longest = max(map(len, rows))
+    if longest > length + 1:
+        raise ValueError(f"a row of {longest} ids does not fit into {length} + 1")
+    ids_BT, mask_BT = padded(rows, bos, length + 1), padded(masks, 0, length + 1)
+    targets_BT = torch.where(mask_BT[:, 1:].bool(), ids_BT[:, 1:], IGNORED)
+    return Batch(inputs_BT=ids_BT[:, :-1].contiguous(), targets_BT=targets_BT)
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Rows of ids as one tensor [B, T], right-padded with `pad`; T is at least 1."""
-    ids_BT = torch.full((len(rows), max(1, *map(len, rows))), pad)
+def padded(rows: Sequence[Ids], pad: int, length: int | None = None) -> Tensor:
+    """Rows of ids as one tensor [B, T], right-padded with `pad`.
+
+    T is `length` (None: that of the longest row, at least 1).
+    """
+    ids_BT = torch.full((len(rows), length or max(1, *map(len, rows))), pad)
     for b, row in enumerate(rows):
         ids_BT[b, : len(row)] = torch.tensor(row, dtype=torch.long)
     return ids_BT
@@ -95,10 +91,10 @@ def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
 def pack(
     lengths: Sequence[int], capacity: int, order: Sequence[int], open_rows: int = 64
 ) -> list[list[int]]:
-    """Best-fit packing of items, taken in `order`, into rows of at most `capacity` ids.
+    """The items of each row: best-fit packing, in `order`, into rows of at most `capacity` ids.
 
-    At most `open_rows` rows stay open; the fullest is closed first. Returns the items of each row:
-    every item once, never split. Raises ValueError for an item longer than a row.
+    At most `open_rows` rows stay open; the fullest is closed first. Raises ValueError for an item
+    longer than a row.
     """
     closed: list[list[int]] = []
     room: list[int] = []

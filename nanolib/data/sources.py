@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanolib.conversation import Conversation, Rendered
-from nanolib.data.packing import Batch, batch_of_rows, pack
+from nanolib.data.packing import Batch, Ids, batch_of_rows, pack
 from nanolib.runtime import seed_of
 from nanolib.tokenizer import Tokenizer
 
@@ -57,8 +57,8 @@ class RowSource:
         """Rows of one epoch."""
         raise NotImplementedError
 
-    def row(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids of one row, and which of them are targets (None: all)."""
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of one row, and which of them are targets (bool)."""
         raise NotImplementedError
 
     def row_numbers(self, step: int) -> list[int]:
@@ -72,10 +72,10 @@ class RowSource:
         groups = [rows[i : i + self.device_batch] for i in range(0, len(rows), self.device_batch)]
         return [[self.batch(group) for group in groups]]
 
-    def batch(self, rows: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> Batch:
+    def batch(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
         """Rows (as `row` gives them), padded to T."""
-        masks = [np.ones(len(ids), bool) if mask is None else mask for ids, mask in rows]
-        return batch_of_rows([ids for ids, _ in rows], masks, self.length, self.bos)
+        ids, masks = zip(*rows, strict=True)
+        return batch_of_rows(ids, masks, self.length, self.bos)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng(seed_of(self.seed, "rows", epoch)).permutation(len(self))
@@ -99,10 +99,11 @@ class TextSource(RowSource):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def row(self, number: int) -> tuple[np.ndarray, None]:
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         shard = int(np.searchsorted(self.ends, number, side="right"))
         first = number - (int(self.ends[shard - 1]) if shard else 0)
-        return self.shards[shard][first * self.length : (first + 1) * self.length + 1], None
+        ids = self.shards[shard][first * self.length : (first + 1) * self.length + 1]
+        return ids, np.ones(len(ids), bool)
 
 
 def split_documents(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
@@ -128,11 +129,9 @@ class ConversationSource(RowSource):
     `masks` say which ids of each conversation are targets.
     """
 
-    def __init__(
-        self, ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], **settings: Any
-    ):
+    def __init__(self, ids: Sequence[Ids], masks: Sequence[Ids], **settings: Any):
         super().__init__(**settings)
-        if not len(ids):
+        if not ids:
             raise ValueError(NO_CONVERSATIONS)
         self.ids, self.masks = ids, masks
         order = np.random.default_rng(seed_of(self.seed, "pack")).permutation(len(ids))
@@ -141,33 +140,19 @@ class ConversationSource(RowSource):
     @classmethod
     def open(cls, folder: Path, **settings: Any) -> ConversationSource:
         """Memory-map what `save_conversations` wrote."""
-        ids, masks = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "masks"))
-        ends = np.load(folder / "ends.npy")
-        return cls(_Pieces(ids, ends), _Pieces(masks, ends), **settings)
+        ids, masks, ends = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))  # views of it are light
+            for name in ("ids", "masks", "ends")
+        )
+        return cls(np.split(ids, ends[:-1]), np.split(masks, ends[:-1]), **settings)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         items = self.rows[number]
-        return (
-            np.concatenate([np.asarray(self.ids[item]) for item in items]),
-            np.concatenate([np.asarray(self.masks[item], bool) for item in items]),
-        )
-
-
-class _Pieces(Sequence):
-    """A flat array as a sequence of slices; slice i ends at ``ends[i]``."""
-
-    def __init__(self, flat: np.ndarray, ends: np.ndarray):
-        self.flat, self.ends = flat, ends
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number: Any) -> Any:
-        start = self.ends[number - 1] if number else 0
-        return self.flat[start : self.ends[number]]
+        ids, masks = ([whole[item] for item in items] for whole in (self.ids, self.masks))
+        return np.concatenate(ids), np.concatenate(masks)
 
 
 def render(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanolib import hub, report, tasks
-from nanolib.config import Recipe, TokenizerConfig, flatten
+from nanolib.config import Recipe, flatten
 from nanolib.data import toyworld
 from nanolib.data.sources import split_documents
 from nanolib.evals import core
@@ -29,7 +29,7 @@ DOCUMENTS_AT_ONCE = 1024
 def data(context: Context) -> dict[str, Any]:
     """Write or fetch the run's data, check it, and record where it came from."""
     run = context.run
-    revisions = gather(context) if run.config.machine.mirror is None else {}
+    revisions = _gather(context) if run.config.machine.mirror is None else {}
     files = hub.text_files(run.config, run.mirror())
     check_tasks(run, context.progress)
     return {
@@ -43,8 +43,8 @@ def data(context: Context) -> dict[str, Any]:
     }
 
 
-def gather(context: Context) -> dict[str, str]:
-    """Write the toy world or fetch from the hub; the revisions of what was fetched."""
+def _gather(context: Context) -> dict[str, str]:
+    """Write the toy world or fetch from the hub; returns the revisions of what was fetched."""
     recipe, folder = context.run.config.recipe, context.run.stage("data").path / "mirror"
     if recipe.data.source == "toyworld":
         toyworld.write(folder, recipe.seed, progress=context.progress)
@@ -55,11 +55,11 @@ def gather(context: Context) -> dict[str, str]:
 
 
 def gather_if_gone(context: Context) -> None:
-    """Write or fetch the data again if it is gone, or if an older version did not keep it."""
+    """Write or fetch the data again if it is gone; runs of the first edition did not keep it."""
     run, runtime = context.run, context.runtime
     folder = run.stage("data").path / "mirror"
     if runtime.is_lead and run.mirror() == folder and not folder.is_dir():
-        gather(context)
+        _gather(context)
     runtime.barrier()
 
 
@@ -92,17 +92,16 @@ def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
         tasks.load_graded(recipe.grpo.task, "train", mirror)
 
 
-def _fingerprint(run: Run, files: hub.TextFiles) -> str:
+def _fingerprint(run: Run, text: hub.TextFiles) -> str:
     """A hash of the names, sizes and last 64 KiB (parquet footers) of what a run reads.
 
     For data fetched from the hub it covers the text only; `revisions` pin the rest.
     """
-    digest = hashlib.sha256()
-    mirror = run.mirror()
+    digest, mirror, files = hashlib.sha256(), run.mirror(), [*text.train, text.validation]
     fetched = run.config.recipe.data.source == "hub" and mirror == run.stage("data").path / "mirror"
-    tables = [] if fetched else sorted(mirror.glob("hub/**/*.parquet"))
-    bundle = [] if fetched else sorted(mirror.glob("eval_bundle.zip"))
-    for path in [*files.train, files.validation, *tables, *bundle]:
+    if not fetched:
+        files += sorted(mirror.glob("hub/**/*.parquet")) + sorted(mirror.glob("eval_bundle.zip"))
+    for path in files:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 65_536))
@@ -110,11 +109,18 @@ def _fingerprint(run: Run, files: hub.TextFiles) -> str:
     return digest.hexdigest()[:16]
 
 
+def _recorded(run: Run) -> dict[str, Any]:
+    """The data stage's result."""
+    record = run.stage("data").done()
+    if record is None:
+        raise ValueError(f"run {run.id} has no data yet: nanolib stage data")
+    return record["result"]
+
+
 def _text_files(run: Run) -> hub.TextFiles:
     """The run's text. Raises ValueError if it is not what the data stage recorded."""
     files = hub.text_files(run.config, run.mirror())
-    record = run.stage("data").done()
-    if record is not None and record["result"]["fingerprint"] != _fingerprint(run, files):
+    if _recorded(run)["fingerprint"] != _fingerprint(run, files):
         raise ValueError(
             f"the data in {run.mirror()} is not what run {run.id} began with; give "
             f"--mirror the folder it had, or use `--run NAME` for a run of its own"
@@ -133,10 +139,12 @@ def tokenizer(context: Context) -> dict[str, Any]:
     def progress(phase: str, done: int, total: int | None) -> None:
         context.progress(done, total or config.max_chars, phase)
 
-    texts = _training_text(files.train, config)
-    trained = Tokenizer.train(texts, config.vocab_size, progress=progress)
+    texts = (
+        text[: config.max_document_chars] for path in files.train for text in hub.documents(path)
+    )
+    trained = Tokenizer.train(_head(texts, config.max_chars), config.vocab_size, progress=progress)
     trained.save(context.stage.path / "tokenizer.json")
-    sample = _head(hub.documents(files.validation), 1_000_000)
+    sample = list(_head(hub.documents(files.validation), 1_000_000))
     tokens = sum(len(ids) for ids in trained.encode_batch(sample))
     size = sum(len(text.encode()) for text in sample)
     return {
@@ -146,27 +154,13 @@ def tokenizer(context: Context) -> dict[str, Any]:
     }
 
 
-def _training_text(files: Iterable[Path], config: TokenizerConfig) -> Iterator[str]:
-    """Documents truncated to max_document_chars, until max_chars are reached."""
-    left = config.max_chars
-    for path in files:
-        for text in hub.documents(path):
-            text = text[: min(left, config.max_document_chars)]
-            left -= len(text)
-            yield text
-            if left <= 0:
-                return
-
-
-def _head(texts: Iterable[str], chars: int) -> list[str]:
-    """The first texts, until `chars` are reached."""
-    kept = []
+def _head(texts: Iterable[str], chars: int) -> Iterator[str]:
+    """The first texts, `chars` characters in all: the last one is cut."""
     for text in texts:
-        kept.append(text)
+        yield text[:chars]
         chars -= len(text)
         if chars <= 0:
-            break
-    return kept
+            return
 
 
 def load_tokenizer(run: Run) -> Tokenizer:
@@ -186,58 +180,46 @@ def shards(context: Context) -> dict[str, Any]:
     A shard is a ``.npy`` file (uint16 while the vocabulary fits, else uint32), memory-mapped by
     its readers. One that is there is whole and is kept.
     """
-    run = context.run
-    files = _text_files(run)
-    texts = [*files.train, files.validation]
-    tokenizer, folder = load_tokenizer(run), context.stage.path
-    for number, text in enumerate(texts):
-        target = _shard_path(folder, text.name)
-        if not target.exists():
-            for documents in tokenize(text, target, tokenizer, torch.get_num_threads()):
-                context.progress(number, len(texts), f"{text.name}: {documents} documents")
-    tokens = [np.load(_shard_path(folder, text.name), mmap_mode="r") for text in texts]
+    files, tokenizer = _text_files(context.run), load_tokenizer(context.run)
+    train, validation = shard_paths(context.run)
+    texts, targets = [*files.train, files.validation], [*train, validation]
+    for number, (text, target) in enumerate(zip(texts, targets, strict=True)):
+        if target.exists():
+            continue
+        parts: list[np.ndarray] = []
+        documents, done = hub.documents(text), 0
+        while group := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
+            ids, _ = tokenizer.encode_flat(group, threads=torch.get_num_threads(), bos=True)
+            parts.append(ids)
+            done += len(group)
+            context.progress(number, len(texts), f"{text.name}: {done} documents")
+        _save_array(target, np.concatenate(parts))
+    *trained, held_out = (np.load(target, mmap_mode="r") for target in targets)
     return {
-        "train_tokens": sum(map(len, tokens[:-1])),
-        "train_documents": int(sum((shard == tokenizer.bos).sum() for shard in tokens[:-1])),
-        "validation_tokens": len(tokens[-1]),
-        "validation_bytes": int(tokenizer.byte_lengths[tokens[-1]].sum()),
+        "train_tokens": sum(map(len, trained)),
+        "train_documents": int(sum((shard == tokenizer.bos).sum() for shard in trained)),
+        "validation_tokens": len(held_out),
+        "validation_bytes": int(tokenizer.byte_lengths[held_out].sum()),
     }
 
 
-def tokenize(text: Path, target: Path, tokenizer: Tokenizer, threads: int) -> Iterator[int]:
-    """Write the token shard of one parquet file; yields the documents done so far.
-
-    Nothing is left at `target` unless the iterator is driven to its end.
-    """
-    parts: list[np.ndarray] = []
-    documents = 0
-    source = hub.documents(text)
-    while texts := list(itertools.islice(source, DOCUMENTS_AT_ONCE)):
-        ids, _ = tokenizer.encode_flat(texts, threads=threads, bos=True)
-        parts.append(ids)
-        documents += len(texts)
-        yield documents
+def _save_array(target: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file whole or not at all."""
     partial = target.with_suffix(".partial")
     with saving(target):
         with partial.open("wb") as file:
-            np.save(file, np.concatenate(parts))
+            np.save(file, array)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(target)
 
 
-def _shard_path(folder: Path, text_name: str) -> Path:
-    return folder / f"{Path(text_name).stem}.npy"
-
-
 def shard_paths(run: Run) -> tuple[list[Path], Path]:
     """The token shards of training and of validation text."""
-    record = run.stage("data").done()
-    if record is None:
-        raise ValueError(f"run {run.id} has no data yet: nanolib stage data")
-    folder, result = run.stage("shards").path, record["result"]
-    train = [_shard_path(folder, name) for name in result["train_files"]]
-    return train, _shard_path(folder, result["validation_file"])
+    folder, result = run.stage("shards").path, _recorded(run)
+    names = [*result["train_files"], result["validation_file"]]
+    *train, validation = (folder / f"{Path(name).stem}.npy" for name in names)
+    return train, validation
 
 
 def validation_documents(run: Run, tokenizer: Tokenizer, limit: int | None) -> list[np.ndarray]:
