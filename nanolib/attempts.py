@@ -37,7 +37,7 @@ def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, No
 def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
     """Attempts, seconds and dollars of the work in `folder`; dollars are None without a price.
 
-    now: when the attempt under way is counted to, Unix seconds; None: the folder's last change.
+    now: the end of an attempt under way, in Unix seconds; None: the folder's last change.
     """
     took, dollars = [], []
     for attempt in _attempts(folder):

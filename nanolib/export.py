@@ -37,7 +37,7 @@ CHAT_TEMPLATE = Path(__file__).parent / "templates" / "chat.j2"
 
 
 def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
-    """Export the model of stage `of` (None: the newest kind the run has); returns the folder.
+    """Export the model of stage `of` (None: the last stage that has one); returns the folder.
 
     folder: None means ``export/`` in the run. Raises ValueError where there is no such model, and
     for a folder that holds something else.

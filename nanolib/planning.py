@@ -1,8 +1,8 @@
 """What fits on a device, and what a run will take.
 
 The micro-batch depends on the machine, not on the recipe: splitting the same rows into other
-micro-batches gives the same gradient. So the largest that fits is looked for: by an estimate, and on
-a GPU by trying.
+micro-batches gives the same gradient. So we look for the largest that fits: by an estimate, and on a
+GPU by trial.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from nanolib.model import GPT
 from nanolib.progress import clock
 from nanolib.runtime import Runtime
 
-MARGIN = 0.92  # of a GPU's memory; the rest is for gaps in the allocator and for NCCL's buffers
-ENOUGH = 65_536  # tokens of a micro-batch, the original's most; more takes memory, not less time
+MARGIN = 0.92  # of a GPU's memory; the rest is for fragmentation and NCCL's buffers
+ENOUGH = 65_536  # tokens in a micro-batch, as in the original; more costs memory, saves no time
 
 Nll = Callable[[Batch], Tensor]  # what training will call, compiled if training compiles
 
 
 def size(number: float) -> str:
-    """Bytes for people.
+    """Bytes in MB or GB.
 
     >>> size(12_300_000), size(71.54e9)
     ('12.3 MB', '71.5 GB')
@@ -79,7 +79,7 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
     trial compiles. Elsewhere the estimate is the answer.
     Raises ValueError where not even one row fits.
     """
-    runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL takes its memory before we measure
+    runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL allocates before we measure
     room = min(runtime.gather(_room(runtime)))
     cuda, ranks = runtime.device.type == "cuda", runtime.world_size
     memory = TrainingMemory(model.config, model.vocab_size, ranks, cuda, runtime.dtype.itemsize)
@@ -100,7 +100,7 @@ def _room(runtime: Runtime) -> float:
 
 
 def main_memory(ranks: int) -> float:
-    """Bytes of the computer's own memory for each rank; half of it is left to everything else."""
+    """Bytes of main memory for each rank; half of the total is left to everything else."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / ranks
 
 
@@ -133,14 +133,14 @@ def _fits(model: GPT, nll: Nll, length: int, rows: int, room: float, runtime: Ru
 
 
 def _try(model: GPT, nll: Nll, length: int, rows: int, runtime: Runtime) -> None:
-    """Two forward and backward passes and an update's memory, beside the optimizer's state."""
+    """Two forward and backward passes, then an update's memory, beside the optimizer's state."""
     memory = TrainingMemory(model.config, model.vocab_size, runtime.world_size)
     state = torch.empty(memory.optimizer, dtype=torch.uint8, device=runtime.device)
     ids_BT = torch.arange(rows * length, device=runtime.device).view(rows, length)
     ids_BT = ids_BT % model.vocab_size
     targets_BT = ids_BT.clone()  # or it would be compiled for targets that alias the inputs
     batch = Batch(inputs_BT=ids_BT, targets_BT=targets_BT)
-    for _ in range(2):  # the second pass finds the first one's gradients, as in training
+    for _ in range(2):  # the second pass adds to the first one's gradients, as in training
         with runtime.autocast():
             nll_BT = nll(batch)
         nll_BT.sum().backward()

@@ -129,7 +129,9 @@ class Stage:
 
     @property
     def state(self) -> str:
-        """How far an unfinished stage came."""
+        """Whether the stage is finished, and how far it got if not."""
+        if self.record:
+            return "finished"
         kind = "train" if self.name in MODELS else "progress"
         last = next((row for row in reversed(self.rows) if row["kind"] == kind), None)
         return f"unfinished, at {last['step']:,} of {last['steps']:,}" if last else "not begun"
@@ -141,7 +143,7 @@ class Stage:
 
     @property
     def figures(self) -> list[list[str]]:
-        """The numbers and words of the result, but for those with a section of their own."""
+        """The numbers and words of the result; `code` has a section of its own."""
         flat = _plain(flatten({key: v for key, v in self.result.items() if key != "code"}))
         return [[re.sub(r"[._]", " ", key), number(value)] for key, value in flat.items()]
 
@@ -181,7 +183,7 @@ class Stage:
 
 
 def _stages(run: Run) -> list[Stage]:
-    """Every stage the run should have, in order; evaluations once a model."""
+    """Every stage of the run in order, then an evaluation for each model."""
     models = run.config.recipe.models
     return [
         *(Stage.read(run, name) for name in ("data", "tokenizer", "shards", *models)),
@@ -205,7 +207,7 @@ def _summary(evaluations: Sequence[Stage]) -> str:
         row: dict[str, Any] = {"": _measure_label(task, how)}
         row |= {COLUMNS[of]: known.get(how) for of, known in scores.items()}
         row["chance"] = next((s["chance"] for s in scores.values() if "chance" in s), None)
-        comparable = how in ("accuracy", "letters")  # the original's way to score
+        comparable = how in ("accuracy", "letters")  # scored as the original does
         for of in scores:
             row[f"original {COLUMNS[of]}"] = KNOWN["original"][of].get(task) if comparable else None
         rows.append(row)
@@ -243,7 +245,7 @@ def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _levels(recipe: Recipe, evaluations: Sequence[Stage]) -> list[list[Any]]:
-    """Which known marks some model of the run has reached."""
+    """Each level with the run's best score, and whether that reaches it."""
     rows = []
     for level in KNOWN["levels"]["toyworld" if recipe.data.source == "toyworld" else "real"]:
         found = [stage.scores.get(level["task"], {}) for stage in evaluations]
@@ -260,7 +262,7 @@ def _levels(recipe: Recipe, evaluations: Sequence[Stage]) -> list[list[Any]]:
 
 
 def _utilisation(recipe: Recipe, base: Stage) -> float | None:
-    """Base's MFU. Of the other stages' tokens only some are counted, but all are computed."""
+    """Base's MFU; the other stages process more tokens than they count."""
     machine = base.record.get("machine", {})
     return accounting.mfu(
         recipe.model,
@@ -272,7 +274,7 @@ def _utilisation(recipe: Recipe, base: Stage) -> float | None:
 
 
 def _environment(stages: Sequence[Stage]) -> list[list[str]]:
-    """What it was computed on; once where all stages agree."""
+    """The machine of the stages: one value where they all agree."""
     machines = {stage.title: stage.record.get("machine", {}) for stage in stages if stage.record}
     rows = []
     for key in dict.fromkeys(key for machine in machines.values() for key in machine):
@@ -354,7 +356,7 @@ def share(part: float | None, whole: float = 1.0) -> str:
 
 
 def quoted(sample: Sequence[str | bool | float]) -> str:
-    """A sample: what was given, and each text that came on a line of its own."""
+    """A sample as text: the prompt, then each answer on a line of its own, with its grade."""
     text = ""
     for position, part in enumerate(sample):
         if isinstance(part, bool):

@@ -29,8 +29,8 @@ SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg
 def write(run: Run, names: Sequence[str]) -> Path:
     """Bring the run book up to date; returns its first page.
 
-    names: all chapters of the course in order ("00_tour"); pages are written for those that are
-    finished, where they are missing, older than the executed notebook, or linked otherwise.
+    names: all chapters of the course in order ("00_tour"). A finished chapter's page is written
+    where it is missing, older than the executed notebook, or has other links.
     """
     folder, exporter = run.path / "chapters", _exporter()
     links = exporter.environment.get_template("page.html.j2").module.links

@@ -27,7 +27,7 @@ from nanolib.runtime import Runtime, processor
 from nanolib.stages import Context, evaluate, text, training
 from nanolib.train import Stopped
 
-ON_CPU = ("data", "tokenizer", "shards")  # wherever data is prepared, GPU or none
+ON_CPU = ("data", "tokenizer", "shards")  # these need no GPU, whatever the profile says
 USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
 
 WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
@@ -47,7 +47,7 @@ def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
     """Do one stage in this process (one rank of it) and leave its done record."""
     stage, machine, started = run.stage(name, of), run.config.machine, now()
     stage.path.mkdir(parents=True, exist_ok=True)
-    guard = Guard.start()  # first: joining ranks that are gone would wait for minutes
+    guard = Guard.start()  # first: joining ranks that have died would wait for minutes
     runtime = Runtime.start(replace(machine, device="cpu") if name in ON_CPU else machine)
     context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
     launched = os.environ.get("NANOLIB_GUARD") == "1"  # then the launcher records the attempt
@@ -58,7 +58,7 @@ def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
         runtime.barrier()
     if runtime.is_lead:
         spent = attempts.spent(stage.path, now=time.time())
-        # The first edition recorded no attempts: a run that it began has at least its training.
+        # The first edition recorded no attempts, only how long the training steps took.
         spent["seconds"] = max(spent["seconds"], result.get("seconds", 0.0))
         hardware = asdict(machine) | _hardware(runtime)
         stage.finish(result, started=started, **spent, machine=hardware)
@@ -95,7 +95,7 @@ def main() -> int:
         print(stopped, flush=True)
         return STOPPED
     except (ValueError, FloatingPointError) as error:
-        traceback.print_exc()  # for the log; the launcher shows its user the last line alone
+        traceback.print_exc()  # for the log; the launcher shows the user only the last line
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USERS_MISTAKE
     return 0
