@@ -56,17 +56,17 @@ def text_files(config: Config, mirror: Path) -> TextFiles:
     if not folder.is_dir():
         raise ValueError(f"the mirror {mirror} has no folder text/; {LOOK_ELSEWHERE}")
     files = sorted(folder.glob("*.parquet"))
-    _check_listing(len(files), f"{folder}", wanted)
+    _check_count(len(files), f"{folder}", wanted)
     *train, validation = files
     for path in [*train[:wanted], validation]:
         _open_text(path)
     return TextFiles(train[:wanted], validation)
 
 
-def _check_listing(found: int, where: str, wanted: int | None) -> None:
+def _check_count(found: int, where: str, wanted: int | None) -> None:
     if found < 2:
         raise ValueError(
-            f"{where} has {found} parquet files; text needs at least two: the last one validates"
+            f"{where} has {found} parquet files; text needs at least two, the last one for validation"
         )
     if wanted is not None and not 1 <= wanted < found:
         raise ValueError(
@@ -105,15 +105,10 @@ def _open(path: Path) -> pq.ParquetFile:
 
 def _open_text(path: Path) -> pq.ParquetFile:
     file = _open(path)
-    schema = file.schema_arrow
-    if "text" not in schema.names:
-        raise ValueError(
-            f"{path} has no column 'text' (it has {', '.join(schema.names)}): pretraining text is "
-            "parquet with a string column 'text'"
-        )
-    kind = schema.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{path}: column 'text' must hold strings, got {kind}")
+    columns = {column.name: column.type for column in file.schema_arrow}
+    if columns.get("text") not in (pa.string(), pa.large_string()):
+        found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        raise ValueError(f"{path} needs a column 'text' of strings, it has {found}")
     return file
 
 
@@ -211,7 +206,7 @@ def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
     assert info.sha is not None
     files = {Path(file.rfilename).name: file for file in info.siblings or []}
     names = sorted(name for name in files if name.endswith(".parquet"))
-    _check_listing(len(names), repository, wanted)
+    _check_count(len(names), repository, wanted)
     folder.mkdir()
     base = config.recipe.base
     missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens

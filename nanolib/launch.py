@@ -141,7 +141,7 @@ class Follower:
 
     def __init__(self, stages: Callable[[], Iterable[StageDir]], watch: Watch | None) -> None:
         self._stages, self._watch = stages, watch
-        self._seen: dict[Path, tuple[int, int, bool]] = {}
+        self._seen: dict[Path, tuple[int, bool]] = {}
 
     def follow(self, working: Callable[[], bool]) -> None:
         """Look again and again until `working` is false, and once after that."""
@@ -156,10 +156,9 @@ class Follower:
         if self._watch is None:
             return
         for stage in self._stages():
-            done, metrics = stage.done() is not None, stage.metrics.path
-            status = metrics.stat() if metrics.exists() else None
-            state = (status.st_size, status.st_mtime_ns, done) if status else (0, 0, done)
-            if state != self._seen.get(stage.path, (0, 0, False)):
+            metrics = stage.metrics.path
+            state = (metrics.stat().st_size if metrics.exists() else 0, stage.done() is not None)
+            if state != self._seen.get(stage.path, (0, False)):
                 self._seen[stage.path] = state
                 self._watch(stage, stage.metrics.rows())
 

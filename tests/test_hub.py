@@ -144,8 +144,8 @@ BREAKAGES = {
     "size is 0 bytes": lambda path: path.write_bytes(b""),
     "is damaged .*magic bytes": lambda path: path.write_bytes(path.read_bytes()[:-20]),
     "has no rows": lambda path: write(path, {"text": pa.array([], pa.string())}),
-    "no column 'text' .it has title": lambda path: write(path, {"title": ["x"]}),
-    "must hold strings, got int64": lambda path: write(path, {"text": [1, 2]}),
+    "column 'text' of strings, it has title .string": lambda path: write(path, {"title": ["x"]}),
+    "column 'text' of strings, it has text .int64": lambda path: write(path, {"text": [1, 2]}),
 }
 
 

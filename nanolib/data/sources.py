@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,36 +22,29 @@ from nanolib.runtime import seed_of
 from nanolib.tokenizer import Tokenizer
 
 CONVERSATIONS_AT_ONCE = 1024  # encoded together
-NO_CONVERSATIONS = "there are no conversations to train on: every source has 0 rows"
 
 
+@dataclass(kw_only=True, eq=False)
 class RowSource:
     """Batches of rows; a subclass defines the number of rows and their contents.
 
-    `length` is T, `batch_rows` counts all ranks and micro-batches, `device_batch` is the largest
-    micro-batch in rows (None: all of this rank's). Raises ValueError if there are no rows or the
-    ranks cannot share a batch equally.
+    Raises ValueError if the ranks cannot share a batch equally.
     """
 
-    def __init__(
-        self,
-        *,
-        length: int,
-        batch_rows: int,
-        bos: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device_batch: int | None = None,
-    ):
-        if batch_rows % world_size:
+    length: int  # T
+    batch_rows: int  # of all ranks and micro-batches
+    bos: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    device_batch: int | None = None  # rows of a micro-batch at most; None: all of this rank's
+
+    def __post_init__(self) -> None:
+        if self.batch_rows % self.world_size:
             raise ValueError(
-                f"a batch of {batch_rows} rows cannot be shared equally by {world_size} ranks; "
-                f"choose machine.ranks or batch_tokens so that it can"
+                f"a batch of {self.batch_rows} rows cannot be shared equally by {self.world_size} "
+                "ranks; choose machine.ranks or batch_tokens so that it can"
             )
-        self.length, self.batch_rows, self.bos, self.seed = length, batch_rows, bos, seed
-        self.rank, self.world_size = rank, world_size
-        self.device_batch = device_batch or batch_rows
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def __len__(self) -> int:
@@ -69,8 +63,8 @@ class RowSource:
 
     def updates(self, step: int) -> list[list[Batch]]:
         rows = [self.row(number) for number in self.row_numbers(step)]
-        groups = [rows[i : i + self.device_batch] for i in range(0, len(rows), self.device_batch)]
-        return [[self.batch(group) for group in groups]]
+        size = self.device_batch or len(rows)
+        return [[self.batch(rows[i : i + size]) for i in range(0, len(rows), size)]]
 
     def batch(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
         """Rows (as `row` gives them), padded to T."""
@@ -131,8 +125,6 @@ class ConversationSource(RowSource):
 
     def __init__(self, ids: Sequence[Ids], masks: Sequence[Ids], **settings: Any):
         super().__init__(**settings)
-        if not ids:
-            raise ValueError(NO_CONVERSATIONS)
         self.ids, self.masks = ids, masks
         order = np.random.default_rng(seed_of(self.seed, "pack")).permutation(len(ids))
         self.rows = pack([len(item) for item in ids], self.length + 1, order.tolist())
@@ -183,7 +175,7 @@ def save_conversations(rendered: Iterable[Rendered], folder: Path, vocab_size: i
             ids.append(np.array(conversation.ids, dtype))
             masks.append(np.array(conversation.loss_mask, bool))
     if not ids:
-        raise ValueError(NO_CONVERSATIONS)
+        raise ValueError("there are no conversations to train on: every source has 0 rows")
     folder.mkdir(parents=True)
     np.save(folder / "ids.npy", np.concatenate(ids))
     np.save(folder / "masks.npy", np.concatenate(masks))
