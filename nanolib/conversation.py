@@ -40,9 +40,7 @@ class Part:
 
     def __post_init__(self) -> None:
         if self.kind not in PART_KINDS:
-            raise ValueError(
-                f"a part's kind must be one of {', '.join(PART_KINDS)}, got {self.kind!r}"
-            )
+            raise ValueError(f"a part must be one of {', '.join(PART_KINDS)}, got {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,10 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(
-                f"a message's role must be one of {', '.join(ROLES)}, got {self.role!r}"
-            )
+            raise ValueError(f"a role must be one of {', '.join(ROLES)}, got {self.role!r}")
         for part in self.parts:
             if self.role != "assistant" and part.kind != "text":
-                raise ValueError(
-                    f"only the assistant has {part.kind} parts, got one from {self.role}"
-                )
+                raise ValueError(f"only the assistant has {part.kind} parts, not the {self.role}")
         object.__setattr__(self, "parts", _joined(self.parts))
 
     @property
@@ -83,20 +77,16 @@ def _joined(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of a conversation and its targets: `loss_mask[i]` tells whether ``ids[i]`` is one.
-    `cut` counts the ids dropped at the end to fit."""
+    """A conversation as token ids."""
 
     ids: list[int]
-    loss_mask: list[bool]
-    cut: int = 0
+    loss_mask: list[bool]  # whether each id is a target of the loss
+    cut: int = 0  # ids dropped at the end to fit
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """An optional system message, then user and assistant in turn.
-
-    Raises ValueError if it is empty, starts with the assistant or does not alternate.
-    """
+    """An optional system message, then user and assistant in turn; ValueError for anything else."""
 
     messages: tuple[Message, ...]
 
@@ -109,8 +99,8 @@ class Conversation:
             if message.role != expected:
                 raise ValueError(
                     f"message {i + 1} of a conversation must come from the {expected}, got "
-                    f"{message.role!r} ({message.text[:40]!r}); user and assistant alternate, the "
-                    "user begins, and a system message may stand in front"
+                    f"{message.role!r} ({message.text[:40]!r}): after a system message, if any, "
+                    "user and assistant alternate"
                 )
 
     @property

@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -85,8 +86,8 @@ Record = Callable[[Replay], Replay]  # work on tensors at fixed addresses -> its
 def record_graph(work: Replay) -> Replay:
     """Capture `work` as a CUDA graph: one launch instead of several hundred.
 
-    `work` must have run once before. A replay reads the current contents of its inputs and
-    overwrites the previous result.
+    `work` must have run before. A replay reads its inputs' current contents and overwrites the
+    previous result.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -112,19 +113,17 @@ class Token(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """A finished row. `ids` exclude the end token; ``chosen[i]`` tells whether the model, not a
-    tool, produced ``ids[i]``. `end` is the token that ended it, None if it reached a limit."""
+    """A finished row."""
 
-    ids: list[int] = field(default_factory=list)
-    chosen: list[bool] = field(default_factory=list)
-    end: int | None = None
+    ids: list[int] = field(default_factory=list)  # without the end token
+    chosen: list[bool] = field(default_factory=list)  # by the model, not forced by a tool
+    end: int | None = None  # the token that ended it; None: it reached a limit
 
 
 class Engine:
     """A model with its tokenizer: `generate` streams, `answers` and `complete` collect.
 
-    `tool`, if any, runs what stands between ``<|python_start|>`` and ``<|python_end|>``. With a
-    tool, a row in which the model itself writes an output marker ends there.
+    With a `tool`, a row in which the model itself writes an output marker ends there.
     """
 
     def __init__(
@@ -176,10 +175,7 @@ class Engine:
         max_rows: int = 128,
         **settings,
     ) -> list[Answer]:
-        """All rows of `generate`, finished.
-
-        Prompts are sorted by length and run in batches of at most `max_rows` rows.
-        """
+        """All rows of `generate`, finished; run in batches of `max_rows`, shorter prompts first."""
         seeds = range(len(prompts)) if seeds is None else seeds
         answers = [Answer() for _ in range(len(prompts) * samples)]
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
@@ -192,7 +188,7 @@ class Engine:
                 seeds=[seeds[p] for p in group],
                 **settings,
             )
-            for token in (token for step in steps for token in step):
+            for token in chain.from_iterable(steps):
                 answer = answers[group[token.row // samples] * samples + token.row % samples]
                 if token.kind == "end":
                     answer.end = token.id
@@ -248,9 +244,7 @@ class Engine:
             active = [b for b, row in enumerate(rows) if row.left]
             if not active:
                 return
-            if (
-                len(active) <= len(rows) // 2
-            ):  # finished rows cost more than copying the active ones
+            if len(active) <= len(rows) // 2:  # copying costs less than steps of finished rows
                 cache = self._take(cache, active, cache.length)
                 rows, step = [rows[b] for b in active], [step[b] for b in active]
             counts = [int(row.left > 0) for row in rows]
@@ -273,25 +267,22 @@ class Engine:
         elif row.source is None:
             return
         elif token.id == special("<|python_end|>"):
-            result = self.tokenizer.encode(self._run(row))[:OUTPUT_TOKENS]
-            row.forced.extend([special(OUTPUT_NAMES[0]), *result, special(OUTPUT_NAMES[1])])
+            row.calls += 1
+            output = f"RuntimeError: no more than {TOOL_CALLS} programs in an answer"
+            if row.calls <= TOOL_CALLS:
+                output = self.tool(self.tokenizer.decode(row.source))
+            ids = self.tokenizer.encode(output)[:OUTPUT_TOKENS]
+            row.forced.extend([special(OUTPUT_NAMES[0]), *ids, special(OUTPUT_NAMES[1])])
             row.source = None
         else:
             row.source.append(token.id)
-
-    def _run(self, row: _Row) -> str:
-        row.calls += 1
-        if row.calls > TOOL_CALLS:
-            return f"RuntimeError: no more than {TOOL_CALLS} programs in an answer"
-        assert self.tool is not None and row.source is not None
-        return self.tool(self.tokenizer.decode(row.source))
 
     @torch.inference_mode()
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, _Cache]:
         """The logits [P, V] after each prompt, and a cache that holds the prompts."""
         lengths = [len(prompt) for prompt in prompts]
         ids_PT = padded(prompts, pad=0)
-        cache = self._cache(len(prompts), max(lengths))
+        cache = _Cache(self.model.config, len(prompts), max(lengths), self.runtime)
         with self.runtime.autocast():
             hidden_PTD = self.model.hidden(ids_PT.to(self.runtime.device), cache=cache)
             last_P = torch.tensor(lengths, device=hidden_PTD.device) - 1
@@ -333,23 +324,17 @@ class Engine:
     @torch.inference_mode()
     def _take(self, cache: _Cache, rows: list[int], length: int) -> _Cache:
         """A new cache of those rows, with `length` positions."""
-        taken = self._cache(len(rows), length)
+        taken = _Cache(self.model.config, len(rows), length, self.runtime)
         taken.copy_rows(cache, rows)
         return taken
-
-    def _cache(self, rows: int, length: int) -> _Cache:
-        runtime = self.runtime
-        return _Cache(self.model.config, rows, length, runtime.device, runtime.dtype)
 
 
 class _Cache(KVCache):
     """A KV cache with the input that recorded steps read, and those recordings."""
 
-    def __init__(
-        self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
-    ):
-        super().__init__(config, rows, length, device, dtype)
-        self.ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+    def __init__(self, config: ModelConfig, rows: int, length: int, runtime: Runtime):
+        super().__init__(config, rows, length, runtime.device, runtime.dtype)
+        self.ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=runtime.device)
         self.replays: dict[int, Replay | None] = {}  # by reach; None: ran once, not recorded
 
 

@@ -228,14 +228,11 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
             extra_arguments=["--log-level=40"],  # errors only
         )
     except papermill.PapermillExecutionError as error:
+        message = f"chapter {chapter.name} ({chapter.notebook}): {error.evalue or error.ename}"
         if error.ename == "StageError":
-            where = f"(chapter {chapter.name}, see {chapter.notebook})"
-            raise ValueError(f"{error.evalue} {where}") from None
+            raise ValueError(message) from None
         if error.ename in ("WorkerError", "KeyboardInterrupt"):
-            raise ChapterError(
-                f"chapter {chapter.name}: {error.ename}: {error.evalue}\n"
-                f"The traceback is in {chapter.notebook}"
-            ) from None
+            raise ChapterError(message) from None
         return f"{error.ename}: {error.evalue}".strip().partition("\n")[0]
     except DeadKernelError:
         raise ChapterError(

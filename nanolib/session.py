@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
+from itertools import chain
 from typing import Any, Self
 
 from nanolib import checkpoint
 from nanolib.config import MODELS
 from nanolib.conversation import AnswerParser, Conversation, Message, Part
-from nanolib.engine import Engine, Token
+from nanolib.engine import Engine
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
@@ -28,9 +29,8 @@ from nanolib.tools import Sandbox
 class Session:
     """A conversation in progress.
 
-    `messages` is the history without the system message; `answer` is the latest answer so far, as
-    parts. `notice` is what a user interface should say besides the answer, or None; it is final
-    once the answer is.
+    `messages` is the history without the system message, `answer` the latest answer so far, as
+    parts. `notice` is what to tell the user besides the answer, if anything.
     """
 
     def __init__(
@@ -71,10 +71,7 @@ class Session:
         return session
 
     def close(self) -> None:
-        """Close the sandbox that `open` started; running a program afterwards is an error.
-
-        A session that is never closed loses its sandbox with its engine, at the latest at exit.
-        """
+        """Close the sandbox that `open` started, which else ends with the engine."""
         if self._close is not None:
             self._close()
 
@@ -87,11 +84,7 @@ class Session:
     # ------------------------------------------------------------------------ talking
 
     def stream(self, text: str) -> Generator[str]:
-        """Send `text`; yield the answer piece by piece as plain text.
-
-        Python and its output are announced by ``[python]`` or ``[output]`` on a new line. Stopping
-        and errors are those of `parts`.
-        """
+        """As `parts`, but plain text: ``[python]`` or ``[output]`` on a new line announces one."""
         return _labelled(self.parts(text))
 
     def parts(self, text: str) -> Generator[Part]:
@@ -115,10 +108,7 @@ class Session:
         self.messages, self.notice, self._left_out = [], None, 0
 
     def transcript(self) -> list[dict[str, Any]]:
-        """The conversation in the hub's schema, the system message first.
-
-        `Conversation.from_messages` reads it back.
-        """
+        """The whole conversation, for `Conversation.from_messages`."""
         return [
             {"role": message.role, "content": _content(message)}
             for message in (*self._system(), *self.messages)
@@ -142,7 +132,7 @@ class Session:
             )
         self.notice = None
         if left_out > self._left_out:
-            self._notify(
+            self.notice = (
                 f"the conversation no longer fits the context of {context} tokens: the model does "
                 f"not see its first {left_out} messages"
             )
@@ -154,24 +144,6 @@ class Session:
 
     def _answer(self, question: Message, prompt: list[int]) -> Generator[Part]:
         """Stream the answer, and add both turns to `messages` however it ends."""
-        parser = AnswerParser(self.engine.tokenizer)
-        self.answer = parser.parts
-        finished = False
-        try:
-            for token in self._tokens(prompt):
-                if token.kind == "end":
-                    break
-                yield from parser.feed(token.id)
-            else:
-                limit = min(self.max_new_tokens, self.engine.context - len(prompt))
-                self._notify(f"the answer reached its limit of {limit} tokens")
-            finished = True
-            yield from parser.finish()
-        finally:
-            if parser.parts or finished:  # a question stopped before the first word was never asked
-                self.messages += [question, Message("assistant", tuple(parser.parts))]
-
-    def _tokens(self, prompt: list[int]) -> Iterator[Token]:
         steps = self.engine.generate(
             [prompt],
             max_new_tokens=self.max_new_tokens,
@@ -179,10 +151,23 @@ class Session:
             top_k=self.top_k,
             seeds=[seed_of(self.seed, "turn", len(self.messages))],
         )
-        return (token for step in steps for token in step)
-
-    def _notify(self, notice: str) -> None:
-        self.notice = notice if self.notice is None else f"{self.notice}; {notice}"
+        parser = AnswerParser(self.engine.tokenizer)
+        self.answer = parser.parts
+        finished = False
+        try:
+            for token in chain.from_iterable(steps):
+                if token.kind == "end":
+                    break
+                yield from parser.feed(token.id)
+            else:
+                limit = min(self.max_new_tokens, self.engine.context - len(prompt))
+                reached = f"the answer reached its limit of {limit} tokens"
+                self.notice = f"{self.notice}; {reached}" if self.notice else reached
+            finished = True
+            yield from parser.finish()
+        finally:
+            if parser.parts or finished:  # a question stopped before the first word was never asked
+                self.messages += [question, Message("assistant", tuple(parser.parts))]
 
 
 def stage_with_model(run: Run, of: str | None, purpose: str) -> str:

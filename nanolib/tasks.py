@@ -210,8 +210,7 @@ class HumanEval(GradedTask):
 
     def grade(self, i: int, answer: str) -> bool | None:
         """Whether the function in an answer passes its tests; None: the sandbox lacks something."""
-        verdict = self._sandbox.check(program(self.row(i), answer))
-        return None if verdict.outcome == "unsupported" else verdict.passed
+        return self._sandbox.check(program(self.row(i), answer)).passed
 
     @cached_property
     def _sandbox(self) -> Sandbox:

@@ -87,9 +87,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Load a file that `save` wrote. Raises ValueError, naming the file, for any other."""
+        """Load a file that `save` wrote; ValueError, naming the file, for any other."""
         try:
-            return cls._from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            if saved["version"] != VERSION:
+                raise ValueError(f"its version is {saved['version']}")
+            if saved["specials"] != list(SPECIAL_TOKENS):
+                raise ValueError("its special tokens are not ours")
+            return cls(saved["merges"], saved["pattern"])
         except FileNotFoundError:
             raise ValueError(f"no tokenizer at {path}: run the tokenizer stage first") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -97,15 +102,6 @@ class Tokenizer:
                 f"{path} is not a tokenizer file of version {VERSION} ({error}): delete it and "
                 "run the tokenizer stage again"
             ) from error
-
-    @classmethod
-    def _from_dict(cls, saved: dict) -> Tokenizer:
-        if not isinstance(saved, dict) or saved.get("version") != VERSION:
-            version = saved.get("version") if isinstance(saved, dict) else None
-            raise ValueError(f"its version is {version}")
-        if saved["specials"] != list(SPECIAL_TOKENS):
-            raise ValueError("its special tokens are not ours")
-        return cls(saved["merges"], saved["pattern"])
 
     def _to_json(self) -> str:
         saved = {
@@ -117,7 +113,7 @@ class Tokenizer:
         return json.dumps(saved, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def save(self, path: Path | str) -> None:
-        """Write version, pattern, special tokens and merges as JSON, atomically."""
+        """Write the tokenizer as JSON, atomically."""
         write_atomic(Path(path), self._to_json())
 
     def fingerprint(self) -> str:
@@ -141,13 +137,11 @@ class Tokenizer:
         vocabulary fits, else uint32. The crate encodes these many times faster than tiktoken, with
         the same result. Raises ValueError for text with lone surrogates.
         """
+        wide, prefix = self.vocab_size > 2**16, self.bos if bos else None
         ids, offsets = self._flat_encoder.encode_batch(
-            texts,
-            threads=threads,
-            prefix=self.bos if bos else None,
-            wide=self.vocab_size > 2**16,
+            texts, threads=threads, prefix=prefix, wide=wide
         )
-        dtype = np.uint32 if self.vocab_size > 2**16 else np.uint16
+        dtype = np.uint32 if wide else np.uint16
         return np.frombuffer(ids, dtype=dtype), np.frombuffer(offsets, dtype=np.int64)
 
     @cached_property
@@ -155,11 +149,8 @@ class Tokenizer:
         return rust_tokenizer.Encoder(self.merges, self.pattern)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`: invalid UTF-8 becomes U+FFFD, special tokens their names."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self.token_bytes(id) for id in ids)
+        """The text of `ids`, with U+FFFD for invalid UTF-8 and special tokens by name."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token, or a special token's name. ValueError for an unknown id."""

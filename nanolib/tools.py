@@ -6,7 +6,7 @@ recursion and output; errors are returned as text. A worker returns printed text
 would convert values outside every limit, so the source is evaluated and its repr printed inside.
 
 Gaps against CPython: no generators, inheritance or `del`, 25 standard modules, some builtins and
-methods as values (``key=d.get``). `Sandbox.check` calls a program that needs one "unsupported".
+methods as values (``key=d.get``). `Sandbox.check` tells a program that needs one from a wrong one.
 """
 
 import builtins
@@ -21,7 +21,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import pydantic_monty as monty
 from pydantic_monty._binary import find_monty_binary
@@ -73,7 +73,6 @@ _LACKING = re.compile(
     r"|NameError: name '(?P<name>\w+)' is not defined"
     r"|AttributeError: (?:type object )?'(?P<type>\w+)' (?:object )?has no attribute '(?P<method>\w+)'"
 )
-_ARITHMETIC = re.compile(r"[0-9\s.,()+\-*/%]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +90,20 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a program passed its tests; `reason` is the error if it did not."""
+    """Whether a program passed its tests, and its error if not.
 
-    outcome: Literal["passed", "failed", "unsupported"]
+    passed: None if the program needs something that CPython has and the sandbox lacks.
+    """
+
+    passed: bool | None
     reason: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.outcome == "passed"
 
 
 class Sandbox:
     """A pool of sandbox workers for use from any thread: ``with Sandbox() as sandbox: …``.
 
-    `seconds` limits each call, `workers` the calls that run at once (default: one per CPU; others
-    wait). Closing the sandbox ends the workers. If the host is killed they end by themselves: at
-    once, or after a few seconds if busy.
+    `seconds` limits each call, `workers` the calls that run at once (default: one per CPU); others
+    wait. The workers end with the sandbox or its host, a busy one some seconds after a killed host.
     """
 
     def __init__(self, *, seconds: float = 2.0, workers: int | None = None) -> None:
@@ -156,15 +153,12 @@ class Sandbox:
         """Grade a program that ends with its own tests: HumanEval's prompt + completion + tests
         + ``check(entry_point)``.
 
-        It passes only if it reaches its last line: an early ``return`` or exit fails. It is
-        "unsupported" if it needs something that CPython has and the sandbox lacks.
+        It passes only if it reaches its last line: an early ``return`` or exit fails.
         """
         mark = f"reached_{secrets.token_hex(8)}"  # set last; cannot be guessed
         inputs = {"source": f"{program}\n{mark} = True\n", "mark": mark}
         error = self._feed(_CHECK, inputs, monty.CollectString(max_bytes=OUTPUT_BYTES))
-        if error is None:
-            return Verdict("passed")
-        return Verdict("unsupported" if _is_lacking(error) else "failed", error)
+        return Verdict(None if error and _is_lacking(error) else error is None, error)
 
     def _feed(self, code: str, inputs: dict[str, str], output: monty.CollectString) -> str | None:
         """Run our `code` on `inputs` in a fresh session; return its error as text, or None."""
@@ -212,10 +206,10 @@ class Sandbox:
 def without_commas(source: str) -> str:
     """Plain arithmetic without the commas between its digits: ``1,000*3`` becomes ``1000*3``.
 
-    As in nanochat's calculator, any such comma counts, also in ``(1,2)``, if all else is digits,
-    operators, dots, round brackets and blanks. Any other source, such as ``max(12,300)``, stays.
+    As in nanochat's calculator, also in ``(1,2)``. Any source with more than digits, operators,
+    dots, round brackets and blanks, such as ``max(12,300)``, stays.
     """
-    plain = _ARITHMETIC.fullmatch(source)
+    plain = re.fullmatch(r"[0-9\s.,()+\-*/%]*", source)
     return re.sub(r"(?<=[0-9]),(?=[0-9])", "", source) if plain else source
 
 
@@ -249,8 +243,7 @@ def _write_launcher(folder: Path, seconds: float) -> Path:
 
 
 def _is_lacking(error: str) -> bool:
-    """Whether an error names a builtin, method or module that CPython has, or may have, and the
-    sandbox lacks."""
+    """Whether an error names something that CPython has, or may have, and the sandbox lacks."""
     found = _LACKING.match(error)
     if found is None:
         return False

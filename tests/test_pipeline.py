@@ -188,7 +188,7 @@ def test_a_users_mistake_stops_the_chain(notebooks, monkeypatch, capsys, name, m
     (notebooks / "00_first.py").write_text(chapter("fake_stages", f'launch.stage("{name}", this)'))
     assert cli.main(["run", "smoke", "--mid.enabled", "false"]) == cli.USERS_MISTAKE
     errors = capsys.readouterr().err
-    assert re.search(rf"^error: {message}.* \(chapter 00_first, see .*ipynb\)$", errors, re.M)
+    assert re.search(rf"^error: chapter 00_first \(.*ipynb\): {message}", errors, re.M)
     assert not list(Path(os.environ["NANOLIB_RUNS"]).glob("*/chapters/01_second.ipynb"))
 
 

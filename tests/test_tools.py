@@ -82,7 +82,7 @@ def test_commas_between_digits_are_ignored_in_plain_arithmetic_alone(sandbox, so
 
 
 def test_commas_stay_in_graded_programs(sandbox: Sandbox) -> None:
-    assert sandbox.check("(1,200) / 2").outcome == "failed"  # a tuple divided by a number
+    assert sandbox.check("(1,200) / 2").passed is False  # a tuple divided by a number
 
 
 def test_rounds_as_python_does(sandbox: Sandbox) -> None:
@@ -144,7 +144,7 @@ def test_what_the_host_raises_is_text_too(error: type[Exception]) -> None:
     sandbox = Sandbox()
     sandbox._pool = MagicMock(checkout=lambda **_: session)
     assert sandbox.run("1").error == f"{error.__name__}: deep"
-    assert sandbox.check("1").outcome == "failed"
+    assert sandbox.check("1").passed is False
 
 
 def test_nothing_is_remembered(sandbox: Sandbox) -> None:
@@ -396,42 +396,42 @@ def check(candidate):
 check(running_maximum)"""
 
 
-def grade(sandbox: Sandbox, completion: str) -> str:
-    return sandbox.check(PROMPT + completion + TESTS).outcome
+def grade(sandbox: Sandbox, completion: str) -> bool | None:
+    return sandbox.check(PROMPT + completion + TESTS).passed
 
 
 @pytest.mark.parametrize(
-    ("completion", "outcome"),
+    ("completion", "passed"),
     [
-        (RIGHT, "passed"),
-        (RIGHT + "\nprint('done')\nprint = None\n", "passed"),
-        (RIGHT.replace("max", "min"), "failed"),
-        ("    pass\n", "failed"),
-        ("", "failed"),
-        ("    return numbers[\n", "failed"),
-        ("    while True: pass\n", "failed"),
-        (RIGHT + "return\n", "failed"),  # Monty lets a module return
-        (RIGHT + "raise SystemExit\n", "failed"),
-        (RIGHT + "if False:\n", "failed"),
-        (RIGHT + "'''\n", "failed"),
-        ("    raise NotImplementedError\n", "failed"),
-        ("    return numbers.largest()\n", "failed"),
-        ("    return math.prod(numbers)\n", "failed"),
-        ("    import string\n" + RIGHT, "unsupported"),
-        ("    import numpy\n" + RIGHT, "unsupported"),
-        ("    for number in numbers: yield number\n", "unsupported"),
-        ("    return list(map(callable, numbers))\n", "unsupported"),
-        ("    return sorted(numbers, key={1: 1}.get)\n", "unsupported"),
-        ("    from collections import OrderedDict\n", "unsupported"),
-        (RIGHT + "import sys\nsys.exit(0)\n", "unsupported"),
+        (RIGHT, True),
+        (RIGHT + "\nprint('done')\nprint = None\n", True),
+        (RIGHT.replace("max", "min"), False),
+        ("    pass\n", False),
+        ("", False),
+        ("    return numbers[\n", False),
+        ("    while True: pass\n", False),
+        (RIGHT + "return\n", False),  # Monty lets a module return
+        (RIGHT + "raise SystemExit\n", False),
+        (RIGHT + "if False:\n", False),
+        (RIGHT + "'''\n", False),
+        ("    raise NotImplementedError\n", False),
+        ("    return numbers.largest()\n", False),
+        ("    return math.prod(numbers)\n", False),
+        ("    import string\n" + RIGHT, None),
+        ("    import numpy\n" + RIGHT, None),
+        ("    for number in numbers: yield number\n", None),
+        ("    return list(map(callable, numbers))\n", None),
+        ("    return sorted(numbers, key={1: 1}.get)\n", None),
+        ("    from collections import OrderedDict\n", None),
+        (RIGHT + "import sys\nsys.exit(0)\n", None),
         (
             "    try:\n        import string\n    except ImportError:\n        pass\n" + RIGHT,
-            "passed",
+            True,
         ),
     ],
 )
-def test_grading(sandbox: Sandbox, hasty: Sandbox, completion: str, outcome: str) -> None:
-    assert grade(hasty if "while" in completion else sandbox, completion) == outcome
+def test_grading(sandbox: Sandbox, hasty: Sandbox, completion: str, passed: bool | None) -> None:
+    assert grade(hasty if "while" in completion else sandbox, completion) is passed
 
 
 def test_a_verdict_has_its_reason(sandbox: Sandbox) -> None:
@@ -457,13 +457,13 @@ def test_humaneval_reference_solutions() -> None:
 
     with Sandbox(seconds=6) as sandbox:  # the longest takes 0.6 s on an idle CPU
 
-        def outcome(row: dict[str, str], solution: str) -> str:
+        def passed(row: dict[str, str], solution: str) -> bool | None:
             end = f"\n{row['test']}\ncheck({row['entry_point']})"
-            return sandbox.check(row["prompt"] + solution + end).outcome
+            return sandbox.check(row["prompt"] + solution + end).passed
 
-        whole = {row["task_id"]: outcome(row, row["canonical_solution"]) for row in rows}
-        emptied = [outcome(row, "    return None\n") for row in rows]
-    unsupported = {task for task, found in whole.items() if found == "unsupported"}
+        whole = {row["task_id"]: passed(row, row["canonical_solution"]) for row in rows}
+        emptied = [passed(row, "    return None\n") for row in rows]
+    unsupported = {task for task, found in whole.items() if found is None}
     assert unsupported == {"HumanEval/38", "HumanEval/50"}
-    assert [found for found in whole.values() if found != "unsupported"] == ["passed"] * 162
-    assert "passed" not in emptied
+    assert [found for found in whole.values() if found is not None] == [True] * 162
+    assert True not in emptied

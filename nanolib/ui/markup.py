@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -32,8 +33,9 @@ CSS = """
 .nanolib-answer p, .nanolib-answer ul, .nanolib-answer ol { margin: .6em 0; }
 .nanolib-answer :is(h1, h2, h3, h4, h5, h6) { font-size: 1.05em; margin: .8em 0 .4em; }
 .nanolib-answer a { color: inherit; text-underline-offset: .15em; }
-.nanolib-answer code, .nanolib-answer pre {
-  font: .9em/1.5 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace;
+.nanolib-answer :is(code, pre, summary) {
+  font: .9em/1.5 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace; }
+.nanolib-answer :is(code, pre) {
   background: color-mix(in srgb, currentColor 8%, transparent); border-radius: .4em; }
 .nanolib-answer code { padding: .1em .3em; }
 .nanolib-answer pre { margin: .6em 0; padding: .6em .8em; overflow-x: auto; }
@@ -47,8 +49,7 @@ CSS = """
   background: color-mix(in srgb, currentColor 8%, transparent); }
 .nanolib-answer .tool { margin: .6em 0; padding: .35em .8em; border-radius: .5em;
   border: 1px solid color-mix(in srgb, currentColor 22%, transparent); }
-.nanolib-answer .tool summary { cursor: pointer; opacity: .85;
-  font: .9em/1.5 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace; }
+.nanolib-answer .tool summary { cursor: pointer; opacity: .85; }
 .nanolib-answer .tool pre { white-space: pre-wrap; }
 """
 
@@ -60,7 +61,7 @@ def answer_html(parts: Sequence[Part]) -> str:
         if is_text:
             pieces.append(_markdown().render("".join(part.text for part in run)))
         else:
-            pieces += [_tool(source, output) for source, output in _calls(list(run))]
+            pieces += [_tool(source, output) for source, output in _calls(run)]
     return f'<div class="nanolib-answer">{"".join(pieces)}</div>'
 
 
@@ -69,19 +70,13 @@ def user_html(text: str) -> str:
     return f'<div class="nanolib-said">{html.escape(text)}</div>'
 
 
-def _calls(parts: Sequence[Part]) -> Iterator[tuple[str | None, str | None]]:
+def _calls(parts: Iterable[Part]) -> Iterator[tuple[str | None, str | None]]:
     """(program, output) pairs; None where the output is still to come or has no program."""
-    source = None
-    for part in parts:
-        if part.kind == "output":
-            yield source, part.text
-            source = None
-        else:
-            if source is not None:
-                yield source, None
-            source = part.text
-    if source is not None:
-        yield source, None
+    rest = deque(parts)
+    while rest:
+        source = rest.popleft().text if rest[0].kind == "python" else None
+        output = rest.popleft().text if rest and rest[0].kind == "output" else None
+        yield source, output
 
 
 def _tool(source: str | None, output: str | None) -> str:

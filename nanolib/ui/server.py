@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -75,8 +74,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except (OSError, OverflowError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise ValueError(f"port {port} is in use; choose another with --port") from None
         raise ValueError(
             f"cannot listen on port {port} of {host!r} ({error}); choose another with --port or "
             "--host"
@@ -107,9 +104,7 @@ def read_question(body: bytes) -> tuple[Conversation, dict[str, Any]]:
         raise ValueError(
             f"at most {MESSAGES} messages, got {len(request['messages'])}; start a new chat"
         )
-    for number, message in enumerate(request["messages"], 1):
-        _check_message(number, message)
-    conversation = Conversation.from_messages(request["messages"])
+    conversation = _conversation(request["messages"])
     last = conversation.messages[-1]
     if last.role != "user":
         raise ValueError("the last message must be the user's: there is nothing to answer")
@@ -118,22 +113,20 @@ def read_question(body: bytes) -> tuple[Conversation, dict[str, Any]]:
     return conversation, _options(request)
 
 
-def _check_message(number: int, message: Any) -> None:
-    """Check the schema of a message; `Conversation` checks roles, kinds of parts and order."""
+def _conversation(messages: list[Any]) -> Conversation:
+    """The messages, which may be any JSON; `Conversation` checks roles, kinds of parts and order."""
     try:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        words = [message["role"], *(part[key] for part in parts for key in ("type", "text"))]
-        text = "".join(words)
-    except (KeyError, TypeError):
+        conversation = Conversation.from_messages(messages)
+        for part in (part for message in conversation.messages for part in message.parts):
+            part.text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a message has half a character (a lone surrogate)") from None
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(
-            f'message {number} must be {{"role": …, "content": text or a list of '
+            'a message must be {"role": …, "content": text or a list of '
             '{"type": "text", "python" or "output", "text": …}}'
         ) from None
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"message {number} has half a character (a lone surrogate)") from None
+    return conversation
 
 
 def _options(request: dict[str, Any]) -> dict[str, Any]:
@@ -141,12 +134,11 @@ def _options(request: dict[str, Any]) -> dict[str, Any]:
     options = {name: request[name] for name in OPTIONS if name in request}
     for name, value in options.items():
         least, most = OPTIONS[name]
-        kinds, what = [int], "a whole number"
-        if name == "temperature":
-            kinds, what = [int, float], "a number"
+        kinds = (int, float) if name == "temperature" else (int,)
         if name == "top_k" and value is None:
             continue
         if type(value) not in kinds or not least <= value <= most:
+            what = "a number" if float in kinds else "a whole number"
             raise ValueError(f"{name} must be {what} from {least} to {most}, got {value!r}")
     return options
 
@@ -187,13 +179,9 @@ class ChatQueue:
             if len(body) > BODY_BYTES:
                 return _refusal(413, f"the body is over {BODY_BYTES} bytes; start a new chat")
         try:
-            question = read_question(bytes(body))
+            answer = await asyncio.to_thread(self.open, *read_question(bytes(body)))
         except ValueError as error:
             return _refusal(400, error)
-        try:
-            answer = await asyncio.to_thread(self.open, *question)
-        except ValueError as error:
-            return _refusal(413, error)
         return StreamingResponse(self.lines(*answer), media_type="application/x-ndjson")
 
     def open(

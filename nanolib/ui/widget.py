@@ -116,14 +116,15 @@ class Chat:
             self._answer(text)
             stopped = "stopped" if self._stop.is_set() else None
             note = "; ".join(filter(None, [stopped, self.session.notice]))
-        except ValueError as error:
-            note = f"error: {error}"
         except Exception as error:  # a thread has no cell to raise in
-            note = f"error: {type(error).__name__}: {error}"
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            note = f"error: {kind}{error}"
         finally:
             if len(self.session.messages) == before:  # refused, or stopped before any answer
                 self.box.value = self.box.value or text
-            self._draw(*([_note(note)] if note else []))
+            self._draw(
+                *([f'<div class="nanolib-note">({html.escape(note)})</div>'] if note else [])
+            )
             self._buttons(busy=False)
             self._free.release()
 
@@ -161,7 +162,3 @@ def _message(message: Message) -> str:
     if message.role == "user":
         return markup.user_html(message.text)
     return markup.answer_html(message.parts)
-
-
-def _note(text: str) -> str:
-    return f'<div class="nanolib-note">({html.escape(text)})</div>'
