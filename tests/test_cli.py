@@ -360,7 +360,7 @@ def test_a_spoilt_text_shard_is_named(nanolib, copy, tmp_path, work_here):
     words = ("stage", "tokenizer", "--profile", "smoke", "--data.source", "hub")
     code, _, errors = nanolib(*words, "--mirror", str(tmp_path / "pack"))
     assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
-    assert f"{shard} is not a readable parquet file" in errors
+    assert f"{shard} is damaged" in errors
 
 
 def test_a_mirror_that_is_none(nanolib, work_here):

@@ -209,6 +209,7 @@ def test_the_code_base_is_counted_when_a_run_begins(run):
     assert "Code base" not in report.build(run)
     finish(run, "data", {"code": {"nanolib lines": 4321, "dependencies": 20}})
     assert cells(section(report.build(run), "Code base"), "nanolib lines") == ["4,321"]
+    assert "Finished." in section(report.build(run), "Data and tokenizer")  # without figures
 
 
 def test_two_runs_side_by_side(run):
