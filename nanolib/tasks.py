@@ -61,7 +61,7 @@ class Task:
         raise NotImplementedError
 
     def unanswered(self, i: int) -> Conversation:
-        """Row i without its last turn, the answer: what a model is asked."""
+        """Row i without its answer: what a model is asked."""
         return Conversation(self.conversation(i).messages[:-1])
 
 
@@ -80,11 +80,11 @@ class ChoiceTask(Task):
         return self.row(i)["question"]
 
     def choices(self, i: int) -> list[str]:
-        return list(self.row(i)["choices"])
+        return self.row(i)["choices"]
 
     def answer(self, i: int) -> int:
         """The index of the right choice."""
-        return int(self.row(i)["answer"])
+        return self.row(i)["answer"]
 
     def conversation(self, i: int) -> Conversation:
         text = choice_question(self.question(i), self.choices(i))
@@ -106,11 +106,11 @@ class ARC(ChoiceTask):
     columns = ("question", "choices", "answerKey")
 
     def choices(self, i: int) -> list[str]:
-        return list(self.row(i)["choices"]["text"])
+        return self.row(i)["choices"]["text"]
 
     def answer(self, i: int) -> int:
         row = self.row(i)
-        return list(row["choices"]["label"]).index(row["answerKey"])
+        return row["choices"]["label"].index(row["answerKey"])
 
 
 class ARCEasy(ARC):
@@ -270,7 +270,7 @@ TASKS = {
 
 
 def find(name: str) -> type[Task]:
-    """A task's class by name. Raises ValueError for an unknown one."""
+    """A task's class. Raises ValueError for an unknown name."""
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]

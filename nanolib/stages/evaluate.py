@@ -53,8 +53,7 @@ def _with_means(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     core_parts = {name: part for name, part in scores.items() if name.startswith("core/")}
     if core_parts:
         scores["core"] = {"accuracy": core.core(core_parts), "tasks": len(core_parts)}
-    chat = choices.chatcore(scores)
-    if chat is not None:
+    if (chat := choices.chatcore(scores)) is not None:
         scores["chatcore"] = {"accuracy": chat}
     return scores
 

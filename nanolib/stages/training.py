@@ -168,9 +168,10 @@ class Training:
         score: Callable[[], dict[str, float]],
         loss: Loss | None = None,
     ) -> dict[str, Any]:
-        """Train to the last step, and score a model that is not new before the first.
+        """Train to the last step; returns the stage's result.
 
-        Returns the stage's result.
+        After each interval `score` scores the model, and once before the first step unless the
+        weights are new.
         """
         context, runtime, stage = self.context, self.context.runtime, self.context.stage
         config = context.run.config
