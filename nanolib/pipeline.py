@@ -189,8 +189,8 @@ def _bring_to_end(
         over.set()
         thread.join()
     seconds = time.monotonic() - started
-    record = {"fingerprint": fingerprint, "seconds": seconds, "finished": rundir.now()}
-    rundir.write_json(chapter.record_path, record | {"failure": failure})
+    record = {"fingerprint": fingerprint, "seconds": seconds, "failure": failure}
+    rundir.write_json(chapter.record_path, record | {"finished": rundir.now()})
     _update_run_book(chapter.run)
     ended = f"its lesson failed ({failure})" if failure else f"done in {clock(seconds)}"
     line.say(f"chapter {chapter.name}: {ended}")
@@ -280,15 +280,14 @@ def _tell_finished(run: Run, line: Line) -> None:
     """Say where a run's results are; ChapterError where lessons failed."""
     failed = [f"  {c.notebook}: {c.failure()}" for c in _chapters(run) if c.failure()]
     report = run.path / "report.md"
-    line.say(f"run {run.name} is finished" + f", but {len(failed)} lesson(s) failed" * bool(failed))
+    line.say(f"run {run.name} is finished")
     line.say(f"  chapters  {run.path / 'chapters' / 'index.html'}")
     if report.exists():
         line.say(f"  report    {report}")
     line.say(f"  chat      uv run nanolib chat --run {run.name}")
     if failed:
-        raise ChapterError(
-            "\n".join(["these lessons failed; the same command tries them again:", *failed])
-        )
+        failed.insert(0, "these lessons failed; the same command tries them again:")
+        raise ChapterError("\n".join(failed))
 
 
 # ---------------------------------------------------------------------------- in the background
