@@ -66,7 +66,7 @@ def text_files(config: Config, mirror: Path) -> TextFiles:
 def _check_count(found: int, where: str, wanted: int | None) -> None:
     if found < 2:
         raise ValueError(
-            f"{where} has {found} parquet files; text needs at least two, the last one for validation"
+            f"{where} has {found} parquet files; text needs at least two, the last for validation"
         )
     if wanted is not None and not 1 <= wanted < found:
         raise ValueError(

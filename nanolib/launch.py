@@ -100,7 +100,7 @@ def all_stages(run: Run) -> list[tuple[str, str | None]]:
 
 
 def _scored_model(name: str, run: Run, of: str | None) -> str | None:
-    """The stage whose model ``eval`` scores, None for other stages; StageError if not in the run."""
+    """The stage whose model ``eval`` scores (None for other stages). Raises StageError."""
     models = run.config.recipe.models
     if name not in config.STAGES:
         raise StageError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
@@ -239,13 +239,12 @@ def _command(
         command += [f"--nproc-per-node={ranks}", "-m"]
     command += [WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
     command += ["--of", of] if of else []
-    environment = os.environ | {
+    return command, os.environ | {
         "NANOLIB_GUARD": "1",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are ten times slower on a busy machine
         "PYTHONUNBUFFERED": "1",
     }
-    return command, environment
 
 
 def _ranks(run: Run) -> int:
@@ -268,12 +267,13 @@ def _gpus() -> int:
 
 
 def _cores() -> int:
+    """The cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _end(worker: subprocess.Popen, stage: StageDir) -> None:
-    """Close the guard pipe (`nanolib.guard`) and wait until the last of the worker's processes has ended."""
+    """Close the guard pipe (`nanolib.guard`) and wait for the last of the worker's processes."""
     assert worker.stdin is not None
     worker.stdin.close()
     try:

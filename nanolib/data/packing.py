@@ -67,10 +67,10 @@ def padded(rows: Sequence[Ids], pad: int, length: int | None = None) -> Tensor:
 
     T is `length` (None: that of the longest row, at least 1).
     """
-    ids_BT = torch.full((len(rows), length or max(1, *map(len, rows))), pad)
-    for b, row in enumerate(rows):
-        ids_BT[b, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return ids_BT
+    ids_BT = np.full((len(rows), length or max(1, *map(len, rows))), pad, dtype=np.int64)
+    for ids_T, row in zip(ids_BT, rows, strict=True):
+        ids_T[: len(row)] = row
+    return torch.from_numpy(ids_BT)
 
 
 def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
