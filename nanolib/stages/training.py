@@ -170,17 +170,11 @@ class Training:
     ) -> dict[str, Any]:
         """Train to the last step; returns the stage's result.
 
-        After each interval `score` scores the model, and once before the first step unless the
-        weights are new.
+        `score` is also called before the first step, unless the weights are new.
         """
         context, runtime, stage = self.context, self.context.runtime, self.context.stage
         config = context.run.config
         schedule = getattr(config.recipe, stage.name)
-
-        def record(step: int) -> None:
-            scores = score()
-            if runtime.is_lead:
-                stage.metrics.append(kind="eval", step=step, **scores)
 
         every = max(1, steps // 10)
         save_minutes = SAVE_MINUTES_ON_CUDA if runtime.device.type == "cuda" else None
@@ -199,13 +193,17 @@ class Training:
             guard=context.guard,
             about=about_checkpoint(context.run, stage.name, self.tokenizer),
             loss=loss or CrossEntropy(),
-            score=lambda trainer: record(trainer.step),
+            score=lambda trainer: self._record(trainer.step, score()),
         )
         if stage.name != "base" and not _rows(stage, "eval"):
-            record(0)
+            self._record(0, score())
         trainer.fit()
         runtime.barrier()
         return _result(stage, self.model)
+
+    def _record(self, step: int, scores: dict[str, float]) -> None:
+        if self.context.runtime.is_lead:
+            self.context.stage.metrics.append(kind="eval", step=step, **scores)
 
 
 def _new_model(context: Context, tokenizer: Tokenizer) -> GPT:
