@@ -314,11 +314,13 @@ class GPT(nn.Module):
         for rows of one length.
         """
         run, nll = torch.compile(Block.forward, **options), torch.compile(self._nll, **options)
-        # A program keeps the kernel that was allowed when it was compiled, at its first call.
+        # A program keeps the kernel that was allowed when it was compiled, at its first call; the tag
+        # tells torch's cache on disk, which does not know that, the two kinds of program apart.
         kernels = [FLASH, EFFICIENT, MATH, *([CUDNN] if cudnn else [])]
+        tag = "cudnn" if cudnn else "flash"
 
         def compiled(batch: Batch) -> Tensor:
-            with sdpa_kernel(kernels):
+            with sdpa_kernel(kernels), torch.compiler.config.patch(cache_key_tag=tag):
                 hidden_BTD = self.hidden(batch.inputs_BT, run=run)
             return nll(hidden_BTD, batch.targets_BT)
 
