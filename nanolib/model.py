@@ -320,7 +320,8 @@ class GPT(nn.Module):
         tag = "cudnn" if cudnn else "flash"
 
         def compiled(batch: Batch) -> Tensor:
-            with sdpa_kernel(kernels), torch.compiler.config.patch(cache_key_tag=tag):
+            tagged = torch.compiler.config.patch(cache_key_tag=tag)  # ty: ignore[missing-attribute]
+            with sdpa_kernel(kernels), tagged:
                 hidden_BTD = self.hidden(batch.inputs_BT, run=run)
             return nll(hidden_BTD, batch.targets_BT)
 
