@@ -175,6 +175,10 @@ class StageDir:
         except FileNotFoundError:
             return None
 
+    def result(self) -> dict[str, Any]:
+        """The done record's result, empty while the stage is not finished."""
+        return (self.done() or {"result": {}})["result"]
+
     def finish(self, result: Mapping[str, Any], **about: Any) -> None:
         """Write the done record: `result`, what `about` says (seconds, started, machine, cost)."""
         record = {"result": dict(result), **about, "finished": now()}
@@ -290,7 +294,7 @@ class Run:
         or, for the toy world, wrote.
         """
         stage = self.stage("data")
-        recorded = (stage.done() or {"result": {}})["result"].get("mirror")
+        recorded = stage.result().get("mirror")
         mirror = self.config.machine.mirror or recorded or stage.path / "mirror"
         return settings.REPOSITORY / Path(mirror).expanduser()
 

@@ -14,8 +14,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Generator
-from pathlib import Path
 
 from nanolib import config, launch
 from nanolib.rundir import Run, StageDir, saving, write_json
@@ -31,15 +29,22 @@ def take_over(run: Run, source: Run, watch: launch.Watch | None = None) -> list[
     """
     if run.path.resolve() == source.path.resolve():
         raise ValueError(f"run {run.name} cannot take over its own stages: give --run or --from")
+    launch.stage("data", run, watch=watch)
     taken, obstacle = [], None
-    for name in ("data", "tokenizer", "shards", *run.config.recipe.models):
-        obstacle = _obstacle(run, source, name)
-        if name == "data" and obstacle is None:
-            obstacle = _other_data(run, source, watch)
-        if obstacle is not None:
-            break
-        if name != "data":
-            taken += _take_stage(run, source, name)
+    with (run.path / "manifest.json").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time copies; a killed one lets go
+        for name in ("data", "tokenizer", "shards", *run.config.recipe.models):
+            obstacle = _obstacle(run, source, name)
+            if obstacle is not None:
+                break
+            if name == "data":
+                continue
+            _copy(run, source, name)
+            taken.append(name)
+            same_scores = run.config.recipe.eval == source.config.recipe.eval
+            if same_scores and source.stage("eval", of=name).done():
+                _copy(run, source, "eval", of=name)
+                taken.append(f"eval of {name}")
     said = [f"taken over from run {source.name}: {', '.join(taken) or 'nothing'}"]
     return said if obstacle is None else [*said, f"{name} is not taken over: {obstacle}"]
 
@@ -53,47 +58,26 @@ def _obstacle(run: Run, source: Run, name: str) -> str | None:
             return f"{path} is {config.as_text(theirs[path])} there, {config.as_text(value)} here"
     if source.stage(name).done() is None:
         return f"run {source.name} has not finished it"
-    if name in config.MODELS[1:] and (changed := _other_revisions(run, source)):
-        return f"{', '.join(changed)} has another revision there"
+    here, there = run.stage("data").result(), source.stage("data").result()
+    if here["fingerprint"] != there["fingerprint"]:
+        return f"run {source.name} has read other files"
+    if name in config.MODELS[1:]:
+        # Text may have a new revision and the same files, as its fingerprint has just said.
+        revisions, others = here.get("revisions", {}), there.get("revisions", {})
+        both = revisions.keys() & others.keys() - {run.config.recipe.data.repository}
+        if changed := sorted(it for it in both if revisions[it] != others[it]):
+            return f"{', '.join(changed)} has another revision there"
     begun = name != "data" and run.stage(name).path.exists()
     if begun and run.stage(name).done() != _record(source, source.stage(name)):
         return "it was begun here before"
     return None
 
 
-def _other_data(run: Run, source: Run, watch: launch.Watch | None) -> str | None:
-    """Do the data stage here; an obstacle where it found other files than `source` did."""
-    mine = launch.stage("data", run, watch=watch)["fingerprint"]
-    record = source.stage("data").done()
-    is_same = record is not None and record["result"]["fingerprint"] == mine
-    return None if is_same else f"run {source.name} has read other files"
-
-
-def _other_revisions(run: Run, source: Run) -> list[str]:
-    """Data sets on the hub that have changed between the two runs' data stages.
-
-    Text does not count: it may have a new revision and the same files, see `_other_data`.
-    """
-    records = (it.stage("data").done() or {"result": {}} for it in (run, source))
-    mine, theirs = (record["result"].get("revisions", {}) for record in records)
-    both = mine.keys() & theirs.keys() - {run.config.recipe.data.repository}
-    return sorted(name for name in both if mine[name] != theirs[name])
-
-
-def _take_stage(run: Run, source: Run, name: str) -> list[str]:
-    """Copy one stage and the evaluation of its model, if there are such; what they are called."""
-    wanted = [(name, source.stage(name), run.stage(name))]
-    evaluation = source.stage("eval", of=name)
-    if evaluation.done() and run.config.recipe.eval == source.config.recipe.eval:
-        wanted.append((f"eval of {name}", evaluation, run.stage("eval", of=name)))
-    for _, theirs, mine in wanted:
-        with _locked(run):
-            if not mine.path.exists():
-                _copy(source, theirs, mine.path, draft=run.path / ".taken")
-    return [called for called, *_ in wanted]
-
-
-def _copy(source: Run, theirs: StageDir, target: Path, draft: Path) -> None:
+def _copy(run: Run, source: Run, name: str, of: str | None = None) -> None:
+    """Copy one stage's directory, unless it is there."""
+    theirs, target, draft = source.stage(name, of), run.stage(name, of).path, run.path / ".taken"
+    if target.exists():
+        return
     with saving(target):
         shutil.rmtree(draft, ignore_errors=True)  # of a copy that was killed
         target.parent.mkdir(exist_ok=True)
@@ -113,14 +97,3 @@ def _link_or_copy(file: str, target: str) -> None:
             os.link(file, target)
             return
     shutil.copy2(file, target)
-
-
-@contextlib.contextmanager
-def _locked(run: Run) -> Generator[None, None, None]:
-    """Only one process at a time copies into a run; a killed one lets go."""
-    folder = os.open(run.path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)

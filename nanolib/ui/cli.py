@@ -1,8 +1,7 @@
 """The command line: ``nanolib run demo``, ``nanolib chat``, …
 
-Any setting may be given by its dotted path (``--base.steps 100``), which is why those words are
-removed from the command line before tyro reads the rest. A user's mistake is one line and exit
-code 2. Nothing heavy is imported before it is needed.
+Settings (``--base.steps 100``) are taken out of the command line before tyro reads the rest. A
+user's mistake is one line and exit code 2. Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -46,30 +45,30 @@ ModelName = Annotated[
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
-    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a stage saves first
     if "UV_RUN_RECURSION_DEPTH" in os.environ:
         threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
         first = 2 if "bench" in arguments[:1] else len(arguments)  # a script parses the rest
         words, overrides = config.split_settings(arguments[:first])
-        _dispatch(words, overrides, arguments[first:])
+        commands = Commands(overrides, arguments[first:])
+        names = [name for name in vars(Commands) if not name.startswith("_")]
+        tyro.extras.subcommand_cli_from_dict(
+            {name: getattr(commands, name) for name in names},
+            prog="nanolib",
+            description="Build a small ChatGPT from end to end. Begin with: nanolib run demo",
+            args=words,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # such as `nanolib settings | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except ValueError as error:
+    except (ValueError, launch.WorkerError, pipeline.ChapterError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return USERS_MISTAKE
-    except (launch.WorkerError, pipeline.ChapterError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return USERS_MISTAKE if isinstance(error, ValueError) else FAILED
     return 0
-
-
-def _as_ctrl_c(number: int, frame: object) -> None:
-    """Treat SIGTERM as Ctrl-C, so that a running stage saves first."""
-    raise KeyboardInterrupt
 
 
 def _end_with(parent: int) -> None:
@@ -77,19 +76,6 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _dispatch(words: Sequence[str], overrides: dict[str, Any], rest: Sequence[str]) -> None:
-    """Let tyro match the words to a method of `Commands` and call it."""
-    commands = Commands(overrides, rest)
-    names = [name for name in vars(Commands) if not name.startswith("_")]
-    tyro.extras.subcommand_cli_from_dict(
-        {name: getattr(commands, name) for name in names},
-        prog="nanolib",
-        description="Build a small ChatGPT from end to end. Begin with: nanolib run demo",
-        args=list(words),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
 
 
 @dataclass(frozen=True)
@@ -122,15 +108,13 @@ class Commands:
         asked = (profile, _absolute(run), self.overrides)
         if dry_run and (detach or source):
             raise ValueError("--dry-run only checks: leave --detach and --from out")
-        if dry_run:
-            print("\n".join(pipeline.dry_run(*asked, on)))
-            return
-        if on is not None:
+        if on is not None and not dry_run:
             raise ValueError("--on names the machine of a --dry-run; a run runs here")
         if source is not None:
-            other = Run.load(_absolute(source))
-            _take_over(Run.open(*asked), other)
-        if detach:
+            self._open(run, profile, source)
+        if dry_run:
+            print("\n".join(pipeline.dry_run(*asked, on)))
+        elif detach:
             pipeline.detach(*asked)
         else:
             pipeline.run(*asked)
@@ -179,18 +163,13 @@ class Commands:
             name: One of data, tokenizer, shards, base, mid, sft, grpo, eval, report.
             profile: Open the run of this profile; create it if there is none.
         """
-        other = Run.load(_absolute(source)) if source else None
-        opened = Run.open(profile, _absolute(run), self.overrides) if profile else self._open(run)
-        if other is not None:
-            _take_over(opened, other)
-        line = Line()
-        try:
-            result = launch.stage(name, opened, of, watch=line)
-        except KeyboardInterrupt:
-            line.say("stopped and saved; run the same command to go on")
-            raise
-        finally:
-            line.close()
+        opened = self._open(run, profile, source)
+        with contextlib.closing(Line()) as line:
+            try:
+                result = launch.stage(name, opened, of, watch=line)
+            except KeyboardInterrupt:
+                line.say("stopped and saved; run the same command to go on")
+                raise
         for key, value in result.items():
             print(f"{key}: {value}")
 
@@ -251,9 +230,9 @@ class Commands:
         opened = self._open(run)
         if against is not None:
             print(report.compare(opened, Run.load(_absolute(against))))
-            return
-        report.build(opened)
-        print(opened.path / "report.md")
+        else:
+            report.build(opened)
+            print(opened.path / "report.md")
 
     def export(self, run: RunName = None, of: ModelName = None, out: Path | None = None) -> None:
         """Write a model in the format of Hugging Face's transformers.
@@ -304,16 +283,16 @@ class Commands:
 
         Words after NAME are its own: nanolib bench NAME --help.
         """
-        scripts = sorted((config.REPOSITORY / "runs" / "bench").glob("*.py"))
-        if name and name not in [path.stem for path in scripts]:
-            names = ", ".join(path.stem for path in scripts)
-            raise ValueError(f"there is no measurement {name!r}; there are {names}")
-        if name:
+        folder = config.REPOSITORY / "runs" / "bench"
+        scripts = {path.stem: path for path in sorted(folder.glob("*.py"))}
+        if name in scripts:
             _from_checkout(f"runs.bench.{name}").main(list(self.rest))
-            return
-        for path in scripts:
-            about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            print(f"{path.stem:<10} {about.splitlines()[0]}")
+        elif name:
+            raise ValueError(f"there is no measurement {name!r}; there are {', '.join(scripts)}")
+        else:
+            for stem, path in scripts.items():
+                about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+                print(f"{stem:<10} {about.splitlines()[0]}")
 
     def settings(self, profile: ProfileName = "demo") -> None:
         """List every setting's dotted path with its value in a profile."""
@@ -322,20 +301,21 @@ class Commands:
         for path, value in flat.items():
             print(f"{path:<28} {config.as_text(value)}")
 
-    def _open(self, run: str | None) -> Run:
-        return Run.load(_absolute(run), self.overrides)
+    def _open(self, run: str | None, profile: str | None = None, source: str | None = None) -> Run:
+        """Open the run with its profile, or else an existing one; take over stages of `source`."""
+        other = Run.load(_absolute(source)) if source else None  # a mistake here makes no run
+        asked = (_absolute(run), self.overrides)
+        opened = Run.open(profile, *asked) if profile else Run.load(*asked)
+        if other is not None:
+            with contextlib.closing(Line()) as line:
+                line.say("\n".join(takeover.take_over(opened, other, line)))
+        return opened
 
 
 def _from_checkout(module: str) -> ModuleType:
     """Import a module that is in the checkout but not in the package, such as notebooks.pairs."""
     sys.path.insert(0, str(config.REPOSITORY))
     return importlib.import_module(module)
-
-
-def _take_over(run: Run, source: Run) -> None:
-    with contextlib.closing(Line()) as line:
-        for sentence in takeover.take_over(run, source, line):
-            line.say(sentence)
 
 
 def _absolute(run: str | None) -> str | None:

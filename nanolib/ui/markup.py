@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LINKS = ("http://", "https://", "mailto:")
 SUMMARY_CHARACTERS = 60  # of a program's or a result's first line
 # How GSM8K ends an answer: a line such as "#### 42". Any other line with #### is a heading.
-FINAL_ANSWER = re.compile(r"####[ \t]*(-?\$?[\d.,]*\d%?)\.?[ \t]*")
+FINAL_ANSWER = re.compile(r"^####[ \t]*(-?\$?[\d.,]*\d%?)\.?[ \t]*$")
 
 # All colours derive from the text's, to suit light and dark themes.
 CSS = """

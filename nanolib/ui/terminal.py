@@ -52,24 +52,16 @@ def _final_answers(pieces: Iterable[str]) -> Iterator[str]:
     for piece in pieces:
         *complete, line = (line + piece).split("\n")
         for text in complete:
-            yield _final_answer(text)[shown:] + "\n"
+            yield FINAL_ANSWER.sub(r"Answer: \1", text)[shown:] + "\n"
             shown = 0
         if not re.fullmatch(r"#{0,3}|####[ \t]*[-$\d.,%]*[ \t]*", line):
             yield line[shown:]
             shown = len(line)
-    yield _final_answer(line)[shown:]
-
-
-def _final_answer(line: str) -> str:
-    found = FINAL_ANSWER.fullmatch(line)
-    return f"Answer: {found[1]}" if found else line
+    yield FINAL_ANSWER.sub(r"Answer: \1", line)[shown:]
 
 
 def talk(session: Session, folder: Path = Path()) -> None:
-    """Read lines and answer them until the end of input, or Ctrl-C outside an answer.
-
-    folder: where /save writes by default.
-    """
+    """Read lines and answer them until the end of input, or Ctrl-C outside an answer."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         import readline  # noqa: F401  (gives input() its editing and its history)
@@ -86,18 +78,12 @@ def talk(session: Session, folder: Path = Path()) -> None:
             if line.startswith("/"):
                 print(command(session, line, folder))
             elif line.strip():
-                _turn(session, line.strip(), at_terminal)
+                print("model> " if at_terminal else "", end="", flush=True)
+                answer(session, line.strip())
+        except KeyboardInterrupt:
+            print("(stopped)", file=sys.stderr)
         except (ValueError, OSError) as error:  # such as a message too long, or no such folder
             print(f"error: {error}", file=sys.stderr)
-
-
-def _turn(session: Session, text: str, at_terminal: bool) -> None:
-    try:
-        if at_terminal:
-            print("model> ", end="", flush=True)
-        answer(session, text)
-    except KeyboardInterrupt:
-        print("(stopped)", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- commands
@@ -106,31 +92,27 @@ def _turn(session: Session, text: str, at_terminal: bool) -> None:
 def command(session: Session, line: str, folder: Path) -> str:
     """Run a command such as ``/save talk.json`` and return what to tell the user.
 
-    Raises ValueError if there is no such command or it cannot be done.
+    folder: where /save writes by default. Raises ValueError where the command cannot be run.
     """
-    name, _, rest = line.removeprefix("/").partition(" ")
-    match name:
-        case "clear":
+    name, _, rest = line.partition(" ")
+    match name, rest.strip():
+        case "/clear", _:
             session.clear()
             return "(cleared)"
-        case "system":
-            return _system(session, rest.strip())
-        case "save":
-            return _save(session, rest.strip(), folder)
-        case "help":
+        case "/system", "":
+            return session.system or "(no system message)"
+        case "/system", text:
+            session.system = text
+            session.clear()
+            return "(system message set, conversation cleared)"
+        case "/save", path:
+            return _save(session, path, folder)
+        case "/help", _:
             return HELP
     raise ValueError(
-        f"there is no command /{name}; there are /clear, /system, /save, /help "
+        f"there is no command {name}; there are /clear, /system, /save, /help "
         "(to say it to the model, put a space in front)"
     )
-
-
-def _system(session: Session, text: str) -> str:
-    if not text:
-        return session.system or "(no system message)"
-    session.system = text
-    session.clear()
-    return "(system message set, conversation cleared)"
 
 
 def _save(session: Session, name: str, folder: Path) -> str:
