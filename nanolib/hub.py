@@ -1,6 +1,6 @@
-"""Data sets and other files as a mirror: a folder that holds everything a run reads.
+"""A mirror: a folder that holds everything a run reads.
 
-A mirror has ``text/*.parquet`` (pretraining text; the last name is the validation shard),
+It has ``text/*.parquet`` (pretraining text; the last name is the validation shard),
 ``hub/REPOSITORY/[CONFIG/]SPLIT.parquet`` and ``eval_bundle.zip``, whether it is the user's own, the
 toy world, or filled by `fetch` from the Hugging Face hub. Only `fetch` uses the network.
 """
@@ -8,7 +8,6 @@ toy world, or filled by `fetch` from the Hugging Face hub. Only `fetch` uses the
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import math
 import shutil
@@ -16,21 +15,19 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from nanolib.config import Config
 
 BYTES_PER_TOKEN = 5.0  # of a 65,536-token vocabulary on English, rounded up: 4.8 was measured
 EVAL_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's
-READERS = 4  # threads that decode text
+DOCUMENTS_AT_ONCE = 1024  # read from a shard together
 LOOK_ELSEWHERE = "give --mirror DIR with a complete mirror, or leave --mirror out to use the hub"
 OFFLINE = "give --mirror DIR, or data.source = toyworld to work offline"
 
@@ -38,8 +35,7 @@ Split = tuple[str, str | None, str]  # repository, configuration, split
 Progress = Callable[[int, int, str], object]  # done, total, what is next; may raise to stop
 
 
-@dataclass(frozen=True)
-class TextFiles:
+class TextFiles(NamedTuple):
     """Pretraining text. `validation` is the last name of the full listing, whatever is used."""
 
     train: list[Path]
@@ -51,27 +47,23 @@ def text_files(config: Config, mirror: Path) -> TextFiles:
 
     ``data.text_shards`` limits the training shards (None: all the mirror has).
     """
-    wanted = config.recipe.data.text_shards
-    folder = mirror / "text"
+    wanted, folder = config.recipe.data.text_shards, mirror / "text"
     if not folder.is_dir():
         raise ValueError(f"the mirror {mirror} has no folder text/; {LOOK_ELSEWHERE}")
     files = sorted(folder.glob("*.parquet"))
-    _check_count(len(files), f"{folder}", wanted)
+    _check_count(len(files), folder, wanted)
     *train, validation = files
     for path in [*train[:wanted], validation]:
         _open_text(path)
     return TextFiles(train[:wanted], validation)
 
 
-def _check_count(found: int, where: str, wanted: int | None) -> None:
+def _check_count(found: int, where: object, wanted: int | None) -> None:
     if found < 2:
-        raise ValueError(
-            f"{where} has {found} parquet files; text needs at least two, the last for validation"
-        )
+        raise ValueError(f"{where}: {found} parquet files; text needs at least two, one held out")
     if wanted is not None and not 1 <= wanted < found:
         raise ValueError(
-            f"data.text_shards must be between 1 and {found - 1} (what {where} has besides the "
-            f"validation shard), got {wanted}"
+            f"data.text_shards must be between 1 and {found - 1} (of {where}), got {wanted}"
         )
 
 
@@ -90,9 +82,9 @@ def _reading(path: Path) -> Generator[None, None, None]:
 def _open(path: Path) -> pq.ParquetFile:
     """A parquet file that has rows, or a ValueError that names it."""
     if path.is_symlink() and not path.exists():
+        target = path.readlink()
         raise ValueError(
-            f"{path} was linked to {path.readlink()}, which is gone: delete data/done.json of the "
-            "run and give the command again"
+            f"{path} was linked to {target}, now gone: delete data/done.json and rerun"
         )
     if not path.is_file():
         raise ValueError(f"{path} is missing; {LOOK_ELSEWHERE}")
@@ -113,28 +105,15 @@ def _open_text(path: Path) -> pq.ParquetFile:
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of one shard of pretraining text, in order.
-
-    A few threads decode row groups ahead, so that a tokenizer with many threads does not wait.
-    """
-    metadata = _open_text(path).metadata
-
-    def read(group: int) -> pa.ChunkedArray:
-        with _reading(path):
-            file = pq.ParquetFile(path, metadata=metadata)
-            column = file.read_row_group(group, columns=["text"])["text"]
-            column.validate(full=True)
-        if column.null_count:
-            raise ValueError(f"{path}: row group {group} has {column.null_count} rows without text")
-        return column
-
-    groups = iter(range(metadata.num_row_groups))
-    with ThreadPoolExecutor(READERS) as readers:
-        ahead = deque(readers.submit(read, group) for group in islice(groups, READERS))
-        while ahead:
-            column = ahead.popleft().result()
-            ahead.extend(readers.submit(read, group) for group in islice(groups, 1))
-            yield from column.to_pylist()
+    """The documents of one shard of pretraining text, in order; Arrow's threads read ahead."""
+    _open_text(path)
+    with _reading(path):
+        shard = pyarrow.dataset.dataset(path, format="parquet")
+        for batch in shard.to_batches(["text"], batch_size=DOCUMENTS_AT_ONCE, batch_readahead=4):
+            batch.validate(full=True)
+            if batch["text"].null_count:
+                raise ValueError(f"{path} has {batch['text'].null_count} rows without text")
+            yield from batch["text"].to_pylist()
 
 
 def table(split: Split, mirror: Path) -> pa.Table:
@@ -144,7 +123,7 @@ def table(split: Split, mirror: Path) -> pa.Table:
     with _reading(path):
         rows = file.read()
         rows.validate(full=True)
-    return rows
+        return rows
 
 
 def _table_path(split: Split, mirror: Path) -> Path:
@@ -157,8 +136,7 @@ def eval_bundle(mirror: Path) -> Path:
     path = mirror / "eval_bundle.zip"
     if not path.is_file():
         raise ValueError(
-            f"the mirror {mirror} has no eval_bundle.zip: copy it there, or set "
-            "eval.core_problems = 0 to leave CORE out"
+            f"{mirror} has no eval_bundle.zip: copy it there, or set eval.core_problems = 0"
         )
     return path
 
@@ -172,8 +150,8 @@ def fetch(
     """Fill `folder` as a mirror from the hub; returns each repository's revision (commit hash).
 
     Fetches as much text as ``data.text_shards`` says or pretraining will read, `splits`, and the
-    evaluation bundle if CORE is scored. Cached files are linked, not copied. Raises ValueError for
-    network errors and for a file that arrives damaged twice.
+    evaluation bundle if CORE is scored; cached files are linked. Raises ValueError for network
+    errors and for a file that arrives damaged twice.
     """
     revisions = {config.recipe.data.repository: _fetch_text(config, folder / "text", progress)}
     if config.recipe.eval.core_problems != 0:
@@ -191,9 +169,8 @@ def _network(what: str, remedy: str = OFFLINE) -> Generator[None, None, None]:
     try:
         yield
     except Exception as error:  # httpx2, hf_xet, fsspec and datasets have no common base
-        raise ValueError(
-            f"cannot fetch {what} ({type(error).__name__}: {error}); {remedy}"
-        ) from error
+        kind = type(error).__name__
+        raise ValueError(f"cannot fetch {what} ({kind}: {error}); {remedy}") from error
 
 
 def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
@@ -204,18 +181,19 @@ def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
     with _network(repository):
         info = HfApi().dataset_info(repository, files_metadata=True)
     assert info.sha is not None
-    files = {Path(file.rfilename).name: file for file in info.siblings or []}
-    names = sorted(name for name in files if name.endswith(".parquet"))
-    _check_count(len(names), repository, wanted)
+    files = [file for file in info.siblings or [] if file.rfilename.endswith(".parquet")]
+    files.sort(key=lambda file: Path(file.rfilename).name)
+    _check_count(len(files), repository, wanted)
     folder.mkdir()
     base = config.recipe.base
     missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens
     total = 1 + (wanted or 1)
-    for number, name in enumerate([names[-1], *names[:-1]]):
+    for number, file in enumerate([files[-1], *files[:-1]]):
         if number == total:
             break
+        name = Path(file.rfilename).name
         progress(number, total, name)
-        path = _fetch_file(repository, files[name], info.sha)
+        path = _fetch_file(repository, file, info.sha)
         _open_text(path)
         (folder / name).symlink_to(path)
         if number and wanted is None:
@@ -229,18 +207,18 @@ def _fetch_file(repository: str, file, revision: str) -> Path:
     """One cached file of the hub, its size and hash checked; a damaged one is fetched again."""
     from huggingface_hub import hf_hub_download
 
-    download = functools.partial(
-        hf_hub_download, repository, file.rfilename, repo_type="dataset", revision=revision
-    )
-    problem = ""
+    problem, name = "", file.rfilename
     for again in (False, True):
         with _network(repository):
-            path = Path(download(force_download=again)).resolve()
+            found = hf_hub_download(
+                repository, name, repo_type="dataset", revision=revision, force_download=again
+            )
+        path = Path(found).resolve()
         problem = _difference(path, file)
         if not problem:
             return path
         print(f"{path} {problem}: fetching it again", flush=True)
-    raise ValueError(f"{repository} gave {file.rfilename} damaged twice ({problem}); {OFFLINE}")
+    raise ValueError(f"{repository} gave {name} damaged twice ({problem}); {OFFLINE}")
 
 
 def _difference(path: Path, listed) -> str:
@@ -248,19 +226,18 @@ def _difference(path: Path, listed) -> str:
     size = path.stat().st_size
     if listed.size not in (None, size):
         return f"has {size} of {listed.size} bytes"
-    if listed.lfs:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != listed.lfs.sha256:
-                return "has another SHA-256 than the hub lists"
+    with path.open("rb") as file:
+        if listed.lfs and hashlib.file_digest(file, "sha256").hexdigest() != listed.lfs.sha256:
+            return "has another SHA-256 than the hub lists"
     return ""
 
 
 def _text_bytes(path: Path) -> int:
     """Bytes of text in a shard, estimated from its footer."""
     metadata = pq.read_metadata(path)
-    column = metadata.schema.to_arrow_schema().get_field_index("text")
-    groups = range(metadata.num_row_groups)
-    return sum(metadata.row_group(g).column(column).total_uncompressed_size for g in groups)
+    column = metadata.schema.names.index("text")
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return sum(group.column(column).total_uncompressed_size for group in groups)
 
 
 def _fetch_table(split: Split, folder: Path, revisions: dict[str, str]) -> None:

@@ -328,7 +328,8 @@ def test_only_the_lead_counts_trigrams(run, monkeypatch):
         context.runtime = dataclasses.replace(context.runtime, rank=rank)
         engine: Any = SimpleNamespace(tokenizer=text.load_tokenizer(run), model=None)
         monkeypatch.setattr(evaluate, "bits_per_byte", lambda *_: 1.0)
-        scores = evaluate._text_scores(context, engine)["compression"]()
+        documents = text.validation_documents(run, engine.tokenizer, 4)
+        scores = evaluate.compression(context, engine, documents)
         assert scores.keys() == ({"bpb", "trigram_bpb"} if rank == 0 else {"bpb"})
     (tokens,) = made
     naive = np.concatenate([np.load(path) for path in text.shard_paths(run)[0]])[:5000]

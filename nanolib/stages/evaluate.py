@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,83 +21,69 @@ from nanolib.tools import Sandbox
 TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
 SAMPLE_PROMPTS = 4  # openings of validation documents that the base model continues
 
-Score = Callable[[], dict[str, Any]]
-
 
 def evaluate(context: Context) -> dict[str, Any]:
     """Score one stage's model; a task that is scored is not scored again on resuming."""
-    run, of = context.run, context.of or "base"
-    tokenizer = load_tokenizer(run)
+    run, of, metrics = context.run, context.of or "base", context.stage.metrics
+    config, tokenizer = run.config.recipe, load_tokenizer(run)
     model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
-    known = {
-        row["task"]: row["scores"] for row in context.stage.metrics.rows() if row["kind"] == "score"
-    }
+    known = {row["task"]: row["scores"] for row in metrics.rows() if row["kind"] == "score"}
+    core_tasks = core.load(hub.eval_bundle(run.mirror())) if config.eval.core_problems != 0 else []
     with Sandbox() as sandbox:
         engine = make_engine(context, model, tokenizer, sandbox)
-        parts = _text_scores(context, engine) | _core_scores(context, engine)
-        if of != "base":
-            names = run.config.recipe.eval.tasks
-            parts |= {name: partial(score_task, context, engine, name) for name in names}
+        documents = validation_documents(run, tokenizer, config.base.eval_documents)
+        parts = {"compression": partial(compression, context, engine, documents)}
+        if of == "base":
+            parts["samples"] = partial(samples, engine, documents[:SAMPLE_PROMPTS])
+        for task in core_tasks:
+            parts[f"core/{task.label}"] = partial(score_core, context, engine, task)
+        for name in config.eval.tasks if of != "base" else ():
+            parts[name] = partial(score_task, context, engine, name)
         for number, (name, score) in enumerate(parts.items()):
             context.progress(number, len(parts), name)
-            if name in known:
-                continue
-            scores = known[name] = score()
-            if context.runtime.is_lead:
-                context.stage.metrics.append(kind="score", step=number, task=name, scores=scores)
+            if name not in known:
+                known[name] = score()
+                if context.runtime.is_lead:
+                    metrics.append(kind="score", step=number, task=name, scores=known[name])
     return _with_means({name: known[name] for name in parts})
 
 
 def _with_means(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Scores with CORE and ChatCORE, where their parts are there."""
-    core_parts = {name: part for name, part in scores.items() if name.startswith("core/")}
-    if core_parts:
-        scores["core"] = {"accuracy": core.core(core_parts), "tasks": len(core_parts)}
+    if parts := {name: part for name, part in scores.items() if name.startswith("core/")}:
+        scores["core"] = {"accuracy": core.core(parts), "tasks": len(parts)}
     if (chat := choices.chatcore(scores)) is not None:
         scores["chatcore"] = {"accuracy": chat}
     return scores
 
 
-def _text_scores(context: Context, engine: Engine) -> dict[str, Score]:
-    """Bits per byte (of base beside a trigram's), and what base writes after a few openings."""
-    run, tokenizer = context.run, engine.tokenizer
-    documents = validation_documents(run, tokenizer, run.config.recipe.base.eval_documents)
-
-    def compression() -> dict[str, Any]:
-        model, lengths, runtime = engine.model, tokenizer.byte_lengths, context.runtime
-        scores = {"bpb": bits_per_byte(model, documents, lengths, tokenizer.bos, runtime)}
-        if context.of == "base" and runtime.is_lead:  # gigabytes: once is enough
-            tokens = first_tokens(shard_paths(run)[0], TRIGRAM_TOKENS)
-            trigram = Trigram(tokens, tokenizer.vocab_size)
-            scores["trigram_bpb"] = trigram.bits_per_byte(np.concatenate(documents), lengths)
-        return scores
-
-    def samples() -> dict[str, Any]:
-        first = documents[:SAMPLE_PROMPTS]
-        openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in first]
-        continued = engine.complete(openings, max_new_tokens=48)
-        texts = [
-            [tokenizer.decode(opening[1:]), tokenizer.decode(new)]
-            for opening, new in zip(openings, continued, strict=True)
-        ]
-        return {"samples": texts}
-
-    return {"compression": compression} | ({"samples": samples} if context.of == "base" else {})
+def compression(
+    context: Context, engine: Engine, documents: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Bits per byte, of base beside a trigram's."""
+    runtime, tokenizer, lengths = context.runtime, engine.tokenizer, engine.tokenizer.byte_lengths
+    scores = {"bpb": bits_per_byte(engine.model, documents, lengths, tokenizer.bos, runtime)}
+    if context.of == "base" and runtime.is_lead:  # gigabytes: once is enough
+        tokens = first_tokens(shard_paths(context.run)[0], TRIGRAM_TOKENS)
+        trigram = Trigram(tokens, tokenizer.vocab_size)
+        scores["trigram_bpb"] = trigram.bits_per_byte(np.concatenate(documents), lengths)
+    return scores
 
 
-def _core_scores(context: Context, engine: Engine) -> dict[str, Score]:
-    """CORE's tasks, as core/LABEL."""
-    limit = context.run.config.recipe.eval.core_problems
-    if limit == 0:
-        return {}
+def samples(engine: Engine, documents: Sequence[np.ndarray]) -> dict[str, list[list[str]]]:
+    """What the model writes after the openings of documents."""
+    openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in documents]
+    continued = engine.complete(openings, max_new_tokens=48)
+    decode = engine.tokenizer.decode
+    pairs = zip(openings, continued, strict=True)
+    return {"samples": [[decode(opening[1:]), decode(new)] for opening, new in pairs]}
 
-    def score(task: core.CoreTask) -> dict[str, Any]:
-        progress = partial(context.progress, message=f"core/{task.label}")
-        few = task.shuffled(limit)
-        return core.evaluate(engine.model, engine.tokenizer, few, context.runtime, progress)
 
-    bundle = core.load(hub.eval_bundle(context.run.mirror()))
-    return {f"core/{task.label}": partial(score, task) for task in bundle}
+def score_core(context: Context, engine: Engine, task: core.CoreTask) -> dict[str, Any]:
+    """A CORE task's scores on its first questions in nanochat's order."""
+    few = task.shuffled(context.run.config.recipe.eval.core_problems)
+    progress = partial(context.progress, message=f"core/{task.label}")
+    return core.evaluate(engine.model, engine.tokenizer, few, context.runtime, progress)
 
 
 def score_task(context: Context, engine: Engine, name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanolib import hub, report, tasks
-from nanolib.config import Recipe, flatten
+from nanolib.config import ConversationConfig, Recipe, flatten
 from nanolib.data import toyworld
 from nanolib.data.sources import split_documents
 from nanolib.evals import core
@@ -22,8 +22,6 @@ from nanolib.stages import Context
 from nanolib.tokenizer import Tokenizer
 
 DOCUMENTS_AT_ONCE = 1024
-
-# ---------------------------------------------------------------------------- data
 
 
 def data(context: Context) -> dict[str, Any]:
@@ -45,35 +43,37 @@ def data(context: Context) -> dict[str, Any]:
 
 def _gather(context: Context) -> dict[str, str]:
     """Write the toy world or fetch from the hub; returns the revisions of what was fetched."""
-    recipe, folder = context.run.config.recipe, context.run.stage("data").path / "mirror"
-    if recipe.data.source == "toyworld":
-        toyworld.write(folder, recipe.seed, progress=context.progress)
+    config, folder = context.run.config, context.run.stage("data").path / "mirror"
+    if config.recipe.data.source == "toyworld":
+        toyworld.write(folder, config.recipe.seed, progress=context.progress)
         return {}
-    splits = [tasks.find(name).source(split) for name, split in _splits(recipe)]
+    splits = [tasks.find(name).source(split) for name, split in _splits(config.recipe)]
     with whole_folder(folder) as draft:
-        return hub.fetch(context.run.config, splits, draft, context.progress)
+        return hub.fetch(config, splits, draft, context.progress)
 
 
 def gather_if_gone(context: Context) -> None:
     """Write or fetch the data again if it is gone; runs of the first edition did not keep it."""
-    run, runtime = context.run, context.runtime
-    folder = run.stage("data").path / "mirror"
-    if runtime.is_lead and run.mirror() == folder and not folder.is_dir():
+    mirror = context.run.mirror()
+    own = mirror == context.run.stage("data").path / "mirror"
+    if own and context.runtime.is_lead and not mirror.is_dir():
         _gather(context)
-    runtime.barrier()
+    context.runtime.barrier()
+
+
+def limits(config: ConversationConfig) -> dict[str, int | None]:
+    """The rows of each source of a mixture; None: all it has."""
+    return {name: limit for name, limit in flatten(config.rows).items() if limit != 0}
 
 
 def _splits(recipe: Recipe) -> list[tuple[str, str]]:
     """Each task and split that a later stage reads."""
-    found = {
-        (name, split)
-        for stage in (recipe.mid, recipe.sft)
-        for name, limit in flatten(stage.rows).items()
-        for split in ("train", "test")
-        if stage.enabled and limit != 0
-    }
+    learned = [
+        name for stage in (recipe.mid, recipe.sft) if stage.enabled for name in limits(stage)
+    ]
     if recipe.grpo.enabled:
-        found |= {(recipe.grpo.task, "train"), (recipe.grpo.task, "test")}
+        learned.append(recipe.grpo.task)
+    found = {(name, split) for name in learned for split in ("train", "test")}
     if set(recipe.models) - {"base"}:
         found |= {(name, "test") for name in recipe.eval.tasks}
     return sorted(found)
@@ -111,10 +111,10 @@ def _fingerprint(run: Run, text: hub.TextFiles) -> str:
 
 def _recorded(run: Run) -> dict[str, Any]:
     """The data stage's result."""
-    record = run.stage("data").done()
-    if record is None:
+    result = run.stage("data").result()
+    if not result:
         raise ValueError(f"run {run.id} has no data yet: nanolib stage data")
-    return record["result"]
+    return result
 
 
 def _text_files(run: Run) -> hub.TextFiles:
@@ -122,13 +122,10 @@ def _text_files(run: Run) -> hub.TextFiles:
     files = hub.text_files(run.config, run.mirror())
     if _recorded(run)["fingerprint"] != _fingerprint(run, files):
         raise ValueError(
-            f"the data in {run.mirror()} is not what run {run.id} began with; give "
-            f"--mirror the folder it had, or use `--run NAME` for a run of its own"
+            f"the data in {run.mirror()} is not what run {run.id} began with; give --mirror the "
+            "folder it had, or start a new run with --run NAME"
         )
     return files
-
-
-# ---------------------------------------------------------------------------- tokenizer
 
 
 def tokenizer(context: Context) -> dict[str, Any]:
@@ -139,18 +136,16 @@ def tokenizer(context: Context) -> dict[str, Any]:
     def progress(phase: str, done: int, total: int | None) -> None:
         context.progress(done, total or config.max_chars, phase)
 
-    texts = (
-        text[: config.max_document_chars] for path in files.train for text in hub.documents(path)
-    )
-    trained = Tokenizer.train(_head(texts, config.max_chars), config.vocab_size, progress=progress)
+    longest = config.max_document_chars
+    texts = (text[:longest] for path in files.train for text in hub.documents(path))
+    trained = Tokenizer.train(_head(texts, config.max_chars), config.vocab_size, progress)
     trained.save(context.stage.path / "tokenizer.json")
     sample = list(_head(hub.documents(files.validation), 1_000_000))
-    tokens = sum(len(ids) for ids in trained.encode_batch(sample))
-    size = sum(len(text.encode()) for text in sample)
+    ids, _ = trained.encode_flat(sample)
     return {
         "vocab_size": trained.vocab_size,
         "fingerprint": trained.fingerprint(),
-        "validation_bytes_per_token": size / tokens,
+        "validation_bytes_per_token": sum(len(text.encode()) for text in sample) / len(ids),
     }
 
 
@@ -165,20 +160,13 @@ def _head(texts: Iterable[str], chars: int) -> Iterator[str]:
 
 def load_tokenizer(run: Run) -> Tokenizer:
     """The run's tokenizer. Raises ValueError when it has none."""
-    path = run.stage("tokenizer").path / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"run {run.id} has no tokenizer yet: nanolib stage tokenizer")
-    return Tokenizer.load(path)
-
-
-# ---------------------------------------------------------------------------- shards
+    return Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
 
 
 def shards(context: Context) -> dict[str, Any]:
-    """Tokenize every text file: one flat array of ids each, every document BOS + tokens.
+    """Tokenize every text file: one flat ``.npy`` array of ids each, every document BOS + tokens.
 
-    A shard is a ``.npy`` file (uint16 while the vocabulary fits, else uint32), memory-mapped by
-    its readers. One that is there is whole and is kept.
+    A shard that is there is whole and is kept.
     """
     files, tokenizer = _text_files(context.run), load_tokenizer(context.run)
     train, validation = shard_paths(context.run)
@@ -186,11 +174,9 @@ def shards(context: Context) -> dict[str, Any]:
     for number, (text, target) in enumerate(zip(texts, targets, strict=True)):
         if target.exists():
             continue
-        parts: list[np.ndarray] = []
-        documents, done = hub.documents(text), 0
+        parts, documents, done = [], hub.documents(text), 0
         while group := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-            ids, _ = tokenizer.encode_flat(group, threads=torch.get_num_threads(), bos=True)
-            parts.append(ids)
+            parts.append(tokenizer.encode_flat(group, torch.get_num_threads(), bos=True)[0])
             done += len(group)
             context.progress(number, len(texts), f"{text.name}: {done} documents")
         _save_array(target, np.concatenate(parts))
@@ -206,12 +192,11 @@ def shards(context: Context) -> dict[str, Any]:
 def _save_array(target: Path, array: np.ndarray) -> None:
     """Write a ``.npy`` file whole or not at all."""
     partial = target.with_suffix(".partial")
-    with saving(target):
-        with partial.open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(target)
+    with saving(target), partial.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(target)
 
 
 def shard_paths(run: Run) -> tuple[list[Path], Path]:

@@ -91,6 +91,7 @@ def main() -> int:
         run = Run.load(os.path.abspath(given.run), machine=json.loads(given.machine))
         if run.stage(given.stage, given.of).done() is None:
             work(given.stage, run, given.of)
+        return 0
     except Stopped as stopped:
         print(stopped, flush=True)
         return STOPPED
@@ -98,7 +99,6 @@ def main() -> int:
         traceback.print_exc()  # for the log; the launcher shows the user only the last line
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USERS_MISTAKE
-    return 0
 
 
 if __name__ == "__main__":
