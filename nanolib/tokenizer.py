@@ -39,23 +39,21 @@ Progress = Callable[[str, int, int | None], object]  # (phase, done, total); see
 
 
 class Tokenizer:
-    """A trained vocabulary, immutable.
+    """A trained vocabulary, immutable: `merges[n] = (left id, right id)` defines id 256 + n.
 
-    `merges[n] = (left id, right id)` defines id 256 + n. Raises ValueError if a merge uses an id
-    that does not exist yet or repeats the bytes of an earlier token.
+    Raises ValueError if a merge uses an id that does not exist yet or repeats an earlier token.
     """
 
     def __init__(self, merges: Iterable[tuple[int, int]], pattern: str = PATTERN):
         self.pattern = pattern
         self.merges = tuple((int(left), int(right)) for left, right in merges)
-        self._bytes = _token_bytes(self.merges)
-        ordinary = len(self._bytes)
-        self._specials = {name: ordinary + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self._bytes += [name.encode() for name in SPECIAL_TOKENS]
+        ordinary = _token_bytes(self.merges)
+        self._specials = {name: len(ordinary) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._bytes = ordinary + [name.encode() for name in SPECIAL_TOKENS]
         self._encoding = tiktoken.Encoding(
             "nanolib",
             pat_str=pattern,
-            mergeable_ranks={token: i for i, token in enumerate(self._bytes[:ordinary])},
+            mergeable_ranks={token: id for id, token in enumerate(ordinary)},
             special_tokens=self._specials,
         )
         self.vocab_size = len(self._bytes)
@@ -73,15 +71,13 @@ class Tokenizer:
         """
         fewest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < fewest:
-            raise ValueError(
-                f"vocab_size must be at least {fewest} (256 bytes and {len(SPECIAL_TOKENS)} "
-                f"special tokens), got {vocab_size}"
-            )
+            needed = f"{fewest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+            raise ValueError(f"vocab_size must be at least {needed}, got {vocab_size}")
         merges, _ = rust_tokenizer.train(documents, vocab_size - fewest, PATTERN, progress)
         if len(merges) < vocab_size - fewest:
             raise ValueError(
-                f"vocab_size is {vocab_size}, but the text runs out of pairs to merge at "
-                f"{fewest + len(merges)}: give more text or set vocab_size to at most that"
+                f"vocab_size is {vocab_size}, but the text has pairs for {fewest + len(merges)} at "
+                "most: give more text or lower vocab_size"
             )
         return cls(merges)
 
@@ -90,17 +86,14 @@ class Tokenizer:
         """Load a file that `save` wrote; ValueError, naming the file, for any other."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
-            if saved["version"] != VERSION:
-                raise ValueError(f"its version is {saved['version']}")
-            if saved["specials"] != list(SPECIAL_TOKENS):
-                raise ValueError("its special tokens are not ours")
+            if saved["version"] != VERSION or saved["specials"] != list(SPECIAL_TOKENS):
+                raise ValueError("it has another version or other special tokens")
             return cls(saved["merges"], saved["pattern"])
         except FileNotFoundError:
             raise ValueError(f"no tokenizer at {path}: run the tokenizer stage first") from None
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} is not a tokenizer file of version {VERSION} ({error}): delete it and "
-                "run the tokenizer stage again"
+                f"{path} is no tokenizer ({error}): delete it and run the tokenizer stage again"
             ) from error
 
     def _to_json(self) -> str:
@@ -138,14 +131,11 @@ class Tokenizer:
         the same result. Raises ValueError for text with lone surrogates.
         """
         wide, prefix = self.vocab_size > 2**16, self.bos if bos else None
-        ids, offsets = self._flat_encoder.encode_batch(
-            texts, threads=threads, prefix=prefix, wide=wide
-        )
-        dtype = np.uint32 if wide else np.uint16
-        return np.frombuffer(ids, dtype=dtype), np.frombuffer(offsets, dtype=np.int64)
+        ids, ends = self._encoder.encode_batch(texts, threads=threads, prefix=prefix, wide=wide)
+        return np.frombuffer(ids, np.uint32 if wide else np.uint16), np.frombuffer(ends, np.int64)
 
     @cached_property
-    def _flat_encoder(self) -> rust_tokenizer.Encoder:
+    def _encoder(self) -> rust_tokenizer.Encoder:
         return rust_tokenizer.Encoder(self.merges, self.pattern)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -168,11 +158,10 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """[V] int32: bytes of text per token, 0 for special tokens.
 
-        Measured on bytes: decoded to str, part of a character would count as the three bytes of
-        U+FFFD.
+        Not measured on str, where part of a character would count as the three bytes of U+FFFD.
         """
-        lengths = np.array([len(token) for token in self._bytes], dtype=np.int32)
-        lengths[self.vocab_size - len(SPECIAL_TOKENS) :] = 0
+        ordinary = self._bytes[: -len(SPECIAL_TOKENS)]
+        lengths = np.array([*map(len, ordinary), *(0 for _ in SPECIAL_TOKENS)], dtype=np.int32)
         lengths.flags.writeable = False
         return lengths
 

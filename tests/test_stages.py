@@ -96,7 +96,7 @@ def _packed(talks, tokenizer, folder: Path, settings) -> tuple[ConversationSourc
 
 def _sft_settings(run: Run) -> dict:
     context = _context(run, "sft")
-    return training.Training(context).row_settings(run.config.recipe.sft.batch_tokens)
+    return training.Training(context).row_settings()
 
 
 def test_sft_targets_are_what_the_assistant_says(run, tmp_path):
@@ -108,7 +108,7 @@ def test_sft_targets_are_what_the_assistant_says(run, tmp_path):
     assert cut == 0
     found = []
     for number in range(len(source)):
-        ids = source.batch([source.row(number)]).targets_BT[0]
+        ids = source.batch([number]).targets_BT[0]
         found += [tokenizer.decode(ids[ids >= 0].tolist())]
     said = sorted(m.text for talk in talks for m in talk.messages if m.role == "assistant")
     assert sorted("".join(found).replace("<|assistant_end|>", "\0").split("\0")[:-1]) == said
@@ -119,7 +119,7 @@ def test_a_conversation_without_a_target_is_left_out(run, tmp_path):
     tokenizer = text.load_tokenizer(run)
     talks = [Conversation.ask("why? " * 200, "so"), Conversation.ask("who?", "me")]
     source, cut = _packed(talks, tokenizer, tmp_path / "packed", _sft_settings(run))
-    targets = source.batch([source.row(0)]).targets_BT
+    targets = source.batch([0]).targets_BT
     assert len(source) == 1 and cut > 0
     assert tokenizer.decode(targets[targets >= 0].tolist()) == "me<|assistant_end|>"
     with pytest.raises(ValueError, match="no conversations to train on"):
@@ -131,8 +131,8 @@ def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_oth
     """Ids and masks of every row, and a step's batches, on every rank."""
     context, config = _context(run, "mid"), run.config.recipe.mid
     setup = training.Training(context)
-    folder, about = training._mixture(context, config, setup.tokenizer)
-    settings = setup.row_settings(config.batch_tokens) | {"world_size": ranks}
+    folder, about = training._mixture(context, setup.tokenizer)
+    settings = setup.row_settings() | {"world_size": ranks}
     talks = [
         talk
         for name, limit in flatten(config.rows).items()
@@ -162,14 +162,14 @@ def test_a_mixture_is_rendered_once_by_the_lead_rank(run, tmp_path, monkeypatch)
     """A resumed stage and every other rank map what is there; another recipe renders its own."""
     tokenizer = text.load_tokenizer(run)
     fork = _fork(run, tmp_path / "fork", {"mid.rows.gsm8k": 3})
-    first, _ = training._mixture(_context(run, "mid"), run.config.recipe.mid, tokenizer)
-    other, about = training._mixture(_context(fork, "mid"), fork.config.recipe.mid, tokenizer)
+    first, _ = training._mixture(_context(run, "mid"), tokenizer)
+    other, about = training._mixture(_context(fork, "mid"), tokenizer)
     assert first.name != other.name and about["conversations"]["gsm8k"] == 3
     monkeypatch.setattr(tasks, "load", lambda *_: pytest.fail("rendered again"))
     context = _context(run, "mid")
     for rank in (0, 1):
         context.runtime = dataclasses.replace(context.runtime, rank=rank, world_size=2)
-        assert training._mixture(context, run.config.recipe.mid, tokenizer)[0] == first
+        assert training._mixture(context, tokenizer)[0] == first
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -191,7 +191,7 @@ def test_a_mixture_stops_while_it_is_rendered_and_leaves_nothing_half(rank, run,
     rows = context.stage.metrics.rows()
     tokenizer = text.load_tokenizer(fork)
     with pytest.raises(Stopped, match="rendering" if rank == 0 else "waiting for rank 0"):
-        training._mixture(context, fork.config.recipe.mid, tokenizer)
+        training._mixture(context, tokenizer)
     assert sorted(fork.stage("mid").path.glob("conversations-*")) == before
     new = context.stage.metrics.rows()[len(rows) :]
     assert [row["kind"] for row in new] == ["progress"] * (rank == 0)
@@ -223,12 +223,12 @@ def test_validation_loss_is_of_what_the_assistant_says(run, tmp_path):
     """Against the mean over the targets of all rows, computed one by one."""
     context = _context(run, "sft")
     setup = training.Training(context)
-    settings = setup.row_settings(run.config.recipe.sft.batch_tokens)
+    settings = setup.row_settings()
     talks = training._conversations(context, "smoltalk", "test", 30)
     held, _ = _packed(talks, setup.tokenizer, tmp_path / "packed", settings)
     nats, count = 0.0, 0
     for number in range(len(held)):
-        batch = held.batch([held.row(number)])
+        batch = held.batch([number])
         nats += float(setup.model.nll(batch)[batch.targets_BT >= 0].detach().sum())
         count += int((batch.targets_BT >= 0).sum())
     mean = training._validation_loss(setup.model, held, context.runtime)
@@ -369,7 +369,7 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
     def train(setup, source, *_):
         seen[setup.context.run.config.machine.device_batch] = source
         assert setup.nll == setup.model.nll == getattr(source, "nll", setup.nll)
-        return {}
+        return {"steps": 2}
 
     monkeypatch.setattr(training.planning, "fitting_rows", found)
     monkeypatch.setattr(training.Training, "run", train)

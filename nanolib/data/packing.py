@@ -22,22 +22,19 @@ Ids = Sequence[int] | np.ndarray  # or their mask
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B rows of T tokens, ready for the model.
-
-    Attention is not masked at document boundaries. `fields` holds more per-token tensors [B, T].
-    """
+    """B rows of T tokens; attention is not masked at document boundaries."""
 
     inputs_BT: Tensor
     targets_BT: Tensor
-    fields: dict[str, Tensor] = field(default_factory=dict)
+    fields: dict[str, Tensor] = field(default_factory=dict)  # more per-token tensors [B, T]
 
     def to(self, device: torch.device) -> Batch:
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        fields = {name: moved(tensor) for name, tensor in self.fields.items()}
         return Batch(
-            inputs_BT=self.inputs_BT.to(device, non_blocking=True),
-            targets_BT=self.targets_BT.to(device, non_blocking=True),
-            fields={
-                name: tensor.to(device, non_blocking=True) for name, tensor in self.fields.items()
-            },
+            inputs_BT=moved(self.inputs_BT), targets_BT=moved(self.targets_BT), fields=fields
         )
 
 

@@ -26,10 +26,7 @@ CONVERSATIONS_AT_ONCE = 1024  # encoded together
 
 @dataclass(kw_only=True, eq=False)
 class RowSource:
-    """Batches of rows; a subclass defines the number of rows and their contents.
-
-    Raises ValueError if the ranks cannot share a batch equally.
-    """
+    """Batches of rows; a subclass says how many rows an epoch has, and what is in them."""
 
     length: int  # T
     batch_rows: int  # of all ranks and micro-batches
@@ -41,14 +38,12 @@ class RowSource:
 
     def __post_init__(self) -> None:
         if self.batch_rows % self.world_size:
-            raise ValueError(
-                f"a batch of {self.batch_rows} rows cannot be shared equally by {self.world_size} "
-                "ranks; choose machine.ranks or batch_tokens so that it can"
-            )
+            rows, ranks = self.batch_rows, self.world_size
+            remedy = "change machine.ranks or batch_tokens"
+            raise ValueError(f"{rows} rows cannot be shared equally by {ranks} ranks; {remedy}")
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def __len__(self) -> int:
-        """Rows of one epoch."""
         raise NotImplementedError
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,13 +57,13 @@ class RowSource:
         return [int(self._order(i // len(self))[i % len(self)]) for i in mine]
 
     def updates(self, step: int) -> list[list[Batch]]:
-        rows = [self.row(number) for number in self.row_numbers(step)]
-        size = self.device_batch or len(rows)
-        return [[self.batch(rows[i : i + size]) for i in range(0, len(rows), size)]]
+        numbers = self.row_numbers(step)
+        size = self.device_batch or len(numbers)
+        return [[self.batch(numbers[i : i + size]) for i in range(0, len(numbers), size)]]
 
-    def batch(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-        """Rows (as `row` gives them), padded to T."""
-        ids, masks = zip(*rows, strict=True)
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Rows by number, padded to T."""
+        ids, masks = zip(*map(self.row, numbers), strict=True)
         return batch_of_rows(ids, masks, self.length, self.bos)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -81,9 +76,8 @@ class TextSource(RowSource):
     def __init__(self, shards: Sequence[np.ndarray], **settings: Any):
         super().__init__(**settings)
         self.shards = [shard for shard in shards if len(shard) > 1]
-        rows = [-(-(len(shard) - 1) // self.length) for shard in self.shards]
-        self.ends = np.cumsum(rows)
-        if not rows:
+        self.ends = np.cumsum([-(-(len(shard) - 1) // self.length) for shard in self.shards])
+        if not self.shards:
             raise ValueError("the token shards are empty: there is nothing to train on")
 
     @classmethod
@@ -102,8 +96,7 @@ class TextSource(RowSource):
 
 def split_documents(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
     """The documents of a token shard, each with its BOS, as views."""
-    starts = np.flatnonzero(tokens == bos)
-    return np.split(tokens, starts[1:]) if len(starts) else []
+    return np.split(tokens, np.flatnonzero(tokens == bos)[1:])
 
 
 def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
@@ -118,24 +111,21 @@ def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
 
 
 class ConversationSource(RowSource):
-    """Rows of whole conversations, packed by best fit in a seeded order.
-
-    `masks` say which ids of each conversation are targets.
-    """
+    """Rows of whole conversations, packed by best fit in a seeded order; `masks` mark targets."""
 
     def __init__(self, ids: Sequence[Ids], masks: Sequence[Ids], **settings: Any):
         super().__init__(**settings)
         self.ids, self.masks = ids, masks
         order = np.random.default_rng(seed_of(self.seed, "pack")).permutation(len(ids))
-        self.rows = pack([len(item) for item in ids], self.length + 1, order.tolist())
+        self.rows = pack([*map(len, ids)], self.length + 1, order.tolist())
 
     @classmethod
     def open(cls, folder: Path, **settings: Any) -> ConversationSource:
         """Memory-map what `save_conversations` wrote."""
-        ids, masks, ends = (
-            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))  # views of it are light
-            for name in ("ids", "masks", "ends")
+        files = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "masks", "ends")
         )
+        ids, masks, ends = map(np.asarray, files)  # views of arrays are lighter than of memmaps
         return cls(np.split(ids, ends[:-1]), np.split(masks, ends[:-1]), **settings)
 
     def __len__(self) -> int:
