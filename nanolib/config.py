@@ -1,12 +1,8 @@
 """Every setting of a run, with its default and its bounds.
 
 A setting's name is its dotted path, everywhere: TOML ``[base] steps = 100``, CLI ``--base.steps
-100``, notebook ``overrides = {"base.steps": 100}``. Profiles (``runs/*.toml``) and overrides are
-flat dictionaries, checked by `check_overrides`; `resolve` puts one on the other, derives what is
-missing and returns a complete, frozen `Config`.
-
-``Config.recipe`` is what is computed, the identity of a run. ``Config.machine`` is what computes
-it, and may differ each time a run is opened.
+100``, notebook ``overrides = {"base.steps": 100}``. The recipe is what is computed, the identity
+of a run; the machine is what computes it, and may differ each time a run is opened.
 """
 
 from __future__ import annotations
@@ -16,10 +12,9 @@ import difflib
 import functools
 import math
 import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,20 +28,14 @@ MIN_VOCAB = 256 + NUM_SPECIAL_TOKENS
 FIRST_EDITION = {"optim.every_stage": True}
 
 
-# A type, what else a value must be, in words, and as a function. The words complete an error's
-# "base.steps must be ...".
+# A type, and its bound as a function and in the words of an error: "base.steps must be ...".
 Count = Annotated[int, "at least 1", lambda value: value >= 1]
 Limit = Annotated[int, "0 or more, or none for all", lambda value: value >= 0]
 Positive = Annotated[float, "more than 0", lambda value: value > 0]
 Fraction = Annotated[float, "a fraction from 0 to 1", lambda value: 0 <= value <= 1]
-VocabSize = Annotated[
-    int,
-    f"at least {MIN_VOCAB} (256 bytes and {NUM_SPECIAL_TOKENS} special tokens)",
-    lambda value: value >= MIN_VOCAB,
-]
-HeadDim = Annotated[
-    int, "even (RoPE turns pairs) and at least 2", lambda value: value > 0 and not value % 2
-]
+HeadDim = Annotated[int, "even (RoPE turns pairs) and not 0", lambda n: n > 0 and n % 2 == 0]
+VOCAB_BOUND = f"at least {MIN_VOCAB} (256 bytes and {NUM_SPECIAL_TOKENS} special tokens)"
+VocabSize = Annotated[int, VOCAB_BOUND, lambda value: value >= MIN_VOCAB]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +88,6 @@ class ModelConfig:
         }
 
     def parameters(self, vocab_size: int) -> int:
-        """All weights."""
         return sum(self.parts(vocab_size).values())
 
 
@@ -164,16 +152,14 @@ class ConversationConfig(Schedule):
 
     epochs: Positive = 1.0  # passes over the mixture, when steps is not given
     batch_tokens: Count = 524_288  # over all ranks and micro-batches, padding included
-    rows: Mixture = field(default_factory=Mixture)
+    rows: Mixture = Mixture()
 
 
 @dataclass(frozen=True, kw_only=True)
 class MidConfig(ConversationConfig):
     """Midtraining: conversations, four choices and the tool, at pretraining's rates."""
 
-    rows: Mixture = field(
-        default_factory=lambda: Mixture(mmlu=100_000, arc_easy=0, arc_challenge=0)
-    )
+    rows: Mixture = Mixture(mmlu=100_000, arc_easy=0, arc_challenge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +169,7 @@ class SFTConfig(ConversationConfig):
     lr: Positive = 0.02
     warmdown: Fraction = 1.0
     batch_tokens: Count = 65_536
-    rows: Mixture = field(default_factory=lambda: Mixture(smoltalk=10_000))
+    rows: Mixture = Mixture(smoltalk=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,15 +207,15 @@ class Recipe:
     """What is computed; saved in the manifest and in every checkpoint."""
 
     seed: int = 1
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    base: BaseConfig = field(default_factory=BaseConfig)
-    mid: MidConfig = field(default_factory=MidConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    base: BaseConfig = BaseConfig()
+    mid: MidConfig = MidConfig()
+    sft: SFTConfig = SFTConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    eval: EvalConfig = EvalConfig()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -265,19 +251,18 @@ ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks", "depth": "model
 # ---------------------------------------------------------------------------- flat dictionaries
 
 
-def _leaves(cls: type, prefix: str) -> dict[str, Any]:
-    """Dotted path -> type of every setting below a config class."""
-    paths: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        is_section = dataclasses.is_dataclass(hint)
-        paths |= _leaves(hint, f"{prefix}{name}.") if is_section else {prefix + name: hint}
-    return paths
-
-
 @functools.cache
 def settings() -> Mapping[str, Any]:
     """Dotted path -> type of every setting that a profile or an override may name."""
-    return _leaves(Recipe, "") | _leaves(MachineConfig, "machine.")
+    paths: dict[str, Any] = {}
+    sections: list[tuple[str, type]] = [("", Recipe), ("machine.", MachineConfig)]
+    for prefix, cls in sections:  # which grows on the way
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+            if dataclasses.is_dataclass(hint):
+                sections.append((f"{prefix}{name}.", hint))
+            else:
+                paths[prefix + name] = hint
+    return paths
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -311,27 +296,24 @@ KINDS = {
 }
 
 
-def coerce(path: str, hint: Any, value: Any) -> Any:
-    """`value`, given as text or as a Python value, as the type of setting `path`.
-
-    Raises ValueError that names the path, the value and what would be accepted.
-    """
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kind, *none = typing.get_args(hint) if is_union else (hint,)  # all unions are `... | None`
+def _coerce(path: str, hint: Any, value: Any) -> Any:
+    """`value`, given as text or as a Python value, as the type of setting `path`."""
+    optional = type(None) in typing.get_args(hint)
+    kind = typing.get_args(hint)[0] if optional else hint
+    is_bounded = typing.get_origin(kind) is Annotated
+    kind, bound, holds = typing.get_args(kind) if is_bounded else (kind, "", lambda _: True)
     if isinstance(value, str) and value.lower() in ("none", "null"):
         value = None
-    if none and value is None:
+    if optional and value is None:
         return None
-    is_bounded = typing.get_origin(kind) is Annotated
-    kind, words, holds = typing.get_args(kind) if is_bounded else (kind, "", lambda _: True)
     try:
         converted = _convert(kind, value)
     except (TypeError, ValueError, KeyError, OverflowError):
         words = KINDS.get(kind) or f"one of {', '.join(typing.get_args(kind))}"
         got = "none" if value is None else repr(value)
-        raise ValueError(f"{path} must be {words}{' or none' * len(none)}, got {got}") from None
+        raise ValueError(f"{path} must be {words}{' or none' * optional}, got {got}") from None
     if not holds(converted):
-        raise ValueError(f"{path} must be {words}, got {value}")
+        raise ValueError(f"{path} must be {bound}, got {value}")
     return converted
 
 
@@ -353,20 +335,20 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as it is written on the command line; `coerce` reads it back.
+    """A setting's value as it is written on the command line.
 
     >>> as_text(["mmlu", "facts"]), as_text(None), as_text(0.5)
     ('mmlu,facts', 'none', '0.5')
     """
     if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
+        return ",".join(value)
     return "none" if value is None else str(value)
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides with aliases resolved and values coerced.
 
-    Raises ValueError for an unknown path or a value that its setting does not take.
+    Raises ValueError that names an unknown path, or a value and what its setting takes.
     """
     known, checked = settings(), {}
     for path, value in overrides.items():
@@ -375,7 +357,7 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
             close = difflib.get_close_matches(path, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ValueError(f"there is no setting {path!r}{hint} (`nanolib settings` lists all)")
-        checked[path] = coerce(path, known[path], value)
+        checked[path] = _coerce(path, known[path], value)
     return checked
 
 
@@ -387,20 +369,16 @@ def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]
     >>> split_settings(["run", "demo", "--base.steps", "9", "--nproc=2", "--run", "x"])
     (['run', 'demo', '--run', 'x'], {'base.steps': 9, 'machine.ranks': 2})
     """
-    words: list[str] = []
-    given: dict[str, str] = {}
-    rest = iter(arguments)
+    words, given, rest = [], {}, iter(arguments)
     for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")
         path = name.replace("-", "_")
-        is_setting = "." in path or path in settings() or path in ALIASES
-        if not word.startswith("--") or not is_setting:
+        if not word.startswith("--") or not ("." in path or path in {*settings(), *ALIASES}):
             words.append(word)
             continue
-        value = value if equals else next(rest, "--")
-        if value.startswith("--"):
+        given[path] = value if equals else next(rest, "--")
+        if given[path].startswith("--"):
             raise ValueError(f"--{name} needs a value")
-        given[path] = value
     overrides = check_overrides(given)
     if mirror := overrides.get("machine.mirror"):
         overrides["machine.mirror"] = str(Path(mirror).expanduser().absolute())
@@ -451,51 +429,38 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
 
 
 def check_together(recipe: Recipe, machine: MachineConfig) -> None:
-    """Settings that must fit each other; ValueError names the value and what would do."""
-    model = recipe.model
+    """Raise ValueError for settings that contradict, with their values and what would do."""
+    for conflict in _conflicts(recipe, machine):
+        raise ValueError(conflict)
+
+
+def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
+    model, grpo, ranks = recipe.model, recipe.grpo, machine.ranks or 1
     if model.heads % model.num_kv_heads:
-        raise ValueError(
-            f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
-        )
+        yield f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
     if machine.mirror is not None and recipe.data.source == "toyworld":
-        raise ValueError(
+        yield (
             f"machine.mirror is {machine.mirror}, but data.source = toyworld makes its own text; "
             "leave the mirror out, or choose data.source = hub"
         )
     for name in MODELS:
-        _check_stage(name, getattr(recipe, name), model.sequence_len, machine.ranks or 1)
-    if recipe.grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):
-        raise ValueError(
-            "grpo.enabled needs a model that answers questions: set mid.enabled or sft.enabled, "
-            "or grpo.enabled false"
-        )
-
-
-def _check_stage(name: str, stage: Any, sequence_len: int, ranks: int) -> None:
-    """The schedule of one training stage, and how its ranks share a step."""
-    if stage.warmup + stage.warmdown > 1:
-        raise ValueError(
-            f"{name}.warmup + {name}.warmdown must be at most 1, got "
-            f"{stage.warmup} + {stage.warmdown}"
-        )
-    if isinstance(stage, GRPOConfig):
-        if stage.enabled and stage.questions < ranks:
-            raise ValueError(
-                f"grpo.questions = {stage.questions} leaves some of {ranks} ranks without one; "
-                "choose at least one a rank"
+        warmup, warmdown = getattr(recipe, name).warmup, getattr(recipe, name).warmdown
+        if warmup + warmdown > 1:
+            yield f"{name}.warmup + {name}.warmdown must be at most 1, got {warmup} + {warmdown}"
+    for name in ("base", "mid", "sft"):
+        tokens, row = getattr(recipe, name).batch_tokens, model.sequence_len
+        setting = f"{name}.batch_tokens"
+        if tokens % row:
+            yield f"{setting} must be a multiple of model.sequence_len ({row}), got {tokens}"
+        if tokens // row % ranks:
+            yield (
+                f"{setting} = {tokens} makes {tokens // row} rows, which {ranks} ranks cannot "
+                f"share equally; choose machine.ranks or {setting} so that they can"
             )
-        return
-    rows, rest = divmod(stage.batch_tokens, sequence_len)
-    if rest:
-        raise ValueError(
-            f"{name}.batch_tokens must be a multiple of model.sequence_len "
-            f"({sequence_len}), got {stage.batch_tokens}"
-        )
-    if rows % ranks:
-        raise ValueError(
-            f"{name}.batch_tokens = {stage.batch_tokens} makes {rows} rows, which {ranks} ranks "
-            f"cannot share equally; choose machine.ranks or {name}.batch_tokens so that they can"
-        )
+    if grpo.enabled and grpo.questions < ranks:
+        yield f"grpo.questions must be at least 1 for each of {ranks} ranks, got {grpo.questions}"
+    if grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):
+        yield "grpo.enabled needs a model that answers: enable mid or sft, or set it to false"
 
 
 # ---------------------------------------------------------------------------- identity
