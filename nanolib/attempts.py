@@ -1,9 +1,8 @@
 """How long a piece of work took, all attempts together.
 
-The launcher records the attempts of each stage, the chain those of each ``nanolib run``. An attempt
-is a row in ``<folder>/attempts.jsonl``, written when it begins and again when it ends; of rows with
-the same ``started``, the last one counts. Where the process that records was killed there is no
-second row, and the attempt counts until a file in its folder last changed.
+An attempt is a row in ``<folder>/attempts.jsonl``, written when it begins and again when it ends:
+of rows with the same ``started``, the last one counts. Where the process that records was killed
+there is no second row, and the attempt counts until a file in its folder last changed.
 """
 
 from __future__ import annotations

@@ -1,18 +1,15 @@
 """Checkpoints that survive a crash at any instant and load on any number of ranks.
 
-``<stage>/checkpoints/step_00000100/`` holds ``index.json`` and two safetensors files of each rank,
-one of weights and one of optimizer state, which only a resumed training reads (the first edition
-had both in one file, which is read as well). Every weight and every slot of optimizer state is a
-logical tensor (``blocks.0.mlp.up.weight``, ``blocks.0.mlp.up.weight.momentum``); the rank that owns
-a range of its rows writes it, and the index says which rows are where, with a hash of each file.
-The folder is written under another name, flushed to disk and then renamed, so a checkpoint is there
-in full or not at all. The last two are kept; a damaged one is refused by name and the one before it
-is used.
+``<stage>/checkpoints/step_00000100/`` holds ``index.json`` and two safetensors files of each rank:
+weights, and optimizer state, which only training reads (one file of both in the first edition). A
+logical tensor (a weight, or a slot such as ``blocks.0.mlp.up.weight.momentum``) is written in parts
+by the ranks that own its rows; the index says which rows are where, and each file's hash.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -30,7 +27,7 @@ from torch import Tensor
 from nanolib.config import Recipe, flatten, replace_settings
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
-from nanolib.rundir import saved_recipe, saving
+from nanolib.rundir import saved_recipe, whole_file, write_atomic
 from nanolib.runtime import Runtime
 
 VERSION = 1
@@ -55,9 +52,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """A whole logical tensor, assembled from its parts, on the CPU."""
-        entry = self.index["tensors"].get(name)
-        if entry is None:
-            raise DamagedCheckpoint(f"{self.path} holds no tensor {name!r}")
+        entry = self.index["tensors"][name]
         whole = torch.empty(entry["shape"])
         for part in entry["parts"]:
             with safe_open(self.path / part["file"], "pt") as file:
@@ -76,7 +71,7 @@ def save(
     about: Mapping[str, Any],
     runtime: Runtime,
 ) -> None:
-    """Write ``folder/step_<step>`` with all ranks together and delete all but the last two.
+    """Write ``folder/step_<step>`` with all ranks together, whole or not at all; keep the last two.
 
     `about` is saved in the index: the recipe (flat), vocabulary size and tokenizer fingerprint.
     Raises ValueError that names the path when the disk is full; older checkpoints stay whole.
@@ -88,11 +83,17 @@ def save(
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     runtime.barrier()
-    files = runtime.gather(_write_share(partial, model, optimizer))
+    shares = runtime.gather(_write_share(partial, model, optimizer))
     if runtime.is_lead:
-        index = _index([file for rank in files for file in rank])
+        files, tensors = {}, {}
+        for name, digest, parts in itertools.chain(*shares):
+            files[name] = digest
+            for tensor, rows, shape in parts:
+                entry = tensors.setdefault(tensor, {"shape": shape, "parts": []})
+                entry["parts"].append({"file": name, "rows": rows})
+        index = {"version": VERSION, "files": files, "tensors": tensors}
         index |= {"step": step, "updates": optimizer.steps, **about}
-        _write(partial / "index.json", json.dumps(index).encode())
+        write_atomic(partial / "index.json", json.dumps(index))
         _sync_folder(partial)
         if final.exists():  # a damaged one that we resumed behind
             shutil.rmtree(final)
@@ -103,46 +104,27 @@ def save(
     runtime.barrier()
 
 
-def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[dict[str, Any]]:
-    """Write what this rank owns; returns what the index must know of each of the two files."""
-    rank = optimizer.runtime.rank
-    params = dict(model.named_parameters())
-    written = []
-    for name in (f"rank_{rank}.safetensors", f"rank_{rank}{OPTIMIZER}"):
+def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[tuple[str, str, list]]:
+    """Write what this rank owns; (file, its hash, [tensor, rows, shape of all] of each part)."""
+    rank, params, written = optimizer.runtime.rank, dict(model.named_parameters()), []
+    for file_name in (f"rank_{rank}.safetensors", f"rank_{rank}{OPTIMIZER}"):
         tensors: dict[str, Tensor] = {}
         parts = []
         for group in optimizer.groups:
             for weight, rows, inner in group.owned(rank):
                 values = {weight: params[weight].detach()[rows]}
-                if name.endswith(OPTIMIZER):
+                if file_name.endswith(OPTIMIZER):
                     shape = values[weight].shape
-                    values = {
-                        f"{weight}.{s}": x[inner].reshape(shape) for s, x in group.state.items()
-                    }
-                for key, value in values.items():
-                    tensors[f"{key}@{rows.start}"] = value.cpu().contiguous()
-                    parts.append((key, [rows.start, rows.stop], list(params[weight].shape)))
+                    state = {slot: x[inner].reshape(shape) for slot, x in group.state.items()}
+                    values = {f"{weight}.{slot}": x for slot, x in state.items()}
+                for name, value in values.items():
+                    tensors[f"{name}@{rows.start}"] = value.cpu().contiguous()
+                    parts.append((name, [rows.start, rows.stop], list(params[weight].shape)))
         data = to_safetensors(tensors)
-        _write(folder / name, data)
-        written.append({"file": name, "sha256": hashlib.sha256(data).hexdigest(), "parts": parts})
+        with whole_file(folder / file_name) as file:
+            file.write(data)
+        written.append((file_name, hashlib.sha256(data).hexdigest(), parts))
     return written
-
-
-def _index(written: list[dict[str, Any]]) -> dict[str, Any]:
-    tensors: dict[str, dict[str, Any]] = {}
-    for file in written:
-        for name, rows, shape in file["parts"]:
-            entry = tensors.setdefault(name, {"shape": shape, "parts": []})
-            entry["parts"].append({"file": file["file"], "rows": rows})
-    files = {file["file"]: file["sha256"] for file in written}
-    return {"version": VERSION, "files": files, "tensors": tensors}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with saving(path), path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -165,33 +147,32 @@ def _folders(folder: Path) -> list[Path]:
 def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
     """The checkpoint in a folder, every byte of it checked against the index's hashes.
 
-    weights_only: leave the optimizer's state unread, more than half of a checkpoint. Raises DamagedCheckpoint that names the file.
+    weights_only: leave the optimizer's state unread, more than half of a checkpoint.
+    Raises DamagedCheckpoint that names the file.
     """
+    file = path / "index.json"
     try:
-        index = json.loads((path / "index.json").read_bytes())
-        version = index["version"]
+        index = json.loads(file.read_bytes())
+        if index["version"] != VERSION:
+            raise DamagedCheckpoint(f"{file} has version {index['version']}, not {VERSION}")
+        for name, expected in index["files"].items():
+            if weights_only and name.endswith(OPTIMIZER):
+                continue
+            file = path / name
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != expected:
+                    raise DamagedCheckpoint(f"{file} is truncated or changed: its hash differs")
+    except DamagedCheckpoint:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path / 'index.json'} cannot be read: {error}") from None
-    if version != VERSION:
-        raise DamagedCheckpoint(f"{path} has version {version}; this nanolib reads {VERSION}")
-    for name, expected in index["files"].items():
-        if weights_only and name.endswith(OPTIMIZER):
-            continue
-        try:
-            with (path / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path / name} cannot be read: {error.strerror}") from None
-        if found != expected:
-            raise DamagedCheckpoint(f"{path / name} is truncated or changed: its hash differs")
+        raise DamagedCheckpoint(f"{file} cannot be read: {error}") from None
     return Checkpoint(path, index)
 
 
 def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
     """The newest undamaged checkpoint below `folder`, or None where there never was one.
 
-    A damaged one is named on stderr and the one before it used. Raises DamagedCheckpoint when
-    there are checkpoints but none is whole.
+    A damaged one is named on stderr. Raises DamagedCheckpoint when there are some but none is whole.
     """
     errors = []
     for path in _folders(folder):
@@ -201,10 +182,8 @@ def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
             errors.append(str(error))
             print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
     if errors:
-        raise DamagedCheckpoint(
-            f"no usable checkpoint in {folder}: {'; '.join(errors)}. Restore one from a copy, or "
-            f"delete {folder} to begin this stage again"
-        )
+        remedy = "Restore one from a copy, or delete the folder to begin this stage again"
+        raise DamagedCheckpoint(f"no usable checkpoint in {folder}: {'; '.join(errors)}. {remedy}")
     return None
 
 
@@ -213,8 +192,7 @@ def load_model(folder: Path, device: torch.device, about: Mapping[str, Any] | No
 
     Raises ValueError when the stage has none.
     """
-    checkpoint = latest(folder, weights_only=True)
-    if checkpoint is None:
+    if (checkpoint := latest(folder, weights_only=True)) is None:
         stage = folder.parent.name
         raise ValueError(f"there is no {stage} model yet in {folder}: nanolib stage {stage}")
     if about is not None:
@@ -245,19 +223,15 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: MuonAdamW) -> None:
 def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
     """Raise ValueError unless a checkpoint was made by the recipe and tokenizer of `about`.
 
-    The checkpoint may be of another version: a setting that it lacks had the default, one that
-    this version lacks is named and ignored.
+    A setting that the checkpoint lacks had its default; one that is unknown now is named and ignored.
     """
     saved = saved_recipe(checkpoint.index["recipe"], checkpoint.path)
     theirs = {**flatten(replace_settings(Recipe(), saved)), **checkpoint.index}
-    mine = {**about["recipe"], **about}
-    differences = [
+    differing = [
         f"{key} {theirs[key]!r} != {value!r}"
-        for key, value in mine.items()
+        for key, value in {**about["recipe"], **about}.items()
         if key != "recipe" and theirs[key] != value
     ]
-    if differences:
-        raise ValueError(
-            f"{checkpoint.path} belongs to another run ({', '.join(differences)}); use "
-            f"`--run NAME` for a run of its own"
-        )
+    if differing:
+        belongs = f"{checkpoint.path} belongs to another run ({', '.join(differing)})"
+        raise ValueError(f"{belongs}; use `--run NAME` for a run of its own")

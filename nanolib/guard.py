@@ -1,9 +1,8 @@
 """The worker's side of the guard: stop when the launcher is gone.
 
-A worker's standard input is a pipe that its launcher holds open and never writes to. However the
-launcher ends (Ctrl-C, an exception, ``kill -9``), the system closes its end and the worker reads
-end-of-file. torchrun puts each rank in a session of its own, out of reach of a signal to its
-process group, but file descriptors are inherited: every rank reads the same pipe.
+A worker's standard input is a pipe that its launcher holds open and never writes to: however the
+launcher ends, ``kill -9`` included, every rank reads end-of-file. A signal to the process group
+would not do: torchrun puts each rank in a session of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ GRACE = 60.0  # seconds to finish the current step and save
 
 
 class Guard:
-    """A flag that tells the worker to save and end.
+    """A flag, checked between steps or items, that tells the worker to save and end.
 
-    Loops check `stop_requested` between steps or items. A process still alive `grace` seconds after
-    its launcher has gone ends itself with SIGTERM, then with SIGKILL.
+    A process still alive `grace` seconds after its launcher has gone kills itself.
     """
 
     def __init__(self, grace: float = GRACE) -> None:
@@ -40,7 +38,6 @@ class Guard:
         return self._stop.is_set()
 
     def request_stop(self) -> None:
-        """Set the flag from inside the process."""
         self._stop.set()
 
     def _watch(self) -> None:

@@ -126,7 +126,7 @@ def _is_stale(report: StageDir, run: Run) -> bool:
 def stage_dirs(run: Run) -> list[StageDir]:
     """The directories of all stages that were ever started, in the order they run."""
     paths = {name: [run.path / name] for name in config.STAGES}
-    paths["eval"] = sorted((run.path / "eval").glob("*"))
+    paths["eval"] = sorted((run.path / "eval").glob("[!.]*"))
     return [StageDir(name, path) for name in paths for path in paths[name] if path.is_dir()]
 
 

@@ -12,8 +12,7 @@
         attempts.jsonl              when `nanolib run` worked on it
         report.md
 
-Every file has one writer. Files that must not be torn are written under a temporary name and
-renamed.
+Every file has one writer. What must not be torn is written under another name, then renamed.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nanolib import config as settings
 from nanolib.config import Config
 
 LATEST = "latest"  # the name of a link to the run opened last
+MANIFEST = "manifest.json"
 
 
 def runs_folder() -> Path:
@@ -74,29 +73,25 @@ def saving(path: Path) -> Generator[None, None, None]:
         raise
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: temporary name, fsync, rename."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Generator[IO[bytes], None, None]:
+    """A file to fill, on disk and in the place of `path` once the body ends without an error."""
+    draft = path.with_name(f".{path.name}.{threading.get_native_id()}")
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with draft.open("wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            draft.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file whole or not at all."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Generator[Path, None, None]:
-    """A new folder to fill, which takes the place of `folder` when nothing went wrong."""
+    """A folder to fill, in the place of `folder` once the body ends without an error."""
     for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
         shutil.rmtree(abandoned)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -106,6 +101,16 @@ def whole_folder(folder: Path) -> Generator[Path, None, None]:
         if folder.exists():
             shutil.rmtree(folder)
         draft.rename(folder)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------- metrics
@@ -218,7 +223,12 @@ class Run:
         this = cls.peek(profile, run, overrides)
         if not this.exists() and not _create(this, overrides or {}):
             this = cls.peek(profile, run, overrides)  # another process was first
-        _remember(this.path)
+        link = runs_folder() / LATEST
+        link.parent.mkdir(parents=True, exist_ok=True)
+        draft = link.with_name(f".{LATEST}.{threading.get_native_id()}")
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(this.path)
+        draft.replace(link)
         return this
 
     @classmethod
@@ -230,7 +240,7 @@ class Run:
         path = _locate(run or _default_id(profile, defaults, given))
         if path.name == LATEST:
             raise ValueError(f"{LATEST!r} is the run opened last; choose another --run NAME")
-        if not (path / "manifest.json").exists():
+        if not (path / MANIFEST).exists():
             return cls(path, settings.from_flat(profile, defaults | given))
         manifest = _read_manifest(path)
         if manifest["profile"] != profile:
@@ -245,12 +255,10 @@ class Run:
         there is no such run, and for a recipe's setting that differs from the run's.
         """
         path = _locate(run or LATEST).resolve()
-        if not (path / "manifest.json").exists():
-            raise ValueError(
-                f"there is no run {run!r} at {path} (`nanolib runs` lists all)"
-                if run
-                else f"there is no run yet in {runs_folder()}; make one: nanolib run demo"
-            )
+        if not (path / MANIFEST).exists() and run is None:
+            raise ValueError(f"there is no run yet in {runs_folder()}; make one: nanolib run demo")
+        if not (path / MANIFEST).exists():
+            raise ValueError(f"there is no run {run!r} at {path} (`nanolib runs` lists all)")
         manifest, given = _read_manifest(path), settings.check_overrides(machine or {})
         profile = manifest["profile"]
         defaults = settings.load_profile(profile) if profile in settings.profiles() else {}
@@ -266,19 +274,18 @@ class Run:
         """
         profile, recipe = manifest["profile"], manifest["recipe"]
         asked = settings.from_flat(profile, recipe | defaults | given)
-        machine = settings.flatten(asked.machine, "machine.")
-        run = cls(path, settings.from_flat(profile, recipe | machine))
-        differences = settings.recipe_difference(asked.recipe, settings.flatten(run.config.recipe))
+        saved = settings.from_flat(profile, recipe).recipe
+        differences = settings.recipe_difference(asked.recipe, settings.flatten(saved))
         for key, wanted, before in sorted(differences, key=lambda it: it[0] not in given):
             if key in given:
                 raise _refusal(path, key, before, wanted)
             if key in recipe:
                 remedy = f"restore profile {profile}, which has changed,"
                 raise _refusal(path, key, before, wanted, remedy)
-        return run
+        return cls(path, replace(asked, recipe=saved))
 
     def exists(self) -> bool:
-        return (self.path / "manifest.json").exists()
+        return (self.path / MANIFEST).exists()
 
     def manifest(self) -> dict[str, Any]:
         return _read_manifest(self.path)
@@ -290,20 +297,18 @@ class Run:
     def mirror(self) -> Path:
         """The folder with the run's text and tasks; its layout is in `nanolib.hub`.
 
-        This opening's machine.mirror, else the one the data stage used, else the one it fetched
-        or, for the toy world, wrote.
+        This opening's machine.mirror, else the data stage's, else what that fetched or wrote.
         """
         stage = self.stage("data")
-        recorded = stage.result().get("mirror")
-        mirror = self.config.machine.mirror or recorded or stage.path / "mirror"
-        return settings.REPOSITORY / Path(mirror).expanduser()
+        recorded = stage.result().get("mirror") or stage.path / "mirror"
+        return settings.REPOSITORY / Path(self.config.machine.mirror or recorded).expanduser()
 
 
 def _default_id(profile: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """The profile's name, and a hash of the overrides that change its recipe if there are any."""
     plain = settings.flatten(settings.from_flat(profile, defaults).recipe)
-    recipe = settings.flatten({path: given[path] for path in given if path in plain})
-    changed = {path: value for path, value in recipe.items() if plain[path] != value}
+    asked = settings.flatten(given).items()
+    changed = {path: value for path, value in asked if plain.get(path, value) != value}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     return f"{profile}-{digest[:6]}" if changed else profile
 
@@ -322,43 +327,40 @@ def _locate(run: str) -> Path:
 def _create(run: Run, overrides: Mapping[str, Any]) -> bool:
     """Write the manifest; False where another process did so first, and its own stands."""
     path = run.path
-    names = [name for name in os.listdir(path) if name[0] != "."] if path.is_dir() else []
-    if path.is_file() or (names and "manifest.json" not in names):
+    if path.is_file() or (any(path.glob("[!.]*")) and not run.exists()):
         raise ValueError(
-            f"{path} is not a run: a file, or a folder with other files and no manifest.json; "
+            f"{path} is not a run: a file, or a folder with other files and no {MANIFEST}; "
             "choose another --run NAME"
         )
     recipe, given = settings.flatten(run.config.recipe), settings.check_overrides(overrides)
+    draft = path / f".{MANIFEST}.draft.{threading.get_native_id()}"
     manifest = {
         "profile": run.config.profile,
         "created": now(),
         "overrides": {key: value for key, value in given.items() if key in recipe},
         "recipe": recipe,
     }
-    with saving(path):
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path, prefix=".") as folder:
-            draft = Path(folder) / "manifest.json"
-            write_json(draft, manifest)
-            try:
-                os.link(draft, path / "manifest.json")
-            except FileExistsError:
-                return False
+    write_json(draft, manifest)
+    try:
+        os.link(draft, path / MANIFEST)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink()
     return True
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest with its settings as this version reads them."""
-    file = path / "manifest.json"
+    file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         manifest["recipe"] = saved_recipe(manifest["recipe"], file)
         known = {k: v for k, v in manifest["overrides"].items() if k in settings.settings()}
         return manifest | {"overrides": settings.check_overrides(known)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}); restore it, or start a new run with --run NAME"
-        ) from None
+        remedy = "restore it, or start a new run with --run NAME"
+        raise ValueError(f"{file} is damaged ({error}); {remedy}") from None
 
 
 def saved_recipe(saved: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -377,13 +379,3 @@ def _refusal(
         f"run {path.name!r} was made with {key} = {saved}, not {asked}; {remedy} to go on with "
         f"that run, or start a new one with --run NAME (this one is {path})"
     )
-
-
-def _remember(path: Path) -> None:
-    """Point the LATEST link at `path`."""
-    link = runs_folder() / LATEST
-    link.parent.mkdir(parents=True, exist_ok=True)
-    temporary = link.with_name(f".{LATEST}.{threading.get_native_id()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(path)
-    temporary.replace(link)

@@ -2,10 +2,10 @@
 
     nanolib run demo --grpo.lr 0.2 --from demo
 
-Stages are taken over from the first on, until one whose settings differ (`config.up_to`), that the
-other run has not finished, or that this run has begun by itself. The data stage always runs here:
-it is short, and its fingerprint says whether both runs read the same files. Large files are hard
-links where the file system has them: they are never written in place.
+Stages are taken over until one whose settings differ (`config.up_to`), that the other run has not
+finished, or that this run has begun by itself. The data stage always runs here: it is short, and
+its fingerprint says whether both runs read the same files. Large files are hard links where the
+file system has them: they are never written in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 
 from nanolib import config, launch
-from nanolib.rundir import Run, StageDir, saving, write_json
+from nanolib.rundir import Run, StageDir, whole_folder, write_json
 
 LINKED = (".safetensors", ".npy")
 
@@ -30,30 +30,28 @@ def take_over(run: Run, source: Run, watch: launch.Watch | None = None) -> list[
     if run.path.resolve() == source.path.resolve():
         raise ValueError(f"run {run.name} cannot take over its own stages: give --run or --from")
     launch.stage("data", run, watch=watch)
-    taken, obstacle = [], None
+    taken = []
     with (run.path / "manifest.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time copies; a killed one lets go
         for name in ("data", "tokenizer", "shards", *run.config.recipe.models):
-            obstacle = _obstacle(run, source, name)
-            if obstacle is not None:
+            if obstacle := _obstacle(run, source, name):
                 break
             if name == "data":
                 continue
-            _copy(run, source, name)
             taken.append(name)
-            same_scores = run.config.recipe.eval == source.config.recipe.eval
-            if same_scores and source.stage("eval", of=name).done():
-                _copy(run, source, "eval", of=name)
+            _copy(source.stage(name), run.stage(name), source.name)
+            scores = source.stage("eval", of=name)
+            if scores.done() and run.config.recipe.eval == source.config.recipe.eval:
                 taken.append(f"eval of {name}")
+                _copy(scores, run.stage("eval", of=name), source.name)
     said = [f"taken over from run {source.name}: {', '.join(taken) or 'nothing'}"]
-    return said if obstacle is None else [*said, f"{name} is not taken over: {obstacle}"]
+    return [*said, f"{name} is not taken over: {obstacle}"] if obstacle else said
 
 
 def _obstacle(run: Run, source: Run, name: str) -> str | None:
     """Why a stage cannot be taken over; None where it can, or was."""
-    mine = config.up_to(run.config.recipe, name)
     theirs = config.up_to(source.config.recipe, name)
-    for path, value in mine.items():
+    for path, value in config.up_to(run.config.recipe, name).items():
         if theirs[path] != value:
             return f"{path} is {config.as_text(theirs[path])} there, {config.as_text(value)} here"
     if source.stage(name).done() is None:
@@ -68,27 +66,25 @@ def _obstacle(run: Run, source: Run, name: str) -> str | None:
         if changed := sorted(it for it in both if revisions[it] != others[it]):
             return f"{', '.join(changed)} has another revision there"
     begun = name != "data" and run.stage(name).path.exists()
-    if begun and run.stage(name).done() != _record(source, source.stage(name)):
+    if begun and run.stage(name).done() != _record(source.stage(name), source.name):
         return "it was begun here before"
     return None
 
 
-def _copy(run: Run, source: Run, name: str, of: str | None = None) -> None:
+def _copy(theirs: StageDir, mine: StageDir, origin: str) -> None:
     """Copy one stage's directory, unless it is there."""
-    theirs, target, draft = source.stage(name, of), run.stage(name, of).path, run.path / ".taken"
-    if target.exists():
+    if mine.path.exists():
         return
-    with saving(target):
-        shutil.rmtree(draft, ignore_errors=True)  # of a copy that was killed
-        target.parent.mkdir(exist_ok=True)
+    with whole_folder(mine.path) as draft:
         ignored = shutil.ignore_patterns(".*", "*.partial")
-        shutil.copytree(theirs.path, draft, copy_function=_link_or_copy, ignore=ignored)
-        write_json(draft / "done.json", _record(source, theirs))
-        draft.rename(target)
+        shutil.copytree(
+            theirs.path, draft, ignore=ignored, copy_function=_link_or_copy, dirs_exist_ok=True
+        )
+        write_json(draft / "done.json", _record(theirs, origin))
 
 
-def _record(source: Run, theirs: StageDir) -> dict:
-    return (theirs.done() or {}) | {"taken_over": source.name}
+def _record(theirs: StageDir, origin: str) -> dict:
+    return (theirs.done() or {}) | {"taken_over": origin}
 
 
 def _link_or_copy(file: str, target: str) -> None:

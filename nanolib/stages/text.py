@@ -17,7 +17,7 @@ from nanolib.config import ConversationConfig, Recipe, flatten
 from nanolib.data import toyworld
 from nanolib.data.sources import split_documents
 from nanolib.evals import core
-from nanolib.rundir import Run, saving, whole_folder
+from nanolib.rundir import Run, whole_file, whole_folder
 from nanolib.stages import Context
 from nanolib.tokenizer import Tokenizer
 
@@ -179,7 +179,8 @@ def shards(context: Context) -> dict[str, Any]:
             parts.append(tokenizer.encode_flat(group, torch.get_num_threads(), bos=True)[0])
             done += len(group)
             context.progress(number, len(texts), f"{text.name}: {done} documents")
-        _save_array(target, np.concatenate(parts))
+        with whole_file(target) as file:
+            np.save(file, np.concatenate(parts))
     *trained, held_out = (np.load(target, mmap_mode="r") for target in targets)
     return {
         "train_tokens": sum(map(len, trained)),
@@ -187,16 +188,6 @@ def shards(context: Context) -> dict[str, Any]:
         "validation_tokens": len(held_out),
         "validation_bytes": int(tokenizer.byte_lengths[held_out].sum()),
     }
-
-
-def _save_array(target: Path, array: np.ndarray) -> None:
-    """Write a ``.npy`` file whole or not at all."""
-    partial = target.with_suffix(".partial")
-    with saving(target), partial.open("wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(target)
 
 
 def shard_paths(run: Run) -> tuple[list[Path], Path]:
