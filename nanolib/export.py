@@ -1,7 +1,7 @@
 """Export to Hugging Face's format: a folder that transformers loads as `NanoChatForCausalLM`.
 
-Our preset ``classic`` computes the same function, so the logits are the same. The tokenizers differ
-in one thing: theirs turns a special token typed as plain text into the special token.
+Preset ``classic`` gives the same logits there. The tokenizers differ in one thing: theirs turns a
+special token typed as plain text into the special token.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 
 from nanolib import checkpoint, model
 from nanolib.config import ModelConfig
 from nanolib.engine import end_tokens
 from nanolib.model import GPT
-from nanolib.rundir import Run, saving, write_json
+from nanolib.rundir import Run, whole_file, write_json
 from nanolib.session import stage_with_model
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -52,51 +52,33 @@ def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
 
 def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights (float32), configuration, tokenizer and chat template into `folder`."""
-    if folder.exists() and (not folder.is_dir() or _is_foreign(folder)):
-        raise ValueError(f"{folder} exists and is no earlier export; give another --out")
-    ends = end_tokens(tokenizer)
-    files = {
-        "config.json": model_config(trained.config, tokenizer),
-        "generation_config.json": {
-            "bos_token_id": tokenizer.bos,
-            "eos_token_id": list(ends),
-            "pad_token_id": ends[0],
-        },
-        "tokenizer.json": tokenizer_json(tokenizer),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|bos|>",
-            "eos_token": "<|assistant_end|>",
-            "pad_token": "<|assistant_end|>",
-            "additional_special_tokens": list(SPECIAL_TOKENS),
-            "model_max_length": trained.config.sequence_len,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE.read_text(encoding="utf-8"),
-        },
-    }
-    weights = {_their_name(name): w.detach().cpu() for name, w in trained.named_parameters()}
-    with saving(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".model.safetensors"
-        save_file(weights, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # the library makes it private
-        partial.replace(folder / "model.safetensors")
-    for name, content in files.items():
-        write_json(folder / name, content)
-
-
-def _is_foreign(folder: Path) -> bool:
-    """Whether a folder holds files, but no NanoChat model."""
     config = folder / "config.json"
-    if config.is_file():
-        return '"NanoChatForCausalLM"' not in config.read_text(encoding="utf-8", errors="replace")
-    return any(not path.name.startswith(".") for path in folder.iterdir())
-
-
-def _their_name(name: str) -> str:
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
+    is_ours = config.is_file() and b"NanoChatForCausalLM" in config.read_bytes()
+    if folder.is_file() or (any(folder.glob("[!.]*")) and not is_ours):
+        raise ValueError(f"{folder} exists and is no earlier export; give another --out")
+    weights = {}
+    for name, weight in trained.named_parameters():
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        weights[name] = weight.detach().cpu()
+    with whole_file(folder / "model.safetensors") as file:
+        file.write(to_safetensors(weights, metadata={"format": "pt"}))
+    ends = end_tokens(tokenizer)
+    write_json(config, model_config(trained.config, tokenizer))
+    generation = {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": ends[0]}
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+    about_tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|assistant_end|>",
+        "pad_token": "<|assistant_end|>",
+        "additional_special_tokens": SPECIAL_TOKENS,
+        "model_max_length": trained.config.sequence_len,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE.read_text(encoding="utf-8"),
+    }
+    write_json(folder / "tokenizer_config.json", about_tokenizer)
 
 
 def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -135,28 +117,21 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     letters = _byte_letters()
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.bos)]
     names = ["".join(letters[byte] for byte in token) for token in tokens]
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    unchanged = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    plain = dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
+    byte_level = {"type": "ByteLevel", **plain}
     split = {"pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": False,
-    }
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),  # None
         "added_tokens": [
-            {"id": tokenizer.special(name), "content": name, **special, "special": True}
+            {"id": tokenizer.special(name), "content": name, **unchanged, "special": True}
             for name in SPECIAL_TOKENS
         ],
-        "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [{"type": "Split", **split}, byte_level],
         },
-        "post_processor": None,
         "decoder": byte_level,
         "model": {
             "type": "BPE",

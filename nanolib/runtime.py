@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,9 @@ class Runtime:
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
-        return cls(
-            device=device, dtype=_dtype(machine.dtype, device), rank=rank, world_size=world_size
-        )
+        fitting = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = getattr(torch, fitting if machine.dtype == "auto" else machine.dtype)
+        return cls(device=device, dtype=dtype, rank=rank, world_size=world_size)
 
     @property
     def is_lead(self) -> bool:
@@ -57,9 +58,8 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; a no-op in float32."""
-        return torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        )
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
     def sum(self, value: Tensor) -> Tensor:
         """`value` summed over ranks, in place."""
@@ -85,28 +85,21 @@ class Runtime:
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    seen = [*(name for name, backend in backends.items() if backend.is_available()), "cpu"]
     if wanted == "auto":
-        wanted = "cuda" if cuda else "mps" if mps else "cpu"
-    if (wanted == "cuda" and not cuda) or (wanted == "mps" and not mps):
+        wanted = seen[0]
+    if wanted not in seen:
         raise ValueError(f"machine.device is {wanted!r}, which torch does not see here; try auto")
     return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
 
 
-def _dtype(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
-
-
 def processor() -> str:
     """The processor's name (on Linux), else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    name = re.search(r"^model name\s*:(.*)", text, re.MULTILINE)
+    return name[1].strip() if name else platform.machine()
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:
