@@ -18,17 +18,8 @@ import tiktoken
 import rust_tokenizer
 from nanolib.rundir import write_atomic
 
-SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
+ENCLOSED = ("user", "assistant", "python", "output")  # by a start and an end token
+SPECIAL_TOKENS = ("<|bos|>", *(f"<|{it}_{end}|>" for it in ENCLOSED for end in ("start", "end")))
 # GPT-4's pattern, but digits in groups of one or two: a small vocabulary has few ids to spare.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -66,8 +57,8 @@ class Tokenizer:
         """Train on `documents`; `vocab_size` counts bytes, merges and special tokens.
 
         `progress(phase, done, total)` is called about every 50 ms: phase "count" with the bytes
-        read (total None), then "merge" with the merges done. Raises ValueError if `vocab_size` is
-        too small for bytes and special tokens or too large for the text.
+        read (total None), then "merge" with the merges done. Raises ValueError for a `vocab_size`
+        below bytes and special tokens or beyond what the text has pairs for.
         """
         fewest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < fewest:
@@ -126,9 +117,8 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`encode` all texts into one array: (ids [N], offsets [texts + 1] int64).
 
-        Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if `bos`; ids are uint16 if the
-        vocabulary fits, else uint32. The crate encodes these many times faster than tiktoken, with
-        the same result. Raises ValueError for text with lone surrogates.
+        Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if `bos`; uint16 if the
+        vocabulary fits, else uint32. Many times faster than tiktoken. ValueError for lone surrogates.
         """
         wide, prefix = self.vocab_size > 2**16, self.bos if bos else None
         ids, ends = self._encoder.encode_batch(texts, threads=threads, prefix=prefix, wide=wide)

@@ -85,11 +85,6 @@ def test_ranks_and_micro_batches_share_the_same_rows(ranks, device_batch):
         assert shared == rows
 
 
-def test_batch_not_divisible_by_ranks():
-    with pytest.raises(ValueError, match="4 rows cannot be shared equally by 3 ranks"):
-        TextSource(_shards(1), batch_rows=4, world_size=3, **SETTINGS)
-
-
 def test_empty_shards_are_an_error():
     with pytest.raises(ValueError, match="empty"):
         TextSource([np.zeros(0, np.uint16), np.array([BOS])], batch_rows=1, **SETTINGS)

@@ -22,8 +22,9 @@ from nanolib.model import GPT
 from nanolib.optim import SLOTS, MuonAdamW
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
-from nanolib.stages import text, training, worker
+from nanolib.stages import training, worker
 from nanolib.tasks import GSM8K
+from nanolib.tokenizer import Tokenizer
 from runs.bench import ranks
 
 MANY = [("base", 1), ("mid", 1), ("sft", 1), ("mid", 12), ("grpo", 1), ("grpo", 8)]  # stage, steps
@@ -62,7 +63,7 @@ def _make_run(folder: Path, stage: str, steps: int, ranks: int) -> Run:
 
 
 def _save_random_weights(run: Run, stage: str) -> None:
-    recipe, tokenizer = run.config.recipe, text.load_tokenizer(run)
+    recipe, tokenizer = run.config.recipe, Tokenizer.load(run.path / "tokenizer/tokenizer.json")
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
     model = GPT(recipe.model, tokenizer.vocab_size)
     generator = torch.Generator().manual_seed(0)
@@ -212,7 +213,7 @@ def test_four_ranks_share_the_optimizer_and_send_what_zero_2_sends(shared_runs, 
     launch.stage("base", four)
     assert ranks.furthest(ranks.losses(four), ranks.losses(one)) < 1e-5
     width, depth = four.config.recipe.model.width, four.config.recipe.model.depth
-    vocab = text.load_tokenizer(four).vocab_size
+    vocab = Tokenizer.load(four.path / "tokenizer/tokenizer.json").vocab_size
     assert depth == 2  # 8 square matrices; 2 each of `up` and `down`, made 4
     matrices = (8 + 4 * 4 + 4 * 4) * width**2
     ends = 2 * 4 * math.ceil(vocab / 4) * width

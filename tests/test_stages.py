@@ -76,7 +76,7 @@ def _context(run: Run, stage: str, of: str | None = None, guard: Guard | None = 
 
 
 def test_shards_are_bos_and_the_tokens_of_every_document(run):
-    tokenizer = text.load_tokenizer(run)
+    tokenizer = _context(run, "mid").tokenizer
     _, validation = text.shard_paths(run)
     tokens = np.load(validation)
     files = text.hub.text_files(run.config, run.mirror())
@@ -101,7 +101,8 @@ def _sft_settings(run: Run) -> dict:
 
 def test_sft_targets_are_what_the_assistant_says(run, tmp_path):
     """Decoded targets of every row, in the order of the packed conversations."""
-    tokenizer, context = text.load_tokenizer(run), _context(run, "sft")
+    context = _context(run, "sft")
+    tokenizer = context.tokenizer
     talks = list(training._conversations(context, "smoltalk", "test", 30))
     settings = _sft_settings(run) | {"length": 256}
     source, cut = _packed(talks, tokenizer, tmp_path / "packed", settings)
@@ -116,7 +117,7 @@ def test_sft_targets_are_what_the_assistant_says(run, tmp_path):
 
 def test_a_conversation_without_a_target_is_left_out(run, tmp_path):
     """A question that fills the row leaves no room for an answer to learn from."""
-    tokenizer = text.load_tokenizer(run)
+    tokenizer = _context(run, "mid").tokenizer
     talks = [Conversation.ask("why? " * 200, "so"), Conversation.ask("who?", "me")]
     source, cut = _packed(talks, tokenizer, tmp_path / "packed", _sft_settings(run))
     targets = source.batch([0]).targets_BT
@@ -131,7 +132,7 @@ def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_oth
     """Ids and masks of every row, and a step's batches, on every rank."""
     context, config = _context(run, "mid"), run.config.recipe.mid
     setup = training.Training(context)
-    folder, about = training._mixture(context, setup.tokenizer)
+    folder, about = training._mixture(context)
     settings = setup.row_settings() | {"world_size": ranks}
     talks = [
         talk
@@ -140,7 +141,7 @@ def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_oth
         for talk in training._conversations(context, name, "train", limit)
     ]
     assert sum(about["conversations"].values()) == len(talks) > 50
-    one_by_one = [talk.render(setup.tokenizer, settings["length"] + 1) for talk in talks]
+    one_by_one = [talk.render(context.tokenizer, settings["length"] + 1) for talk in talks]
     assert about["cut_tokens"] == sum(r.cut for r in one_by_one)
     kept = [r for r in one_by_one if any(r.loss_mask[1:])]
     for rank in range(ranks):
@@ -160,16 +161,15 @@ def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_oth
 
 def test_a_mixture_is_rendered_once_by_the_lead_rank(run, tmp_path, monkeypatch):
     """A resumed stage and every other rank map what is there; another recipe renders its own."""
-    tokenizer = text.load_tokenizer(run)
     fork = _fork(run, tmp_path / "fork", {"mid.rows.gsm8k": 3})
-    first, _ = training._mixture(_context(run, "mid"), tokenizer)
-    other, about = training._mixture(_context(fork, "mid"), tokenizer)
+    first, _ = training._mixture(_context(run, "mid"))
+    other, about = training._mixture(_context(fork, "mid"))
     assert first.name != other.name and about["conversations"]["gsm8k"] == 3
     monkeypatch.setattr(tasks, "load", lambda *_: pytest.fail("rendered again"))
     context = _context(run, "mid")
     for rank in (0, 1):
         context.runtime = dataclasses.replace(context.runtime, rank=rank, world_size=2)
-        assert training._mixture(context, tokenizer)[0] == first
+        assert training._mixture(context)[0] == first
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -189,9 +189,8 @@ def test_a_mixture_stops_while_it_is_rendered_and_leaves_nothing_half(rank, run,
     context.progress = progress
     before = sorted(fork.stage("mid").path.glob("conversations-*"))
     rows = context.stage.metrics.rows()
-    tokenizer = text.load_tokenizer(fork)
     with pytest.raises(Stopped, match="rendering" if rank == 0 else "waiting for rank 0"):
-        training._mixture(context, tokenizer)
+        training._mixture(context)
     assert sorted(fork.stage("mid").path.glob("conversations-*")) == before
     new = context.stage.metrics.rows()[len(rows) :]
     assert [row["kind"] for row in new] == ["progress"] * (rank == 0)
@@ -225,13 +224,13 @@ def test_validation_loss_is_of_what_the_assistant_says(run, tmp_path):
     setup = training.Training(context)
     settings = setup.row_settings()
     talks = training._conversations(context, "smoltalk", "test", 30)
-    held, _ = _packed(talks, setup.tokenizer, tmp_path / "packed", settings)
+    held, _ = _packed(talks, context.tokenizer, tmp_path / "packed", settings)
     nats, count = 0.0, 0
     for number in range(len(held)):
         batch = held.batch([number])
         nats += float(setup.model.nll(batch)[batch.targets_BT >= 0].detach().sum())
         count += int((batch.targets_BT >= 0).sum())
-    mean = training._validation_loss(setup.model, held, context.runtime)
+    mean = setup.validation_loss(held)
     assert mean == pytest.approx(nats / count)
 
 
@@ -326,9 +325,9 @@ def test_only_the_lead_counts_trigrams(run, monkeypatch):
     for rank in (0, 1):
         context = _context(run, "eval", of="base")
         context.runtime = dataclasses.replace(context.runtime, rank=rank)
-        engine: Any = SimpleNamespace(tokenizer=text.load_tokenizer(run), model=None)
+        engine: Any = SimpleNamespace(tokenizer=context.tokenizer, model=None)
         monkeypatch.setattr(evaluate, "bits_per_byte", lambda *_: 1.0)
-        documents = text.validation_documents(run, engine.tokenizer, 4)
+        documents = text.validation_documents(context)
         scores = evaluate.compression(context, engine, documents)
         assert scores.keys() == ({"bpb", "trigram_bpb"} if rank == 0 else {"bpb"})
     (tokens,) = made
@@ -522,10 +521,8 @@ def test_a_task_by_a_wrong_name(run):
 
 def test_a_stage_before_its_needs(tmp_path):
     run = Run.open("smoke", str(tmp_path / "new"), SMALL)
-    with pytest.raises(ValueError, match="no data yet: nanolib stage data"):
-        text.shard_paths(run)
     with pytest.raises(ValueError, match="no tokenizer"):
-        text.load_tokenizer(run)
+        _ = _context(run, "shards").tokenizer
 
 
 def test_a_checkpoint_depends_on_the_recipe_up_to_its_stage(run, tmp_path):

@@ -37,10 +37,6 @@ class RowSource:
     device_batch: int | None = None  # rows of a micro-batch at most; None: all of this rank's
 
     def __post_init__(self) -> None:
-        if self.batch_rows % self.world_size:
-            rows, ranks = self.batch_rows, self.world_size
-            remedy = "change machine.ranks or batch_tokens"
-            raise ValueError(f"{rows} rows cannot be shared equally by {ranks} ranks; {remedy}")
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def __len__(self) -> int:

@@ -2,20 +2,27 @@
 
     data → tokenizer → shards → base → mid → sft → grpo → eval → report
 
-`text` has the first three, `training` those that leave a model, `evaluate` the scores; `worker` is
-the process that `nanolib.launch` starts. Readers and tests may call the functions themselves.
-Every stage can be stopped and killed at any instant and goes on from what it had saved.
+`text` has the first three, `training` those that leave a model, `evaluate` the rest; `worker` is the
+process that `nanolib.launch` starts. A stage killed at any instant goes on from what it had saved.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+from nanolib.engine import Engine
 from nanolib.guard import Guard
+from nanolib.model import GPT
 from nanolib.rundir import Run, StageDir
 from nanolib.runtime import Runtime
+from nanolib.tokenizer import Tokenizer
+from nanolib.tools import Sandbox
 from nanolib.train import Stopped
+
+Result = dict[str, Any]  # of a stage, kept in its done record
 
 
 @dataclass(kw_only=True)
@@ -37,3 +44,12 @@ class Context:
         if self.runtime.is_lead and time.monotonic() - self._reported > 0.5:
             self._reported = time.monotonic()
             self.stage.metrics.append(kind="progress", step=done, steps=total, message=message)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's. Raises ValueError where it has none yet."""
+        return Tokenizer.load(self.run.stage("tokenizer").path / "tokenizer.json")
+
+    def engine(self, model: GPT, sandbox: Sandbox) -> Engine:
+        """An engine whose tool is the sandbox."""
+        return Engine(model, self.tokenizer, self.runtime, lambda code: sandbox.run(code).text)

@@ -13,25 +13,23 @@ from nanolib.data.sources import first_tokens
 from nanolib.engine import Engine
 from nanolib.evals import answers, choices, core
 from nanolib.evals.bpb import Trigram, bits_per_byte
-from nanolib.stages import Context
-from nanolib.stages.text import load_tokenizer, shard_paths, validation_documents
-from nanolib.stages.training import make_engine
+from nanolib.stages import Context, Result
+from nanolib.stages.text import shard_paths, validation_documents
 from nanolib.tools import Sandbox
 
 TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
 SAMPLE_PROMPTS = 4  # openings of validation documents that the base model continues
 
 
-def evaluate(context: Context) -> dict[str, Any]:
+def evaluate(context: Context) -> Result:
     """Score one stage's model; a task that is scored is not scored again on resuming."""
     run, of, metrics = context.run, context.of or "base", context.stage.metrics
-    config, tokenizer = run.config.recipe, load_tokenizer(run)
+    config, documents = run.config.recipe, validation_documents(context)
     model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
     known = {row["task"]: row["scores"] for row in metrics.rows() if row["kind"] == "score"}
     core_tasks = core.load(hub.eval_bundle(run.mirror())) if config.eval.core_problems != 0 else []
     with Sandbox() as sandbox:
-        engine = make_engine(context, model, tokenizer, sandbox)
-        documents = validation_documents(run, tokenizer, config.base.eval_documents)
+        engine = context.engine(model, sandbox)
         parts = {"compression": partial(compression, context, engine, documents)}
         if of == "base":
             parts["samples"] = partial(samples, engine, documents[:SAMPLE_PROMPTS])
@@ -79,14 +77,14 @@ def samples(engine: Engine, documents: Sequence[np.ndarray]) -> dict[str, list[l
     return {"samples": [[decode(opening[1:]), decode(new)] for opening, new in pairs]}
 
 
-def score_core(context: Context, engine: Engine, task: core.CoreTask) -> dict[str, Any]:
+def score_core(context: Context, engine: Engine, task: core.CoreTask) -> Result:
     """A CORE task's scores on its first questions in nanochat's order."""
     few = task.shuffled(context.run.config.recipe.eval.core_problems)
     progress = partial(context.progress, message=f"core/{task.label}")
     return core.evaluate(engine.model, engine.tokenizer, few, context.runtime, progress)
 
 
-def score_task(context: Context, engine: Engine, name: str) -> dict[str, Any]:
+def score_task(context: Context, engine: Engine, name: str) -> Result:
     """A task's scores on its first test questions. Raises ValueError where it has no answers."""
     config = context.run.config.recipe.eval
     task = tasks.load(name, "test", context.run.mirror())
@@ -100,7 +98,7 @@ def score_task(context: Context, engine: Engine, name: str) -> dict[str, Any]:
     raise ValueError(f"eval.tasks names {name!r}, whose answers cannot be graded; leave it out")
 
 
-def write_report(context: Context) -> dict[str, Any]:
+def write_report(context: Context) -> Result:
     """The report card, from the run directory alone."""
     report.build(context.run)
     return {"file": "report.md"}

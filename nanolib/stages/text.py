@@ -7,7 +7,6 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +17,13 @@ from nanolib.data import toyworld
 from nanolib.data.sources import split_documents
 from nanolib.evals import core
 from nanolib.rundir import Run, whole_file, whole_folder
-from nanolib.stages import Context
+from nanolib.stages import Context, Result
 from nanolib.tokenizer import Tokenizer
 
 DOCUMENTS_AT_ONCE = 1024
 
 
-def data(context: Context) -> dict[str, Any]:
+def data(context: Context) -> Result:
     """Write or fetch the run's data, check it, and record where it came from."""
     run = context.run
     revisions = _gather(context) if run.config.machine.mirror is None else {}
@@ -68,11 +67,9 @@ def limits(config: ConversationConfig) -> dict[str, int | None]:
 
 def _splits(recipe: Recipe) -> list[tuple[str, str]]:
     """Each task and split that a later stage reads."""
-    learned = [
-        name for stage in (recipe.mid, recipe.sft) if stage.enabled for name in limits(stage)
-    ]
-    if recipe.grpo.enabled:
-        learned.append(recipe.grpo.task)
+    stages = [stage for stage in (recipe.mid, recipe.sft) if stage.enabled]
+    learned = {name for stage in stages for name in limits(stage)}
+    learned |= {recipe.grpo.task} if recipe.grpo.enabled else set()
     found = {(name, split) for name in learned for split in ("train", "test")}
     if set(recipe.models) - {"base"}:
         found |= {(name, "test") for name in recipe.eval.tasks}
@@ -109,18 +106,10 @@ def _fingerprint(run: Run, text: hub.TextFiles) -> str:
     return digest.hexdigest()[:16]
 
 
-def _recorded(run: Run) -> dict[str, Any]:
-    """The data stage's result."""
-    result = run.stage("data").result()
-    if not result:
-        raise ValueError(f"run {run.id} has no data yet: nanolib stage data")
-    return result
-
-
 def _text_files(run: Run) -> hub.TextFiles:
     """The run's text. Raises ValueError if it is not what the data stage recorded."""
     files = hub.text_files(run.config, run.mirror())
-    if _recorded(run)["fingerprint"] != _fingerprint(run, files):
+    if run.stage("data").result()["fingerprint"] != _fingerprint(run, files):
         raise ValueError(
             f"the data in {run.mirror()} is not what run {run.id} began with; give --mirror the "
             "folder it had, or start a new run with --run NAME"
@@ -128,7 +117,7 @@ def _text_files(run: Run) -> hub.TextFiles:
     return files
 
 
-def tokenizer(context: Context) -> dict[str, Any]:
+def tokenizer(context: Context) -> Result:
     """Train the run's tokenizer on its training text."""
     config = context.run.config.recipe.tokenizer
     files = _text_files(context.run)
@@ -158,17 +147,12 @@ def _head(texts: Iterable[str], chars: int) -> Iterator[str]:
             return
 
 
-def load_tokenizer(run: Run) -> Tokenizer:
-    """The run's tokenizer. Raises ValueError when it has none."""
-    return Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
-
-
-def shards(context: Context) -> dict[str, Any]:
+def shards(context: Context) -> Result:
     """Tokenize every text file: one flat ``.npy`` array of ids each, every document BOS + tokens.
 
     A shard that is there is whole and is kept.
     """
-    files, tokenizer = _text_files(context.run), load_tokenizer(context.run)
+    files, tokenizer = _text_files(context.run), context.tokenizer
     train, validation = shard_paths(context.run)
     texts, targets = [*files.train, files.validation], [*train, validation]
     for number, (text, target) in enumerate(zip(texts, targets, strict=True)):
@@ -192,13 +176,14 @@ def shards(context: Context) -> dict[str, Any]:
 
 def shard_paths(run: Run) -> tuple[list[Path], Path]:
     """The token shards of training and of validation text."""
-    folder, result = run.stage("shards").path, _recorded(run)
+    folder, result = run.stage("shards").path, run.stage("data").result()
     names = [*result["train_files"], result["validation_file"]]
     *train, validation = (folder / f"{Path(name).stem}.npy" for name in names)
     return train, validation
 
 
-def validation_documents(run: Run, tokenizer: Tokenizer, limit: int | None) -> list[np.ndarray]:
-    """The first `limit` documents (None: all) of the validation shard, as ids with BOS."""
-    _, validation = shard_paths(run)
-    return split_documents(np.load(validation, mmap_mode="r"), tokenizer.bos)[:limit]
+def validation_documents(context: Context) -> list[np.ndarray]:
+    """The documents of the validation shard that are scored, as ids with BOS."""
+    tokens = np.load(shard_paths(context.run)[1], mmap_mode="r")
+    limit = context.run.config.recipe.base.eval_documents
+    return split_documents(tokens, context.tokenizer.bos)[:limit]

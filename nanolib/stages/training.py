@@ -20,16 +20,15 @@ from nanolib.config import OptimConfig, up_to
 from nanolib.conversation import Conversation
 from nanolib.data.packing import Source
 from nanolib.data.sources import ConversationSource, TextSource, render, save_conversations
-from nanolib.engine import Engine
 from nanolib.evals import answers, score_all
 from nanolib.evals.bpb import bits_per_byte
 from nanolib.grpo import PolicyGradient, RolloutSource
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import Run, StageDir, whole_folder, write_json
-from nanolib.runtime import Runtime, seed_of
-from nanolib.stages import Context
-from nanolib.stages.text import limits, load_tokenizer, shard_paths, validation_documents
+from nanolib.runtime import seed_of
+from nanolib.stages import Context, Result
+from nanolib.stages.text import limits, shard_paths, validation_documents
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 from nanolib.train import CrossEntropy, Loss, Trainer
@@ -37,25 +36,26 @@ from nanolib.train import CrossEntropy, Loss, Trainer
 SAVE_MINUTES_ON_CUDA = 10.0  # unless machine.save_minutes is given
 HELD_OUT = 100  # conversations of each source in mid's and SFT's held-out losses
 
+Score = Callable[[], dict[str, float]]
 
-def base(context: Context) -> dict[str, Any]:
+
+def base(context: Context) -> Result:
     """Pretrain on the token shards; bits per byte on the validation shard as it goes."""
     training = Training(context)
-    limit, tokenizer = training.schedule.eval_documents, training.tokenizer
     source = TextSource.open(shard_paths(context.run)[0], **training.row_settings())
-    documents = validation_documents(context.run, tokenizer, limit)
+    documents = validation_documents(context)
 
     def score() -> dict[str, float]:
-        lengths, bos = tokenizer.byte_lengths, tokenizer.bos
+        lengths, bos = context.tokenizer.byte_lengths, context.tokenizer.bos
         return {"bpb": bits_per_byte(training.model, documents, lengths, bos, context.runtime)}
 
-    return training.run(source, len(source), source.batch_rows, score)
+    return training.run(source, len(source), source.batch_rows, score, CrossEntropy())
 
 
-def converse(context: Context) -> dict[str, Any]:
+def converse(context: Context) -> Result:
     """Train on what the assistant says in a mixture of conversations: the stages mid and sft."""
     training = Training(context)
-    folder, about = _mixture(context, training.tokenizer)
+    folder, about = _mixture(context)
     settings = training.row_settings()
     source = ConversationSource.open(folder / "train", **settings)
     settings["seed"] = context.run.config.recipe.seed  # the same held-out rows in every stage
@@ -65,26 +65,19 @@ def converse(context: Context) -> dict[str, Any]:
     }
 
     def score() -> dict[str, float]:
-        return {
-            f"{name}_loss": _validation_loss(training.model, rows, context.runtime)
-            for name, rows in held_out.items()
-        }
+        return {f"{name}_loss": training.validation_loss(rows) for name, rows in held_out.items()}
 
-    return training.run(source, len(source), source.batch_rows, score) | about
+    return training.run(source, len(source), source.batch_rows, score, CrossEntropy()) | about
 
 
-def grpo(context: Context) -> dict[str, Any]:
+def grpo(context: Context) -> Result:
     """Learn from graded answers, with the tool at hand; see `nanolib.grpo`."""
     recipe, mirror, training = context.run.config.recipe, context.run.mirror(), Training(context)
     config, seed = recipe.grpo, seed_of(recipe.seed, "grpo")
     with Sandbox() as sandbox:
-        engine = make_engine(context, training.model, training.tokenizer, sandbox)
-        train, test = (
-            answers.Questions(
-                engine, tasks.load_graded(config.task, split, mirror), config.max_new_tokens
-            )
-            for split in ("train", "test")
-        )
+        engine = context.engine(training.model, sandbox)
+        loaded = (tasks.load_graded(config.task, split, mirror) for split in ("train", "test"))
+        train, test = (answers.Questions(engine, task, config.max_new_tokens) for task in loaded)
         source = RolloutSource(
             train,
             config,
@@ -108,7 +101,7 @@ def grpo(context: Context) -> dict[str, Any]:
 
 
 class Training:
-    """What a training stage starts with: tokenizer, model, micro-batch; and how it trains.
+    """What a training stage starts with: model and micro-batch; and how it trains.
 
     Make it before the optimizer: on CUDA the micro-batch is found by trying.
     """
@@ -116,8 +109,7 @@ class Training:
     def __init__(self, context: Context):
         config, runtime, name = context.run.config, context.runtime, context.stage.name
         self.context, self.schedule = context, getattr(config.recipe, name)
-        self.tokenizer = load_tokenizer(context.run)
-        self.model = _initial_model(context, self.tokenizer)
+        self.model = _initial_model(context)
         self.nll: planning.Nll = self.model.nll
         if runtime.device.type == "cuda":
             self.nll = self.model.compiled_nll(cudnn=name != "grpo")  # whose rows vary in length
@@ -126,8 +118,7 @@ class Training:
             self.model, self.nll, config.recipe.model.sequence_len, share, runtime
         )
         if runtime.is_lead:
-            rows = min(self.device_batch, share)
-            print(f"micro-batch: {rows} of a rank's {share} rows", flush=True)
+            print(f"micro-batch: {min(self.device_batch, share)} of a rank's {share} rows")
 
     def row_settings(self) -> dict[str, Any]:
         """Of a `RowSource`."""
@@ -135,21 +126,14 @@ class Training:
         return {
             "length": recipe.model.sequence_len,
             "batch_rows": self.schedule.batch_tokens // recipe.model.sequence_len,
-            "bos": self.tokenizer.bos,
+            "bos": self.context.tokenizer.bos,
             "seed": seed_of(recipe.seed, self.context.stage.name),
             "rank": runtime.rank,
             "world_size": runtime.world_size,
             "device_batch": self.device_batch,
         }
 
-    def run(
-        self,
-        source: Source,
-        epoch: int,
-        at_once: int,
-        score: Callable[[], dict[str, float]],
-        loss: Loss | None = None,
-    ) -> dict[str, Any]:
+    def run(self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss) -> Result:
         """Train to the last step; returns the stage's result.
 
         An epoch has `epoch` rows or questions, a step takes `at_once` of them. `score` is also
@@ -179,8 +163,8 @@ class Training:
             eval_every=schedule.eval_every or every,
             runtime=runtime,
             guard=context.guard,
-            about=about_checkpoint(context.run, stage.name, self.tokenizer),
-            loss=loss or CrossEntropy(),
+            about=about_checkpoint(context.run, stage.name, context.tokenizer),
+            loss=loss,
             score=lambda trainer: record(trainer.step),
         )
         if stage.name != "base" and not _rows(stage, "eval"):
@@ -189,14 +173,28 @@ class Training:
         runtime.barrier()
         return _result(stage, self.model) | {"epochs": steps * at_once / epoch}
 
+    @torch.no_grad()
+    def validation_loss(self, held_out: ConversationSource) -> float:
+        """Nats a token on held-out conversations, row by row."""
+        runtime = self.context.runtime
 
-def _initial_model(context: Context, tokenizer: Tokenizer) -> GPT:
+        def sums(rows: Sequence[int]) -> list[tuple[float, int]]:
+            batch = held_out.batch(rows)
+            with runtime.autocast():
+                nll = self.model.nll(batch.to(runtime.device)).sum()
+            return [(float(nll), CrossEntropy().count(batch))]
+
+        nats, targets = zip(*score_all(sums, range(len(held_out)), 1, runtime), strict=True)
+        return sum(nats) / sum(targets)
+
+
+def _initial_model(context: Context) -> GPT:
     """The model of the training stage before this one, else one with new weights."""
     run, recipe, device = context.run, context.run.config.recipe, context.runtime.device
     earlier = recipe.models[: recipe.models.index(context.stage.name)]
     if not earlier:
         return GPT.build(recipe.model, recipe.tokenizer.vocab_size, device, recipe.seed)
-    about = about_checkpoint(run, earlier[-1], tokenizer)
+    about = about_checkpoint(run, earlier[-1], context.tokenizer)
     return checkpoint.load_model(run.stage(earlier[-1]).checkpoints, device, about)
 
 
@@ -218,7 +216,7 @@ def _optim(context: Context) -> OptimConfig:
     return replace(config, clip=None, momentum_warmup=warmup)
 
 
-def _result(stage: StageDir, model: GPT) -> dict[str, Any]:
+def _result(stage: StageDir, model: GPT) -> Result:
     """A finished stage's result, from its metrics: the same however often it was resumed."""
     steps, scores = _rows(stage, "train"), _rows(stage, "eval")[-1]
     seconds, tokens = (sum(row[key] for row in steps) for key in ("seconds", "tokens"))
@@ -238,29 +236,10 @@ def _rows(stage: StageDir, kind: str) -> list[dict[str, Any]]:
     return [row for row in stage.metrics.rows() if row["kind"] == kind]
 
 
-def make_engine(context: Context, model: GPT, tokenizer: Tokenizer, sandbox: Sandbox) -> Engine:
-    """An engine whose tool is the sandbox."""
-    return Engine(model, tokenizer, context.runtime, lambda source: sandbox.run(source).text)
-
-
-@torch.no_grad()
-def _validation_loss(model: GPT, held: ConversationSource, runtime: Runtime) -> float:
-    """Nats a token on held-out conversations, row by row."""
-
-    def sums(rows: Sequence[int]) -> list[tuple[float, int]]:
-        batch = held.batch(rows)
-        with runtime.autocast():
-            nll = model.nll(batch.to(runtime.device)).sum()
-        return [(float(nll), CrossEntropy().count(batch))]
-
-    nats, targets = zip(*score_all(sums, range(len(held)), 1, runtime), strict=True)
-    return sum(nats) / sum(targets)
-
-
 # ---------------------------------------------------------------------------- the mixture
 
 
-def _mixture(context: Context, tokenizer: Tokenizer) -> tuple[Path, dict[str, Any]]:
+def _mixture(context: Context) -> tuple[Path, dict[str, Any]]:
     """The folder with a stage's rendered conversations, and how many of each source it has.
 
     The lead rank renders them once; every rank maps the files. The folder's name is a hash of all
@@ -268,21 +247,20 @@ def _mixture(context: Context, tokenizer: Tokenizer) -> tuple[Path, dict[str, An
     """
     recipe, stage = context.run.config.recipe, context.stage
     rows, data = limits(getattr(recipe, stage.name)), context.run.stage("data").result()
-    about = [stage.name, recipe.seed, rows, recipe.model.sequence_len, tokenizer.fingerprint()]
-    key = hashlib.sha256(json.dumps([*about, HELD_OUT, data]).encode()).hexdigest()
+    about = [stage.name, recipe.seed, rows, recipe.model.sequence_len]
+    about += [context.tokenizer.fingerprint(), HELD_OUT, data]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     folder = stage.path / f"conversations-{key[:16]}"
     if context.runtime.is_lead and not folder.exists():
         with whole_folder(folder) as draft:
-            _render_mixture(context, rows, tokenizer, draft)
+            _render_mixture(context, rows, draft)
     while not folder.exists():  # rather than a barrier, which would not notice a stop
         context.progress(0, 1, "waiting for rank 0 to render the conversations")
         time.sleep(0.1)
     return folder, json.loads((folder / "about.json").read_text())
 
 
-def _render_mixture(
-    context: Context, rows: Mapping[str, int | None], tokenizer: Tokenizer, folder: Path
-) -> None:
+def _render_mixture(context: Context, rows: Mapping[str, int | None], folder: Path) -> None:
     counts = dict.fromkeys(rows, 0)
     max_tokens = context.run.config.recipe.model.sequence_len + 1
     threads = torch.get_num_threads() * context.runtime.world_size  # the other ranks wait
@@ -294,8 +272,8 @@ def _render_mixture(
                 yield conversation
 
     def save(conversations: Iterator[Conversation], place: str) -> int:
-        rendered = render(conversations, tokenizer, max_tokens, threads)
-        return save_conversations(rendered, folder / place, tokenizer.vocab_size)
+        rendered = render(conversations, context.tokenizer, max_tokens, threads)
+        return save_conversations(rendered, folder / place, context.tokenizer.vocab_size)
 
     cut = save(training(), "train")
     for name in rows:

@@ -24,13 +24,13 @@ from nanolib.config import STAGES
 from nanolib.guard import Guard
 from nanolib.rundir import Run, now
 from nanolib.runtime import Runtime, processor
-from nanolib.stages import Context, evaluate, text, training
+from nanolib.stages import Context, Result, evaluate, text, training
 from nanolib.train import Stopped
 
 ON_CPU = ("data", "tokenizer", "shards")  # these need no GPU, whatever the profile says
 USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
 
-WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
+WORK: dict[str, Callable[[Context], Result]] = {
     "data": text.data,
     "tokenizer": text.tokenizer,
     "shards": text.shards,
@@ -43,7 +43,7 @@ WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
 }
 
 
-def work(name: str, run: Run, of: str | None = None) -> dict[str, Any]:
+def work(name: str, run: Run, of: str | None = None) -> Result:
     """Do one stage in this process (one rank of it) and leave its done record."""
     stage, machine, started = run.stage(name, of), run.config.machine, now()
     stage.path.mkdir(parents=True, exist_ok=True)
