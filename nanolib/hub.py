@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import math
 import shutil
-import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from nanolib.config import Config
+from nanolib.rundir import whole_file
 
 BYTES_PER_TOKEN = 5.0  # of a 65,536-token vocabulary on English, rounded up: 4.8 was measured
 EVAL_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's
@@ -48,8 +48,6 @@ def text_files(config: Config, mirror: Path) -> TextFiles:
     ``data.text_shards`` limits the training shards (None: all the mirror has).
     """
     wanted, folder = config.recipe.data.text_shards, mirror / "text"
-    if not folder.is_dir():
-        raise ValueError(f"the mirror {mirror} has no folder text/; {LOOK_ELSEWHERE}")
     files = sorted(folder.glob("*.parquet"))
     _check_count(len(files), folder, wanted)
     *train, validation = files
@@ -60,7 +58,7 @@ def text_files(config: Config, mirror: Path) -> TextFiles:
 
 def _check_count(found: int, where: object, wanted: int | None) -> None:
     if found < 2:
-        raise ValueError(f"{where}: {found} parquet files; text needs at least two, one held out")
+        raise ValueError(f"{where}: {found} parquet files, text needs two; {LOOK_ELSEWHERE}")
     if wanted is not None and not 1 <= wanted < found:
         raise ValueError(
             f"data.text_shards must be between 1 and {found - 1} (of {where}), got {wanted}"
@@ -149,9 +147,8 @@ def fetch(
 ) -> dict[str, str]:
     """Fill `folder` as a mirror from the hub; returns each repository's revision (commit hash).
 
-    Fetches as much text as ``data.text_shards`` says or pretraining will read, `splits`, and the
-    evaluation bundle if CORE is scored; cached files are linked. Raises ValueError for network
-    errors and for a file that arrives damaged twice.
+    Text is as much as ``data.text_shards`` says or pretraining will read; cached files are linked.
+    Raises ValueError for network errors and for a file that arrives damaged twice.
     """
     revisions = {config.recipe.data.repository: _fetch_text(config, folder / "text", progress)}
     if config.recipe.eval.core_problems != 0:
@@ -263,14 +260,12 @@ def _fetch_bundle() -> Path:
             return target
         print(f"{target} {problem}: fetching it again", flush=True)
     remedy = "give --mirror DIR, or set eval.core_problems = 0 to leave CORE out"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as draft, _network(EVAL_BUNDLE, remedy):
-        partial = Path(draft) / target.name
-        with urllib.request.urlopen(EVAL_BUNDLE, timeout=60) as reply, partial.open("wb") as file:
-            shutil.copyfileobj(reply, file)
-        if problem := _zip_problem(partial):
+    with _network(EVAL_BUNDLE, remedy), whole_file(target) as draft:
+        with urllib.request.urlopen(EVAL_BUNDLE, timeout=60) as reply:
+            shutil.copyfileobj(reply, draft)
+        draft.flush()
+        if problem := _zip_problem(Path(draft.name)):
             raise ConnectionError(f"the download {problem}")
-        partial.replace(target)
     return target
 
 

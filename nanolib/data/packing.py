@@ -60,10 +60,7 @@ def batch_of_rows(rows: Sequence[Ids], masks: Sequence[Ids], length: int, bos: i
 
 
 def padded(rows: Sequence[Ids], pad: int, length: int | None = None) -> Tensor:
-    """Rows of ids as one tensor [B, T], right-padded with `pad`.
-
-    T is `length` (None: that of the longest row, at least 1).
-    """
+    """Rows of ids as [B, T], right-padded with `pad`; T is `length`, else the longest row's."""
     ids_BT = np.full((len(rows), length or max(1, *map(len, rows))), pad, dtype=np.int64)
     for ids_T, row in zip(ids_BT, rows, strict=True):
         ids_T[: len(row)] = row
@@ -71,10 +68,8 @@ def padded(rows: Sequence[Ids], pad: int, length: int | None = None) -> Tensor:
 
 
 def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
-    """Indices of rows in groups of similar length, shortest first.
-
-    A group has at most `tokens_at_once` tokens after padding, or is a single row.
-    """
+    """Indices of rows of similar length, shortest first: in each group at most `tokens_at_once`
+    tokens after padding, or a single row."""
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and (len(group) + 1) * lengths[index] > tokens_at_once:
@@ -90,8 +85,7 @@ def pack(
 ) -> list[list[int]]:
     """The items of each row: best-fit packing, in `order`, into rows of at most `capacity` ids.
 
-    At most `open_rows` rows stay open; the fullest is closed first. Raises ValueError for an item
-    longer than a row.
+    At most `open_rows` rows stay open; the fullest is closed first.
     """
     closed: list[list[int]] = []
     room: list[int] = []
