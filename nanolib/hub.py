@@ -60,9 +60,8 @@ def _check_count(found: int, where: object, wanted: int | None) -> None:
     if found < 2:
         raise ValueError(f"{where}: {found} parquet files, text needs two; {LOOK_ELSEWHERE}")
     if wanted is not None and not 1 <= wanted < found:
-        raise ValueError(
-            f"data.text_shards must be between 1 and {found - 1} (of {where}), got {wanted}"
-        )
+        most = f"{found - 1} (of {where})"
+        raise ValueError(f"data.text_shards must be between 1 and {most}, got {wanted}")
 
 
 # ---------------------------------------------------------------------------- reading parquet
@@ -80,10 +79,8 @@ def _reading(path: Path) -> Generator[None, None, None]:
 def _open(path: Path) -> pq.ParquetFile:
     """A parquet file that has rows, or a ValueError that names it."""
     if path.is_symlink() and not path.exists():
-        target = path.readlink()
-        raise ValueError(
-            f"{path} was linked to {target}, now gone: delete data/done.json and rerun"
-        )
+        gone = f"{path.readlink()}, which is gone"
+        raise ValueError(f"{path} was linked to {gone}: delete data/done.json and rerun")
     if not path.is_file():
         raise ValueError(f"{path} is missing; {LOOK_ELSEWHERE}")
     with _reading(path):

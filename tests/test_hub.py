@@ -44,6 +44,14 @@ def test_the_validation_shard_is_the_last_name_however_many_are_used(mirror):
     assert list(hub.documents(some.validation)) == ["document 3", "more"]
 
 
+def test_documents_come_in_order_whatever_is_read_ahead(tmp_path):
+    """Of many row groups that are larger and smaller than what is read together."""
+    texts = [f"{i} " * (i % 700) for i in range(5000)]
+    for size in (7, 1500):
+        path = write(tmp_path / "shard.parquet", {"text": texts}, row_group_size=size)
+        assert list(hub.documents(path)) == texts
+
+
 def test_tables_and_single_files(mirror):
     assert hub.table(("someone/questions", "main", "test"), mirror).to_pydict() == {
         "question": ["why?"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -43,21 +42,16 @@ def evaluate(context: Context) -> Result:
                 known[name] = score()
                 if context.runtime.is_lead:
                     metrics.append(kind="score", step=number, task=name, scores=known[name])
-    return _with_means({name: known[name] for name in parts})
-
-
-def _with_means(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Scores with CORE and ChatCORE, where their parts are there."""
-    if parts := {name: part for name, part in scores.items() if name.startswith("core/")}:
-        scores["core"] = {"accuracy": core.core(parts), "tasks": len(parts)}
+    scores = {name: known[name] for name in parts}
+    if core_tasks:
+        of_tasks = {task.label: scores[f"core/{task.label}"] for task in core_tasks}
+        scores["core"] = {"accuracy": core.core(of_tasks), "tasks": len(core_tasks)}
     if (chat := choices.chatcore(scores)) is not None:
         scores["chatcore"] = {"accuracy": chat}
     return scores
 
 
-def compression(
-    context: Context, engine: Engine, documents: Sequence[np.ndarray]
-) -> dict[str, float]:
+def compression(context: Context, engine: Engine, documents: Sequence[np.ndarray]) -> Result:
     """Bits per byte, of base beside a trigram's."""
     runtime, tokenizer, lengths = context.runtime, engine.tokenizer, engine.tokenizer.byte_lengths
     scores = {"bpb": bits_per_byte(engine.model, documents, lengths, tokenizer.bos, runtime)}
@@ -68,7 +62,7 @@ def compression(
     return scores
 
 
-def samples(engine: Engine, documents: Sequence[np.ndarray]) -> dict[str, list[list[str]]]:
+def samples(engine: Engine, documents: Sequence[np.ndarray]) -> Result:
     """What the model writes after the openings of documents."""
     openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in documents]
     continued = engine.complete(openings, max_new_tokens=48)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from nanolib import attempts
-from nanolib.config import STAGES
 from nanolib.guard import Guard
 from nanolib.rundir import Run, now
 from nanolib.runtime import Runtime, processor
@@ -82,7 +81,7 @@ def _hardware(runtime: Runtime) -> dict[str, Any]:
 def main() -> int:
     """One rank of one stage. Exit code 2: the user's mistake; 75: stopped and saved."""
     parser = argparse.ArgumentParser("python -m nanolib.stages.worker", description=main.__doc__)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=WORK)
     parser.add_argument("run", help="the run's directory")
     parser.add_argument("--of", help="whose model to evaluate")
     parser.add_argument("--machine", default="{}", help="machine settings as JSON")
