@@ -1,8 +1,7 @@
 """What a model costs in FLOPs and bytes, from its configuration alone, and on which devices.
 
 A multiply-add is two FLOPs. Only matrix products are counted: everything else is under one percent
-of the arithmetic, though not of the time. Shapes: T time, D width, H query heads, K head size,
-L layers.
+of the arithmetic, though not of the time. Shapes: T time, D width, H query heads, K head size.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from nanolib.config import ModelConfig
 DOLLARS_PER_GPU_HOUR = 3.0  # what the original paid for an H100; rents differ by place and day
 
 
-# Peak (dense bfloat16 FLOP/s) and memory (GB of 10⁹ bytes) from the data sheets. The key is part of
-# the name that torch.cuda.get_device_name gives; the first match counts.
+# Peak (dense bfloat16 FLOP/s) and memory (10⁹ bytes) from the data sheets. The first key counts that
+# is part of the name that torch.cuda.get_device_name gives.
 DEVICES = {
     "H100 PCIe": (756e12, 80),
     "H100 NVL": (835e12, 94),
@@ -61,10 +60,8 @@ class Machine:
         found = re.fullmatch(r"(?:([1-9]\d*)[x×])?(.+)", text.lower().replace(" ", ""))
         known = {name.lower().replace(" ", ""): name for name in DEVICES}
         if found is None or found[2] not in known:
-            raise ValueError(
-                f"a machine is a number of devices such as 8xH100, got {text!r}; the devices known "
-                f"are {', '.join(DEVICES)}"
-            )
+            wanted = f"a machine is a number of devices such as 8xH100, got {text!r}"
+            raise ValueError(f"{wanted}; the devices known are {', '.join(DEVICES)}")
         count, name = int(found[1] or 1), known[found[2]]
         price = count * DOLLARS_PER_GPU_HOUR if dollars_per_hour is None else dollars_per_hour
         peak, memory = DEVICES[name]
@@ -156,12 +153,8 @@ def peak_flops(device: str) -> float | None:
 def mfu(
     config: ModelConfig, vocab_size: int, *, tokens_per_second: float, device: str, ranks: int = 1
 ) -> float | None:
-    """Model FLOPs utilisation: training's share of the bfloat16 peak of `ranks` devices.
-
-    None where the device's peak is not known (arXiv:2204.02311, appendix B).
-    """
-    peak = peak_flops(device)
-    if peak is None:
+    """Model FLOPs utilisation (arXiv:2204.02311, appendix B); None where the peak is not known."""
+    if (peak := peak_flops(device)) is None:
         return None
     return training_flops(config, vocab_size) * tokens_per_second / (peak * ranks)
 

@@ -1,14 +1,8 @@
 """Run a stage in processes of its own and follow it; the caller itself never trains.
 
-    result = launch.stage("base", run)
-
-runs the missing stages before it, starts ``python -m nanolib.stages.worker base DIR``, alone or
-under torchrun, follows its metrics, and returns the result in its done record. Notebooks and the
-command line take this path, on a laptop as on eight GPUs.
-
-The launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard output. The
-lock belongs to the open file, so it is held until the last rank has ended, even when the launcher
-or torchrun is killed.
+Notebooks and the command line take this path, on a laptop as on eight GPUs. The launcher locks
+``<stage>/log.txt`` (flock) and hands it to the worker as standard output. The lock belongs to the
+open file, so it is held until the last rank has ended, even when launcher or torchrun is killed.
 """
 
 from __future__ import annotations
@@ -57,9 +51,8 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
     another process is running the stage, follow that one, and take over if it ends early.
 
     of: the stage whose model ``eval`` scores; None: the run's last one.
-    watch: called with a stage's directory and its metric rows whenever there are new ones, and
-    once more when the stage is done.
-    Raises StageError for a user's mistake (found here or in the worker), WorkerError when the
+    watch: called with a stage's directory and its metric rows when there are new ones or it is done.
+    Raises StageError for a user's mistake, also one that the worker found, WorkerError when the
     worker fails, KeyboardInterrupt after the worker has saved.
     """
     of = _scored_model(name, run, of)
@@ -69,8 +62,8 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
     this = run.stage(name, of)
     if name == "report" and _is_stale(this, run):
         (this.path / "done.json").unlink()
-    follower = Follower(lambda: [this], watch)
-    while this.done() is None:
+    follower = Follower([this], watch)
+    while (record := this.done()) is None:
         with locked(this.log) as log:
             if log is None:
                 follower.follow(lambda: is_running(this))
@@ -78,25 +71,20 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
                 with attempts.recorded(this.path, run.config.machine.dollars_per_hour):
                     _work(run, this, of, log, follower)
     follower.look()
-    record = this.done()
-    assert record is not None
     return record["result"]
+
+
+def road(run: Run) -> list[str]:
+    """The run's stages from text to its last model, in order."""
+    return [stage.name for stage in run.stages() if stage.name not in ("eval", "report")]
 
 
 def prerequisites(name: str, run: Run, of: str | None = None) -> list[str]:
     """The stages that must be finished before this one starts, in order."""
     if name == "report":
         return []
-    stages = ["data", "tokenizer", "shards", *run.config.recipe.models]
+    stages = road(run)
     return stages[: stages.index(of) + 1 if of else stages.index(name)]
-
-
-def all_stages(run: Run) -> list[tuple[str, str | None]]:
-    """Every stage of a whole run in order, with the model that an evaluation scores."""
-    stages: list[tuple[str, str | None]] = [("data", None), ("tokenizer", None), ("shards", None)]
-    for model in run.config.recipe.models:
-        stages += [(model, None), ("eval", model)]
-    return [*stages, ("report", None)]
 
 
 def _scored_model(name: str, run: Run, of: str | None) -> str | None:
@@ -105,10 +93,8 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
     if name not in config.STAGES:
         raise StageError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
     if name in config.MODELS and name not in models:
-        raise StageError(
-            f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false; "
-            "give --run NAME to begin one that has it"
-        )
+        without = f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false"
+        raise StageError(f"{without}; give --run NAME to begin one that has it")
     if name != "eval" and of is not None:
         raise StageError(f"only eval takes `of`, got stage {name!r} of {of!r}")
     if name == "eval" and (not models or of not in (None, *models)):
@@ -118,62 +104,55 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
 
 def _is_stale(report: StageDir, run: Run) -> bool:
     """Whether another stage has finished since the report card was written."""
-    records = [one.path / "done.json" for one in stage_dirs(run) if one.done()]
-    newest = max(records, key=lambda record: record.stat().st_mtime_ns, default=None)
-    return report.done() is not None and newest != report.path / "done.json"
-
-
-def stage_dirs(run: Run) -> list[StageDir]:
-    """The directories of all stages that were ever started, in the order they run."""
-    paths = {name: [run.path / name] for name in config.STAGES}
-    paths["eval"] = sorted((run.path / "eval").glob("[!.]*"))
-    return [StageDir(name, path) for name in paths for path in paths[name] if path.is_dir()]
+    records = [stage.path / "done.json" for stage in run.stages() if stage.done()]
+    own = report.path / "done.json"
+    return own in records and own != max(records, key=lambda record: record.stat().st_mtime_ns)
 
 
 # ---------------------------------------------------------------------------- following
 
 
 class Follower:
-    """Calls `watch` with a stage's metric rows when there are new ones, and when it is done.
+    """Calls `watch` with a stage's metric rows when there are new ones, and when it is done."""
 
-    stages: gives the directories to look at, anew at each look.
-    """
-
-    def __init__(self, stages: Callable[[], Iterable[StageDir]], watch: Watch | None) -> None:
-        self._stages, self._watch = stages, watch
-        self._seen: dict[Path, tuple[int, bool]] = {}
+    def __init__(self, stages: Iterable[StageDir], watch: Watch | None) -> None:
+        self._watch = watch
+        self._seen = dict.fromkeys(stages, (0, False))  # bytes of metrics, done
 
     def follow(self, working: Callable[[], bool]) -> None:
         """Look again and again until `working` is false, and once after that."""
-        while True:
-            goes_on = working()  # asked before looking, so that the last rows are seen too
+        while working():
             self.look()
-            if not goes_on:
-                return
             time.sleep(POLL)
+        self.look()
 
     def look(self) -> None:
         if self._watch is None:
             return
-        for stage in self._stages():
+        for stage, seen in self._seen.items():
             metrics = stage.metrics.path
             state = (metrics.stat().st_size if metrics.exists() else 0, stage.done() is not None)
-            if state != self._seen.get(stage.path, (0, False)):
-                self._seen[stage.path] = state
+            if state != seen:
+                self._seen[stage] = state
                 self._watch(stage, stage.metrics.rows())
 
 
 def is_running(stage: StageDir) -> bool:
     """Whether some process is working on this stage now."""
-    if not stage.log.exists():
-        return False
-    with locked(stage.log) as log:
-        return log is None
+    return is_locked(stage.log)
 
 
 def is_busy(run: Run) -> bool:
     """Whether some process is working on any of the run's stages now."""
-    return any(is_running(stage) for stage in stage_dirs(run))
+    return any(map(is_running, run.stages()))
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds this file's lock."""
+    if not path.exists():
+        return False
+    with locked(path) as file:
+        return file is None
 
 
 @contextlib.contextmanager
@@ -203,17 +182,15 @@ def _take(file: FileIO) -> bool:
 def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Follower) -> None:
     """Start the worker, follow it to its end, and raise what went wrong."""
     ranks = _ranks(run) if stage.name in PARALLEL else 1
-    command, environment = _command(run, stage, of, ranks)
     start = log.seek(0, os.SEEK_END)
     with rundir.saving(stage.log):
         log.write(f"--- {rundir.now()} {stage.name} on {ranks} rank(s)\n".encode())
     worker = subprocess.Popen(
-        command,
+        **_command(run, stage, of, ranks),
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
         cwd=config.REPOSITORY,
-        env=environment,
         start_new_session=True,  # Ctrl-C in a terminal reaches only us
     )
     try:
@@ -225,45 +202,42 @@ def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Foll
         raise _failure(stage, worker.returncode, start)
 
 
-def _command(
-    run: Run, stage: StageDir, of: str | None, ranks: int
-) -> tuple[list[str], dict[str, str]]:
+def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str, Any]:
     """The worker's command line and environment; its threads are pinned to its share of cores."""
     threads = run.config.machine.threads or max(1, _cores() // ranks)
     machine = config.flatten(run.config.machine, "machine.")
     machine |= {"machine.ranks": ranks, "machine.threads": threads}
-    command = [sys.executable, "-m"]
+    words = ["-m", WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
     if ranks > 1:
         # Without an address torchrun looks up this machine's host name, which need not resolve.
-        command += ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        command += [f"--nproc-per-node={ranks}", "-m"]
-    command += [WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
-    command += ["--of", of] if of else []
-    return command, os.environ | {
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        words = [*torchrun, f"--nproc-per-node={ranks}", *words]
+    environment = {
         "NANOLIB_GUARD": "1",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are ten times slower on a busy machine
         "PYTHONUNBUFFERED": "1",
     }
+    of_words = ["--of", of] if of else []
+    return {"args": [sys.executable, *words, *of_words], "env": os.environ | environment}
 
 
 def _ranks(run: Run) -> int:
-    """How many processes a stage runs on: machine.ranks, else one for each GPU, else one."""
-    machine = run.config.machine
-    if machine.ranks is not None:
-        return machine.ranks
-    return max(1, _gpus()) if machine.device in ("auto", "cuda") else 1
+    """How many processes a stage runs on: machine.ranks, else one for each GPU, else one.
 
-
-def _gpus() -> int:
-    """CUDA devices, counted without importing torch or touching one."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    GPUs are counted without importing torch or touching one.
+    """
+    machine, chosen = run.config.machine, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if machine.ranks is not None or machine.device not in ("auto", "cuda"):
+        return machine.ranks or 1
     if chosen is not None:
-        return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return sum(line.startswith("GPU ") for line in listing.splitlines())
+        gpus = [device for device in chosen.split(",") if device.strip() not in ("", "-1")]
+    elif shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        gpus = [line for line in listing.splitlines() if line.startswith("GPU ")]
+    else:
+        gpus = []
+    return max(1, len(gpus))
 
 
 def _cores() -> int:
@@ -298,8 +272,6 @@ def _failure(stage: StageDir, code: int, start: int) -> Exception:
     if mistakes and (code == 2 or torchrun_saw):
         return StageError(mistakes[-1].removeprefix("error: "))
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    remedy = f"Run it again to go on from its last save.\nThe end of {stage.log}:"
     tail = "\n".join(lines[-TAIL:])
-    return WorkerError(
-        f"stage {stage.name} did not finish ({how}). Run it again to go on from its last save.\n"
-        f"The end of {stage.log}:\n{tail}"
-    )
+    return WorkerError(f"stage {stage.name} did not finish ({how}). {remedy}\n{tail}")

@@ -1,12 +1,9 @@
 """The chain: executing every chapter of the course, in order, is the training run.
 
-papermill executes ``notebooks/NN_topic.py`` with the parameters ``profile``, ``run`` and
-``overrides``; the chapters launch the stages. A chapter finished with the same source and recipe is
-skipped, and finished stages return at once, so the same command goes on where the last one ended.
-
-A stage that fails stops the chain. A chapter's own code that fails (its lesson: an assert, a plot)
-does not: the next chapters run, the command ends with an error, and the same command executes the
-chapter again.
+papermill executes ``notebooks/NN_topic.py``; the chapters launch the stages. A chapter finished with
+the same source and recipe is skipped, and finished stages return at once, so the same command goes
+on where the last one ended. A stage that fails stops the chain. A chapter's own code that fails (its
+lesson: an assert, a plot) does not: the command ends with an error, and executes it again next time.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,20 +41,20 @@ class ChapterError(RuntimeError):
 def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None) -> Run:
     """Execute all chapters for a run, making it if there is none, and say where its results are.
 
-    Raises ValueError for a user's mistake; ChapterError at once when a stage fails, at the end when
-    a lesson failed; KeyboardInterrupt once everything that was running has saved and ended.
+    Raises ValueError for a user's mistake, ChapterError at once when a stage fails and at the end
+    when a lesson failed, KeyboardInterrupt once everything that was running has saved.
     """
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
     line = Line()
-    follower = launch.Follower(lambda: launch.stage_dirs(this), line)
+    follower = launch.Follower(this.stages(), line)
     with only_one(this), attempts.recorded(this.path, this.config.machine.dollars_per_hour):
         line.say(f"run {this.name}: {this.path}")
         follower.look()
         try:
-            for chapter in _chapters(this):
-                _bring_to_end(chapter, parameters, line, follower)
-            _update_run_book(this)
+            for chapter in chapters():
+                _bring_to_end(this, chapter, parameters, line, follower)
+                runbook.write(this, [source.stem for source in chapters()])
         except KeyboardInterrupt:
             line.say("stopping: what is running saves its last step")
             follower.follow(lambda: launch.is_busy(this))
@@ -73,10 +69,9 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
 def dry_run(
     profile: str, run: str | None, overrides: Mapping[str, Any], on: str | None = None
 ) -> Iterator[str]:
-    """Lines that say what `run` would do: the data, the plan and the stages.
+    """Lines that say what `run` would do; ValueError at the first mistake. Writes, fetches nothing.
 
-    Nothing is written, fetched or trained. on: the machine the run is meant for, such as "8xH100";
-    None: this one. Raises ValueError at the first mistake.
+    on: the machine the run is meant for, such as "8xH100"; None: this one.
     """
     from nanolib import accounting, hub, planning
     from nanolib.stages import text
@@ -96,8 +91,7 @@ def dry_run(
         text.check_tasks(this)
         yield f"data         {mirror}: {len(files.train)} training text files, all tasks complete"
     yield from planning.plan(this.config, machine or planning.this_machine(this.config.machine))
-    stages = [this.stage(name, of) for name, of in launch.all_stages(this)]
-    words = [title(stage) + " (finished)" * (stage.done() is not None) for stage in stages]
+    words = [title(it) + " (finished)" * (it.done() is not None) for it in this.stages()]
     yield f"stages       {', '.join(words)}"
 
 
@@ -121,86 +115,61 @@ def read(source: Path) -> NotebookNode:
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     names = [parameter.name for cell in cells for parameter in PythonTranslator.inspect(cell)]
     if tuple(names) != PARAMETERS:
-        raise ValueError(
-            f"{source} needs one cell tagged 'parameters' that sets {', '.join(PARAMETERS)}, one a "
-            f"line; found {', '.join(names) or 'nothing'}"
-        )
+        wanted, found = ", ".join(PARAMETERS), ", ".join(names) or "nothing"
+        cell = "one cell tagged 'parameters' that sets"
+        raise ValueError(f"{source} needs {cell} {wanted}, one a line; found {found}")
     return notebook
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """One chapter of a run: its source and what executing it leaves in the run's directory."""
-
-    source: Path
-    run: Run
-
-    @property
-    def name(self) -> str:
-        return self.source.stem
-
-    @property
-    def notebook(self) -> Path:
-        """The executed copy."""
-        return self.run.path / "chapters" / f"{self.name}.ipynb"
-
-    @property
-    def record_path(self) -> Path:
-        return self.notebook.with_suffix(".done.json")
-
-    def fingerprint(self) -> str:
-        """What the chapter depends on: its source and the recipe."""
-        recipe = json.dumps(config.flatten(self.run.config.recipe), sort_keys=True)
-        return hashlib.sha256(self.source.read_bytes() + recipe.encode()).hexdigest()
-
-    def record(self) -> dict[str, Any] | None:
-        """How it ended with this source and recipe; None until then."""
-        if not self.record_path.exists() or not self.notebook.exists():
-            return None
-        record = json.loads(self.record_path.read_text(encoding="utf-8"))
-        return record if record["fingerprint"] == self.fingerprint() else None
-
-    def failure(self) -> str | None:
-        """What its lesson failed with, if it did."""
-        return (self.record() or {}).get("failure")
+def executed(run: Run, chapter: Path) -> Path:
+    """The copy of a chapter's notebook that a run executes and keeps."""
+    return run.path / "chapters" / f"{chapter.stem}.ipynb"
 
 
-def _chapters(run: Run) -> list[Chapter]:
-    return [Chapter(source, run) for source in chapters()]
+def _record(run: Run, chapter: Path) -> dict[str, Any]:
+    """How a chapter ended with this source and recipe; empty until then."""
+    notebook = executed(run, chapter)
+    path = notebook.with_suffix(".done.json")
+    if not path.exists() or not notebook.exists():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["fingerprint"] == _fingerprint(run, chapter) else {}
+
+
+def _fingerprint(run: Run, chapter: Path) -> str:
+    """What a chapter depends on: its source and the recipe."""
+    recipe = json.dumps(config.flatten(run.config.recipe), sort_keys=True)
+    return hashlib.sha256(chapter.read_bytes() + recipe.encode()).hexdigest()
 
 
 def _bring_to_end(
-    chapter: Chapter, parameters: Mapping[str, Any], line: Line, follower: launch.Follower
+    run: Run, chapter: Path, parameters: dict[str, Any], line: Line, follower: launch.Follower
 ) -> None:
-    """Execute a chapter unless it is finished, and keep its notebook, HTML and record."""
-    if chapter.record() and not chapter.failure():
-        line.say(f"chapter {chapter.name}: finished before")
+    """Execute a chapter unless it is finished, and keep its notebook and record."""
+    if (before := _record(run, chapter)) and not before.get("failure"):
+        line.say(f"chapter {chapter.stem}: finished before")
         return
-    line.say(f"chapter {chapter.name}")
-    chapter.record_path.unlink(missing_ok=True)
-    fingerprint, started = chapter.fingerprint(), time.monotonic()
+    line.say(f"chapter {chapter.stem}")
+    path = executed(run, chapter).with_suffix(".done.json")
+    path.unlink(missing_ok=True)
+    fingerprint, started = _fingerprint(run, chapter), time.monotonic()
     over = threading.Event()
     thread = threading.Thread(target=follower.follow, args=[lambda: not over.is_set()])
     thread.start()
     try:
-        with rundir.saving(chapter.notebook):
-            failure = _execute(chapter, parameters)
+        with rundir.saving(path):
+            failure = _execute(chapter, executed(run, chapter), parameters)
     finally:
         over.set()
         thread.join()
     seconds = time.monotonic() - started
     record = {"fingerprint": fingerprint, "seconds": seconds, "failure": failure}
-    rundir.write_json(chapter.record_path, record | {"finished": rundir.now()})
-    _update_run_book(chapter.run)
+    rundir.write_json(path, record | {"finished": rundir.now()})
     ended = f"its lesson failed ({failure})" if failure else f"done in {clock(seconds)}"
-    line.say(f"chapter {chapter.name}: {ended}")
+    line.say(f"chapter {chapter.stem}: {ended}")
 
 
-def _update_run_book(run: Run) -> None:
-    runbook.write(run, [source.stem for source in chapters()])
-
-
-def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
+def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | None:
     """Execute one chapter with papermill, in the notebooks' folder, with a kernel of its own.
 
     Returns None, or what its lesson failed with. Raises ValueError for a user's mistake about a
@@ -209,17 +178,16 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    # After Ctrl-C both log that the kernel is dead, which we learn from an exception.
-    for logger in ("papermill", "asyncio"):
+    for logger in ("papermill", "asyncio"):  # both log a dead kernel, which an exception tells us
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    chapter.notebook.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     for helper in NOTEBOOKS.glob("[!0-9]*.py"):  # a reader may run the executed chapters there
-        shutil.copy(helper, chapter.notebook.parent)
+        shutil.copy(helper, target.parent)
     try:
         papermill.execute_notebook(
-            read(chapter.source),
-            chapter.notebook,
-            parameters=dict(parameters),
+            read(chapter),
+            target,
+            parameters=parameters,
             kernel_name="python3",
             language="python",
             cwd=NOTEBOOKS,
@@ -228,17 +196,16 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
             extra_arguments=["--log-level=40"],  # errors only
         )
     except papermill.PapermillExecutionError as error:
-        message = f"chapter {chapter.name} ({chapter.notebook}): {error.evalue or error.ename}"
+        message = f"chapter {chapter.stem} ({target}): {error.evalue or error.ename}"
         if error.ename == "StageError":
             raise ValueError(message) from None
         if error.ename in ("WorkerError", "KeyboardInterrupt"):
             raise ChapterError(message) from None
         return f"{error.ename}: {error.evalue}".strip().partition("\n")[0]
     except DeadKernelError:
-        raise ChapterError(
-            f"the kernel of chapter {chapter.name} died (killed, or out of memory?); what its "
-            "stages saved is kept: run the same command to go on"
-        ) from None
+        how = f"the kernel of chapter {chapter.stem} died (killed, or out of memory?)"
+        remedy = "what its stages saved is kept: run the same command to go on"
+        raise ChapterError(f"{how}; {remedy}") from None
     return None
 
 
@@ -246,18 +213,18 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any]) -> str | None:
 
 
 def _lock(run: Run) -> Path:
+    """Locked by the command that executes the run's chapters; it has the command's process id."""
     return run.path / "chapters" / ".lock"
 
 
 @contextlib.contextmanager
 def only_one(run: Run) -> Generator[None, None, None]:
-    """Keep other commands from executing the run's chapters; the lock file has our process id."""
+    """Keep other commands from executing the run's chapters."""
     with launch.locked(_lock(run)) as lock:
         if lock is None:
-            raise ValueError(
-                f"another command (process {running(run)}) is executing run {run.id!r}; follow it "
-                "with nanolib watch, wait for it, or start another with --run NAME"
-            )
+            other = f"another command (process {running(run)}) is executing run {run.id!r}"
+            remedy = "follow it with nanolib watch, wait for it, or start another with --run NAME"
+            raise ValueError(f"{other}; {remedy}")
         lock.truncate(0)
         lock.write(str(os.getpid()).encode())
         yield
@@ -265,29 +232,25 @@ def only_one(run: Run) -> Generator[None, None, None]:
 
 def running(run: Run) -> int | None:
     """The process id of the command that is executing a run's chapters, if any."""
-    if not _lock(run).exists():
-        return None
-    with launch.locked(_lock(run)) as lock:
-        return int(_lock(run).read_text() or 0) if lock is None else None
+    return int(_lock(run).read_text() or 0) if launch.is_locked(_lock(run)) else None
 
 
 def next_chapter(run: Run) -> str | None:
     """The first chapter not yet executed to its end: while a command runs, its current one."""
-    return next((chapter.name for chapter in _chapters(run) if not chapter.record()), None)
+    return next((source.stem for source in chapters() if not _record(run, source)), None)
 
 
 def _tell_finished(run: Run, line: Line) -> None:
     """Say where a run's results are; ChapterError where lessons failed."""
-    failed = [f"  {c.notebook}: {c.failure()}" for c in _chapters(run) if c.failure()]
-    report = run.path / "report.md"
     line.say(f"run {run.name} is finished")
     line.say(f"  chapters  {run.path / 'chapters' / 'index.html'}")
-    if report.exists():
-        line.say(f"  report    {report}")
+    if (run.path / "report.md").exists():
+        line.say(f"  report    {run.path / 'report.md'}")
     line.say(f"  chat      uv run nanolib chat --run {run.name}")
-    if failed:
-        failed.insert(0, "these lessons failed; the same command tries them again:")
-        raise ChapterError("\n".join(failed))
+    failures = {source: _record(run, source).get("failure") for source in chapters()}
+    if failed := [f"\n  {executed(run, it)}: {why}" for it, why in failures.items() if why]:
+        said = "these lessons failed; the same command tries them again:"
+        raise ChapterError(said + "".join(failed))
 
 
 # ---------------------------------------------------------------------------- in the background
@@ -308,8 +271,7 @@ def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
     with only_one(this):
         pass
     words = [f"--{key}={config.as_text(value)}" for key, value in overrides.items()]
-    log = log_path(this)
-    with log.open("ab") as out:
+    with log_path(this).open("ab") as out:
         begin = out.tell()
         process = subprocess.Popen(
             [*COMMAND, "run", profile, "--run", this.name, *words],
@@ -322,20 +284,18 @@ def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
         )
     while running(this) != process.pid and (code := process.poll()) != 0:
         if code is not None:
-            error = _last_words(log.read_bytes()[begin:].decode(errors="replace"))
-            kind = ValueError if code == 2 else ChapterError
-            raise kind(error or f"the run ended at once (exit code {code})")
+            error = _last_words(this, begin) or f"the run ended at once (exit code {code})"
+            raise ValueError(error) if code == 2 else ChapterError(error)
         time.sleep(0.05)
-    print(
-        f"run {this.name} runs in the background as process {process.pid}\n"
-        f"  log    {log}\n"
-        f"  watch  uv run nanolib watch --run {this.name}\n"
-        f"  stop   kill {process.pid}   (it saves first; the same command goes on)"
-    )
+    print(f"run {this.name} runs in the background as process {process.pid}")
+    print(f"  log    {log_path(this)}")
+    print(f"  watch  uv run nanolib watch --run {this.name}")
+    print(f"  stop   kill {process.pid}   (it saves first; the same command goes on)")
 
 
-def _last_words(text: str) -> str:
-    """The error that a command's output ends with, else its last line."""
+def _last_words(run: Run, begin: int = 0) -> str:
+    """The error that a run's log ends with from byte `begin` on, else its last line."""
+    text = log_path(run).read_bytes()[begin:].decode(errors="replace")
     _, found, error = ("\n" + text).rpartition("\nerror: ")
     return (error if found else text.strip().rpartition("\n")[2]).strip()
 
@@ -345,40 +305,31 @@ def watch(run: Run) -> None:
 
     Raises ChapterError unless the run is finished, or only stages ran and they are done.
     """
-    line = Line()
+    line, stages = Line(), run.stages()
     line.say(f"run {run.name}: {run.path}")
-    seen: set[str] = set()  # who worked on the run while we watched
-    current: str | None = None
+    seen = set()  # what worked on the run while we watched: chapters, or a stage alone
 
     def working() -> bool:
-        nonlocal current
         if running(run):
-            seen.add("command")
-            if (chapter := next_chapter(run)) != current:
+            chapter = next_chapter(run)
+            if chapter not in seen:
                 line.say(f"chapter {chapter}" if chapter else "all chapters are finished")
-            current = chapter
+            seen.add(chapter)
             return True
         if busy := launch.is_busy(run):
             seen.add("stage")
         return busy
 
-    launch.Follower(lambda: launch.stage_dirs(run), line).follow(working)
+    launch.Follower(stages, line).follow(working)
     line.close()
     if next_chapter(run) is None:
         _tell_finished(run, line)
-    elif seen == {"stage"} and all(stage.done() for stage in launch.stage_dirs(run)):
+    elif seen == {"stage"} and all(stage.done() for stage in stages if stage.path.exists()):
         line.say("what ran is done")
     else:
-        raise ChapterError(_unfinished(run))
-
-
-def _unfinished(run: Run) -> str:
-    """How to go on with a run, and the error of its last detached command if nothing ran since."""
-    text = (
-        f"nothing is running, and run {run.name} is not finished; go on with it: "
-        f"nanolib run {run.config.profile} --run {run.name}"
-    )
-    log, lock = log_path(run), _lock(run)
-    if log.exists() and lock.exists() and log.stat().st_mtime >= lock.stat().st_mtime:
-        text += f"; it said:\n{_last_words(log.read_text(errors='replace'))}"
-    return text
+        said = f"nothing is running, and run {run.name} is not finished; go on with it: "
+        said += f"nanolib run {run.config.profile} --run {run.name}"
+        log, lock = log_path(run), _lock(run)  # the log tells why where nothing ran since
+        if log.exists() and lock.exists() and log.stat().st_mtime >= lock.stat().st_mtime:
+            said += f"; it said:\n{_last_words(run)}"
+        raise ChapterError(said)

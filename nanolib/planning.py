@@ -1,8 +1,7 @@
 """What fits on a device, and what a run will take.
 
-The micro-batch depends on the machine, not on the recipe: splitting the same rows into other
-micro-batches gives the same gradient. So we look for the largest that fits: by an estimate, and on a
-GPU by trial.
+Splitting the same rows into other micro-batches gives the same gradient, so we look for the largest
+micro-batch that fits: by an estimate, and on a GPU by trial.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -41,24 +41,21 @@ def size(number: float) -> str:
 
 
 def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
-    """The rows of a micro-batch that should fit into `room` bytes.
+    """The rows of a micro-batch that should fit into `room` bytes, at most `share`.
 
-    That is `share`, or `ENOUGH` tokens if that is less, or the largest power of two below that
-    fits. Raises ValueError where not even one row does.
+    At most `ENOUGH` tokens too; a power of two where not all of them fit.
+    Raises ValueError where not even one row does.
     """
     rows = min(share, max(1, ENOUGH // memory.model.sequence_len))
     while rows and memory.total(rows) > room:
         rows = _next_smaller(rows)
-    if rows == 0:
-        raise _too_small(memory, room)
-    return rows
+    return rows or _too_small(memory, room)
 
 
-def _too_small(memory: TrainingMemory, room: float) -> ValueError:
-    model = memory.model
-    return ValueError(
-        f"the device is too small: one row of {model.sequence_len} tokens at depth {model.depth} "
-        f"needs about {size(memory.total(1))}, and {size(room)} can be used; lower "
+def _too_small(memory: TrainingMemory, room: float) -> NoReturn:
+    one = f"one row of {memory.model.sequence_len} tokens at depth {memory.model.depth} needs about"
+    raise ValueError(
+        f"the device is too small: {one} {size(memory.total(1))}, and {size(room)} can be used; lower "
         "model.sequence_len or model.depth, or use more devices (machine.ranks)"
     )
 
@@ -86,9 +83,7 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
     rows = estimated_rows(memory, share, room)
     if cuda:
         rows = _largest(lambda rows: _fits(model, nll, length, rows, room, runtime), rows, runtime)
-    if rows == 0:
-        raise _too_small(memory, room)
-    return rows
+    return rows or _too_small(memory, room)
 
 
 def _room(runtime: Runtime) -> float:
@@ -138,8 +133,8 @@ def _try(model: GPT, nll: Nll, length: int, rows: int, runtime: Runtime) -> None
     state = torch.empty(memory.optimizer, dtype=torch.uint8, device=runtime.device)
     ids_BT = torch.arange(rows * length, device=runtime.device).view(rows, length)
     ids_BT = ids_BT % model.vocab_size
-    targets_BT = ids_BT.clone()  # or it would be compiled for targets that alias the inputs
-    batch = Batch(inputs_BT=ids_BT, targets_BT=targets_BT)
+    # Without the copy it would be compiled for targets that alias the inputs.
+    batch = Batch(inputs_BT=ids_BT, targets_BT=ids_BT.clone())
     for _ in range(2):  # the second pass adds to the first one's gradients, as in training
         with runtime.autocast():
             nll_BT = nll(batch)
@@ -168,10 +163,8 @@ def this_machine(given: MachineConfig) -> Machine:
         peak = accounting.peak_flops(name)
         return Machine(name=name, count=gpus, peak=peak, memory=memory / 1e9)
     if given.device == "cuda":
-        raise ValueError(
-            "machine.device is 'cuda', which torch does not see here; name the machine that it is "
-            "for (--on 8xH100), or try --machine.device auto"
-        )
+        remedy = "name the machine that it is for (--on 8xH100), or try --machine.device auto"
+        raise ValueError(f"machine.device is 'cuda', which torch does not see here; {remedy}")
     ranks = given.ranks or 1
     memory = main_memory(ranks) / 1e9
     return Machine(name="CPU process", count=ranks, peak=None, memory=memory, cuda=False)
@@ -184,9 +177,8 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     """
     ranks = config.machine.ranks or machine.count
     if ranks > machine.count:
-        raise ValueError(
-            f"machine.ranks = {ranks} needs as many devices, and there are {machine.count}; lower it"
-        )
+        needed = f"machine.ranks = {ranks} needs as many devices"
+        raise ValueError(f"{needed}, and there are {machine.count}; lower it")
     check_together(config.recipe, replace(config.machine, ranks=ranks))
     machine = replace(machine, count=ranks)
     model, vocab = config.recipe.model, config.recipe.tokenizer.vocab_size
@@ -194,18 +186,14 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     price = f", ${machine.dollars_per_hour:,.2f} an hour" if machine.dollars_per_hour else ""
     each = f"{machine.memory:.3g} GB{peak} each"
     yield f"{config.profile} on {machine.count} x {machine.name} ({each}){price}"
-    yield (
-        f"model        depth {model.depth}, width {model.width:,}, {model.heads} heads, context "
-        f"{model.sequence_len:,}, vocabulary {vocab:,}"
-    )
+    shape = f"depth {model.depth}, width {model.width:,}, {model.heads} heads"
+    yield f"model        {shape}, context {model.sequence_len:,}, vocabulary {vocab:,}"
     parts = ", ".join(f"{name} {count:,}" for name, count in model.parts(vocab).items())
     yield f"parameters   {model.parameters(vocab):,}: {parts}"
     if machine.peak:
+        assumed = accounting.assumed_mfu(model.depth)
         measured = (f"{depth} ({share:.1%})" for depth, share in accounting.MEASURED_MFU.items())
-        yield (
-            f"time         projected at {accounting.assumed_mfu(model.depth):.1%} of the peak, from "
-            "what one H100 reached (without communication between GPUs) at depths"
-        )
+        yield f"time         projected at {assumed:.1%} of the peak; one H100 alone reached at depths"
         yield "             " + ", ".join(measured)
     yield from _stage_lines(config, machine)
 
@@ -222,19 +210,15 @@ def _stage_lines(config: Config, machine: Machine) -> Iterator[str]:
         found = estimated_rows(memory, share, room)
         rows = min(share, given.device_batch or found)
         if memory.total(rows) > room:
-            raise ValueError(
-                f"machine.device_batch = {given.device_batch} rows should not fit into "
-                f"{size(room)}; lower it to {found}, or leave it out to have it found"
-            )
+            wrong = f"machine.device_batch = {rows} rows should not fit into {size(room)}"
+            raise ValueError(f"{wrong}; lower it to {found}, or leave it out to have it found")
         if name == recipe.models[0]:
-            yield (
-                f"memory       of one device in stage {name}, estimated: weights and gradients "
-                f"{size(2 * memory.weights)} + optimizer {size(memory.optimizer)} + activations "
-                f"{size(memory.activations(rows))}"
-            )
-        yield f"{name:<12} {rows} of {share} rows a rank at once ({size(memory.total(rows))}); " + (
-            _work(recipe, name, machine)
-        )
+            fixed = f"weights and gradients {size(2 * memory.weights)}"
+            fixed += f" + optimizer {size(memory.optimizer)}"
+            kept = f"activations {size(memory.activations(rows))}"
+            yield f"memory       of one device in stage {name}, estimated: {fixed} + {kept}"
+        batch = f"{rows} of {share} rows a rank at once ({size(memory.total(rows))})"
+        yield f"{name:<12} {batch}; {_work(recipe, name, machine)}"
 
 
 def _work(recipe: Recipe, name: str, machine: Machine) -> str:
@@ -248,13 +232,10 @@ def _work(recipe: Recipe, name: str, machine: Machine) -> str:
         return f"{stage.epochs:g} epochs; not projected: depends on its conversations' lengths"
     tokens = stage.steps * stage.batch_tokens
     flops = accounting.training_flops(model, vocab) * tokens
-    text = (
-        f"{stage.steps:,} steps x {stage.batch_tokens:,} tokens = {tokens / 1e6:,.0f} M tokens "
-        f"({tokens / model.parameters(vocab):.1f} a parameter), {flops:.2e} FLOPs"
-    )
+    text = f"{stage.steps:,} steps x {stage.batch_tokens:,} tokens = {tokens / 1e6:,.0f} M tokens"
+    text += f" ({tokens / model.parameters(vocab):.1f} a parameter), {flops:.2e} FLOPs"
     if machine.peak is None:
         return text
     seconds = flops / (accounting.assumed_mfu(model.depth) * machine.peak * machine.count)
-    hourly = machine.dollars_per_hour
-    cost = f", ${hourly * seconds / 3600:.2f}" if hourly else ""
-    return f"{text}: {clock(seconds)}{cost} (projected)"
+    dollars = (machine.dollars_per_hour or 0) * seconds / 3600
+    return f"{text}: {clock(seconds)}{f', ${dollars:.2f}' if dollars else ''} (projected)"

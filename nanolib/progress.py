@@ -30,11 +30,7 @@ def title(stage: StageDir) -> str:
 
 
 def describe(stage: StageDir, rows: Sequence[Row]) -> str:
-    """Stage, step, loss, tokens/s, time left and the last evaluation, where the rows have them.
-
-    Such as "base  120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412", or at the end "done
-    in 2:13".
-    """
+    """Such as "base  120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412", from what there is."""
     last = next((row for row in reversed(rows) if row["kind"] in ("train", "progress")), {})
     evaluated = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
     record = stage.done()
@@ -45,11 +41,11 @@ def describe(stage: StageDir, rows: Sequence[Row]) -> str:
         words.append(f"loss {last['loss']:.3f}")
     if last.get("tokens_per_second"):
         words.append(f"{last['tokens_per_second']:,.0f} tokens/s")
-    if "seconds_left" in last and record is None:
+    if record is None and "seconds_left" in last:
         words.append(f"{clock(last['seconds_left'])} left")
     if "bpb" in evaluated:
         words.append(f"bpb {evaluated['bpb']:.3f}")
-    if "message" in last and record is None:
+    if record is None and "message" in last:
         words.append(str(last["message"]))
     if record is not None:
         words.append(f"done in {clock(record['seconds'])}" if "seconds" in record else "done")
@@ -57,46 +53,40 @@ def describe(stage: StageDir, rows: Sequence[Row]) -> str:
 
 
 class Line:
-    """Prints progress: rewrites one line on a terminal, else prints one every few seconds.
-
-    every: seconds between the lines of a stage where the stream is no terminal.
-    """
+    """Prints progress: rewrites one line on a terminal, else prints one every few seconds."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 5.0) -> None:
         self.stream = stream or sys.stdout
         self.every = every
         self._terminal = self.stream.isatty()
         self._printed_at = 0.0
-        self._shown = ("", "")  # stage and text
+        self._stage: StageDir | None = None  # of the line shown last
+        self._text = ""
 
     def __call__(self, stage: StageDir, rows: Sequence[Row]) -> None:
         if not rows and stage.done() is None:
             return
-        text, name = describe(stage, rows), str(stage.path)
-        is_other = name != self._shown[0]
+        text, is_other = describe(stage, rows), stage != self._stage
+        due = is_other or stage.done() or time.monotonic() - self._printed_at >= self.every
         if self._terminal:
             if is_other:
                 self.close()
             self.stream.write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K")
-        elif text != self._shown[1] and (is_other or stage.done() or self._due()):
+        elif text != self._text and due:
             self.stream.write(text + "\n")
             self._printed_at = time.monotonic()
         else:
             return
-        self._shown = (name, text)
+        self._stage, self._text = stage, text
         self.stream.flush()
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
         self.close()
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
         """End the line that is being rewritten."""
-        if self._terminal and self._shown[0]:
+        if self._terminal and self._stage:
             self.stream.write("\n")
-        self._shown = ("", "")
-
-    def _due(self) -> bool:
-        return time.monotonic() - self._printed_at >= self.every
+        self._stage, self._text = None, ""

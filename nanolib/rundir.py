@@ -294,6 +294,13 @@ class Run:
         """The directory of a stage; evaluations are kept per model: ``stage("eval", of="sft")``."""
         return StageDir(name, self.path / name / of if of else self.path / name)
 
+    def stages(self) -> list[StageDir]:
+        """Every stage of the whole run in order, begun or not."""
+        stages = [self.stage(name) for name in ("data", "tokenizer", "shards")]
+        for model in self.config.recipe.models:
+            stages += [self.stage(model), self.stage("eval", model)]
+        return [*stages, self.stage("report")]
+
     def mirror(self) -> Path:
         """The folder with the run's text and tasks; its layout is in `nanolib.hub`.
 

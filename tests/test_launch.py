@@ -153,7 +153,7 @@ def test_watching_sees_the_rows_grow(run, monkeypatch):
 
 def test_following_ends_with_what_was_written_last(tmp_path):
     stage, seen = StageDir("base", tmp_path), []
-    follower = launch.Follower(lambda: [stage], lambda stage, rows: seen.append(len(rows)))
+    follower = launch.Follower([stage], lambda stage, rows: seen.append(len(rows)))
 
     def working() -> bool:
         """Writes its last row as it ends; nothing new comes in between."""
@@ -169,8 +169,8 @@ def test_threads_are_pinned_to_a_share_of_the_cores(run, monkeypatch):
     launch.stage("data", run)
     assert run.stage("data").done()["machine"] == {"ranks": 1, "threads": 6, "omp": 6}
     two = Run.load(machine={"machine.ranks": 2})
-    _, environment = launch._command(two, two.stage("base"), None, 2)
-    assert environment["OMP_NUM_THREADS"] == "3"
+    command = launch._command(two, two.stage("base"), None, 2)
+    assert command["env"]["OMP_NUM_THREADS"] == "3"
 
 
 def test_gpus_are_counted_without_torch(run, monkeypatch, tmp_path):

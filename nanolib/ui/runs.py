@@ -44,7 +44,7 @@ def _line(path: Path) -> tuple[str, ...]:
 
 def _progress(run: Run) -> tuple[str, str]:
     """The last finished stage that leaves a model or comes before one, and the one to come."""
-    road = ["data", "tokenizer", "shards", *run.config.recipe.models]
+    road = launch.road(run)
     done = [name for name in road if run.stage(name).done()]
     left = [name for name in [*road, "report"] if not run.stage(name).done()]
     upcoming = f"{left[0]}{' (running)' * launch.is_running(run.stage(left[0]))}" if left else "-"

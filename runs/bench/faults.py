@@ -46,7 +46,7 @@ def outcome(run: Run) -> dict[str, Any]:
     The size of the code base is left out too: somebody may edit it between two runs.
     """
     found: dict[str, Any] = {}
-    for place in launch.stage_dirs(run):
+    for place in run.stages():
         name, record = str(place.path.relative_to(run.path)), place.done()
         result = record and {key: item for key, item in record["result"].items() if key != "code"}
         rows = [row for row in place.metrics.rows() if row["kind"] != "progress"]
