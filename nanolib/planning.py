@@ -191,10 +191,8 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     parts = ", ".join(f"{name} {count:,}" for name, count in model.parts(vocab).items())
     yield f"parameters   {model.parameters(vocab):,}: {parts}"
     if machine.peak:
-        assumed = accounting.assumed_mfu(model.depth)
-        measured = (f"{depth} ({share:.1%})" for depth, share in accounting.MEASURED_MFU.items())
-        yield f"time         projected at {assumed:.1%} of the peak; one H100 alone reached at depths"
-        yield "             " + ", ".join(measured)
+        mfu = f"{accounting.assumed_mfu(model.depth):.1%} of the peak"
+        yield f"time         projected at {mfu}, as measured on one H100 (runs/bench/device.md)"
     yield from _stage_lines(config, machine)
 
 

@@ -10,8 +10,6 @@ from typing import Any, TextIO
 
 from nanolib.rundir import StageDir
 
-Row = Mapping[str, Any]
-
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss.
@@ -29,7 +27,7 @@ def title(stage: StageDir) -> str:
     return stage.name if stage.path.name == stage.name else f"{stage.name} of {stage.path.name}"
 
 
-def describe(stage: StageDir, rows: Sequence[Row]) -> str:
+def describe(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> str:
     """Such as "base  120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412", from what there is."""
     last = next((row for row in reversed(rows) if row["kind"] in ("train", "progress")), {})
     evaluated = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
@@ -63,7 +61,7 @@ class Line:
         self._stage: StageDir | None = None  # of the line shown last
         self._text = ""
 
-    def __call__(self, stage: StageDir, rows: Sequence[Row]) -> None:
+    def __call__(self, stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows and stage.done() is None:
             return
         text, is_other = describe(stage, rows), stage != self._stage

@@ -39,13 +39,9 @@ def _line(path: Path) -> tuple[str, ...]:
         run = Run.load(str(path))
     except ValueError:
         return path.name, "?", "its manifest.json cannot be read", "?", size, when
-    return run.name, run.config.profile, *_progress(run), size, when
-
-
-def _progress(run: Run) -> tuple[str, str]:
-    """The last finished stage that leaves a model or comes before one, and the one to come."""
-    road = launch.road(run)
+    road = launch.road(run)  # to the last model
     done = [name for name in road if run.stage(name).done()]
     left = [name for name in [*road, "report"] if not run.stage(name).done()]
     upcoming = f"{left[0]}{' (running)' * launch.is_running(run.stage(left[0]))}" if left else "-"
-    return f"{done[-1] if done else '-'} ({len(done)} of {len(road)})", upcoming
+    progress = f"{done[-1] if done else '-'} ({len(done)} of {len(road)})"
+    return run.name, run.config.profile, progress, upcoming, size, when
