@@ -106,24 +106,23 @@ def save(
 
 def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[tuple[str, str, list]]:
     """Write what this rank owns; (file, its hash, [tensor, rows, shape of all] of each part)."""
-    rank, params, written = optimizer.runtime.rank, dict(model.named_parameters()), []
-    for file_name in (f"rank_{rank}.safetensors", f"rank_{rank}{OPTIMIZER}"):
-        tensors: dict[str, Tensor] = {}
-        parts = []
-        for group in optimizer.groups:
-            for weight, rows, inner in group.owned(rank):
-                values = {weight: params[weight].detach()[rows]}
-                if file_name.endswith(OPTIMIZER):
-                    shape = values[weight].shape
-                    state = {slot: x[inner].reshape(shape) for slot, x in group.state.items()}
-                    values = {f"{weight}.{slot}": x for slot, x in state.items()}
-                for name, value in values.items():
-                    tensors[f"{name}@{rows.start}"] = value.cpu().contiguous()
-                    parts.append((name, [rows.start, rows.stop], list(params[weight].shape)))
-        data = to_safetensors(tensors)
-        with whole_file(folder / file_name) as file:
+    rank, params = optimizer.runtime.rank, dict(model.named_parameters())
+    weights, states, written = {}, {}, []
+    for group in optimizer.groups:
+        for name, rows, inner in group.owned(rank):
+            values, where = params[name].detach()[rows], [rows.start, rows.stop]
+            weights[name] = where, params[name].shape, values
+            for slot, state in group.state.items():
+                value = state[inner].reshape(values.shape)
+                states[f"{name}.{slot}"] = where, params[name].shape, value
+    for ending, owned in ((".safetensors", weights), (OPTIMIZER, states)):
+        path = folder / f"rank_{rank}{ending}"
+        parts = [(name, rows, list(shape)) for name, (rows, shape, _) in owned.items()]
+        named = {f"{name}@{rows[0]}": x.cpu().contiguous() for name, (rows, _, x) in owned.items()}
+        data = to_safetensors(named)
+        with whole_file(path) as file:
             file.write(data)
-        written.append((file_name, hashlib.sha256(data).hexdigest(), parts))
+        written.append((path.name, hashlib.sha256(data).hexdigest(), parts))
     return written
 
 

@@ -11,19 +11,20 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 
 GRACE = 60.0  # seconds to finish the current step and save
 
 
+@dataclass
 class Guard:
     """A flag, checked between steps or items, that tells the worker to save and end.
 
     A process still alive `grace` seconds after its launcher has gone kills itself.
     """
 
-    def __init__(self, grace: float = GRACE) -> None:
-        self.grace = grace
-        self._stop = threading.Event()
+    grace: float = GRACE
+    stop_requested: bool = False
 
     @classmethod
     def start(cls, grace: float = GRACE) -> Guard:
@@ -33,12 +34,8 @@ class Guard:
             threading.Thread(target=guard._watch, name="guard", daemon=True).start()
         return guard
 
-    @property
-    def stop_requested(self) -> bool:
-        return self._stop.is_set()
-
     def request_stop(self) -> None:
-        self._stop.set()
+        self.stop_requested = True
 
     def _watch(self) -> None:
         while os.read(0, 1024):

@@ -243,8 +243,9 @@ class Run:
         if not (path / MANIFEST).exists():
             return cls(path, settings.from_flat(profile, defaults | given))
         manifest = _read_manifest(path)
-        if manifest["profile"] != profile:
-            raise _refusal(path, "profile", manifest["profile"], profile)
+        if (made_with := manifest["profile"]) != profile:
+            was_made = f"run {path.name!r} was made with profile = {made_with}, not {profile}"
+            raise ValueError(f"{was_made}; start a new one with --run NAME (this one is {path})")
         return cls._read(path, manifest, defaults | manifest["overrides"], given)
 
     @classmethod
@@ -277,11 +278,13 @@ class Run:
         saved = settings.from_flat(profile, recipe).recipe
         differences = settings.recipe_difference(asked.recipe, settings.flatten(saved))
         for key, wanted, before in sorted(differences, key=lambda it: it[0] not in given):
-            if key in given:
-                raise _refusal(path, key, before, wanted)
-            if key in recipe:
-                remedy = f"restore profile {profile}, which has changed,"
-                raise _refusal(path, key, before, wanted, remedy)
+            if key in given or key in recipe:
+                changed = f"restore profile {profile}, which has changed,"
+                raise ValueError(
+                    f"run {path.name!r} was made with {key} = {before}, not {wanted}; "
+                    f"{'leave it out' if key in given else changed} to go on with that run, "
+                    f"or start a new one with --run NAME (this one is {path})"
+                )
         return cls(path, replace(asked, recipe=saved))
 
     def exists(self) -> bool:
@@ -324,10 +327,7 @@ def _locate(run: str) -> Path:
     if "/" in run:
         return (settings.REPOSITORY / Path(run).expanduser()).resolve()
     if not re.fullmatch(r"\w[\w.-]*", run):
-        raise ValueError(
-            f"a run's name is letters, digits, '.', '_' and '-', got {run!r}; "
-            "a path needs a slash, such as ./somewhere"
-        )
+        raise ValueError(f"a run is a name (letters, digits, . _ -) or a path with /, got {run!r}")
     return runs_folder().resolve() / run
 
 
@@ -335,10 +335,8 @@ def _create(run: Run, overrides: Mapping[str, Any]) -> bool:
     """Write the manifest; False where another process did so first, and its own stands."""
     path = run.path
     if path.is_file() or (any(path.glob("[!.]*")) and not run.exists()):
-        raise ValueError(
-            f"{path} is not a run: a file, or a folder with other files and no {MANIFEST}; "
-            "choose another --run NAME"
-        )
+        what = "a file, or a folder with other files and no manifest.json"
+        raise ValueError(f"{path} is not a run: {what}; choose another --run NAME")
     recipe, given = settings.flatten(run.config.recipe), settings.check_overrides(overrides)
     draft = path / f".{MANIFEST}.draft.{threading.get_native_id()}"
     manifest = {
@@ -377,12 +375,3 @@ def saved_recipe(saved: Mapping[str, Any], file: Path) -> dict[str, Any]:
         warn_once(f"{file} has settings unknown here, which are left out: {', '.join(unknown)}")
     recipe = {key: value for key, value in saved.items() if key in known}
     return settings.FIRST_EDITION | settings.check_overrides(recipe)
-
-
-def _refusal(
-    path: Path, key: str, saved: Any, asked: Any, remedy: str = "leave it out"
-) -> ValueError:
-    return ValueError(
-        f"run {path.name!r} was made with {key} = {saved}, not {asked}; {remedy} to go on with "
-        f"that run, or start a new one with --run NAME (this one is {path})"
-    )
