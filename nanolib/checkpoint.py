@@ -28,7 +28,6 @@ from nanolib.config import Recipe, flatten, replace_settings
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import saved_recipe, whole_file, write_atomic
-from nanolib.runtime import Runtime
 
 VERSION = 1
 KEPT = 2
@@ -64,19 +63,14 @@ class Checkpoint:
 
 
 def save(
-    folder: Path,
-    step: int,
-    model: GPT,
-    optimizer: MuonAdamW,
-    about: Mapping[str, Any],
-    runtime: Runtime,
+    folder: Path, step: int, model: GPT, optimizer: MuonAdamW, about: Mapping[str, Any]
 ) -> None:
     """Write ``folder/step_<step>`` with all ranks together, whole or not at all; keep the last two.
 
     `about` is saved in the index: the recipe (flat), vocabulary size and tokenizer fingerprint.
     Raises ValueError that names the path when the disk is full; older checkpoints stay whole.
     """
-    final = folder / f"step_{step:08d}"
+    final, runtime = folder / f"step_{step:08d}", optimizer.runtime
     partial = folder / f"{final.name}.partial"
     if runtime.is_lead:
         for unfinished in folder.glob("*.partial"):  # of processes that were killed while saving

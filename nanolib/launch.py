@@ -22,7 +22,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from nanolib import attempts, config, guard, rundir
+from nanolib import config, guard, rundir
 from nanolib.rundir import Run, StageDir
 
 WORKER: str = "nanolib.stages.worker"  # the module that runs a stage
@@ -68,7 +68,7 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
             if log is None:
                 follower.follow(lambda: is_running(this))
             elif this.done() is None:
-                with attempts.recorded(this.path, run.config.machine.dollars_per_hour):
+                with rundir.recorded(this.path, run.config.machine.dollars_per_hour):
                     _work(run, this, of, log, follower)
     follower.look()
     return record["result"]

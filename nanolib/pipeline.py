@@ -22,7 +22,7 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanolib import attempts, config, launch, runbook, rundir
+from nanolib import config, launch, runbook, rundir
 from nanolib.progress import Line, clock, title
 from nanolib.rundir import Run
 
@@ -48,7 +48,7 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
     line = Line()
     follower = launch.Follower(this.stages(), line)
-    with only_one(this), attempts.recorded(this.path, this.config.machine.dollars_per_hour):
+    with only_one(this), rundir.recorded(this.path, this.config.machine.dollars_per_hour):
         line.say(f"run {this.name}: {this.path}")
         follower.look()
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolib import accounting, attempts
+from nanolib import accounting, rundir
 from nanolib.config import MODELS, REPOSITORY, Recipe, as_text, flatten, recipe_difference
 from nanolib.progress import clock
 from nanolib.rundir import Run, StageDir, write_atomic
@@ -46,7 +46,7 @@ def build(run: Run) -> str:
         stages=stages,
         summary=_summary(evaluations),
         levels=_levels(recipe, evaluations),
-        commands=attempts.spent(run.path),
+        commands=rundir.spent(run.path),
         environment=_environment(stages),
         core=_core(evaluations),
     )

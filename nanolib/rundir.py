@@ -4,7 +4,7 @@
         manifest.json               what is computed: the recipe; written once
         <stage>/done.json           result, timing, cost, machine; its presence means finished
         <stage>/metrics.jsonl       one row a step, see `Metrics`
-        <stage>/attempts.jsonl      when it was worked on, see `nanolib.attempts`
+        <stage>/attempts.jsonl      when it was worked on, see `recorded`
         <stage>/checkpoints/        see `nanolib.checkpoint`
         <stage>/log.txt             output of the stage's processes; locked while they run
         eval/<stage>/…              the same files for the evaluation of one stage's model
@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from nanolib.config import Config
 
 LATEST = "latest"  # the name of a link to the run opened last
 MANIFEST = "manifest.json"
+ATTEMPTS = "attempts.jsonl"
 
 
 def runs_folder() -> Path:
@@ -149,6 +151,54 @@ class Metrics:
         """Drop what lies after `step`: a resumed stage writes those rows again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+# ---------------------------------------------------------------------------- attempts
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, None, None]:
+    """Record the body as one attempt at the work in `folder`.
+
+    It is a row when it begins and another when it ends: of rows with the same ``started``, the last
+    one counts. Where the process was killed, the attempt ended when a file in `folder` last changed.
+    """
+    rows = Metrics(folder / ATTEMPTS)
+    for attempt in _attempts(folder):
+        if attempt["ended"] is None:
+            rows.append(**attempt | {"ended": _last_change(folder)})
+    attempt = {"started": time.time(), "dollars_per_hour": dollars_per_hour}
+    rows.append(**attempt, ended=None)
+    try:
+        yield
+    finally:
+        rows.append(**attempt, ended=time.time())
+
+
+def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
+    """Attempts, seconds and dollars of the work in `folder`; dollars are None without a price.
+
+    now: the end of an attempt under way, in Unix seconds; None: the folder's last change.
+    """
+    took, dollars = [], []
+    for attempt in _attempts(folder):
+        ended = attempt["ended"] or now or _last_change(folder)
+        took.append(max(0.0, ended - attempt["started"]))
+        if attempt["dollars_per_hour"] is not None:
+            dollars.append(attempt["dollars_per_hour"] * took[-1] / 3600)
+    total = sum(dollars) if dollars else None
+    return {"attempts": len(took), "seconds": sum(took), "dollars": total}
+
+
+def _attempts(folder: Path) -> list[dict[str, Any]]:
+    """The last row of each attempt."""
+    return list({row["started"]: row for row in Metrics(folder / ATTEMPTS).rows()}.values())
+
+
+def _last_change(folder: Path) -> float:
+    """When the work last wrote a file; the report card and the attempts are not work."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in (ATTEMPTS, "report.md")]
+    return max((path.stat().st_mtime for path in files), default=0.0)
 
 
 # ---------------------------------------------------------------------------- one stage

@@ -212,5 +212,5 @@ class Trainer:
 
     def save(self) -> None:
         folder = self.stage.checkpoints
-        checkpoint.save(folder, self.step, self.model, self.optimizer, self.about, self.runtime)
+        checkpoint.save(folder, self.step, self.model, self.optimizer, self.about)
         self.saved, self._saved_at = self.step, time.monotonic()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from chain import COMMAND, chapter
 
-from nanolib import attempts, config, pipeline
+from nanolib import config, pipeline, rundir
 from nanolib.config import REPOSITORY
 from nanolib.rundir import Run
 from nanolib.ui import cli
@@ -94,7 +94,7 @@ def test_the_chain_and_what_it_skips(notebooks, capfd):
     (folder / "00_first.ipynb").unlink()
     pipeline.run("smoke")
     assert "00_first: done" in capfd.readouterr().out
-    assert attempts.spent(run.path)["attempts"] == 3
+    assert rundir.spent(run.path)["attempts"] == 3
 
 
 def test_overrides_reach_the_chapters(notebooks):

@@ -72,7 +72,7 @@ def _save_random_weights(run: Run, stage: str) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
     about = training.about_checkpoint(run, stage, tokenizer)
     optimizer = MuonAdamW(model, OptimConfig(), runtime)
-    checkpoint.save(run.stage(stage).checkpoints, 0, model, optimizer, about, runtime)
+    checkpoint.save(run.stage(stage).checkpoints, 0, model, optimizer, about)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from nanolib import attempts, report
+from nanolib import report, rundir
 from nanolib.rundir import Run
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "ranks": 1, "dtype": "bfloat16", "torch": "2.11.0"}
@@ -137,7 +137,7 @@ def test_every_stage_is_there_with_time_cost_and_results(run):
 def test_commands_are_told_beside_the_stages(run):
     """What a command took is more than its stages: kernels, lessons, work lost to a kill."""
     assert "`nanolib run`" not in report.build(run)
-    (run.path / attempts.FILE).write_text(
+    (run.path / rundir.ATTEMPTS).write_text(
         '{"started": 1000.0, "dollars_per_hour": 3.0, "ended": 1528.0}\n'
         '{"started": 2000.0, "dollars_per_hour": 3.0, "ended": 2872.0}\n'
     )

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from nanolib import attempts
+from nanolib import rundir
 from nanolib.guard import Guard
-from nanolib.rundir import Run, now
+from nanolib.rundir import Run
 from nanolib.runtime import Runtime, processor
 from nanolib.stages import Context, Result, evaluate, text, training
 from nanolib.train import Stopped
@@ -44,19 +44,19 @@ WORK: dict[str, Callable[[Context], Result]] = {
 
 def work(name: str, run: Run, of: str | None = None) -> Result:
     """Do one stage in this process (one rank of it) and leave its done record."""
-    stage, machine, started = run.stage(name, of), run.config.machine, now()
+    stage, machine, started = run.stage(name, of), run.config.machine, rundir.now()
     stage.path.mkdir(parents=True, exist_ok=True)
     guard = Guard.start()  # first: joining ranks that have died would wait for minutes
     runtime = Runtime.start(replace(machine, device="cpu") if name in ON_CPU else machine)
     context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
     launched = os.environ.get("NANOLIB_GUARD") == "1"  # then the launcher records the attempt
-    with nullcontext() if launched else attempts.recorded(stage.path, machine.dollars_per_hour):
+    with nullcontext() if launched else rundir.recorded(stage.path, machine.dollars_per_hour):
         if name not in ("data", "report"):
             text.gather_if_gone(context)
         result = WORK[name](context)
         runtime.barrier()
     if runtime.is_lead:
-        spent = attempts.spent(stage.path, now=time.time())
+        spent = rundir.spent(stage.path, now=time.time())
         # The first edition recorded no attempts, only how long the training steps took.
         spent["seconds"] = max(spent["seconds"], result.get("seconds", 0.0))
         hardware = asdict(machine) | _hardware(runtime)
