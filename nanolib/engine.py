@@ -202,31 +202,21 @@ class Engine:
         return [answer.ids for answer in self.answers(prompts, **settings)]
 
     def _check(self, prompts, max_new_tokens, samples, temperature, top_k, seeds) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+        least = {"max_new_tokens": 1, "samples": 1, "temperature": 0, "top_k": 1}
+        for name, value in zip(least, (max_new_tokens, samples, temperature, top_k), strict=True):
+            if value is not None and value < least[name]:
+                raise ValueError(f"{name} must be at least {least[name]}, got {value}")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
         for prompt in prompts:
             if not prompt:
                 raise ValueError("a prompt must have at least one token (<|bos|>), got none")
             if len(prompt) >= self.context:
-                raise ValueError(
-                    f"a prompt of {len(prompt)} tokens leaves no room for an answer in a context "
-                    f"of {self.context} (model.sequence_len); shorten it"
-                )
+                room = f"leaves no room for an answer in a context of {self.context}"
+                raise ValueError(f"a prompt of {len(prompt)} tokens {room}; shorten it")
 
-    def _steps(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: list[_Row],
-        temperature: float,
-        top_k: int | None,
-    ) -> Iterator[list[Token]]:
+    def _steps(self, prompts, rows: list[_Row], temperature, top_k) -> Iterator[list[Token]]:
+        """The steps of `generate`."""
         if not rows:
             return
         logits_PV, cache = self._prefill(prompts)

@@ -70,7 +70,7 @@ class Session:
         session.of, session._close = of, weakref.finalize(engine, sandbox.close)
         return session
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Close the sandbox that `open` started, which else ends with the engine."""
         if self._close is not None:
             self._close()
@@ -78,8 +78,7 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
     # ------------------------------------------------------------------------ talking
 
@@ -126,15 +125,13 @@ class Session:
             if len(prompt) <= room:
                 break
         else:
-            raise ValueError(
-                f"the message is too long: {len(prompt)} tokens with what surrounds it, and the "
-                f"context of {context} leaves {room} beside an answer; shorten it"
-            )
+            size = f"{len(prompt)} tokens where a context of {context} leaves {room}"
+            raise ValueError(f"the message is too long: {size} beside an answer; shorten it")
         self.notice = None
         if left_out > self._left_out:
+            unseen = f"the model does not see its first {left_out} messages"
             self.notice = (
-                f"the conversation no longer fits the context of {context} tokens: the model does "
-                f"not see its first {left_out} messages"
+                f"the conversation no longer fits the context of {context} tokens: {unseen}"
             )
         self._left_out = left_out
         return prompt

@@ -130,13 +130,12 @@ class Sandbox:
             raise RuntimeError(f"no sandbox worker starts here (`{find_monty_binary()}`): {probe}")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """End the workers. May be called twice; using the sandbox afterwards is a RuntimeError."""
         self._pool = None
         self._stack.close()
+
+    __exit__ = close
 
     def run(self, source: str) -> ToolResult:
         """Run the text between ``<|python_start|>`` and ``<|python_end|>``: "12*7" gives "84".
@@ -245,10 +244,8 @@ def _write_launcher(folder: Path, seconds: float) -> Path:
 def _is_lacking(error: str) -> bool:
     """Whether an error names something that CPython has, or may have, and the sandbox lacks."""
     found = _LACKING.match(error)
-    if found is None:
-        return False
-    if found["name"]:
+    if found and found["name"]:
         return hasattr(builtins, found["name"])
-    if found["type"]:
+    if found and found["type"]:
         return hasattr(getattr(builtins, found["type"], object), found["method"])
-    return True
+    return found is not None

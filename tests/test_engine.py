@@ -161,7 +161,7 @@ def test_rows_stop_at_the_context_and_longer_prompts_are_refused():
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"seeds": [1, 2]}, "1 prompts need as many seeds, got 2"),
     ],

@@ -215,15 +215,11 @@ class Commands:
 
         server.serve(self._open(run), of, host=host, port=port, temperature=temperature)
 
-    def report(
-        self,
-        run: RunName = None,
-        against: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None,
-    ) -> None:
+    def report(self, run: RunName = None, against: str | None = None) -> None:
         """Write a run's report card again from its directory.
 
         Args:
-            against: Print the run side by side with this one instead.
+            against: Print the run side by side with this run instead.
         """
         from nanolib import report
 
@@ -276,9 +272,7 @@ class Commands:
         else:
             pairs.check()
 
-    def bench(
-        self, name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = ""
-    ) -> None:
+    def bench(self, name: tyro.conf.Positional[str] = "") -> None:
         """Run one of the measurements in runs/bench/; without a NAME, list them.
 
         Words after NAME are its own: nanolib bench NAME --help.

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import html
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from itertools import groupby
 from typing import TYPE_CHECKING
 
-from nanolib.conversation import Part
+from nanolib.conversation import Message, Part
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -56,12 +54,15 @@ CSS = """
 
 def answer_html(parts: Sequence[Part]) -> str:
     """An answer, finished or not: text as Markdown, each program folded with its output."""
-    pieces = []
-    for is_text, run in groupby(parts, lambda part: part.kind == "text"):
-        if is_text:
-            pieces.append(_markdown().render("".join(part.text for part in run)))
+    pieces, program = [], None  # the program whose output may follow
+    for part in Message("assistant", tuple(parts)).parts:  # texts joined
+        if part.kind == "text":
+            pieces.append(_markdown().render(part.text))
+        elif part.kind == "output" and program is not None:
+            pieces[-1] = _tool(program, part.text)
         else:
-            pieces += [_tool(source, output) for source, output in _calls(run)]
+            pieces.append(_tool(*((part.text,) if part.kind == "python" else (None, part.text))))
+        program = part.text if part.kind == "python" else None
     return f'<div class="nanolib-answer">{"".join(pieces)}</div>'
 
 
@@ -70,16 +71,8 @@ def user_html(text: str) -> str:
     return f'<div class="nanolib-said">{html.escape(text)}</div>'
 
 
-def _calls(parts: Iterable[Part]) -> Iterator[tuple[str | None, str | None]]:
-    """(program, output) pairs; None where the output is still to come or has no program."""
-    rest = deque(parts)
-    while rest:
-        source = rest.popleft().text if rest[0].kind == "python" else None
-        output = rest.popleft().text if rest and rest[0].kind == "output" else None
-        yield source, output
-
-
-def _tool(source: str | None, output: str | None) -> str:
+def _tool(source: str | None, output: str | None = None) -> str:
+    """A folded program with its output; None where either is missing."""
     title = "output" if source is None else f"python: {_first_line(source)}"
     if output is not None:
         title += f" → {_first_line(output)}"

@@ -25,6 +25,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 
 from nanolib.conversation import Conversation, Part
@@ -33,10 +34,8 @@ from nanolib.session import Session
 from nanolib.ui import markup
 
 BODY_BYTES = 1024 * 1024
-MESSAGES = 1000
 PAUSE = 0.05  # seconds between two updates of an answer
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-OPTIONS = {"temperature": (0, 5), "top_k": (1, 2**20), "seed": (0, 2**53)}  # with bounds
 _log = logging.getLogger(__name__)
 
 
@@ -74,73 +73,64 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"cannot listen on port {port} of {host!r} ({error}); choose another with --port or "
-            "--host"
-        ) from None
+        reason = f"cannot listen on port {port} of {host!r} ({error})"
+        raise ValueError(f"{reason}; choose another with --port or --host") from None
 
 
 # ---------------------------------------------------------------------------- requests
 
 
-def read_question(body: bytes) -> tuple[Conversation, dict[str, Any]]:
-    """Read ``{"messages": [{"role", "content"}, …], "temperature", "top_k", "seed"}``.
+class Question(BaseModel, strict=True, extra="forbid"):
+    """The body of a question; the defaults of its options are the session's.
 
-    Returns the conversation, which ends with the question, and the options given. Raises
-    ValueError that says what is wrong and what is expected.
+    A description is what the error says that a field must be.
+    """
+
+    messages: list[Any] = Field(max_length=1000)
+    temperature: float = Field(0, ge=0, le=5, description="a number from 0 to 5")
+    top_k: int | None = Field(0, ge=1, le=2**20, description=f"a whole number from 1 to {2**20}")
+    seed: int = Field(0, ge=0, le=2**53, description=f"a whole number from 0 to {2**53}")
+
+
+def read_question(body: bytes) -> tuple[Conversation, dict[str, Any]]:
+    """Read a `Question`: its conversation, which ends with the question, and the options given.
+
+    Raises ValueError that says what is wrong and what is expected.
     """
     try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the body must be JSON: {error}") from None
-    if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
-        raise ValueError('the body must be an object with a list of "messages"')
-    if unknown := set(request) - {"messages", *OPTIONS}:
-        raise ValueError(
-            f"unknown {', '.join(map(repr, sorted(unknown)))}; there are messages, "
-            + ", ".join(OPTIONS)
-        )
-    if len(request["messages"]) > MESSAGES:
-        raise ValueError(
-            f"at most {MESSAGES} messages, got {len(request['messages'])}; start a new chat"
-        )
-    conversation = _conversation(request["messages"])
-    last = conversation.messages[-1]
-    if last.role != "user":
-        raise ValueError("the last message must be the user's: there is nothing to answer")
-    if not last.text.strip():
-        raise ValueError("the last message is empty; say something")
-    return conversation, _options(request)
-
-
-def _conversation(messages: list[Any]) -> Conversation:
-    """The messages, which may be any JSON; `Conversation` checks roles, kinds of parts and order."""
-    try:
-        conversation = Conversation.from_messages(messages)
-        for part in (part for message in conversation.messages for part in message.parts):
-            part.text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("a message has half a character (a lone surrogate)") from None
+        question = Question.model_validate_json(body)
+        conversation = Conversation.from_messages(question.messages)
+        "".join(part.text for message in conversation.messages for part in message.parts)
+    except ValidationError as invalid:
+        raise ValueError(_reason(invalid)) from None
     except (KeyError, TypeError, AttributeError):
         raise ValueError(
             'a message must be {"role": …, "content": text or a list of '
             '{"type": "text", "python" or "output", "text": …}}'
         ) from None
-    return conversation
+    last = conversation.messages[-1]
+    if last.role != "user":
+        raise ValueError("the last message must be the user's: there is nothing to answer")
+    if not last.text.strip():
+        raise ValueError("the last message is empty; say something")
+    return conversation, question.model_dump(exclude={"messages"}, exclude_unset=True)
 
 
-def _options(request: dict[str, Any]) -> dict[str, Any]:
-    """The options given, each checked against its bounds."""
-    options = {name: request[name] for name in OPTIONS if name in request}
-    for name, value in options.items():
-        least, most = OPTIONS[name]
-        kinds = (int, float) if name == "temperature" else (int,)
-        if name == "top_k" and value is None:
-            continue
-        if type(value) not in kinds or not least <= value <= most:
-            what = "a number" if float in kinds else "a whole number"
-            raise ValueError(f"{name} must be {what} from {least} to {most}, got {value!r}")
-    return options
+def _reason(invalid: ValidationError) -> str:
+    """The first error of a body in one sentence, or all the unknown names."""
+    errors, fields = invalid.errors(), Question.model_fields
+    if unknown := [error["loc"][0] for error in errors if error["type"] == "extra_forbidden"]:
+        return f"unknown {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(fields)}"
+    match errors[0]:
+        case {"type": "json_invalid", "msg": str(message)} if "hex escape" in message:
+            return f"a message has half a character (a lone surrogate): {message}"
+        case {"type": "json_invalid", "msg": message}:
+            return f"the body must be JSON: {message}"
+        case {"type": "too_long", "ctx": {"max_length": most, "actual_length": got}}:
+            return f"at most {most} messages, got {got}; start a new chat"
+        case {"loc": (str(name), *_), "input": value} if name != "messages":
+            return f"{name} must be {fields[name].description}, got {value!r}"
+    return 'the body must be an object with a list of "messages"'
 
 
 # ---------------------------------------------------------------------------- answers
@@ -154,7 +144,8 @@ class ChatQueue:
 
     def __init__(self, session: Session):
         self.engine = session.engine
-        self.defaults = {name: getattr(session, name) for name in ("max_new_tokens", *OPTIONS)}
+        options = ("max_new_tokens", "temperature", "top_k", "seed")
+        self.defaults = {name: getattr(session, name) for name in options}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nanolib-engine")
         self._stops: set[threading.Event] = set()  # one per answer not yet finished
 
@@ -280,17 +271,10 @@ def build(session: Session, about: dict[str, Any], *, local: bool = True) -> Fas
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.chats = chats
-    app.add_middleware(_Guard, local=local, policy=policy)
+    app.add_middleware(_guard, local=local, policy=policy)
     app.post("/chat")(chats.chat)
-
-    @app.get("/")
-    def index() -> Response:
-        return HTMLResponse(page)
-
-    @app.get("/info")
-    def info() -> dict[str, Any]:
-        return about
-
+    app.get("/")(lambda: HTMLResponse(page))
+    app.get("/info")(lambda: about)
     return app
 
 
@@ -309,30 +293,29 @@ def _page() -> tuple[str, str]:
     return page, "; ".join(rules)
 
 
-class _Guard:
-    """Refuses requests for another host (DNS rebinding) and adds security headers.
+def _guard(app: Any, *, local: bool, policy: str) -> Any:
+    """Refuse requests for another host (DNS rebinding) and add security headers.
 
     Plain ASGI, since FastAPI's middleware does not notice when the client of a stream disconnects.
     """
+    headers = {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-store",
+    }
 
-    def __init__(self, app: Any, *, local: bool, policy: str):
-        self.app, self.local = app, local
-        self.headers = {
-            "content-security-policy": policy,
-            "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer",
-            "cache-control": "no-store",
-        }
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self.headers)
+                MutableHeaders(scope=message).update(headers)
             await send(message)
 
-        app = self.app
-        if scope["type"] == "http" and self.local:
+        answer = app
+        if scope["type"] == "http" and local:
             hosts = Headers(scope=scope).getlist("host")
             if len(hosts) != 1 or re.sub(r":\d+$", "", hosts[0]).lower() not in LOOPBACK:
-                app = _refusal(403, f"ask for {' or '.join(LOOPBACK)}, not for {hosts}")
-        await app(scope, receive, send_with_headers)
+                answer = _refusal(403, f"ask for {' or '.join(LOOPBACK)}, not for {hosts}")
+        await answer(scope, receive, send_with_headers)
+
+    return guarded

@@ -109,10 +109,8 @@ def command(session: Session, line: str, folder: Path) -> str:
             return _save(session, path, folder)
         case "/help", _:
             return HELP
-    raise ValueError(
-        f"there is no command {name}; there are /clear, /system, /save, /help "
-        "(to say it to the model, put a space in front)"
-    )
+    there_are = "there are /clear, /system, /save, /help"
+    raise ValueError(f"there is no command {name}; {there_are} (a space in front sends it as text)")
 
 
 def _save(session: Session, name: str, folder: Path) -> str:
