@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 PARAMETERS = ("profile", "run", "overrides")
+# What chapters need beside them: copied to the executed ones, which a reader may run again.
+HELPERS = ("[!0-9]*.py", "checks/*.py", "glossary.ipynb")
 COMMAND = (sys.executable, "-m", "nanolib")  # what `detach` starts; tests put their own here
 
 
@@ -180,9 +182,10 @@ def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | N
 
     for logger in ("papermill", "asyncio"):  # both log a dead kernel, which an exception tells us
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for helper in NOTEBOOKS.glob("[!0-9]*.py"):  # a reader may run the executed chapters there
-        shutil.copy(helper, target.parent)
+    for helper in (path for pattern in HELPERS for path in NOTEBOOKS.glob(pattern)):
+        copy = target.parent / helper.relative_to(NOTEBOOKS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(helper, copy)
     try:
         papermill.execute_notebook(
             read(chapter),

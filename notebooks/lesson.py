@@ -1,17 +1,19 @@
-"""What the chapters share: opening a run, the live figure, pictures of tokens, exercise checks.
+"""What the chapters share: opening a run, the live figure, figures with words, pictures of tokens.
 
 Everything has a plain-text twin for where no notebook is: a terminal, a test, a script.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 import io
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN = "#2b6cb0", "#dd6b20", "#2f855a"
 RED, VIOLET, GREY = "#c53030", "#6b46c1", "#a0aec0"
+# One colour code through all chapters: who put a token there, and whether it is learned from.
+CHOSEN, FORCED, PROGRAM, MASKED = BLUE, ORANGE, GREEN, GREY
+HATCHES = {CHOSEN: "", FORCED: "///", PROGRAM: "...", MASKED: "xxx"}  # the same in matplotlib bars
+KINDS = {  # a token's kind: background, line under it, what it means
+    "chosen": ("#dbeafe", f"3px solid {CHOSEN}", "chosen by the model"),
+    "forced": ("#fde7c8", f"3px dashed {FORCED}", "forced: a tool's result"),
+    "program": ("#d3f2df", f"3px dotted {PROGRAM}", "program: Python to run"),
+    "masked": ("#edf0f4", f"3px double {MASKED}", "masked: not graded"),
+}
+FRAMES = 6  # in a strip
 LARGE = 10_000_000  # parameters of a run's model
 PASTELS = ("#dbeafe", "#fde7c8", "#d3f2df", "#fbd9e0", "#e6dcfb", "#e5e7eb")
 STYLE: dict[Any, Any] = {
@@ -80,8 +92,8 @@ def in_notebook() -> bool:
     return hasattr(get_ipython(), "kernel")
 
 
-def _show(plain: str, **rich: Any) -> None:
-    """One output with a text twin: ``_show("a b", html="<b>a</b> b")``."""
+def _display(plain: str, **rich: Any) -> None:
+    """One output with a text twin: ``_display("a b", html="<b>a</b> b")``."""
     if not in_notebook():
         print(plain)
         return
@@ -91,9 +103,82 @@ def _show(plain: str, **rich: Any) -> None:
     display({"text/plain": plain} | kinds, raw=True)
 
 
+def show(alt: str) -> None:
+    """Show the current figure and close it; alt says what is to be seen, for who cannot see it."""
+    from matplotlib import pyplot as plt
+
+    if not plt.get_fignums():
+        raise ValueError("there is no figure to show; draw one first")
+    figure = plt.gcf()
+    if in_notebook():
+        from IPython.display import display
+
+        bundle = {"text/plain": f"[figure] {alt}", "image/png": png(figure, tight=True)}
+        display(bundle, metadata=_alt(alt), raw=True)
+    else:
+        print(f"[figure] {alt}")
+    plt.close(figure)
+
+
+def _alt(words: str) -> dict[str, Any]:
+    """The metadata of an output whose picture says this to who cannot see it."""
+    return {"image/png": {"alt": words}}
+
+
+def frames(
+    draw: Callable[[Axes, Any], None], values: Sequence[Any], label: str = "", alt: str = ""
+) -> None:
+    """Show how a drawing changes: ``draw(axes, value)`` for up to six of the values, in a strip.
+
+    In a live notebook a slider under the strip draws any of them, large.
+    """
+    from matplotlib import pyplot as plt
+
+    count = min(FRAMES, len(values))
+    chosen = [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]
+    rows = math.ceil(count / 3)
+    size = (7.2, 2.3 * rows)
+    panels = plt.subplots(rows, math.ceil(count / rows), figsize=size, squeeze=False)[1]
+    for axes, value in zip(panels.flat, chosen, strict=False):
+        draw(axes, value)
+        axes.set_title(f"{label} {value}".strip(), fontsize=10)
+    for axes in panels.flat[count:]:
+        axes.axis("off")
+    show(alt)
+    if in_notebook():
+        _slider(draw, values, label, alt)
+
+
+def _slider(draw: Callable[[Axes, Any], None], values: Sequence[Any], label: str, alt: str) -> None:
+    """A slider over `values` and one large drawing under it. Needs a kernel, unlike the strip."""
+    import ipywidgets
+    from IPython.display import display
+    from matplotlib.figure import Figure
+
+    slider = ipywidgets.SelectionSlider(
+        options=[(str(value), place) for place, value in enumerate(values)],
+        description=label,
+        continuous_update=False,
+    )
+    picture = ipywidgets.HTML()
+
+    def redraw(change: Any = None) -> None:
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        draw(figure.subplots(), values[slider.value])
+        data = base64.b64encode(png(figure)).decode()
+        words = html.escape(f"{label} {values[slider.value]}. {alt}", quote=True)
+        picture.value = f'<img alt="{words}" src="data:image/png;base64,{data}">'
+
+    slider.observe(redraw, "value")
+    redraw()
+    bundle = ipywidgets.VBox([slider, picture])._repr_mimebundle_()
+    words = f"(a slider over {label or 'the frames'}, where a kernel runs)"
+    display({**bundle, "text/plain": words}, raw=True)
+
+
 def markdown(text: str) -> None:
     """Show Markdown rendered."""
-    _show(text, markdown=text)
+    _display(text, markdown=text)
 
 
 # ---------------------------------------------------------------------------- the live figure
@@ -120,23 +205,36 @@ class Live:
         known = stage.path in self._handles
         if known and not finished and time.monotonic() - self._drawn_at < self.every:
             return
-        picture = _picture(stage, rows)
+        picture, metadata = _picture(stage, rows)
         if known:
-            self._handles[stage.path].update(picture, raw=True)
+            self._handles[stage.path].update(picture, metadata=metadata, raw=True)
         else:
             from IPython.display import DisplayHandle
 
             self._handles[stage.path] = DisplayHandle()
-            self._handles[stage.path].display(picture, raw=True)
+            self._handles[stage.path].display(picture, metadata=metadata, raw=True)
         self._drawn_at = time.monotonic()
 
 
-def _picture(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A stage's progress as a mime bundle: text, and a PNG where it trains."""
+def _picture(
+    stage: StageDir, rows: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stage's progress as a mime bundle (text, and a PNG where it trains) and its metadata."""
     text = describe(stage, rows)
     if not any(row["kind"] == "train" for row in rows):
-        return {"text/plain": text}
-    return {"text/plain": text, "image/png": png(curves(rows, text))}
+        return {"text/plain": text}, {}
+    bundle = {"text/plain": text, "image/png": png(curves(rows, text))}
+    return bundle, _alt(_in_words(rows))
+
+
+def _in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `curves` shows, for who cannot see it."""
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    loss = smooth(losses)
+    words = f"Two plots over {len(losses):,} steps. Training loss: {loss[0]:.2f} to {loss[-1]:.2f}"
+    for name, points in _scores(rows).items():
+        words += f"; held-out {name}: {points[0][1]:.3f} to {points[-1][1]:.3f}"
+    return f"{words}."
 
 
 def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
@@ -198,12 +296,14 @@ def smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
     return averages
 
 
-def png(figure: Figure) -> bytes:
-    """A figure's picture, without pyplot and its open windows."""
+def png(figure: Figure, tight: bool = False) -> bytes:
+    """A figure's picture; tight: without empty margins, and with what stands outside of them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    canvas = FigureCanvasAgg(figure)
+    box = "tight" if tight else None
+    canvas.print_figure(buffer, format="png", bbox_inches=box, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -215,39 +315,74 @@ def tokens(
     groups: Sequence[int] | None = None,
     shades: Sequence[float] | None = None,
     legend: Sequence[str] = (),
+    *,
+    kinds: Sequence[str] | None = None,
+    numbers: Sequence[Any] | None = None,
 ) -> None:
     """Show tokens as coloured boxes in a line of text.
 
-    groups: a colour for each token (0 … 5), named by `legend`; shades: 0 … 1, white to red;
-    neither: colours in turn, so that borders show. The text twin puts a bar between tokens.
+    kinds: each token's place in the course's colour code (`KINDS`), by colour and by the line
+    under it, explained below; groups: a colour for each token (0 … 5), named by `legend`; shades:
+    0 … 1, white to red; none of them: colours in turn, so that borders show.
+    numbers: something to print small under each token; floats with two digits.
+    The text twin puts a bar between tokens, and names kinds and numbers.
     """
-    if shades is not None:
-        colours = [f"rgba(221, 80, 60, {min(1.0, max(0.0, s)):.2f})" for s in shades]
+    if kinds is not None:
+        styles = [_kind_style(kind) for kind in kinds]
+        present = [kind for kind in KINDS if kind in kinds]
+        keys = [_box(KINDS[kind][2], _kind_style(kind)) for kind in present]
+    elif shades is not None:
+        reds = (min(1.0, max(0.0, shade)) for shade in shades)
+        styles, keys = [f"background:rgba(221, 80, 60, {red:.2f})" for red in reds], []
     else:
         cycle = range(len(pieces)) if groups is None else groups
-        colours = [PASTELS[group % len(PASTELS)] for group in cycle]
+        pastels = [f"background:{colour}" for colour in PASTELS]
+        styles = [pastels[group % len(PASTELS)] for group in cycle]
+        keys = [*map(_box, legend, pastels)]
+    below = [""] * len(pieces) if numbers is None else [_number(number) for number in numbers]
     boxes = "".join(
-        _box(_visible(piece), colour) + "<br>" * ("\n" in piece)
-        for piece, colour in zip(pieces, colours, strict=True)
+        _box(_visible(piece), style, number) + "<br>" * ("\n" in piece)
+        for piece, style, number in zip(pieces, styles, below, strict=True)
     )
-    keys = " ".join(map(_box, legend, PASTELS))
     style = "font-family:monospace;font-size:13px;line-height:2;max-width:60em;margin:4px 0"
     picture = f'<div style="{style}">{boxes}</div>'
     if keys:
-        picture += f'<div style="font-size:12px;margin:4px 0">{keys}</div>'
-    _show("|".join(pieces), html=picture)
+        picture += f'<div style="font-size:12px;margin:4px 0">{" ".join(keys)}</div>'
+    _display(_tokens_as_text(pieces, kinds, below), html=picture)
+
+
+def _tokens_as_text(pieces: Sequence[str], kinds: Sequence[str] | None, below: list[str]) -> str:
+    """``[program] 12|+|30 [forced] 42``, with each token's number in brackets."""
+    named = [f"{piece} ({n})" if n else piece for piece, n in zip(pieces, below, strict=True)]
+    if kinds is None:
+        return "|".join(named)
+    runs = itertools.groupby(zip(kinds, named, strict=True), key=lambda pair: pair[0])
+    return " ".join(f"[{kind}] " + "|".join(piece for _, piece in run) for kind, run in runs)
+
+
+def _kind_style(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"a token's kind is one of {', '.join(KINDS)}; got {kind!r}")
+    background, line, _ = KINDS[kind]
+    return f"background:{background};border-bottom:{line}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _visible(piece: str) -> str:
     return piece.replace(" ", "·").replace("\n", "↵")
 
 
-def _box(text: str, colour: str) -> str:
+def _box(text: str, look: str, number: str = "") -> str:
     style = (
-        f"display:inline-block;line-height:1.4;background:{colour};color:#1a202c;"
+        f"display:inline-block;line-height:1.4;{look};color:#1a202c;"
         "border-radius:3px;padding:0 1px;margin:0 1px"
     )
-    return f'<span style="{style}">{html.escape(text)}</span>'
+    under = f'<br><small style="font-size:11px">{html.escape(number)}</small>' if number else ""
+    style += ";text-align:center;vertical-align:top" if number else ""
+    return f'<span style="{style}">{html.escape(text)}{under}</span>'
 
 
 def heatmap(

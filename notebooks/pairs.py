@@ -8,6 +8,7 @@ addresses, dates) is left out.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from nbformat import NotebookNode
 from nanolib import config, pipeline
 from nanolib.rundir import Run, write_atomic
 
-MAX_BYTES = 400_000  # of one .ipynb
+MAX_BYTES = 700_000  # of one .ipynb
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 VOLATILE = (
     (re.compile(r"0x[0-9a-f]{8,}"), "0x…"),
@@ -94,13 +95,14 @@ def _twin(source: Path, executed: NotebookNode, run: Run) -> NotebookNode:
 
 def _output(output: NotebookNode, count: int, run: Run) -> NotebookNode | None:
     """One output without what is volatile, or None for a widget, which needs a live kernel."""
-    output.pop("metadata", None)
+    metadata = output.pop("metadata", {})
+    alt = {kind: {"alt": about["alt"]} for kind, about in metadata.items() if "alt" in about}
     if output.output_type == "stream":
         output.text = _steady(output.text, run)
         return output
     if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
         return None
-    output.metadata = {}
+    output.metadata = alt
     if output.output_type == "execute_result":
         output.execution_count = count
     for kind, data in output.get("data", {}).items():
@@ -115,3 +117,40 @@ def _steady(text: str, run: Run) -> str:
     for pattern, replacement in VOLATILE:
         text = pattern.sub(replacement, text)
     return text
+
+
+# ---------------------------------------------------------------------------- how long it takes
+
+HEADING = re.compile(  # chapter, number, stars, minutes, kind
+    r"\*\*Exercise (\d)\.(\d) (★{1,3}) · (\d+) minutes? · (build|predict|break|open)\*\*"
+)
+
+
+def minutes(source: Path) -> tuple[int, int]:
+    """How long a chapter takes, to the next five: to read and run, and more for its exercises.
+
+    A minute reads 200 words or fifteen lines of code; solutions and answers belong to exercises,
+    whose minutes are those in their headings.
+    """
+    words = lines = 0
+    for cell in jupytext.read(source).cells:
+        if cell.cell_type == "markdown":
+            words += len(
+                re.sub(r"<details>.*?</details>", "", cell.source, flags=re.DOTALL).split()
+            )
+        elif not {"exercise", "open"} & set(cell.metadata.get("tags", [])):
+            lines += sum(bool(line.strip()) for line in cell.source.splitlines())
+    practice = sum(int(found[4]) for found in HEADING.finditer(source.read_text(encoding="utf-8")))
+    return _to_five(words / 200 + lines * 4 / 60), _to_five(practice)
+
+
+def _to_five(value: float) -> int:
+    return max(5, 5 * round(value / 5)) if value else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["minutes"]:
+        sys.exit("usage: python notebooks/pairs.py minutes")
+    for chapter in pipeline.chapters():
+        reading, practice = minutes(chapter)
+        print(f"{chapter.stem:<18} {reading:>3} to read and run, {practice:>3} more with exercises")

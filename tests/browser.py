@@ -84,9 +84,9 @@ def jupyterlab(notebook: NotebookNode, home: Path) -> Iterator[str]:
     All files are under `home`.
     """
     ARTIFACTS.mkdir(exist_ok=True)
-    (home / "notebooks").mkdir()
+    chapters = shutil.ignore_patterns("[0-9]*", "__pycache__")
+    shutil.copytree(REPOSITORY / "notebooks", home / "notebooks", ignore=chapters)
     nbformat.write(notebook, home / "notebooks/chapter.ipynb")
-    shutil.copy(REPOSITORY / "notebooks/lesson.py", home / "notebooks")
     for name, values in SETTINGS.items():
         file = home / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import ipywidgets
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,16 +27,17 @@ def notebook(monkeypatch):
 
     class Handle:
         def __init__(self):
-            self.versions = []
+            self.versions, self.alt = [], None
             shown.append(self)
 
-        def display(self, bundle, raw):
+        def display(self, bundle, raw, metadata=None):
             self.versions.append(bundle)
+            self.alt = (metadata or {}).get("image/png", {}).get("alt")
 
         update = display
 
-    def display(bundle, raw):
-        Handle().display(bundle, raw)
+    def display(bundle, raw, metadata=None):
+        Handle().display(bundle, raw, metadata)
 
     monkeypatch.setattr(lesson, "in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.DisplayHandle", Handle)
@@ -112,6 +114,8 @@ def test_live_redraws_one_figure_in_place_and_seldom(notebook, stage, monkeypatc
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert len(set(pictures)) == 3
     assert "33/50" in figure.versions[-1]["text/plain"]
+    assert figure.alt.startswith("Two plots over 33 steps. Training loss: 5.00 to ")
+    assert figure.alt.endswith("; held-out bpb: 1.500 to 1.500.")
 
 
 def test_live_always_draws_the_end(notebook, stage):
@@ -192,10 +196,78 @@ def test_tokens_shade_by_value(notebook):
     assert re.findall(r", (\d\.\d\d)\)", page) == ["0.00", "0.25", "1.00"]
 
 
+def test_tokens_have_kinds_by_colour_and_by_line_and_numbers_below(notebook):
+    lesson.tokens(
+        ["2", "+1", "<3>"], kinds=["program", "program", "forced"], numbers=[0.5, None, "x"]
+    )
+    bundle = notebook[0].versions[0]
+    assert bundle["text/plain"] == "[program] 2 (0.50)|+1 [forced] <3> (x)"
+    looks = re.findall(r"background:(#\w+);border-bottom:3px (\w+)", bundle["text/html"])
+    program, forced = ("#d3f2df", "dotted"), ("#fde7c8", "dashed")
+    assert looks == [program, program, forced, forced, program]
+    texts = [text for text in re.findall(r">([^<>]+)<", bundle["text/html"]) if text.strip()]
+    below = ["forced: a tool&#x27;s result", "program: Python to run"]
+    assert texts == ["2", "0.50", "+1", "&lt;3&gt;", "x", *below]
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="chosen, forced, program, masked; got 'chose'"):
+        lesson.tokens(["a"], kinds=["chose"])
+
+
+def test_kinds_differ_in_every_look_they_have():
+    for looks in (lesson.KINDS.values(), lesson.HATCHES.items()):
+        for parts in zip(*looks, strict=True):
+            assert len(set(parts)) == len(parts) == 4
+
+
 def test_tokens_and_markdown_print_outside_a_notebook(capsys):
     lesson.tokens(["to", "ken"])
     lesson.markdown("# card")
     assert capsys.readouterr().out == "to|ken\n# card\n"
+
+
+def test_show_gives_a_figure_its_words_and_closes_it(notebook, monkeypatch, capsys):
+    figure, _ = plt.subplots()
+    lesson.show("a square")
+    (output,) = notebook
+    assert output.alt == "a square" and output.versions[0]["text/plain"] == "[figure] a square"
+    assert output.versions[0]["image/png"].startswith(b"\x89PNG")
+    assert not plt.fignum_exists(figure.number)
+    with pytest.raises(ValueError, match="there is no figure to show"):
+        lesson.show("nothing")
+    monkeypatch.setattr(lesson, "in_notebook", lambda: False)
+    plt.subplots()
+    lesson.show("a circle")
+    assert capsys.readouterr().out == "[figure] a circle\n" and not plt.get_fignums()
+
+
+def test_frames_are_a_strip_and_a_slider_where_a_kernel_runs(notebook, monkeypatch):
+    drawn, boxes, make = [], [], ipywidgets.VBox
+
+    def draw(axes, value):
+        drawn.append(value)
+        axes.plot([0, value])
+
+    monkeypatch.setattr("ipywidgets.VBox", lambda parts: boxes.append(make(parts)) or boxes[-1])
+    lesson.frames(draw, range(0, 101, 10), label="merges", alt="A line that grows")
+    assert drawn == [0, 20, 40, 60, 80, 100, 0]  # six for the strip, one under the slider
+    strip, live = notebook
+    assert strip.alt == "A line that grows" and "image/png" in strip.versions[0]
+    (bundle,) = live.versions
+    assert bundle["text/plain"] == "(a slider over merges, where a kernel runs)"
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    slider, picture = boxes[0].children
+    before = picture.value
+    slider.value = 3
+    assert drawn[-1] == 30 and picture.value != before
+    assert picture.value.startswith('<img alt="merges 30. A line that grows" src="data:image/png')
+
+
+def test_frames_are_all_shown_where_they_are_few(capsys):
+    drawn = []
+    lesson.frames(lambda axes, value: drawn.append(value), ["a", "b"], alt="two")
+    assert drawn == ["a", "b"] and capsys.readouterr().out == "[figure] two\n"
 
 
 def test_heatmap_names_rows_and_columns_whatever_is_in_them():
