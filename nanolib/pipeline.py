@@ -185,7 +185,7 @@ def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | N
     for helper in (path for pattern in HELPERS for path in NOTEBOOKS.glob(pattern)):
         copy = target.parent / helper.relative_to(NOTEBOOKS)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(helper, copy)
+        shutil.copy2(helper, copy)
     try:
         papermill.execute_notebook(
             read(chapter),

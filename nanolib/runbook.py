@@ -2,6 +2,7 @@
 
     <run>/chapters/index.html       contents, the run's key figures and its report card
     <run>/chapters/NN_topic.html    one executed chapter, its figures inside
+    <run>/chapters/glossary.html    the terms that chapters link to
 
 The pages are made by nbconvert with the templates in ``templates/runbook``. They load nothing from
 elsewhere and run no scripts: formulas stay as they were typed, widgets are left out.
@@ -33,21 +34,35 @@ def write(run: Run, names: Sequence[str]) -> Path:
     where it is missing, older than the executed notebook, or has other links.
     """
     folder, exporter = run.path / "chapters", _exporter()
-    links = exporter.environment.get_template("page.html.j2").module.links
     titles: dict[str, str | None] = dict.fromkeys(names)
     for before, name, after in zip([None, *names], names, [*names[1:], None], strict=False):
-        if not (folder / f"{name}.done.json").exists():
-            continue
-        source, page = folder / f"{name}.ipynb", folder / f"{name}.html"
-        titles[name] = _title(source) or name
-        current = page.exists() and page.stat().st_mtime >= source.stat().st_mtime
-        if not current or links(before, after) not in page.read_text(encoding="utf-8"):
-            about = {"title": f"{titles[name]} · {run.id}", "before": before, "after": after}
-            body, _ = exporter.from_filename(str(source), resources=about)
-            body = re.sub(r'href="(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
-            write_atomic(page, body)
-    write_atomic(folder / "index.html", _first_page(run, titles, exporter))
+        if (folder / f"{name}.done.json").exists():
+            titles[name] = _write_page(run, name, exporter, before, after)
+    glossary = (folder / "glossary.ipynb").exists()
+    if glossary:
+        _write_page(run, "glossary", exporter)
+    write_atomic(folder / "index.html", _first_page(run, titles, exporter, glossary))
     return folder / "index.html"
+
+
+def _write_page(
+    run: Run,
+    name: str,
+    exporter: HTMLExporter,
+    before: str | None = None,
+    after: str | None = None,
+) -> str:
+    """Write a notebook's page unless it is current; returns its title."""
+    links = exporter.environment.get_template("page.html.j2").module.links
+    source = run.path / "chapters" / f"{name}.ipynb"
+    page, title = source.with_suffix(".html"), _title(source) or name
+    current = page.exists() and page.stat().st_mtime >= source.stat().st_mtime
+    if not current or links(before, after) not in page.read_text(encoding="utf-8"):
+        about = {"title": f"{title} · {run.id}", "before": before, "after": after}
+        body, _ = exporter.from_filename(str(source), resources=about)
+        pages = r'href="(\d\d_\w+|glossary)\.ipynb(#[^"]*)?"'
+        write_atomic(page, re.sub(pages, r'href="\1.html\2"', body))
+    return title
 
 
 def _exporter() -> HTMLExporter:
@@ -58,7 +73,6 @@ def _exporter() -> HTMLExporter:
         config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}),
         template_name="runbook",
         extra_template_basedirs=[str(TEMPLATES)],
-        exclude_anchor_links=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
@@ -73,7 +87,9 @@ def _title(source: Path) -> str | None:
     return None
 
 
-def _first_page(run: Run, titles: dict[str, str | None], exporter: HTMLExporter) -> str:
+def _first_page(
+    run: Run, titles: dict[str, str | None], exporter: HTMLExporter, glossary: bool
+) -> str:
     """The contents, with the report card: without HTML and images, for it quotes models."""
     from markdown_it import MarkdownIt
 
@@ -87,5 +103,6 @@ def _first_page(run: Run, titles: dict[str, str | None], exporter: HTMLExporter)
         base=base["result"] if base else {},
         time=clock(seconds) if seconds else None,
         chapters=titles,
+        glossary=glossary,
         card=markdown.render(report.read_text(encoding="utf-8")) if report.exists() else "",
     )

@@ -44,11 +44,18 @@ def refresh(overrides: Mapping[str, Any] | None = None) -> None:
             )
         write_atomic(source.with_suffix(".ipynb"), text)
         print(f"{source.with_suffix('.ipynb')}: {len(text.encode()):,} bytes")
+    for source in _others():
+        write_atomic(source.with_suffix(".ipynb"), nbformat.writes(_plain(source)) + "\n")
+
+
+def _others() -> list[Path]:
+    """Notebooks that no run executes: the glossary."""
+    return sorted(pipeline.NOTEBOOKS.glob("glossary.py"))
 
 
 def check() -> None:
     """Raise ValueError that names every chapter whose twins differ, and how."""
-    sources = pipeline.chapters()
+    sources = [*pipeline.chapters(), *_others()]
     lonely = {p.stem for p in pipeline.NOTEBOOKS.glob("*.ipynb")} - {p.stem for p in sources}
     found = [f"{name}.ipynb has no .py" for name in sorted(lonely)]
     for source in sources:
@@ -63,7 +70,7 @@ def _difference(source: Path, twin: Path) -> str | None:
         return "it has no .ipynb"
     if twin.stat().st_size > MAX_BYTES:
         return f"its .ipynb has {twin.stat().st_size:,} bytes, more than {MAX_BYTES:,}"
-    mine, theirs = _cells(pipeline.read(source)), _cells(nbformat.read(twin, as_version=4))
+    mine, theirs = _cells(jupytext.read(source)), _cells(nbformat.read(twin, as_version=4))
     for number, (a, b) in enumerate(zip(mine, theirs, strict=False)):
         if a != b:
             return f"cell {number} differs"
@@ -77,15 +84,22 @@ def _cells(notebook: NotebookNode) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(c.cell_type, c.source, tuple(c.metadata.get("tags", ()))) for c in notebook.cells]
 
 
-def _twin(source: Path, executed: NotebookNode, run: Run) -> NotebookNode:
-    """The chapter's cells as written, with the outputs of an execution."""
+def _plain(source: Path) -> NotebookNode:
+    """A source's cells as written, without outputs."""
     twin = jupytext.read(source)
     twin.metadata = nbformat.from_dict({"kernelspec": KERNEL})
-    done = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    count = 0
-    for number, (cell, ran) in enumerate(zip(twin.cells, done, strict=True)):
+    for number, cell in enumerate(twin.cells):
         cell.id = f"cell-{number:03}"
         cell.metadata = {key: cell.metadata[key] for key in ("tags",) if key in cell.metadata}
+    return twin
+
+
+def _twin(source: Path, executed: NotebookNode, run: Run) -> NotebookNode:
+    """The chapter's cells as written, with the outputs of an execution."""
+    twin = _plain(source)
+    done = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    count = 0
+    for cell, ran in zip(twin.cells, done, strict=True):
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count

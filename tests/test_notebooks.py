@@ -30,6 +30,7 @@ CHAIN_WORKS = ("base", "eval/base", "report")  # the stages that the chain below
 # Chapters whose exercises are checked by the package `checks`; the others by lesson.check.
 REBUILT = [path for path in CHAPTERS if "import checks" in path.read_text()]
 
+GLOSSARY = pipeline.NOTEBOOKS / "glossary.py"
 each_chapter = pytest.mark.parametrize("source", CHAPTERS, ids=[path.stem for path in CHAPTERS])
 each_rebuilt = pytest.mark.parametrize("source", REBUILT, ids=[path.stem for path in REBUILT])
 
@@ -60,7 +61,7 @@ def test_the_chapters_of_the_course_are_there():
     }
 
 
-@each_chapter
+@pytest.mark.parametrize("source", [*CHAPTERS, GLOSSARY], ids=lambda path: path.stem)
 def test_the_pair_is_in_step(source):
     """.py and .ipynb hold the same cells (`jupytext --diff` exits 0 on differences)."""
     script = jupytext.reads(source.read_text(), fmt="py:percent")
@@ -117,6 +118,28 @@ def test_a_chapter_asserts_its_small_version_and_draws(source):
     assert len(re.findall(pictures, code)) >= 2
     if source in REBUILT:
         assert "plt.show()" not in code, "lesson.show(alt) shows a figure with its alt text"
+
+
+@pytest.mark.parametrize("source", [*CHAPTERS, GLOSSARY], ids=lambda path: path.stem)
+def test_links_to_chapters_and_terms_lead_somewhere(source):
+    terms = {term.replace(" ", "-") for term in glossary_terms()}
+    for file, anchor in re.findall(r"\]\(([\w./]+\.ipynb)(?:#([^)]*))?\)", source.read_text()):
+        assert (pipeline.NOTEBOOKS / file).exists(), file
+        assert file != "glossary.ipynb" or anchor is None or anchor in terms | {""}, anchor
+
+
+def glossary_terms() -> list[str]:
+    return re.findall(r"^# ### (.+)$", GLOSSARY.read_text(), re.M)
+
+
+def test_the_glossary_is_in_order_and_short():
+    """Lower-case headings become the same anchor in JupyterLab, on the web and in the run book."""
+    terms = glossary_terms()
+    assert terms == sorted(set(terms)) and len(terms) >= 60
+    assert all(re.fullmatch(r"[a-z0-9 -]+", term) for term in terms)
+    for entry in GLOSSARY.read_text().split("# ### ")[1:]:
+        assert 5 <= len(entry.split()) <= 80, entry
+    assert not code_cells(jupytext.read(GLOSSARY))
 
 
 # ---------------------------------------------------------------------------- exercises, minutes

@@ -108,3 +108,19 @@ def test_a_page_is_written_again_only_when_it_must(run):
         return paths[name].stat().st_mtime != 2e9
 
     assert [written(name) for name in NAMES] == [False, True, True]
+
+
+def test_terms_are_a_page_of_their_own_that_chapters_link_to(run):
+    folder = run.path / "chapters"
+    words = "A [token](glossary.ipynb#kv-cache), see [all](glossary.ipynb)."
+    chapter(run, "02_third", v4.new_markdown_cell(words))
+    terms = v4.new_markdown_cell("# Glossary\n\n### kv cache\n\nSee [chapter](01_second.ipynb).")
+    nbformat.write(v4.new_notebook(cells=[terms]), folder / "glossary.ipynb")
+    runbook.write(run, NAMES)
+    found = pages(run)
+    assert 'href="glossary.html#kv-cache"' in found["02_third"]
+    assert 'href="glossary.html"' in found["02_third"] and 'href="glossary.html"' in found["index"]
+    assert 'id="kv-cache"' in found["glossary"] and 'href="01_second.html"' in found["glossary"]
+    os.utime(folder / "glossary.html", (2e9, 2e9))
+    runbook.write(run, NAMES)
+    assert (folder / "glossary.html").stat().st_mtime == 2e9
