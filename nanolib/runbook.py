@@ -5,17 +5,21 @@
     <run>/chapters/glossary.html    the terms that chapters link to
 
 The pages are made by nbconvert with the templates in ``templates/runbook``. They load nothing from
-elsewhere and run no scripts: formulas stay as they were typed, widgets are left out.
+elsewhere and run no scripts: formulas stay as they were typed, widgets are left out. They follow the
+reader's light or dark scheme; of the two parameters cells papermill leaves they show the one it ran.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nanolib.config import MODELS
 from nanolib.progress import clock
 from nanolib.rundir import Run, write_atomic
 
@@ -67,15 +71,24 @@ def _write_page(
 
 def _exporter() -> HTMLExporter:
     from nbconvert import HTMLExporter
+    from pygments.formatters.html import HtmlFormatter
     from traitlets.config import Config
 
-    return HTMLExporter(
-        config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}),
+    exporter = HTMLExporter(
+        config=Config(
+            {
+                "NbConvertBase": {"display_data_priority": SHOWN},
+                "TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["parameters"]},
+            }
+        ),
         template_name="runbook",
         extra_template_basedirs=[str(TEMPLATES)],
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
+    dark = HtmlFormatter(style="monokai").get_style_defs(".highlight")
+    exporter.environment.globals["dark_code"] = dark
+    return exporter
 
 
 def _title(source: Path) -> str | None:
@@ -104,5 +117,45 @@ def _first_page(
         time=clock(seconds) if seconds else None,
         chapters=titles,
         glossary=glossary,
+        curves=_curves(run),
         card=markdown.render(report.read_text(encoding="utf-8")) if report.exists() else "",
     )
+
+
+def _curves(run: Run) -> dict[str, str] | None:
+    """A figure of the whole run and its words: each stage's loss by step, and GRPO's reward."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    told = {name: points for name in MODELS if len(points := _points(run, name)) > 1}
+    if not told:
+        return None
+    figure = Figure(figsize=(2.4 * len(told), 2.4), layout="constrained", dpi=110)
+    words = []
+    panels = figure.subplots(1, len(told), squeeze=False)[0]
+    for axes, (name, points) in zip(panels, told.items(), strict=True):
+        steps, values = np.array(points).T
+        window = max(1, len(values) // 20)
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(steps, values, color="#a0aec0", linewidth=0.8)
+        axes.plot(steps[window - 1 :], smooth, color="#2b6cb0", linewidth=1.8)
+        measure = "mean reward" if name == "grpo" else "training loss"
+        axes.set_title(f"{name}: {measure}", fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        words.append(
+            f"{name}: {measure} from {smooth[0]:.2f} to {smooth[-1]:.2f} in {steps[-1]:,.0f} steps"
+        )
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    data = base64.b64encode(picture.getvalue()).decode()
+    return {"png": data, "alt": f"Curves, one a stage. {'; '.join(words)}."}
+
+
+def _points(run: Run, name: str) -> list[tuple[Any, Any]]:
+    """What a stage's curve shows, as (step, value)."""
+    kind, value = ("rollout", "reward") if name == "grpo" else ("train", "loss")
+    return [
+        (row["step"], row[value]) for row in run.stage(name).metrics.rows() if row["kind"] == kind
+    ]

@@ -124,3 +124,40 @@ def test_terms_are_a_page_of_their_own_that_chapters_link_to(run):
     os.utime(folder / "glossary.html", (2e9, 2e9))
     runbook.write(run, NAMES)
     assert (folder / "glossary.html").stat().st_mtime == 2e9
+
+
+def test_the_first_page_draws_the_whole_run_and_says_what_is_to_be_seen(run):
+    assert "<img" not in runbook.write(run, NAMES).read_text()
+    for name in ("base", "grpo"):
+        run.stage(name).path.mkdir()
+    for step in range(40):
+        run.stage("base").metrics.append(kind="train", step=step + 1, loss=5.0 - step / 10)
+        run.stage("grpo").metrics.append(kind="rollout", step=step, reward=step / 40)
+        run.stage("grpo").metrics.append(kind="train", step=step, loss=7.0)
+    text = runbook.write(run, NAMES).read_text()
+    (alt,) = re.findall(r'<img src="data:image/png;base64,iVBOR[^"]+" alt="([^"]+)"', text)
+    assert alt == (
+        "Curves, one a stage. base: training loss from 4.95 to 1.15 in 40 steps; "
+        "grpo: mean reward from 0.01 to 0.96 in 39 steps."
+    )
+
+
+def test_parameters_are_shown_once_as_they_were_run(run):
+    written = v4.new_code_cell("profile = 'demo'", metadata={"tags": ["parameters"]})
+    injected = v4.new_code_cell("profile = 'smoke'", metadata={"tags": ["injected-parameters"]})
+    chapter(run, "01_second", written, injected)
+    runbook.write(run, NAMES)
+    text = pages(run)["01_second"]
+    assert "smoke" in text and "demo" not in text
+
+
+def test_pages_have_a_light_and_a_dark_scheme(run):
+    runbook.write(run, NAMES)
+    for text in pages(run).values():
+        assert "color-scheme: light dark" in text
+        style = text.split("<style>")[1].split("</style>")[0]
+        dark = style.split("prefers-color-scheme: dark")[1]
+        names = set(re.findall(r"var\((--\w+)\)", style))
+        assert names and all(style.count(f"{name}:") == 2 for name in names)
+        assert "--paper: #15181d" in dark
+    assert ".highlight .k " in pages(run)["00_first"].split("prefers-color-scheme: dark")[1]
