@@ -16,19 +16,28 @@
 # %% [markdown]
 # # 00 · The road
 #
-# This course builds a small ChatGPT, all of it: the tokenizer, the model, the training, the chat. You
-# read it as notebooks, and the notebooks *are* the training run. `nanolib run demo` executes them one
-# after the other, and ten minutes later there is a model to talk to.
+# How do you build a ChatGPT, all of it, and still understand every line? Here is one answer: a
+# tokenizer, a model, its training and the chat at the end, small enough to read and real enough to
+# grow. These notebooks explain it, and they are also the program: `nanolib run demo` executes them
+# one after the other, and some ten minutes later there is a model to talk to.
 #
-# **You will learn** how the parts hang together, and you will follow three small things through the
-# machine: one token, one gradient, and one `kill -9`.
+# **Who this is for.** You write Python and you remember what a derivative is. You need no GPU, and you
+# need not have trained a network before. Bring a laptop and a pencil: in every chapter you write the
+# heart of it yourself.
 #
-# **Takes** ten minutes to read and a few seconds to run, on any CPU. Nothing is trained here.
+# **You will learn**
+# what stages a chat model goes through, and what each one leaves behind;
+# how one token travels through the machine, from letters to the next letter;
+# what a gradient says, in one line that the whole course comes back to.
+#
+# **You need** Python, and the idea of a slope. New words link to the [glossary](glossary.ipynb).
+#
+# **Takes** 15 minutes to read and run, 25 more with the exercises; any CPU. Nothing is trained here.
 
 # %% [markdown]
-# Every chapter begins with the same three names. `profile` is a file in `runs/`: how large, how long,
-# on what text. `run` names the directory of results (`None`: the profile's name). `overrides` changes
-# single settings, for example `{"model.depth": 6}`.
+# Every chapter begins with the same three names. `profile` is a file in `runs/`: how large a model,
+# how long, on what text. `run` names the folder of results (`None`: the profile's name). `overrides`
+# changes single settings, for example `{"model.depth": 6}`.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -42,14 +51,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch.testing import assert_close
 
+import checks
 import lesson
 from nanolib import accounting, config
+from nanolib.data import toyworld
 from nanolib.model import GPT
 from nanolib.rundir import StageDir
 from nanolib.tokenizer import Tokenizer
@@ -59,87 +71,329 @@ run = lesson.begin(profile, run, overrides)
 # %% [markdown]
 # ## The road
 #
-# Text goes in at one end, a chat comes out at the other. Each box is a **stage**: it reads what the
+# Text goes in at one end and a chat comes out at the other. Each box is a stage: it reads what the
 # stages before it left behind, works in a process of its own, and leaves a record when it is done.
-# Green boxes are finished in this run.
+# Four stages leave a model. Each of these models sits an exam (`eval`), so that you can see what the
+# stage was good for. Boxes with a tick are finished in this run.
 
 # %%
 lesson.road(run)
-plt.show()
+lesson.show(
+    "Nine stages from left to right: data, tokenizer, shards, base, mid, sft, grpo, report; "
+    "an eval hangs below each of the four that leave a model. Finished ones carry a tick."
+)
 
 # %% [markdown]
-# A chapter explains an idea with a version small enough to read, checks that nanolib's own version
-# gives the same numbers, and then starts the real stage and watches it. Notebooks never carry code
-# that the road needs. All of that is in `nanolib/`.
+# | stage | what it does | what you will recognise |
+# |---|---|---|
+# | tokenizer | cuts text into pieces | why a model finds spelling hard |
+# | base | reads, and learns to guess the next piece ([pretraining](glossary.ipynb#pretraining)) | it knows things, and only ever continues your text |
+# | mid | learns the form of a conversation ([midtraining](glossary.ipynb#midtraining)) | it answers, and it can use a tool |
+# | sft | practises on good answers ([finetuning](glossary.ipynb#finetuning)) | it answers well |
+# | grpo | tries, is graded, and does more of what worked | it gets more sums right |
 #
-# ## One token
+# ## What the demo reads
 #
-# What happens between a word and the next? Text becomes bytes, bytes become **ids** (chapter 01), ids
-# become vectors, and the vectors pass through the model (chapter 02), which gives every id of the
-# vocabulary a probability to come next. Here is a vocabulary that knows bytes only, and a model with
-# random weights:
+# A large model reads the internet for weeks. Yours has ten minutes, so it gets a world of its own: 120
+# people in twelve towns, each with a pet, a job, a favourite colour, food and game. Everything it will
+# ever know about them stands in texts like these five.
+
+# %%
+seed = run.config.recipe.seed
+for number, text in enumerate(islice(toyworld.documents(toyworld.world(seed), seed), 0, 35, 7), 1):
+    print(f"--- document {number}\n{text[:240].strip()}")
+
+# %% [markdown]
+# The other profiles read real text, with the same code. Nothing after the first stage can tell the
+# toy world from the internet.
+#
+# ## One token's journey
+#
+# Take five words that stay with us as far as [chapter 05](05_inference.ipynb): *Ada fed her owl again*.
+# Suppose the model has read "Ada fed her ow". What comes next? To a computer the text is
+# **bytes**. Each piece of text the [tokenizer](01_tokenizer.ipynb) knows has a number, its **id**; this
+# smallest of all vocabularies knows single bytes and nine special tokens, nothing else. Every id has a
+# **vector** in a table. The vectors pass through the **blocks** of [the model](02_model.ipynb), and what
+# comes out is a probability for every id in the vocabulary.
+#
+# *Before you run it*: the weights are random. How likely is the right letter, roughly?
 
 # %%
 tokenizer = Tokenizer(merges=[])
-tiny = config.ModelConfig(depth=1, aspect=16, head_dim=16, sequence_len=32)
+tiny = config.ModelConfig(depth=2, aspect=8, head_dim=8, sequence_len=32)
 model = GPT(tiny, tokenizer.vocab_size)
 torch.manual_seed(0)
 with torch.no_grad():
     for weight in model.parameters():
         weight.normal_(std=0.3)
-ids_T = torch.tensor([tokenizer.bos, *tokenizer.encode("The cat sa")])
-print("ids:", ids_T.tolist())
-print("the last one's vector:", model.embedding(ids_T)[-1].detach().numpy().round(2))
-
-# %%
+ids_T = torch.tensor([tokenizer.bos, *tokenizer.encode("Ada fed her ow")])
 logits_TV = model(ids_T[None])[0]
 p_V = logits_TV[-1].softmax(dim=-1)
 assert_close(p_V.sum(), torch.tensor(1.0))
-for probability, id in zip(*p_V.topk(4), strict=True):
-    print(f"{probability:6.2%}  {tokenizer.token_bytes(int(id))!r}")
-print(f"{p_V[ord('t')]:6.2%}  b't', the right one")
+print(f"{len(p_V)} ids; the right one, {tokenizer.encode('l')}, gets {p_V[ord('l')]:.2%}")
 
 # %% [markdown]
-# To write, draw one of them, append it, and ask again. That loop is all a chat does (chapter 09). To
-# make the right one likely is what training is for.
+# About one in 265, give or take: it knows nothing yet. The same journey as a picture, with the numbers
+# you have just computed.
+
+
+# %%
+def station(axes, x, title, lines, colour="white"):
+    """One stop of the journey: a box with what is there, and its name above."""
+    box = {"boxstyle": "round,pad=0.45", "fc": colour, "ec": lesson.GREY}
+    axes.text(x, 0.45, "\n".join(lines), ha="center", va="center", fontsize=9, bbox=box)
+    axes.text(x, 0.98, title, ha="center", va="top", fontsize=10, weight="bold")
+    if x:
+        arrow = {"arrowstyle": "->", "color": "#4a5568"}
+        axes.annotate("", (x - 0.4, 0.45), (x - 0.6, 0.45), arrowprops=arrow)
+
+
+print("station: a function that draws one stop")
+
+# %%
+vector_D = model.embedding(ids_T)[-1].detach()
+likely = [tokenizer.token_bytes(int(i)).decode("latin-1") for i in p_V.topk(3).indices]
+stops = [
+    ("text", ["…her", "ow"]),
+    ("bytes", [f"{byte:#04x}" for byte in b"ow"]),
+    ("ids", [str(int(i)) for i in ids_T[-2:]]),
+    ("vector", [f"{x:+.2f}" for x in vector_D[:4]] + ["⋮"]),
+    ("blocks", ["block 2", "↑", "block 1"]),
+    ("scores", [f"{x:+.2f}" for x in logits_TV[-1].topk(3).values] + ["⋮"]),
+    ("probabilities", [f"{p:.1%}" for p in p_V.topk(3).values] + ["⋮"]),
+    ("a token", [ascii(letter) for letter in likely]),
+]
+figure, axes = plt.subplots(figsize=(8.6, 2.3))
+axes.set(xlim=(-0.5, len(stops) - 0.5), ylim=(0, 1))
+axes.axis("off")
+for x, (title, lines) in enumerate(stops):
+    station(axes, x, title, lines, lesson.PASTELS[x % 5])
+lesson.show("The letters 'ow' become two bytes, two ids, a vector, pass two blocks, become scores, "
+            "probabilities, and at last a next token.")  # fmt: skip
+
+# %% [markdown]
+# To write, pick one of the likely tokens, append it, and travel again. That loop is all a chat does.
+# You write it in Exercise 0.3. To make the *right* token likely is what training is for.
 #
 # ## One gradient
 #
-# The text says that `t` comes next. The **loss** is the negative logarithm of the probability the
-# model gave to it, and the **gradient** says for each weight which way the loss grows. For the scores
-# it has a form worth remembering: *what the model said minus what was right*.
+# The text says that `l` comes next. The [loss](glossary.ipynb#loss) is the negative logarithm of the
+# probability that the model gave to it: 0 for certainty, large for surprise. The
+# [gradient](glossary.ipynb#gradient) says, for every number in the model, which way the loss grows. For
+# the scores it has a form to remember: **what the model said minus what was right**.
 
 # %%
 logits_V = model(ids_T[None])[0, -1]
 logits_V.retain_grad()
-loss = -logits_V.log_softmax(dim=-1)[ord("t")]
+loss = -logits_V.log_softmax(dim=-1)[ord("l")]
 loss.backward()
 right_V = torch.zeros_like(logits_V)
-right_V[ord("t")] = 1.0
+right_V[ord("l")] = 1.0
 assert_close(logits_V.grad, logits_V.detach().softmax(dim=-1) - right_V)
-print(f"loss {loss:.3f}; gradient of the score of 't': {logits_V.grad[ord('t')]:.4f}")
+print(f"loss {loss:.3f}; gradient of the score of 'l': {logits_V.grad[ord('l')]:.4f}")
+
+# %%
+shown = [*p_V.topk(5).indices.tolist(), ord("l")]
+names = [ascii(tokenizer.token_bytes(i).decode("latin-1")) for i in shown]
+figure, axes = plt.subplots(figsize=(7.2, 2.6))
+bars = axes.bar(names, [float(logits_V.grad[i]) for i in shown], color=lesson.BLUE)
+bars[-1].set(color=lesson.ORANGE, hatch="///")
+axes.axhline(0, color="black", linewidth=0.8)
+axes.set(ylabel="gradient of its score", xlabel="token (the last one is right)")
+axes.set_title("every wrong token is pushed down a little, the right one up a lot")
+lesson.show("Bars just above zero for five wrong letters, and one bar down to almost -1 for 'l'.")
 
 # %% [markdown]
-# Every weight got its share of it. A small step against the gradient, and `t` is a little more likely.
-# Training is this, some hundreds or millions of times, on many tokens at once:
+# Every weight in the model gets its share of this. Take one small step against the gradient, and `l`
+# becomes more likely. Training is this step, thousands of times, on many tokens at once: a loop you
+# write in [chapter 04](04_pretraining.ipynb).
 
 # %%
 with torch.no_grad():
     for weight in model.parameters():
         weight -= 0.02 * weight.grad
-    after = -model(ids_T[None])[0, -1].log_softmax(dim=-1)[ord("t")]
+    after = -model(ids_T[None])[0, -1].log_softmax(dim=-1)[ord("l")]
 print(f"loss {loss:.3f} → {after:.3f}")
 assert after < loss
 
 # %% [markdown]
-# ## One `kill -9`
+# ## The dial
 #
-# Training takes long, and long things get interrupted: a closed laptop, a full disk, a colleague. In
-# nanolib the process that trains is never the one you look at. They share nothing but files in the
-# run's directory, and one pipe that tells the worker when nobody is there any more.
+# nanolib has one dial, `depth`: the number of blocks. The width of the vectors follows as
+# `aspect` × depth, rounded up to whole [heads](glossary.ipynb#head), and with both the number of weights,
+# the tokens to read and the arithmetic. Two honest remarks. The small profiles turn a second knob too:
+# their `aspect` is 16 or 32 instead of 64, and their heads are narrower. And the vocabulary does not
+# follow the dial at all: in a small model most of the weights are its table.
+
+# %%
+sizes = {name: config.resolve(name).recipe for name in config.profiles()}
+for name, recipe in sorted(sizes.items(), key=lambda item: item[1].model.depth):
+    size, vocab = recipe.model, recipe.tokenizer.vocab_size
+    print(
+        f"{name:10} depth {size.depth:2} × aspect {size.aspect:2} → width {size.width:5,}"
+        f"  {size.parameters(vocab):13,} weights"
+    )
+assert all(r.model.width >= r.model.depth * r.model.aspect for r in sizes.values())
+
+# %% [markdown]
+# The same profiles by the work that [pretraining](glossary.ipynb#pretraining) takes. Both axes count in
+# powers of ten: from the left end to the right end of this picture a laptop becomes eight H100s.
+
+# %%
+figure, axes = plt.subplots(figsize=(7.2, 3.2))
+for name, recipe in sizes.items():
+    vocab = recipe.tokenizer.vocab_size
+    parameters = recipe.model.parameters(vocab)
+    tokens = recipe.base.steps * recipe.base.batch_tokens
+    flops = tokens * accounting.training_flops(recipe.model, vocab)
+    axes.loglog(parameters, flops, "o", color=lesson.BLUE)
+    axes.annotate(f" {name} ", (parameters, flops), fontsize=9, va="top")
+axes.set(xlabel="weights", ylabel="floating-point operations", xlim=(3e4, 1e10))
+axes.set_title("what pretraining costs")
+lesson.show("Profiles rise along a line from smoke at the lower left over demo, laptop and h100 to "
+            "speedrun, d26 and d32 at the upper right: some ten powers of ten in work.")  # fmt: skip
+
+# %% [markdown]
+# ## Exercises
 #
-# Here is a worker in miniature. It goes on after the last row it finds, writes a row for each step,
-# and stops in order when it is asked to.
+# Write your answer in place of the `...` and run the cell. The check tries your function on inputs of
+# its own and tells you what is off; it never shows the answer. Two hints unfold, then a solution.
+#
+# **Exercise 0.1 ★ · 3 minutes · build** What the model said minus what was right.
+# Write the gradient of the scores from the probabilities and the id of the right token. Before you do:
+# what do its numbers add up to?
+
+
+# %% tags=["exercise"]
+def gradient(probabilities, right):
+    """probabilities: a list of numbers; right: an index -> a list, one number for each score."""
+    ...
+
+
+checks.verify("0.1", gradient)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What was right can be written as a list too: which one?</details>
+# <details><summary>Hint 2</summary>A list with 1 at the right id and 0 everywhere else. Subtract it.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def gradient(probabilities, right):
+#     return [p - (id == right) for id, p in enumerate(probabilities)]
+# ```
+#
+# They add up to 0: what the right token gains, the others lose, each in proportion to how wrongly
+# likely it was.
+#
+# </details>
+#
+# **Exercise 0.2 ★ · 2 minutes · predict** The loss of knowing nothing.
+# A model that has learned nothing gives each of V tokens the same probability. What is its loss, in
+# [nats](glossary.ipynb#nats), for the 265 tokens of our byte vocabulary?
+
+# %% tags=["exercise"]
+loss_of_nothing = ...
+
+checks.verify("0.2", loss_of_nothing)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What probability does each token get?</details>
+# <details><summary>Hint 2</summary>The loss is minus the natural logarithm of 1/265.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# loss_of_nothing = torch.tensor(265.0).log().item()
+# ```
+#
+# Remember it: a new model whose first loss is not log V has a bug. Chapter 04 checks it.
+#
+# </details>
+#
+# **Exercise 0.3 ★★ · 10 minutes · build** The loop that writes.
+# `next_probabilities(ids)` gives a list of probabilities for what follows `ids`. Append the most likely
+# id, `count` times, and return all ids, the given ones included. Every answer of every chat model comes
+# out of this loop. (Real chats draw at random instead of taking the likeliest: chapter 05.)
+
+
+# %% tags=["exercise"]
+def write(next_probabilities, ids, count):
+    """ids: a list of ints -> the same list with `count` more. Leave the caller's list as it was."""
+    ...
+
+
+checks.verify("0.3", write)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What must the model be shown in the second round?</details>
+# <details><summary>Hint 2</summary>Ask with the grown list each time; `max(range(len(p)), key=p.__getitem__)`
+# finds the likeliest id.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def write(next_probabilities, ids, count):
+#     ids = list(ids)
+#     for _ in range(count):
+#         p = next_probabilities(ids)
+#         ids.append(max(range(len(p)), key=p.__getitem__))
+#     return ids
+# ```
+#
+# </details>
+#
+# **Exercise 0.4 ★ · 5 minutes · build** The dial.
+# Write the width of a model from its depth: `aspect` × depth, rounded *up* to a multiple of the head
+# size, so that the width divides into whole heads.
+
+
+# %% tags=["exercise"]
+def width(depth, aspect, head_dim):
+    """Three ints -> the width of the model, an int."""
+    ...
+
+
+checks.verify("0.4", width)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>How many heads are needed to hold aspect × depth numbers?</details>
+# <details><summary>Hint 2</summary>`-(-a // b)` divides and rounds up.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def width(depth, aspect, head_dim):
+#     return -(-aspect * depth // head_dim) * head_dim
+# ```
+#
+# </details>
+#
+# **Exercise 0.5 ★ · 5 minutes · predict** Twice as deep.
+# The weights in the blocks grow with depth × width². You turn the dial from 10 to 20 and the width
+# follows. By what factor do the weights in the blocks grow?
+
+# %% tags=["exercise"]
+factor = ...
+
+checks.verify("0.5", factor)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What happens to the width when the depth doubles?</details>
+# <details><summary>Hint 2</summary>2 for the depth, times 2² for the width.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# factor = 2 * 2**2
+# ```
+#
+# And the tokens to read grow with the weights (some 20 for each), so the work grows about 64-fold. That
+# is why depth 32 is a weekend and depth 4 a coffee.
+#
+# </details>
+#
+# ## Appendix: one `kill -9`
+#
+# Training takes long, and long things get interrupted: a closed laptop, a full disk, a colleague. The
+# process that trains is never the one you look at. They share files in the run's folder, and one pipe
+# that tells the worker when nobody is there any more. Here is a worker in miniature. It goes on after
+# the last row it finds, writes a row for each step, and stops in good order when it is asked to.
 
 # %%
 worker = """
@@ -178,9 +432,9 @@ assert len(stage.metrics.rows()) >= 5
 print(f"killed by {killed_by.name}; what it had written is there")
 
 # %% [markdown]
-# `kill -9` may hit in the middle of a line. We add such a torn line by hand. Readers skip it, and the
-# next writer cuts it off. Then the second worker starts, and after a while we close the pipe. The
-# operating system does just that when the watcher is killed.
+# `kill -9` may hit in the middle of a line. We add such a torn line by hand: readers skip it, and the
+# next writer cuts it off. A second worker starts, and after a while we close the pipe, as the operating
+# system does when the watcher is killed.
 
 # %%
 with stage.metrics.path.open("a") as file:
@@ -192,106 +446,23 @@ assert second.returncode == 0 and steps == list(range(1, len(steps) + 1))
 print("two workers, one killed: every step is there, once and in order")
 
 # %% [markdown]
-# The real stages do the same with checkpoints: weights are written under another name, flushed to the
-# disk and renamed, so that one is there in full or not at all. Whatever happens, the remedy is to run
-# the same command again.
-#
-# ## What a run leaves behind
-#
-# Everything a run knows is in its directory, as files you can open:
-#
-# | file | what it is |
-# |---|---|
-# | `manifest.json` | the recipe: every setting, written once |
-# | `<stage>/metrics.jsonl` | one line a step, while it happens |
-# | `<stage>/checkpoints/` | weights and optimizer, the last two |
-# | `<stage>/done.json` | result, seconds, machine: there when the stage is finished |
-# | `<stage>/log.txt` | what its processes printed |
-# | `eval/<stage>/` | how the model of that stage scored |
-# | `chapters/` | these notebooks, executed |
-# | `report.md` | the report card |
+# The real stages do the same with [checkpoints](glossary.ipynb#checkpoint). Whatever happens, the remedy
+# is to give the same command again. And everything a run knows is in its folder, in files you can open:
+# `manifest.json` (every setting), a folder for each stage with `metrics.jsonl` (a line a step),
+# `checkpoints/` and `done.json`, the executed `chapters/`, and `report.md`.
 
 # %%
 lesson.tree(run.path, depth=1)
 
 # %% [markdown]
-# ## The dial
-#
-# `depth` is the one dial. The width follows from it, and with both the number of weights, the tokens
-# to read, and the arithmetic for all that. Here are this repository's profiles beside the model of
-# October 2025, which is depth 20. Mind the axes: they count in powers of ten.
-
-# %%
-sizes = {name: config.resolve(name).recipe for name in config.profiles()}
-sizes["October 2025"] = config.Recipe(base=config.BaseConfig(steps=21_400))
-figure, axes = plt.subplots(figsize=(7.2, 3.2))
-for name, recipe in sizes.items():
-    vocab = recipe.tokenizer.vocab_size
-    parameters = recipe.model.parameters(vocab)
-    tokens = recipe.base.steps * recipe.base.batch_tokens
-    flops = tokens * accounting.training_flops(recipe.model, vocab)
-    print(f"{name:13} depth {recipe.model.depth:2}  {parameters:12,} weights  {tokens:15,} tokens")
-    axes.loglog(parameters, flops, "o", color=lesson.BLUE)
-    side = "right" if name == "October 2025" else "left"  # it is the speedrun's point too
-    axes.annotate(f" {name} ", (parameters, flops), fontsize=8, va="top", ha=side)
-axes.set(xlabel="weights", ylabel="FLOP", title="pretraining, from a laptop to eight H100")
-plt.show()
-
-# %% [markdown]
-# ## Exercises
-#
-# **1.** The gradient of the scores is *what the model said minus what was right*. Write it as a
-# function of the probabilities and the right id. What do its numbers add up to?
-
-
-# %% tags=["exercise"]
-def gradient(probabilities, right):
-    return ...
-
-
-lesson.check(gradient, ([0.7, 0.2, 0.1], 0, [-0.3, 0.2, 0.1]), ([0.5, 0.5], 1, [0.5, -0.5]))
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def gradient(probabilities, right):
-#     return [p - (id == right) for id, p in enumerate(probabilities)]
-# ```
-#
-# They add up to 0: what the right token gains, the others lose, in proportion to how wrongly likely
-# they were.
-#
-# </details>
-#
-# **2.** A model that has learned nothing gives each of V tokens the same probability. What is its
-# loss on any text? (A number, for the 265 tokens of our byte vocabulary.)
-
-# %% tags=["exercise"]
-loss_of_nothing = ...
-
-lesson.check(loss_of_nothing, 5.579730)
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# The logarithm of 265:
-#
-# ```python
-# loss_of_nothing = torch.tensor(265.0).log().item()
-# ```
-#
-# </details>
-#
 # ## To read
 #
 # - Karpathy, *nanochat* (the system whose October 2025 state this course rebuilds),
 #   [github.com/karpathy/nanochat](https://github.com/karpathy/nanochat)
-# - Radford et al., *Improving Language Understanding by Generative Pre-Training* (GPT, 2018), and
-#   Brown et al., *Language Models are Few-Shot Learners* (GPT-3),
+# - Brown et al., *Language Models are Few-Shot Learners* (GPT-3),
 #   [arXiv:2005.14165](https://arxiv.org/abs/2005.14165)
 # - Ouyang et al., *Training language models to follow instructions* (how a reader becomes a talker),
 #   [arXiv:2203.02155](https://arxiv.org/abs/2203.02155)
 #
 # In the code: `nanolib/launch.py` and `nanolib/guard.py` (starting, watching, stopping),
-# `nanolib/rundir.py`, `nanolib/config.py`. **Next:** 01, text becomes numbers.
+# `nanolib/rundir.py`, `nanolib/config.py`. **Next:** [01, text becomes numbers](01_tokenizer.ipynb).

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanolib.config import MODELS
 from nanolib.progress import Line, describe
 from nanolib.rundir import Run, StageDir
 
@@ -422,26 +423,31 @@ ROAD = (  # what is done, in which chapter, and what comes out
     ("mid", "06", "a talker"),
     ("sft", "07", "an assistant"),
     ("grpo", "08", "a solver"),
-    ("eval", "04, 06–08", "scores"),
     ("report", "09", "a card"),
 )
 
 
 def road(run: Run) -> Figure:
-    """The stages as boxes in their order: green where this run has finished them."""
+    """The stages as boxes in their order, an eval below each model; a tick where finished."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8.4, 1.5))
-    axes.set(xlim=(-0.5, len(ROAD) - 0.5), ylim=(-0.75, 0.6))
+    figure, axes = plt.subplots(figsize=(8.6, 2.2))
+    axes.set(xlim=(-0.5, len(ROAD) - 0.5), ylim=(-1.45, 0.4))
     axes.axis("off")
+
+    def box(x: float, y: float, name: str, done: bool) -> None:
+        look = {"boxstyle": "round,pad=0.45", "fc": PASTELS[2] if done else "white", "ec": GREY}
+        text = f"{name} ✓" if done else name
+        axes.text(x, y, text, ha="center", va="center", fontsize=10, bbox=look)
+
     for place, (name, chapters, product) in enumerate(ROAD):
-        done = any((run.path / name).glob("**/done.json"))
-        box = {"boxstyle": "round,pad=0.5", "fc": PASTELS[2] if done else "white", "ec": GREY}
-        axes.text(place, 0.1, name, ha="center", va="center", fontsize=11, bbox=box)
-        axes.text(place, -0.6, f"{product}\nchapter {chapters}", ha="center", fontsize=8)
+        box(place, 0.1, name, (run.path / name / "done.json").exists())
+        axes.text(place, -0.62, f"{product}\nchapter {chapters}", ha="center", fontsize=9)
         if place:
             arrow = {"arrowstyle": "->", "color": GREY}
-            axes.annotate("", (place - 0.42, 0.1), (place - 0.58, 0.1), arrowprops=arrow)
+            axes.annotate("", (place - 0.36, 0.1), (place - 0.64, 0.1), arrowprops=arrow)
+        if name in MODELS:
+            box(place, -1.15, "eval", (run.path / "eval" / name / "done.json").exists())
     return figure
 
 

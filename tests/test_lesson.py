@@ -285,7 +285,9 @@ def test_the_road_is_green_where_a_stage_is_finished():
     figure = lesson.road(run)
     boxes = {t.get_text(): t.get_bbox_patch() for t in figure.axes[0].texts if t.get_bbox_patch()}
     green = matplotlib.colors.to_rgba(lesson.PASTELS[2])
-    assert {n for n, box in boxes.items() if box.get_facecolor() == green} == {"data", "eval"}
+    done = {name for name, box in boxes.items() if box.get_facecolor() == green}
+    assert done == {"data ✓", "eval ✓"} == {name for name in boxes if "✓" in name}
+    assert [t.get_text() for t in figure.axes[0].texts].count("eval") == 3
 
 
 def test_tree_lists_what_is_there_but_nothing_hidden(tmp_path, capsys):
