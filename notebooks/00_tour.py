@@ -163,13 +163,18 @@ stops = [
     ("probabilities", [f"{p:.1%}" for p in p_V.topk(3).values] + ["⋮"]),
     ("a token", [ascii(letter) for letter in likely]),
 ]
+print(" → ".join(title for title, _ in stops))
+
+# %%
 figure, axes = plt.subplots(figsize=(8.6, 2.3))
 axes.set(xlim=(-0.5, len(stops) - 0.5), ylim=(0, 1))
 axes.axis("off")
 for x, (title, lines) in enumerate(stops):
     station(axes, x, title, lines, lesson.PASTELS[x % 5])
-lesson.show("The letters 'ow' become two bytes, two ids, a vector, pass two blocks, become scores, "
-            "probabilities, and at last a next token.")  # fmt: skip
+lesson.show(
+    "The letters 'ow' become two bytes, two ids, a vector, pass two blocks, become scores, "
+    "probabilities, and at last a next token."
+)
 
 # %% [markdown]
 # To write, pick one of the likely tokens, append it, and travel again. That loop is all a chat does.
@@ -250,8 +255,10 @@ for name, recipe in sizes.items():
     axes.annotate(f" {name} ", (parameters, flops), fontsize=9, va="top")
 axes.set(xlabel="weights", ylabel="floating-point operations", xlim=(3e4, 1e10))
 axes.set_title("what pretraining costs")
-lesson.show("Profiles rise along a line from smoke at the lower left over demo, laptop and h100 to "
-            "speedrun, d26 and d32 at the upper right: some ten powers of ten in work.")  # fmt: skip
+lesson.show(
+    "Profiles rise along a line from smoke at the lower left over demo, laptop and h100 to "
+    "speedrun, d26 and d32 at the upper right: some ten powers of ten in work."
+)
 
 # %% [markdown]
 # ## Exercises
