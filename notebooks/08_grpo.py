@@ -16,17 +16,21 @@
 # %% [markdown]
 # # 08 · Learning from answers that can be graded
 #
-# So far the model imitates: it is shown an answer and makes it likelier. But for a word problem we need
-# not show anything. We can let the model answer in its own way, several times, and *grade* what it says:
-# 1 for the right number, 0 for any other. Then make likely what was right. That is **reinforcement
-# learning**, and the form of it that language models use, **GRPO**, is short.
+# So far the model has imitated: we showed it an answer and made that answer likelier. For a word problem
+# nothing has to be shown. Let the model answer in its own way, several times, grade what it says, and make
+# likely what was right. What exactly should be made likelier, by how much, and what does the model do when
+# the grade is not quite what we meant?
 #
-# **You will learn** where the gradient of a reward comes from, what a baseline is for, why a question that
-# is always answered right teaches nothing, which tokens an answer is responsible for, how pass@k is
-# counted, what clipping does, and how to tell learning from a drift: by a control.
+# **You will learn**
+# - where the gradient of a reward comes from, and what a baseline is for;
+# - to write GRPO's training loop yourself, run it, and say what it leaves out of the full formula;
+# - how a reward is hacked, how a hack is cured, and how to tell learning from drift.
 #
-# **Takes** twenty minutes to read. The stage trains for two or three minutes in profile `demo` on two CPU
-# cores. Stages: `grpo`, then `eval` of `grpo`.
+# **You need** the engine and its tool ([chapter 05](05_inference.ipynb)), the loss mask
+# ([chapter 07](07_sft.ipynb)), and what a logarithm and an expected value are.
+#
+# **Takes** 45 minutes to read and run, 60 more with the exercises; in profile `demo` the stage trains
+# for another two or three on two CPU cores. Stages: `grpo`, then `eval` of `grpo`.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -35,6 +39,7 @@ overrides = {}
 
 # %%
 import itertools
+import re
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -42,15 +47,15 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
+import checks
 import lesson
-from nanolib import checkpoint, grpo, launch, tasks
-from nanolib.config import ModelConfig
+from nanolib import checkpoint, config, grpo, launch, tasks
 from nanolib.data.packing import Batch, batch_of_rows
 from nanolib.engine import Engine
 from nanolib.evals.answers import Questions, pass_at_k
-from nanolib.grpo import PolicyGradient, RolloutSource
-from nanolib.model import GPT
-from nanolib.runtime import Runtime
+from nanolib.grpo import PolicyGradient
+from nanolib.optim import MuonAdamW
+from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
@@ -58,13 +63,108 @@ run = lesson.begin(profile, run, overrides)
 before = launch.stage("eval", run, of="sft", watch=lesson.Live())  # chapter 07's, if not there yet
 tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
 cpu = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+settings = run.config.recipe.grpo
+sandbox = Sandbox().__enter__()  # closed at the end of the chapter
+STEPS, ASKED, SAMPLES = (10, 8, 8) if profile == "demo" else (2, 2, 4)  # what a lesson has time for
 
 # %% [markdown]
-# ## 1. Four buttons
+# ## 1. Right by luck
 #
-# Forget texts for a moment. There are four buttons, and each pays 1 with a chance that we do not know.
-# Our whole model is four scores; softmax makes them the chances to press each. What is to be made large
-# is the expected reward, Σ p(a) · pay(a). If we *knew* what the buttons pay, autograd would do it.
+# This is what the demo of 2026-11-24 wrote in the first step of this chapter's stage, and it was *rewarded*:
+#
+# > Bruno counts 26 pears, Gus 25 and Thea 28. How many more is the most than the fewest?
+# >
+# > That is `29-26` → `3`. #### **3**
+#
+# There is no 29, and the fewest is 25. It should be 28 − 25, which also is 3. The grade looks at the number
+# after `####` and at nothing else, so the whole answer was made likelier: the 29 as well as the 3. Keep
+# this answer in mind. It is why one answer teaches little and five thousand teach something, and it is a
+# small member of a large family, which we meet in section 8.
+#
+# Three words first. The model that answers is called the [policy](glossary.ipynb#policy): it chooses what
+# to do next. One answer that it wrote, from the question to the end, is a
+# [rollout](glossary.ipynb#rollout). Its grade is the [reward](glossary.ipynb#reward). Here is a policy: the
+# SFT model, some training problems, the tool, and an optimizer.
+
+# %% tags=["loop"]
+train_task, test_task = (
+    tasks.load(settings.task, split, run.mirror()) for split in ("train", "test")
+)
+OPTIM = replace(run.config.recipe.optim, clip=None, momentum_warmup=0)
+
+
+class Policy:
+    """A stage's model, ASKED problems, the tool, and an optimizer."""
+
+    def __init__(self, stage="sft", task=train_task, asked=ASKED, samples=SAMPLES):
+        self.model = checkpoint.load_model(run.stage(stage).checkpoints, cpu.device)
+        self.optimizer, self.samples = MuonAdamW(self.model, OPTIM, cpu), samples
+        engine = Engine(self.model, tokenizer, cpu, lambda source: sandbox.run(source).text)
+        self.problems = Questions(engine, task, min(64, settings.max_new_tokens))
+        self.asked = self.problems.fitting(range(10 * asked), room=16)[:asked]
+
+    def sample(self, step):
+        """Q questions, the same at every step, and N new answers to each."""
+        seeds = [seed_of(step, "lesson", question) for question in self.asked]
+        answers = self.problems.answers(self.asked, self.samples, seeds, temperature=1.0)
+        return self.asked, answers
+
+
+policy = Policy()
+questions, answers = policy.sample(step=0)
+print(len(questions), "questions,", len(answers[0]), "answers to each")
+
+# %% [markdown]
+# The grade is 1 for the right number, 0 for any other. Eight answers to one question. **Predict**: will the
+# wrong ones be wrong in their arithmetic, or somewhere else?
+
+
+# %%
+def right(questions, answers):
+    """[Q, N]: 1 where an answer ends in the right number."""
+    texts = [map(policy.problems.text, group) for group in answers]
+    return torch.tensor(
+        [policy.problems.rewards(*pair) for pair in zip(questions, texts, strict=True)]
+    )
+
+
+rewards_QN = right(questions, answers)
+shown = int(rewards_QN.std(dim=1).argmax())  # the question whose answers differ most
+print(train_task.unanswered(questions[shown]).messages[0].text)
+for answer, reward in zip(answers[shown], rewards_QN[shown], strict=True):
+    print(f"  {reward:.0f}  {tokenizer.decode(answer.ids)!r}"[:150])
+
+# %% [markdown]
+# The tool does not miscalculate. In the toy world, what goes wrong is mostly *which* numbers are put into
+# the program. Is there a lucky one among the rewarded? We look for right answers whose programs contain a
+# number that stands neither in the question nor in a result of the tool.
+
+
+# %%
+def invented(question, answer):
+    """Numbers in an answer's programs that nothing before them contains."""
+    text = tokenizer.decode(answer.ids)
+    known = train_task.unanswered(question).messages[0].text
+    known += " ".join(re.findall(r"<\|output_start\|>(.*?)<\|output_end\|>", text))
+    programs = " ".join(re.findall(r"<\|python_start\|>(.*?)<\|python_end\|>", text))
+    return set(re.findall(r"\d+", programs)) - set(re.findall(r"\d+", known))
+
+
+pairs = [(q, a) for q, group in zip(questions, answers, strict=True) for a in group]
+graded = list(zip(pairs, rewards_QN.flatten().tolist(), strict=True))
+lucky = [(q, a) for (q, a), reward in graded if reward and invented(q, a)]
+print(f"{len(lucky)} of {int(rewards_QN.sum())} rewarded answers use a number from nowhere")
+for question, answer in lucky[:2]:
+    print(
+        f"  {train_task.unanswered(question).messages[0].text}\n  {tokenizer.decode(answer.ids)!r}"
+    )
+
+# %% [markdown]
+# ## 2. Four buttons
+#
+# Forget texts for a moment. There are four buttons, and each pays 1 with a chance that we do not know. Our
+# whole policy is four scores; softmax makes them the chances to press each. What is to be made large is the
+# expected reward, Σ p(a) · pay(a). If we *knew* what the buttons pay, autograd would do it.
 
 # %%
 PAYS_A = torch.tensor([0.2, 0.5, 0.4, 0.8])
@@ -75,46 +175,49 @@ expected = (p_A * PAYS_A).sum()
 print(f"expected reward {expected.item():.3f}, its gradient {exact_A.numpy().round(3)}")
 
 # %% [markdown]
-# We do not. We can press, and see what comes. The trick (Williams, 1992): ∇p = p · ∇log p, so the gradient
-# of the expected reward is itself an expected value, of **reward × ∇log p(what was pressed)**. An expected
-# value can be estimated by pressing. For softmax scores, ∇log p is simply *pressed − p*.
+# We do not know. We can press, and see what comes. The trick (Williams, 1992): ∇p = p · ∇log p, so the
+# gradient of the expected reward is itself an expected value, of **reward × ∇log p(what was pressed)**. An
+# expected value can be estimated by pressing. For softmax scores, ∇log p is simply *pressed − p*. This is
+# [REINFORCE](glossary.ipynb#reinforce).
 
 # %%
 dice = torch.Generator().manual_seed(1)
 pressed_N = torch.multinomial(p_A.detach(), 20_000, replacement=True, generator=dice)
 reward_N = torch.bernoulli(PAYS_A[pressed_N], generator=dice)
 grad_log_p_NA = torch.eye(4)[pressed_N] - p_A.detach()
-estimates_NA = reward_N[:, None] * grad_log_p_NA
-assert_close(estimates_NA.mean(dim=0), exact_A, atol=0.015, rtol=0)
+estimate_A = (reward_N[:, None] * grad_log_p_NA).mean(dim=0)
+assert_close(estimate_A, exact_A, atol=0.015, rtol=0)
 print("exact     ", exact_A.numpy().round(3))
-print("estimated ", estimates_NA.mean(dim=0).numpy().round(3))
+print("estimated ", estimate_A.numpy().round(3))
 
 # %% [markdown]
-# That is REINFORCE. Now a small mischief: let every press pay 5 more. Nothing about *which* button is best
-# has changed, and the mean of the gradient has not. But each single estimate is now eight times as wild:
-# every button that is pressed seems wonderful. Take off the mean reward, and the mischief is gone. A press
-# should be praised not for a high reward but for a **higher one than usual**: its *advantage*.
+# Now a small mischief: let every press pay 5 more. Which button is best has not changed, and the *mean* of
+# the gradient has not either. **Predict**: what happens to a single estimate?
 
 
 # %%
 def noise(reward_N):
+    """The spread of one press's gradient."""
     return (reward_N[:, None] * grad_log_p_NA).std(dim=0).norm().item()
 
 
+centred_N = reward_N - reward_N.mean()
 print(
     f"noise of one estimate:  reward {noise(reward_N):.2f},  reward + 5 {noise(reward_N + 5):.2f}"
 )
-print(f"minus the mean, both:   {noise(reward_N - reward_N.mean()):.2f}")
-shifted_NA = (reward_N + 5)[:, None] * grad_log_p_NA
-centred_NA = (reward_N - reward_N.mean())[:, None] * grad_log_p_NA
-assert_close(centred_NA.mean(dim=0), exact_A, atol=0.015, rtol=0)
-assert noise(reward_N + 5) > 3 * noise(reward_N - reward_N.mean())
+print(f"minus the mean, both:   {noise(centred_N):.2f}")
+assert_close((centred_N[:, None] * grad_log_p_NA).mean(dim=0), exact_A, atol=0.015, rtol=0)
+assert noise(reward_N + 5) > 3 * noise(centred_N)
 
 # %% [markdown]
-# Learning, then: press eight times, step, press again, with the 5 more for every press. Forty learners at
-# once, so that luck evens out. The third way is a **control**: the same rewards, dealt to the presses at
-# random. It has the same numbers in it and no information. It should learn nothing, and if it did, we would
-# have fooled ourselves.
+# Every button that is pressed seems wonderful, and only the average over very many presses tells them
+# apart. Take off the mean reward, the [baseline](glossary.ipynb#baseline), and the mischief is gone. A press
+# should be praised not for a high reward but for a **higher one than usual**. That is its
+# [advantage](glossary.ipynb#advantage).
+#
+# Learning, then: press eight times, step, press again, with forty learners at once, so that luck evens out.
+# The third way is a **control**: the same rewards, dealt to the presses at random. It has the same numbers
+# in it and no information about the buttons.
 
 
 # %%
@@ -125,7 +228,7 @@ def learn(way, steps=150, learners=40, presses=8, rate=0.4):
         path.append(p_LA @ PAYS_A.numpy())
         darts = dice.random((learners, presses, 1))
         pressed = (darts > p_LA.cumsum(axis=1)[:, None, :-1]).sum(axis=2)
-        gain = 5.0 + (dice.random(pressed.shape) < PAYS_A.numpy()[pressed])
+        gain = (dice.random(pressed.shape) < PAYS_A.numpy()[pressed]).astype(float)
         gain = dice.permuted(gain, axis=1) if way == "shuffled" else gain
         gain = gain if way == "reward" else gain - gain.mean(axis=1, keepdims=True)
         grad = (gain[..., None] * (np.eye(4)[pressed] - p_LA[:, None])).mean(axis=1)
@@ -137,198 +240,439 @@ paths = {way: learn(way) for way in ("reward", "reward − mean", "shuffled")}
 print({way: f"{path[-1].mean():.2f}" for way, path in paths.items()})
 
 # %%
-figure, axes = plt.subplots(figsize=(7.2, 2.8), dpi=75)
-for (way, path_SL), colour in zip(
-    paths.items(), (lesson.GREY, lesson.BLUE, lesson.RED), strict=True
-):
-    axes.plot(path_SL.mean(axis=1), color=colour, label=way)
+figure, axes = plt.subplots(figsize=(7.2, 2.9))
+looks = ((lesson.GREY, "--"), (lesson.BLUE, "-"), (lesson.VIOLET, ":"))
+for (way, path_SL), (colour, line) in zip(paths.items(), looks, strict=True):
+    axes.plot(path_SL.mean(axis=1), line, color=colour)
     low, high = np.quantile(path_SL, [0.1, 0.9], axis=1)
     axes.fill_between(range(len(low)), low, high, color=colour, alpha=0.12)
+    axes.text(152, path_SL[-1].mean(), way, color=colour, va="center")
 axes.axhline(PAYS_A.max(), color="black", ls=":", linewidth=1)
-axes.set(xlabel="step", title="expected reward of forty learners (band: 10 % to 90 %)")
-axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-plt.show()
+axes.text(2, PAYS_A.max() + 0.01, "the best button's pay")
+axes.set(xlabel="step", ylabel="expected reward", xlim=(0, 185), ylim=(0.3, 0.88))
+axes.set_title("forty learners: mean, and band from 10 % to 90 %")
+lesson.show(
+    "Expected reward over 150 steps, learned in three ways: reward minus mean climbs close to the best "
+    "button's 0.8, the bare reward climbs slower and spreads, shuffled rewards stay where they were."
+)
 
 # %% [markdown]
 # Without the mean, whatever is pressed is praised, so what was pressed by luck at the start is pressed ever
-# more: many learners end with a poor button and never try another. With it, all of them find the best.
-# The control stays where it was.
+# more. The control wanders and on average goes nowhere.
 #
-# ## 2. A group is its own baseline
+# ## 3. A group is its own baseline
 #
 # For a language model a button is a whole answer, and what is usual depends on the question: 0.5 is poor
-# for an easy one and grand for a hard one. PPO trains a second network to guess it. GRPO asks the same
-# question several times and takes the mean of *these* answers. That is the whole G in GRPO.
+# for an easy one and grand for a hard one. PPO trains a second network to guess it.
+# [GRPO](glossary.ipynb#grpo) asks the same question several times and takes the mean of *these* answers.
+# That is the whole G, *group relative*, in GRPO.
+#
+# **Exercise 8.1 ★ · 4 minutes · build** The advantages of groups.
+# Rewards come as a table: a row for each question, a column for each of its answers. What is each answer's
+# advantage? And what do you expect for a question that was answered right every time?
 
 
-# %%
-def my_advantages(rewards):
-    return [reward - sum(rewards) / len(rewards) for reward in rewards]
+# %% tags=["exercise"]
+def advantages(rewards_QN):
+    """rewards_QN [Q, N] -> [Q, N]: how much better each answer is than its question's mean."""
+    ...
 
 
-for rewards in ([1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]):
-    assert my_advantages(rewards) == grpo.advantages(rewards)
-    print(rewards, "→", my_advantages(rewards))
+checks.verify("8.1", advantages)
 
 # %% [markdown]
-# Look at the last two. Where all answers are right, or all wrong, nothing is learned: no answer is better
-# than another. How often does that happen? With n answers, each right with chance p, they differ with
-# chance 1 − pⁿ − (1 − p)ⁿ.
+# <details><summary>Hint 1</summary>Which numbers does "the same question's answers" name: a row or a
+# column?</details>
+# <details><summary>Hint 2</summary><code>mean(dim=…, keepdim=True)</code> keeps the shape [Q, 1], which
+# can be subtracted from [Q, N].</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def advantages(rewards_QN):
+#     return rewards_QN - rewards_QN.mean(dim=1, keepdim=True)
+# ```
+#
+# All right or all wrong: zero everywhere. Add the same to all of a question's rewards: nothing changes.
+#
+# </details>
 
 # %%
-figure, axes = plt.subplots(figsize=(7.2, 2.6), dpi=75)
+table_QN = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+advantage_QN = table_QN - table_QN.mean(dim=1, keepdim=True)
+for rewards, row in zip(table_QN.tolist(), advantage_QN.tolist(), strict=True):
+    assert row == grpo.advantages(rewards)  # nanolib's
+    print(rewards, "→", row)
+
+# %% [markdown]
+# The last two rows teach nothing: no answer is better than another. How often is that so?
+#
+# **Exercise 8.2 ★ · 3 minutes · predict** A hard question.
+# A question is answered right with chance 0.1. You sample eight answers. With what chance do they *differ*,
+# so that the question teaches something? (Two digits will do.)
+
+# %% tags=["exercise"]
+chance = ...
+
+checks.verify("8.2", chance)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>When do they not differ? There are two ways.</details>
+# <details><summary>Hint 2</summary>All wrong has chance 0.9⁸. What is the chance of all right?</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# chance = 1 - 0.9**8 - 0.1**8
+# ```
+#
+# More than half: eight answers find something to learn even in a question that is nearly always missed.
+#
+# </details>
+
+# %%
+figure, axes = plt.subplots(figsize=(7.2, 2.8))
 p = np.linspace(0, 1, 101)
-for samples in (2, 4, 8, 16):
-    axes.plot(p, 1 - p**samples - (1 - p) ** samples, label=f"{samples} answers")
-axes.set(xlabel="chance of a right answer", title="chance that a question teaches something")
-axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-plt.show()
-draws = np.random.default_rng(1).random((20_000, 8)) < 0.1
-mixed = np.mean(draws.any(axis=1) & ~draws.all(axis=1))
-assert abs(mixed - (1 - 0.1**8 - 0.9**8)) < 0.02
-print(f"p = 0.1, 8 answers: {mixed:.2f}, counted in 20,000 groups")
+for samples, line in ((2, ":"), (4, "-."), (8, "-"), (16, "--")):
+    teaches = 1 - p**samples - (1 - p) ** samples
+    axes.plot(p, teaches, line, color=lesson.BLUE)
+    axes.text(0.5, teaches[50] - 0.01, f"{samples} answers", ha="center", va="top")
+mixed = (rewards_QN.std(dim=1) > 0).float().mean().item()
+axes.set(xlabel="chance of a right answer", ylabel="chance that it teaches", ylim=(0, 1.05))
+lesson.show(
+    "Chance that a question's answers differ, over the chance of a right answer: arches that are zero at 0 "
+    "and 1; with 2 answers at most one half, with 16 nearly 1 except near the ends."
+)
+print(f"of the {len(questions)} questions above, {mixed:.0%} teach something")
 
 # %% [markdown]
-# A model that can do nothing learns nothing from being graded, nor does one that can do everything. That
-# is why this chapter comes late, and why chapter 06 left some word problems to be learned.
+# A model that can do nothing learns nothing from being graded, nor does one that can do everything. That is
+# why this chapter comes late, and why chapter 06 left some word problems to be learned.
 #
-# ## 3. From a button to a text
+# ## 4. From a button to a text
 #
-# An answer is many tokens, and its log-probability is their sum. So one loss does it all, with each
-# token's advantage that of its answer: **−Σ advantage · log p(token) / tokens**. In words: cross-entropy
-# on the model's own answers, weighted by how good they were; for the bad ones the weight is negative.
+# An answer is many tokens, and its log-probability is the sum of theirs. So every token that the policy
+# chose gets its answer's advantage: **loss = −Σ advantage · log p(token) / number of chosen tokens**. In
+# words: cross-entropy on the model's own answers, weighted by how good they were; for the bad ones the
+# weight is negative.
 #
-# One thing is new. Some tokens of an answer were not the model's choice: what the tool printed was forced
-# in (chapter 05). Blaming or praising the model for them would teach it to predict outputs. They stay in
-# the text, and out of the loss. A tiny model, a question of three tokens, two answers:
-
-# %%
-tiny = GPT.build(ModelConfig(depth=1, aspect=16, head_dim=16, sequence_len=32), 24, cpu.device, 1)
-for weight in tiny.parameters():
-    torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(weight.numel()))
-question = [1, 2, 3]
-answers = [([4, 5, 6, 7, 8], [True, True, False, False, True]), ([9, 10], [True, True])]
-rewards = [1.0, 0.0]
-print("forced by the tool:", [id for id, chosen in zip(*answers[0], strict=True) if not chosen])
+# Which tokens did the policy choose? Not the question, and not what the tool printed: that was forced in
+# (chapter 05), and grading it would teach the model to predict outputs. The program *is* its choice, and so
+# is **stopping**: the token that ends the turn is graded like any other. Only an answer that ran into the
+# length limit has no end to be graded.
 
 
 # %%
-def textbook(model):
-    total, tokens = 0.0, 0
-    for (said, chosen), advantage in zip(answers, my_advantages(rewards), strict=True):
-        log_p_TV = model(torch.tensor([question + said]))[0].log_softmax(dim=-1)
-        for place, id in enumerate(said):
-            if chosen[place]:
-                total = total - advantage * log_p_TV[len(question) + place - 1, id]
-                tokens += 1
-    return total / tokens
+def as_row(problems, question, answer):
+    """One rollout as token ids, and which of them the policy chose."""
+    prompt = problems.prompt(question)
+    end = [] if answer.end is None else [answer.end]
+    ids = prompt + answer.ids + end
+    return np.array(ids), np.array([False] * len(prompt) + answer.chosen + [True] * len(end))
 
 
-print(f"loss by hand {textbook(tiny).item():.4f}")
+ids_T, chosen_T = as_row(policy.problems, questions[shown], answers[shown][0])
+print(f"{len(ids_T)} tokens, {chosen_T.sum()} of them chosen")
 
 # %%
-rows = [np.array(question + said) for said, _ in answers]
-masks = [np.array([False] * 3 + chosen) for _, chosen in answers]
-batch = batch_of_rows(rows, masks, length=7, bos=0)
-batch.fields["advantage"] = torch.tensor(my_advantages(rewards))[:, None].expand(-1, 7)
-policy = PolicyGradient()
-loss = policy.sum(tiny.nll(batch), batch) / policy.count(batch)
-assert_close(loss, textbook(tiny))
-weights = list(tiny.parameters())
-for real, ours in zip(
-    torch.autograd.grad(loss, weights), torch.autograd.grad(textbook(tiny), weights), strict=True
+kinds, python = [], False
+for id, chosen in zip(ids_T, chosen_T, strict=True):
+    python = (python or id == tokenizer.special("<|python_start|>")) and chosen
+    kinds.append("program" if python else "chosen" if chosen else "forced")
+    python = python and id != tokenizer.special("<|python_end|>")
+prompt = len(policy.problems.prompt(questions[shown]))
+kinds[:prompt] = ["masked"] * prompt
+lesson.tokens([tokenizer.decode([id]) for id in ids_T], kinds=kinds)
+
+# %% [markdown]
+# **Exercise 8.3 ★★ · 8 minutes · build** The masked loss.
+# `log_p_BT[b, t]` is the log-probability of answer *b*'s token *t*, `chosen_BT` says which tokens count,
+# and each answer has one advantage. Write the loss. One number comes out; a token of a long answer must
+# weigh as much as one of a short answer.
+
+
+# %% tags=["exercise"]
+def policy_loss(log_p_BT, chosen_BT, advantage_B):
+    """log_p_BT [B, T], chosen_BT [B, T] of True and False, advantage_B [B] -> the loss, a number."""
+    ...
+
+
+checks.verify("8.3", policy_loss)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What shape must the advantages have to be multiplied with [B, T]? And
+# what is True · 2.5?</details>
+# <details><summary>Hint 2</summary>Sum first, divide once: by how many tokens in all answers together?
+# And mind the sign: the optimizer makes a loss small.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def policy_loss(log_p_BT, chosen_BT, advantage_B):
+#     gain_BT = advantage_B[:, None] * log_p_BT * chosen_BT
+#     return -gain_BT.sum() / chosen_BT.sum()
+# ```
+#
+# </details>
+
+# %% [markdown]
+# The same on the 64 real answers, beside nanolib's loss, gradients included. In a batch, targets that do not
+# count are −1, so `targets >= 0` is the mask.
+
+
+# %%
+def batch_of(policy, questions, answers):
+    """All rollouts as one padded batch; row q · N + n is answer n to question q."""
+    pairs = zip(questions, answers, strict=True)
+    rows = [as_row(policy.problems, q, answer) for q, group in pairs for answer in group]
+    ids, chosen = zip(*rows, strict=True)
+    return batch_of_rows(ids, chosen, max(map(len, ids)) - 1, tokenizer.bos)
+
+
+print("rows and tokens:", *batch_of(policy, questions, answers).inputs_BT.shape)
+
+# %%
+batch = batch_of(policy, questions, answers)
+advantage_B = (rewards_QN - rewards_QN.mean(dim=1, keepdim=True)).flatten()
+log_p_BT, chosen_BT = -policy.model.nll(batch), batch.targets_BT >= 0
+ours = -(advantage_B[:, None] * log_p_BT * chosen_BT).sum() / chosen_BT.sum()
+batch.fields["advantage"] = advantage_B[:, None].expand_as(log_p_BT)
+theirs = PolicyGradient().sum(policy.model.nll(batch), batch) / PolicyGradient().count(batch)
+weights = list(policy.model.parameters())
+assert_close(torch.autograd.grad(ours, weights), torch.autograd.grad(theirs, weights))
+print(f"ours {ours.item():+.5f}, nanolib's {theirs.item():+.5f}, {chosen_BT.sum()} chosen tokens")
+
+# %% [markdown]
+# Do not read that number as a score. Within a question the advantages sum to zero, so the loss hovers around
+# zero from first to last step, whatever is learned. It is there for its gradient. It is not "nats a token"
+# either: it mixes log-probabilities with weights of both signs. Watch rewards.
+#
+# ## 5. Your loop
+#
+# You have the parts. Put them in order: **sample → grade → advantages → masked loss → step**. The policy
+# gets two more methods, so that the loop need not know what a batch is, and a diary that notes what the
+# reward does not see.
+
+
+# %% tags=["loop"]
+class Trainee(Policy):
+    """A policy that can be trained, and keeps a diary of every step."""
+
+    def __init__(self, *settings, lr=0.3, **more):
+        super().__init__(*settings, **more)
+        self.lr, self.diary = lr, []
+
+    def log_p(self, questions, answers):
+        """log p [Q · N, T] of every token, and whether the policy chose it [Q · N, T]."""
+        batch = batch_of(self, questions, answers)
+        log_p_BT, chosen_BT = -self.model.nll(batch), batch.targets_BT >= 0
+        texts = [tokenizer.decode(answer.ids) for group in answers for answer in group]
+        self.seen = {"right": right(questions, answers).mean().item()}
+        self.seen["in form"] = np.mean(["#### " in text for text in texts])
+        self.seen["programs"] = np.mean([text.count("<|python_start|>") for text in texts])
+        self.seen["entropy"] = -(log_p_BT * chosen_BT).sum().item() / int(chosen_BT.sum())
+        return log_p_BT, chosen_BT
+
+    def step(self, loss):
+        loss.backward()
+        self.optimizer.step(self.lr)
+        self.optimizer.zero_grad()
+        self.diary.append(self.seen)
+
+
+print("a trainee can", [name for name in dir(Trainee) if not name.startswith("_")])
+
+# %% [markdown]
+# **Exercise 8.4 ★★★ · 25 minutes · build** GRPO.
+# Write the loop. `reward(questions, answers)` gives a table [Q, N]; answer *n* to question *q* is row
+# *q · N + n* of `log_p`. The check runs it on a toy policy with six words, and compares every loss. Then it
+# trains the real one, below. Which of the five lines would you have to change to turn this into SFT?
+
+
+# %% tags=["exercise"]
+def train(policy, reward, steps):
+    """Train for `steps` steps; returns the mean reward of each, a list of numbers.
+
+    policy.sample(step) -> questions, answers       policy.log_p(questions, answers) -> log_p_BT, chosen_BT
+    policy.step(loss): gradient and optimizer       reward(questions, answers) -> rewards_QN
+    """
+    ...
+
+
+checks.verify("8.4", train)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>Which of the five must happen anew in every step? May an answer be used
+# after the policy has changed?</details>
+# <details><summary>Hint 2</summary>Advantages are [Q, N] and the loss wants [B]: <code>flatten()</code>.
+# The rest of the loss is exercise 8.3.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def train(policy, reward, steps):
+#     curve = []
+#     for step in range(steps):
+#         questions, answers = policy.sample(step)
+#         rewards_QN = reward(questions, answers)
+#         advantage_QN = rewards_QN - rewards_QN.mean(dim=1, keepdim=True)
+#         log_p_BT, chosen_BT = policy.log_p(questions, answers)
+#         gain_BT = advantage_QN.flatten()[:, None] * log_p_BT * chosen_BT
+#         policy.step(-gain_BT.sum() / chosen_BT.sum())
+#         curve.append(rewards_QN.mean().item())
+#     return curve
+# ```
+#
+# SFT: the answers come from a data set instead of `sample`, and every advantage is 1.
+#
+# </details>
+
+# %% [markdown]
+# Ten steps on the real model, with your loop if it passed and a colleague's if not. All ten ask the *same*
+# eight questions, so that the points of the curve can be compared, and so that it must climb if the loop is
+# right. Overfitting a handful of examples is the first test of any training loop. **Predict** where the
+# curve ends, and which half of the answers goes away.
+
+
+# %% tags=["loop", "solution-twin"]
+def colleagues_train(policy, reward, steps):
+    curve = []
+    for step in range(steps):
+        questions, answers = policy.sample(step)  # sample
+        rewards_QN = reward(questions, answers)  # grade
+        advantage_QN = rewards_QN - rewards_QN.mean(dim=1, keepdim=True)  # advantages
+        log_p_BT, chosen_BT = policy.log_p(questions, answers)  # masked loss
+        gain_BT = advantage_QN.flatten()[:, None] * log_p_BT * chosen_BT
+        policy.step(-gain_BT.sum() / chosen_BT.sum())  # step
+        curve.append(rewards_QN.mean().item())
+    return curve
+
+
+yours = checks.judge("8.4", train)[0] is True
+loop = train if yours else colleagues_train
+honest = Trainee()
+curve = loop(honest, right, STEPS)
+print("your loop:" if yours else "a colleague's loop:", " ".join(f"{value:.2f}" for value in curve))
+
+# %%
+figure, axes = plt.subplots(figsize=(7.2, 2.6))
+axes.plot(range(1, STEPS + 1), curve, "o-", color=lesson.BLUE)
+axes.set(
+    xlabel="step",
+    ylabel="mean reward",
+    ylim=(0, 1.05),
+    title=f"{ASKED} questions, {SAMPLES} answers to each",
+)
+lesson.show(
+    f"Mean reward of the same {ASKED} training questions over {STEPS} steps of the loop: "
+    f"from {curve[0]:.2f} at the first step to {curve[-1]:.2f} at the last."
+)
+
+# %% [markdown]
+# What did the steps do to single answers? Take the question from section 1 and all different answers it got
+# there. The probability of a whole answer is the product of its tokens'. An arrow leads from what it was to
+# what it is after the training; blue if the answer was right.
+
+
+# %%
+@torch.no_grad()
+def probabilities(policy, question, group):
+    batch = batch_of(policy, [question], [group])
+    return (-policy.model.nll(batch)).sum(dim=1).exp().numpy()
+
+
+distinct = {tuple(answer.ids): n for n, answer in enumerate(answers[shown])}
+group = [answers[shown][n] for n in distinct.values()]
+old_B, new_B = (probabilities(p, questions[shown], group) for p in (policy, honest))
+print("all of them together:", f"{old_B.sum():.2f} → {new_B.sum():.2f}")
+
+# %%
+figure, axes = plt.subplots(figsize=(7.6, 0.6 + 0.36 * max(3, len(group))))
+for place, (n, old, new) in enumerate(zip(distinct.values(), old_B, new_B, strict=True)):
+    good = bool(rewards_QN[shown, n])
+    arrow = {"arrowstyle": "-|>", "color": lesson.BLUE if good else lesson.RED, "lw": 2}
+    axes.annotate("", (new, place), (old, place), arrowprops=arrow | {"ls": "-" if good else "--"})
+    axes.plot(old, place, "o" if good else "x", color=arrow["color"])
+names = [tokenizer.decode(answer.ids).replace("\n", " ").replace("$", r"\$") for answer in group]
+names = [re.sub(r"<\|(python|output)_(start|end)\|>", "|", name)[-38:] for name in names]
+axes.set_yticks(range(len(group)), names)
+axes.set(xlabel="probability of the whole answer (● right, × wrong)", xlim=(-0.02, 1.02))
+axes.margins(y=0.15)
+lesson.show(
+    f"{len(group)} different answers to one question as arrows on their probabilities, from before to "
+    f"after {STEPS} steps: right ones solid, wrong ones dashed."
+)
+
+# %% [markdown]
+# ## 6. The formula, and what we left out
+#
+# This is GRPO as DeepSeekMath wrote it. Nothing in it is new to you but three factors:
+#
+# $$J = \mathbb{E}\left[\frac1N\sum_{i=1}^{N}\frac1{|o_i|}\sum_{t}\Big(\min\big(\rho_{it}A_i,\
+# \mathrm{clip}(\rho_{it},1-\varepsilon,1+\varepsilon)\,A_i\big)-\beta\,\mathrm{KL}_{it}\Big)\right]$$
+#
+# $$\rho_{it}=\frac{\pi_\theta(o_{it})}{\pi_{\text{old}}(o_{it})}\qquad
+# A_i=\frac{r_i-\text{mean}(r)}{\text{std}(r)}\qquad
+# \mathrm{KL}_{it}=\frac{\pi_{\text{ref}}}{\pi_\theta}-\log\frac{\pi_{\text{ref}}}{\pi_\theta}-1$$
+#
+# Answer *i* has |oᵢ| tokens; π with an index is the probability that one of three models gives to token *t*
+# of it: the policy now (θ), as it was when it answered (old), and the model before any training of this kind
+# (ref).
+#
+# | piece | what it is for | here | why |
+# |---|---|---|---|
+# | ratio ρ and clip | several updates on one rollout | left out | one update each: ρ is 1. `updates_each` brings it back (below) |
+# | ÷ std(r) | rewards on any scale | left out | rewards are 0 or 1; dividing gives questions that are nearly always or nearly never right more weight (Dr. GRPO) |
+# | 1/∣oᵢ∣, then mean of answers | every answer weighs the same | mean over the step's tokens | a long wrong answer would be punished less for each token (Dr. GRPO, DAPO) |
+# | β KL to the reference | stay near the model that can talk | left out | small steps and few of them; section 8 puts one in |
+# | a value network | PPO's baseline | not in GRPO either | the group's mean does it |
+# | a learned reward model | answers nobody can check | not needed | the right number is known |
+#
+# So: **with one update, no deviation and no KL this is REINFORCE with a group mean.** One more difference
+# is nanolib's own: the stage samples among the `top_k` likeliest tokens and grades with the whole
+# distribution's log p, a small mismatch that our loop above does not have.
+#
+# What would the ratio do? Writing answers is the slow part, and one would like to take several steps on the
+# same ones. After the first step they are no longer the policy's own
+# ([off-policy](glossary.ipynb#on-policy)). Two mends: weigh each token by ρ, and stop rewarding it once ρ has
+# gone far enough. That is PPO's [clipping](glossary.ipynb#clipping), here drawn with nanolib's own loss.
+
+# %%
+ratio_T = torch.linspace(0.4, 1.8, 141)
+nll_1T = -ratio_T.log()[None].requires_grad_()  # against an old nll of 0
+pushes, none_1T = {}, torch.zeros(1, 141, dtype=torch.long)
+for advantage in (1.0, -1.0):
+    fields = {"advantage": torch.full((1, 141), advantage), "old_nll": torch.zeros(1, 141)}
+    loss = PolicyGradient(clip=0.2).sum(
+        nll_1T, Batch(inputs_BT=none_1T, targets_BT=none_1T, fields=fields)
+    )
+    (push_1T,) = torch.autograd.grad(loss, nll_1T)
+    assert_close(
+        loss, -torch.minimum(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage).sum()
+    )
+    assert_close(push_1T[0, 60].item(), advantage, atol=1e-3, rtol=0)  # at a ratio of 1
+    pushes[advantage] = push_1T[0]
+print("at a ratio of", round(ratio_T[60].item(), 2), "the push is the plain policy gradient's")
+
+# %%
+figure, axes = plt.subplots(figsize=(7.2, 2.6))
+for (advantage, push_T), (colour, line) in zip(
+    pushes.items(), ((lesson.BLUE, "-"), (lesson.RED, "--")), strict=True
 ):
-    assert_close(real, ours)
-print(f"nanolib's {loss.item():.4f}, and the gradients of all {len(weights)} weights are the same")
+    axes.plot(ratio_T, push_T, line, color=colour)
+    axes.text(0.42, advantage * 0.7, f"advantage {advantage:+.0f}", color=colour, va="center")
+axes.axvline(1, color="black", linewidth=0.8, ls=":")
+axes.set(xlabel="ρ: the token's probability now / when it was said", ylabel="push on its log p")
+lesson.show(
+    "Push on a token's log-probability over the ratio of its probability now and when it was said: for a "
+    "good answer it grows with the ratio and drops to zero above 1.2, for a bad one it is zero below 0.8."
+)
 
 # %% [markdown]
-# And the gradient that reaches the scores is the buttons' again, *advantage × (said − p)*, at every token
-# that was chosen, and nothing at the others:
-
-# %%
-logits_BTV = tiny(batch.inputs_BT).detach().requires_grad_()
-target_BT = batch.targets_BT.clamp(min=0)
-nll_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), target_BT, reduction="none")
-nll_BT = nll_BT * (batch.targets_BT >= 0)
-(policy.sum(nll_BT, batch) / policy.count(batch)).backward()
-said_BTV = torch.nn.functional.one_hot(target_BT, 24)
-by_hand_BTV = -batch.fields["advantage"][..., None] * (said_BTV - logits_BTV.detach().softmax(-1))
-by_hand_BTV *= (batch.targets_BT >= 0)[..., None] / policy.count(batch)
-assert_close(logits_BTV.grad, by_hand_BTV)
-figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7.6, 2.6))
-for axes, push_TV, title in zip(panels, -logits_BTV.grad, ("right", "wrong"), strict=True):
-    lesson.heatmap(axes, push_TV, limits=(-0.08, 0.08), colours="RdBu")
-    axes.set(title=f"the {title} answer", xlabel="token", ylabel="position")
-plt.show()
-
-# %% [markdown]
-# Blue is pushed up, red down. Empty rows: the question, the tool's two tokens, the padding.
+# Each *token* of a good answer is pushed until it is 1.2 times as likely as when it was said, and then left
+# alone; a token of a bad one until it is 0.8 times as likely. The whole answer may change far more: twenty
+# tokens at 1.2 make a factor of 38. A token that went the wrong way is pushed back, however far it is.
 #
-# ## 4. A rollout of the real model
+# ## 7. The stage
 #
-# Now the model of chapter 07, some training questions, eight answers to each, with the sandbox at hand.
-# `RolloutSource` is what the stage uses. (Answers are cut short here, and one that is cut before its number
-# is wrong.) One question whose answers differ, if there is one:
-
-# %%
-settings = run.config.recipe.grpo
-model = checkpoint.load_model(run.stage("sft").checkpoints, cpu.device)
-with Sandbox() as sandbox:
-    engine = Engine(model, tokenizer, cpu, lambda source: sandbox.run(source).text)
-    task = tasks.load(settings.task, "train", run.mirror())
-    questions = Questions(engine, task, min(64, settings.max_new_tokens))
-    few = replace(settings, questions=4, samples=8)
-    source = RolloutSource(questions, few, seed=1)
-    rollouts = source.rollouts(step=0)
-    batches = source.updates(step=0)[0]  # the same rollouts again, as batches
-rollout = max(rollouts, key=lambda rollout: np.std(rollout.rewards))
-print(task.unanswered(rollout.question).messages[0].text)
-graded = zip(rollout.answers, rollout.rewards, grpo.advantages(rollout.rewards), strict=True)
-for answer, reward, advantage in graded:
-    print(f"{reward:.0f} {advantage:+.2f}  {tokenizer.decode(answer.ids)!r}")
-
-# %% [markdown]
-# What each of them is responsible for. The end of the turn counts too, where the model chose it.
-
-# %%
-for place in dict.fromkeys((int(np.argmax(rollout.rewards)), int(np.argmin(rollout.rewards)))):
-    answer = rollout.answers[place]
-    pieces = [tokenizer.decode([id]) for id in answer.ids]
-    groups = [1 if chosen else 0 for chosen in answer.chosen]
-    lesson.tokens(pieces, groups=groups, legend=["forced: no target", "chosen: a target"])
-chosen = sum(sum(a.chosen) + (a.end is not None) for r in rollouts for a in r.answers)
-counted = sum(policy.count(batch) for batch in batches)
-assert counted == chosen
-mixed = np.mean([len(set(r.rewards)) > 1 for r in rollouts])
-print(f"{counted} targets; {mixed:.0%} of these questions teach something")
-
-# %% [markdown]
-# ## 5. How to score it: pass@k
-#
-# Two questions can be asked of a model that answers at random. How often is an answer right (pass@1)? And
-# how often is at least one of k right (**pass@k**)? Estimating the second from k answers alone is noisy.
-# With n of them, c right, count over *all* choices of k:
-
-
-# %%
-def brute_force(samples, right, k):
-    answers = [place < right for place in range(samples)]
-    return np.mean([any(chosen) for chosen in itertools.combinations(answers, k)])
-
-
-for samples in range(1, 8):
-    for right, k in itertools.product(range(samples + 1), range(1, samples + 1)):
-        assert abs(pass_at_k(samples, right, k) - brute_force(samples, right, k)) < 1e-9
-print("pass@1, 2, 4 with 1 of 4 right:", [pass_at_k(4, 1, k) for k in (1, 2, 4)])
-
-# %% [markdown]
-# The gap between pass@1 and pass@k is what there is to gain: the model *can* find the answer, and does
-# not reliably say it. Reinforcement learning mostly closes this gap. It sharpens what is there.
-#
-# ## 6. The run
-#
-# Each step: some questions, several answers to each, one update. The model is scored on held-out questions
-# as it goes, from before the first step on.
+# It is the same loop with fresh questions in every step, a checkpoint and a progress bar. The model is scored
+# on held-out questions as it goes, from before the first step on.
 
 # %%
 steps = (settings.questions, settings.samples, settings.temperature, settings.max_new_tokens)
@@ -337,249 +681,376 @@ result = launch.stage("grpo", run, watch=lesson.Live())
 print(f"{result['answers']:,} answers in {result['steps']} steps, {result['epochs']:.2f} passes")
 
 # %% [markdown]
-# The loss that is drawn there says little. A group's advantages sum to zero, and with them most of the
-# loss: it is there for its gradient. What to look at are the rewards. These are of other questions at
-# every step, so they jump:
+# The loss drawn there says little, as we saw. These say more. They are of other questions at every step, so
+# they jump:
 
 # %%
 told = [row for row in run.stage("grpo").metrics.rows() if row["kind"] == "rollout"]
-figure, panels = plt.subplots(2, 2, sharex=True, figsize=(7.6, 4), dpi=80)
-titles = {
-    "reward": "mean reward",
-    "mixed": "share of questions that teach",
-    "answer_tokens": "tokens of an answer",
-    "cut": "share of answers that met a limit",
-}
-for axes, (name, title) in zip(panels.flat, titles.items(), strict=True):
+figure, panels = plt.subplots(1, 3, figsize=(7.6, 2.5))
+titles = ("reward", "mean reward"), ("mixed", "share that teaches"), ("answer_tokens", "tokens")
+for axes, (name, title) in zip(panels, titles, strict=True):
     values, place = [row[name] for row in told], [row["step"] for row in told]
     axes.plot(place, values, ".", color=lesson.GREY)
     axes.plot(place, lesson.smooth(values, keep=0.85), color=lesson.BLUE)
-    axes.set(title=title, ylim=(0, None if name in ("answer_tokens", "reward") else 1))
-for axes in panels[1]:
-    axes.set_xlabel("step")
-plt.show()
+    axes.set(ylabel=title, xlabel="step", ylim=(0, None if name == "answer_tokens" else 1))
+lesson.show(
+    "Three curves over the steps of the stage, points and a smoothed line: mean reward, share of "
+    "questions whose answers differ, and tokens an answer."
+)
+print(f"answers that met the length limit: {told[0]['cut']:.0%} → {told[-1]['cut']:.0%}")
 
 # %% [markdown]
-# On held-out questions, always the same ones, so these can be compared. **Greedy** is the likeliest answer,
-# what a user would get. The bars are one standard error, √(p(1 − p)/n): a change well inside them is no
-# news.
+# Held-out questions are the same ones each time. [Greedy](glossary.ipynb#greedy-decoding) is the likeliest
+# answer, what a user would get at temperature 0; pass@1 is a sampled one. How sure are we of the difference?
+# A question's four samples are not four questions, and before and after are the *same* questions, so
+# √(p(1 − p)/n) is not the error here. Section 9 measures it properly, in pairs.
 
 # %%
 scored = [row for row in run.stage("grpo").metrics.rows() if row["kind"] == "eval"]
-names = [name for name in scored[0] if name not in ("kind", "step", "steps")]
-figure, axes = plt.subplots(figsize=(7.2, 2.9))
-for name in names:
-    p = np.array([row[name] for row in scored])
-    error = np.sqrt(p * (1 - p) / settings.eval_questions)
-    axes.errorbar([row["step"] for row in scored], p, error, fmt="o-", capsize=3, label=name)
-axes.set(xlabel="step", title=f"{settings.eval_questions} held-out questions", ylim=(0, None))
-axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-plt.show()
-for name in names:
-    print(f"{name:7} {scored[0][name]:.3f} → {scored[-1][name]:.3f}")
+figure, axes = plt.subplots(figsize=(7.2, 2.8))
+for name, marker in zip(("greedy", "pass@1", f"pass@{settings.eval_samples}"), "os^", strict=True):
+    place, values = [row["step"] for row in scored], [row[name] for row in scored]
+    axes.plot(place, values, marker + "-")
+    axes.annotate(name, (place[-1], values[-1]), (6, 0), textcoords="offset points", va="center")
+    print(f"{name:7} {values[0]:.3f} → {values[-1]:.3f}")
+axes.set(xlabel="step", ylabel="share right", ylim=(0, 1), xlim=(0, place[-1] * 1.15))
+axes.set_title(f"{settings.eval_questions} held-out questions")
+lesson.show(
+    "Share of held-out word problems answered right over the steps of the stage: greedy, one sampled answer, "
+    f"and at least one right of {settings.eval_samples}."
+)
 
 # %% [markdown]
-# The best and the worst answer to one question, from the first step and from the last:
+# The best and the worst answer to one question, from the first step and from the last. Among the wrong ones
+# you may meet the other fault that chapter 07 spoke of: a tool's result is read, and another number written
+# after the `####`. Belief in the tool is not in the reward; only the last number is.
 
 # %%
 for row in (told[0], told[-1]):
     print(f"step {row['step']}: {row['samples'][0][0]}")
     for _, text, reward in row["samples"]:
-        print(f"  {reward:.0f}  {text[-160:]!r}")
+        print(f"  {reward:.0f}  {text[-110:]!r}")
 
 # %% [markdown]
-# Was anything else harmed? Nothing rewarded the model for knowing facts or for plain text. Small steps and
-# few of them are what protects them here; others add a penalty on the distance from the starting model.
+# Was anything else harmed? Nothing rewarded the model for knowing facts or for plain text.
 
 # %%
 after = launch.stage("eval", run, of="grpo", watch=lesson.Live())
-figure, axes = plt.subplots(figsize=(7.6, 2.6))
-both = list(run.config.recipe.eval.tasks)
-for shift, found, stage in ((-0.2, before, "sft"), (0.2, after, "grpo")):
-    heights = [100 * found[name].get("text", found[name].get("accuracy", 0)) for name in both]
-    bars = axes.bar(np.arange(len(both)) + shift, heights, 0.36, label=stage)
-    axes.bar_label(bars, fmt="%.0f")
-axes.set_xticks(range(len(both)), both)
-axes.set(title="% right (four choices: by text)", ylim=(0, 112))
-axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-plt.show()
 bits = [found["compression"]["bpb"] for found in (before, after)]
 print(f"bits per byte of plain text: {bits[0]:.3f} → {bits[1]:.3f}")
 
-# %% [markdown]
-# ## 7. Is it the reward?
-#
-# Scores may rise for reasons that have nothing to do with what is rewarded: training on one's own answers
-# at temperature 1 makes any model surer of itself. With some large models even *random* rewards raised a
-# benchmark. So there is a control: `overrides = {"grpo.shuffled": True}` deals each question's rewards to
-# its answers at random, and leaves all else as it is. Only what goes beyond that run is learned from the
-# grades. Section 1 had the same control for buttons. For a text it is as easily dealt:
-
 # %%
-rewards = np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-dealt_N8 = np.random.default_rng(1).permuted(np.tile(rewards, (2000, 1)), axis=1)
-honest = grpo.advantages(rewards.tolist())
-mean_8 = np.mean([grpo.advantages(row.tolist()) for row in dealt_N8], axis=0)
-print("graded:  ", np.round(honest, 2))
-print("shuffled:", np.round(mean_8, 2), "on average over 2,000 deals")
-assert np.abs(mean_8).max() < 0.05
+figure, axes = plt.subplots(figsize=(7.6, 2.7))
+both = list(run.config.recipe.eval.tasks)
+for shift, found, colour, hatch in ((-0.2, before, "#cbd5e0", "//"), (0.2, after, lesson.BLUE, "")):
+    heights = [100 * found[name].get("text", found[name].get("accuracy", 0)) for name in both]
+    places = np.arange(len(both)) + shift
+    bars = axes.bar(places, heights, 0.36, color=colour, hatch=hatch)
+    axes.bar_label(bars, fmt="%.0f")
+axes.legend(["after SFT", "after GRPO"], loc="upper left", bbox_to_anchor=(1, 1))
+axes.set_xticks(range(len(both)), [name.replace("mmlu", "toy-MMLU") for name in both])
+axes.set(ylabel="% right (four choices: by text)", ylim=(0, 112))
+lesson.show("Bars: share right in each task, after SFT and after GRPO, with their numbers on top.")
 
 # %% [markdown]
-# ## 8. More than one step on a rollout
+# ## 8. A hack and its cure
 #
-# Writing answers is the slow part. May we take several steps on the same ones? After the first step they
-# are no longer the model's own, and the gradient above is no longer right. Two mends: weigh each token by
-# the **ratio** of its probability now and when it was said, and stop when the ratio has gone far enough:
-# the gain is min(ratio · A, clip(ratio, 1 ± ε) · A), PPO's **clipped objective**. Here drawn with
-# nanolib's own loss.
+# The tool is good for the model, so let us encourage it: **one point for each program that an answer opens**,
+# on top of the point for the right number. It sounds harmless. **Predict**, before you run it, what ten steps
+# make of it. The loop is the same, the questions are the same, and the first eight answers are too.
+
 
 # %%
-ratio_T = torch.linspace(0.4, 1.8, 141)
-nll_1T = -ratio_T.log()[None].requires_grad_()  # against an old nll of 0
-curves = {}
-for advantage in (1.0, -1.0):
-    fields = {"advantage": torch.full((1, 141), advantage), "old_nll": torch.zeros(1, 141)}
-    none = torch.zeros(1, 141, dtype=torch.long)
-    batch = Batch(inputs_BT=none, targets_BT=none, fields=fields)
-    loss = PolicyGradient(clip=0.2).sum(nll_1T, batch)
-    (push_1T,) = torch.autograd.grad(loss, nll_1T)
-    gain_T = torch.minimum(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage)
-    assert_close(loss, -gain_T.sum())
-    assert_close(push_1T[0, 60].item(), advantage, atol=1e-3, rtol=0)  # of advantage · nll
-    curves[advantage] = (gain_T, push_1T[0])
-print("at a ratio of", round(ratio_T[60].item(), 2), "the push is the plain policy gradient's")
+def programs(answers):
+    """[Q, N]: how many programs each answer opens."""
+    start = tokenizer.special("<|python_start|>")
+    return torch.tensor([[float(answer.ids.count(start)) for answer in group] for group in answers])
+
+
+def bonus(questions, answers):
+    return right(questions, answers) + programs(answers)
+
+
+hacked = Trainee()
+paid = {"honest": curve, "hacked": loop(hacked, bonus, STEPS)}
+print("paid:      ", " ".join(f"{value:.2f}" for value in paid["hacked"]))
+print("truly right", " ".join(f"{row['right']:.2f}" for row in hacked.diary))
+print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in hacked.diary))
 
 # %%
-figure, panels = plt.subplots(1, 2, figsize=(7.6, 2.7))
-for (advantage, (gain_T, push_T)), colour in zip(
-    curves.items(), (lesson.GREEN, lesson.RED), strict=True
+asked, after_hack = hacked.sample(STEPS)
+ranked = sorted(
+    zip(programs(after_hack).flatten().tolist(), itertools.chain(*after_hack), strict=True),
+    key=lambda pair: pair[0],
+)
+for count, answer in (ranked[-1], ranked[len(ranked) // 2]):
+    print(f"{count:.0f} programs: {tokenizer.decode(answer.ids)!r}"[:420])
+
+# %% [markdown]
+# What we *meant* was "use the tool". What we *paid for* was a marker. Opening is cheaper than using, so the
+# model opens and opens. This is [reward hacking](glossary.ipynb#reward-hacking), or Goodhart's law: a measure
+# that becomes a target ceases to be a good measure. The 29 − 26 of section 1 was the same thing in small. No
+# line of the loop is wrong, and the reward curve alone looks like a triumph. That is why true accuracy is
+# kept apart.
+#
+# Two cures. The better one is to pay for what you mean; you write it in exercise 8.5. The other works even
+# where you do not know how you will be cheated: a leash. Pay for reward, and charge for every step *away
+# from the model you started from*. How far a policy has moved is told by the
+# [KL divergence](glossary.ipynb#kl-divergence), the mean of log π(answer) − log π_ref(answer) over the policy's
+# own answers. Taking it off the reward takes ten lines and leaves the loop alone:
+
+
+# %%
+def leashed(reward, policy, reference, beta):
+    """A reward with a price: beta for each nat that an answer's log p has moved from the reference."""
+
+    @torch.no_grad()
+    def priced(questions, answers):
+        log_p_BT, chosen_BT = policy.log_p(questions, answers)
+        reference_BT, _ = reference.log_p(questions, answers)
+        moved_B = ((log_p_BT - reference_BT) * chosen_BT).sum(dim=1)
+        rewards_QN = reward(questions, answers)
+        policy.moved = [*getattr(policy, "moved", []), moved_B.mean().item()]
+        return rewards_QN - beta * moved_B.view_as(rewards_QN)
+
+    return priced
+
+
+on_leash = Trainee()
+loop(on_leash, leashed(bonus, on_leash, Trainee(), beta=0.3), STEPS)
+print("truly right", " ".join(f"{row['right']:.2f}" for row in on_leash.diary))
+print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in on_leash.diary))
+print("moved, nats", " ".join(f"{value:.2f}" for value in on_leash.moved))
+
+# %% [markdown]
+# Why does that hold? The policy that is best under reward − β · KL can be written down: it gives each answer
+# the probability π_ref(answer) · exp(reward / β), up to a constant. With β = 0.3, one more program makes an
+# answer e^(1/0.3) ≈ 28 times as likely as it was, which is still little where it was one in ten thousand; with
+# β = 0.1 it would be 22,000 times. The leash does not know right from wrong: it slows the honest part of the reward as
+# well. DeepSeekMath uses β = 0.04 a token, in the loss instead of the reward; R1-like trainings often drop
+# it, where the grade cannot be cheated.
+#
+# And a fourth run, the control: honest rewards, dealt at random to the answers of each question.
+
+
+# %%
+def shuffled(questions, answers):
+    deals = torch.Generator().manual_seed(seed_of(len(control.diary), "deal"))
+    return torch.stack(
+        [row[torch.randperm(len(row), generator=deals)] for row in right(questions, answers)]
+    )
+
+
+control = Trainee()
+paid["shuffled"] = loop(control, shuffled, STEPS)
+paid["on a leash"] = [row["right"] + row["programs"] for row in on_leash.diary]
+runs = {"honest": honest, "hacked": hacked, "on a leash": on_leash, "shuffled": control}
+for name, trainee in runs.items():
+    first, last = trainee.diary[0], trainee.diary[-1]
+    print(f"{name:11}", *(f"{key} {first[key]:.2f} → {last[key]:.2f}  " for key in first))
+
+# %%
+figure, panels = plt.subplots(2, 2, figsize=(7.6, 5), sharex=True)
+looks = ((lesson.BLUE, "o-"), (lesson.RED, "x-"), (lesson.GREEN, "s--"), (lesson.VIOLET, "^:"))
+for (name, trainee), (colour, look) in zip(runs.items(), looks, strict=True):
+    rows = [{"paid": value} | row for value, row in zip(paid[name], trainee.diary, strict=True)]
+    for axes, key in zip(panels.flat, ("paid", "right", "in form", "entropy"), strict=True):
+        values = [row[key] for row in rows]
+        axes.plot(range(1, STEPS + 1), values, look, color=colour, markersize=4, label=name)
+        axes.set(ylabel=key, ylim=(0, None if key in ("paid", "entropy") else 1.05))
+panels[0, 0].set(yscale="symlog", ylabel="paid (logarithmic from 1 on)")
+panels[1, 1].set(ylabel="entropy, nats a chosen token")
+figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+lesson.show(
+    "Four runs over the same steps in four panels: what is paid, share truly right, share in the right "
+    "form, entropy. Where the first rises and the second falls, a reward is hacked."
+)
+
+# %% [markdown]
+# One seed, ten steps and eight questions: enough to see what a hack looks like, not enough to call the other
+# differences a law. Note that *form* and *being right* are two things. A run whose accuracy rises because
+# more answers reach their `####` has learned a form.
+#
+# **Exercise 8.5 ★★ · 10 minutes · build** Pay for what you mean.
+# A better bonus: half a point for using a program, at most once an answer, and only where the answer is
+# right. A right answer without one still earns its point. If you like, hand it to `loop` afterwards: does
+# the hack come back?
+
+
+# %% tags=["exercise"]
+def gated(right_QN, programs_QN):
+    """right_QN [Q, N] of 0 and 1, programs_QN [Q, N] of counts -> rewards [Q, N]."""
+    ...
+
+
+checks.verify("8.5", gated)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What must a wrong answer earn, however many programs it opens?</details>
+# <details><summary>Hint 2</summary>Something times <code>right_QN</code>; <code>clamp(max=1)</code> makes
+# five programs count as one.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def gated(right_QN, programs_QN):
+#     return right_QN * (1 + 0.5 * programs_QN.clamp(max=1))
+# ```
+#
+# `loop(Trainee(), lambda q, a: gated(right(q, a), programs(a)), STEPS)` trains with it. A gate leaves little
+# to cheat: opening more pays nothing, and a wrong answer pays nothing.
+#
+# </details>
+
+# %% [markdown]
+# ## 9. New ability, or the same one more often?
+#
+# How often is an answer right (pass@1)? And how often is at least one of *k* right
+# ([pass@k](glossary.ipynb#pass-at-k))? From *n* samples of which *c* are right, of all ways to take *k* of
+# them, count those without a right one:
+#
+# $$\text{pass@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k}$$
+#
+# **Exercise 8.6 ★★ · 8 minutes · build** pass@k.
+# Write it. Why not simply 1 − (1 − c/n)ᵏ? (The check knows that one.)
+
+
+# %% tags=["exercise"]
+def my_pass_at_k(n, c, k):
+    """The chance that of k of n answers, c of which are right, at least one is right."""
+    ...
+
+
+checks.verify("8.6", my_pass_at_k)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>How many ways are there to take k of n? And of the wrong ones
+# alone?</details>
+# <details><summary>Hint 2</summary><code>math.comb(n, k)</code> counts them, and is 0 where k is larger than
+# n.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# import math
+#
+#
+# def my_pass_at_k(n, c, k):
+#     return 1 - math.comb(n - c, k) / math.comb(n, k)
+# ```
+#
+# The other formula puts each answer back before it draws the next, and so may draw the same wrong one twice.
+#
+# </details>
+
+# %%
+for n in range(1, 8):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        ways = list(itertools.combinations([place < c for place in range(n)], k))
+        assert abs(pass_at_k(n, c, k) - np.mean([any(way) for way in ways])) < 1e-9
+print("pass@1, 2, 4 with 1 of 4 right:", [pass_at_k(4, 1, k) for k in (1, 2, 4)])
+
+# %% [markdown]
+# It is often said that training on graded answers only *sharpens*: the model says more often what it could
+# already say now and then, and for large *k* gains nothing (Yue et al.). That is contested, and it is a
+# question one can ask *this* model. Sixteen samples for each held-out question, before and after. If
+# pass@1 rises and pass@8 stands still, it sharpened. If pass@8 rises as well, it reaches answers that it did
+# not reach in eight tries before.
+
+# %%
+HELD_OUT, DRAWN, KS = (40, 16, range(1, 9)) if profile == "demo" else (4, 16, range(1, 9))
+passes = {}
+for stage in ("sft", "grpo"):
+    solver = Policy(stage, test_task, HELD_OUT, DRAWN)
+    counts = [
+        int(sum(solver.problems.rewards(q, map(solver.problems.text, group))))
+        for q, group in zip(*solver.sample(0), strict=True)
+    ]
+    passes[stage] = np.array([[pass_at_k(DRAWN, c, k) for k in KS] for c in counts])
+gain_QK = passes["grpo"] - passes["sft"]  # the same questions: differences, then their spread
+gain_K, error_K = gain_QK.mean(axis=0), gain_QK.std(axis=0, ddof=1) / len(gain_QK) ** 0.5
+for k in (1, 2, 4, 8):
+    ends = [passes[stage][:, k - 1].mean() for stage in passes]
+    print(
+        f"pass@{k}: {ends[0]:.3f} → {ends[1]:.3f}, gain {gain_K[k - 1]:+.3f} ± {error_K[k - 1]:.3f}"
+    )
+
+# %%
+figure, (left, right_axes) = plt.subplots(1, 2, figsize=(7.6, 2.9))
+for stage, (colour, look) in zip(passes, ((lesson.GREY, "s--"), (lesson.BLUE, "o-")), strict=True):
+    left.plot(KS, passes[stage].mean(axis=0), look, color=colour)
+    left.annotate(
+        stage, (8, passes[stage][:, -1].mean()), (6, 0), textcoords="offset points", va="center"
+    )
+left.set(xlabel="k", ylabel="pass@k", ylim=(0, 1), xlim=(0.7, 9.3))
+right_axes.errorbar(KS, gain_K, error_K, fmt="o", capsize=3, color=lesson.BLUE)
+right_axes.axhline(0, color="black", linewidth=0.8)
+right_axes.set(xlabel="k", ylabel="gain, same questions (± 1 error)")
+lesson.show(
+    f"Left: pass@k for k from 1 to 8 on {HELD_OUT} held-out questions, before (sft) and after (grpo). Right: "
+    "the gain in pairs with its standard error."
+)
+
+# %% [markdown]
+# The bars are one standard error of a mean of *paired* differences: the spread over questions of "after minus
+# before", divided by the root of their number. A question that is easy for both drops out, which is why
+# pairs see more than two separate bars. With 40 questions a gain of a few hundredths is inside the noise;
+# with ten times as many the bar would be a third as wide. What does your plot say: sharper, or further?
+#
+# ## 10. Is it the reward?
+#
+# Scores can rise for reasons that have nothing to do with being right. With some large models even *random*
+# rewards raised a benchmark (Shao et al., 2025). So every claim of this kind needs the control. For the whole
+# stage, it was run for three seeds when the demo was measured, with `{"grpo.shuffled": True}`: the same
+# questions and answers, each question's rewards dealt to its answers at random.
+
+# %%
+source = (config.REPOSITORY / "runs/bench/demo.md").read_text()
+rows = [
+    [cell.strip() for cell in line.split("|")[1:-1]] for line in source.splitlines() if "|" in line
+]
+figures = {row[0]: row[2:5] for row in rows}
+told_honest, told_shuffled = (
+    [float(cell) for cell in figures[f"{name}: sampled, gain"]]
+    for name in ("GRPO", "shuffled rewards")
+)
+print("measured on", *re.findall(r"\d{4}-\d\d-\d\d", source)[:1], "(runs/bench/demo.md)")
+differences = np.subtract(told_honest, told_shuffled)
+for seed, (one, other, gap) in enumerate(
+    zip(told_honest, told_shuffled, differences, strict=True), 1
 ):
-    panels[0].plot(ratio_T, gain_T, color=colour, label=f"advantage {advantage:+.0f}")
-    panels[1].plot(ratio_T, push_T, color=colour)
-for axes, title in zip(panels, ("gain", "push on log p"), strict=True):
-    axes.axvline(1, color="black", linewidth=0.8, ls=":")
-    axes.set(title=title, xlabel="probability now / when it was said")
-panels[0].legend(loc="lower left")
-plt.show()
+    print(f"seed {seed}: honest {one:+.3f}, shuffled {other:+.3f}, difference {gap:+.3f}")
+print(f"paired difference {differences.mean():.3f} ± {differences.std(ddof=1) / 3**0.5:.3f}")
 
-# %% [markdown]
-# A good answer is pushed until it is 1.2 times as likely, and then left alone; a bad one until it is 0.8
-# times. But one that went the *wrong* way is pushed back, however far it is. With one step a rollout
-# (`grpo.updates_each = 1`, what all profiles do) every ratio is 1, and none of this matters.
-#
-# ## Exercises
-#
-# **1.** Rewards need not be 0 and 1. What are the advantages when *all* of a group's rewards are `r`? And
-# how much do they change if every reward gets `c` more? Write a group's advantages for `c + reward`.
-
-
-# %% tags=["exercise"]
-def shifted_advantages(rewards, c):
-    return ...
-
-
-lesson.check(
-    shifted_advantages,
-    ([1.0, 1.0, 1.0], 0, [0.0, 0.0, 0.0]),
-    ([1.0, 0.0], 5, [0.5, -0.5]),
+# %%
+figure, axes = plt.subplots(figsize=(7.2, 2.8))
+for seed, pair in enumerate(zip(told_shuffled, told_honest, strict=True), 1):
+    axes.plot([seed, seed], pair, "-", color=lesson.GREY, linewidth=1)
+    axes.plot(seed, pair[0], "^", color=lesson.VIOLET, markersize=8)
+    axes.plot(seed, pair[1], "o", color=lesson.BLUE, markersize=8)
+axes.text(3.08, told_honest[-1], "honest rewards", va="center", color=lesson.BLUE)
+axes.text(3.08, told_shuffled[-1], "shuffled rewards", va="center", color=lesson.VIOLET)
+axes.axhline(0, color="black", linewidth=0.8)
+axes.set(xlabel="seed", ylabel="gain in pass@1", xticks=(1, 2, 3), xlim=(0.7, 4))
+lesson.show(
+    "Gain in sampled accuracy by the whole stage for three seeds, honest rewards and shuffled ones joined "
+    f"by a line for each seed: on average {differences.mean():.2f} apart."
 )
 
 # %% [markdown]
-# <details><summary>Solution</summary>
+# In the runs of 2026-11-24 shuffled rewards did not merely gain nothing: they lost 8 to 21 points. A random
+# push is not a gentle one. Every step praises some wrong answers and blames some right ones, and forty such
+# steps walk away from what SFT had taught. (Gains are on 400 held-out problems with four samples each, in the
+# toy world as it was on that day. Entropy and form were not recorded there; section 8's violet line has them,
+# for ten steps and one seed.) What goes beyond the control is what the grades taught.
 #
-# ```python
-# def shifted_advantages(rewards, c):
-#     return grpo.advantages([c + reward for reward in rewards])
-# ```
-#
-# Zero, and not at all. A bonus for all ("you answered!") teaches nothing either.
-#
-# </details>
-#
-# **2.** A group's mean contains the answer itself. A cleaner baseline is the mean of the *others*
-# (leave one out, RLOO). Write it, and find its ratio to reward − mean.
+# **If you have an evening (open)** Invent a reward of your own: full stops, the letter e, short answers,
+# long ones. Write down before each run what you expect at step ten; then add a leash and find the smallest β
+# that keeps `truly right` where it started. Nobody has the answer for your run.
 
-
-# %% tags=["exercise"]
-def leave_one_out(rewards):
-    return ...
-
-
-lesson.check(
-    leave_one_out,
-    ([1.0, 0.0, 0.0, 0.0], [1.0, -1 / 3, -1 / 3, -1 / 3]),
-    ([1.0, 0.0], [1.0, -1.0]),
-)
+# %%
+sandbox.close()
+print("sandbox closed;", f"{sum(len(t.diary) for t in runs.values())} steps by hand")
 
 # %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def leave_one_out(rewards):
-#     total, others = sum(rewards), len(rewards) - 1
-#     return [reward - (total - reward) / others for reward in rewards]
-# ```
-#
-# It is n / (n − 1) times reward − mean, for every answer: another learning rate, nothing more.
-#
-# </details>
-#
-# **3.** GRPO as first written takes each answer's mean over its tokens, then the mean of the answers. Here
-# the sum over all tokens is divided by their number. What weight does *each token* of each answer get,
-# before its advantage? Write both, for answers of given lengths.
-
-
-# %% tags=["exercise"]
-def token_weights(lengths, by_answer):
-    return ...
-
-
-lesson.check(
-    token_weights,
-    ([10, 40], True, [0.05, 0.0125]),
-    ([10, 40], False, [0.02, 0.02]),
-)
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def token_weights(lengths, by_answer):
-#     if by_answer:
-#         return [1 / length / len(lengths) for length in lengths]
-#     return [1 / sum(lengths) for _ in lengths]
-# ```
-#
-# By answer, the tokens of a long answer weigh less. If it is wrong, it is punished less for each token the
-# longer it is: the model learns to ramble when it is lost (Dr. GRPO and DAPO both saw it).
-#
-# </details>
-#
-# **4.** GRPO as first written also divides each group's advantages by their standard deviation. With `right`
-# of `n` answers right, how large does the advantage of a right answer become?
-
-
-# %% tags=["exercise"]
-def divided_advantage(n, right):
-    return ...
-
-
-lesson.check(divided_advantage, (8, 4, 1.0), (8, 1, 2.645751), (8, 7, 0.377964))
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def divided_advantage(n, right):
-#     p = right / n
-#     return (1 - p) / (p * (1 - p)) ** 0.5
-# ```
-#
-# So a question with one right answer in eight weighs more than it does without the division, compared
-# with one that is right half of the time. It lifts the very hard and the very easy ones, which say least.
-#
-# </details>
-#
 # ## To read
 #
 # - Shao et al., *DeepSeekMath* (where GRPO comes from),
@@ -590,14 +1061,17 @@ lesson.check(divided_advantage, (8, 4, 1.0), (8, 1, 2.645751), (8, 7, 0.377964))
 #   [arXiv:2503.14476](https://arxiv.org/abs/2503.14476)
 # - Schulman et al., *Proximal Policy Optimization* (clipping),
 #   [arXiv:1707.06347](https://arxiv.org/abs/1707.06347)
-# - Ahmadian et al., *Back to Basics* (leave one out),
+# - Ahmadian et al., *Back to Basics* (REINFORCE is enough; leave one out),
 #   [arXiv:2402.14740](https://arxiv.org/abs/2402.14740)
+# - Gao et al., *Scaling Laws for Reward Model Overoptimization* (reward up, quality down, against KL),
+#   [arXiv:2210.10760](https://arxiv.org/abs/2210.10760)
 # - Chen et al., *Evaluating Large Language Models Trained on Code* (pass@k),
 #   [arXiv:2107.03374](https://arxiv.org/abs/2107.03374)
 # - Yue et al., *Does Reinforcement Learning Really Incentivize Reasoning Capacity in LLMs Beyond the Base
-#   Model?*, [arXiv:2504.13837](https://arxiv.org/abs/2504.13837)
+#   Model?* (sharpening), [arXiv:2504.13837](https://arxiv.org/abs/2504.13837)
 # - Shao et al., *Spurious Rewards* (why a control is needed),
 #   [arXiv:2506.10947](https://arxiv.org/abs/2506.10947)
 #
 # In the code: `nanolib/grpo.py`, `Engine.answers` in `nanolib/engine.py`, `grpo` in `nanolib/stages/training.py`.
-# **Next:** 09, the card and the chat.
+#
+# **Next:** [09, the card and the chat](09_chat.ipynb).

@@ -250,7 +250,8 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
     left.plot(steps, losses, color=GREY, linewidth=0.8, alpha=0.7)
     left.plot(steps, smooth(losses, keep=1 - 20 / min(400, max(40, last))), color=BLUE)
-    left.set_title("training loss (nats a token)")
+    graded = any(row["kind"] == "rollout" for row in rows)  # GRPO's loss has weights of both signs
+    left.set_title("loss, weighted by advantage" if graded else "training loss (nats a token)")
     scores = _scores(rows)
     for name, points in scores.items():
         values = " → ".join(f"{value:.3f}" for _, value in dict.fromkeys((points[0], points[-1])))

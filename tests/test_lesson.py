@@ -156,6 +156,11 @@ def test_curves_show_what_is_left_and_both_scores():
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["bpb 1.500"]
 
 
+def test_a_loss_weighted_by_advantages_is_not_called_nats():
+    left, _ = lesson.curves([*rows(3), {"kind": "rollout", "step": 1, "reward": 0.5}]).axes
+    assert "advantage" in left.get_title(loc="left") and "nats" not in left.get_title(loc="left")
+
+
 def test_curves_show_every_held_out_loss():
     scored = [
         {"kind": "eval", "step": step, "smoltalk_loss": 3.0 - step, "gsm8k_loss": 1.0}
