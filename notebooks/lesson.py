@@ -452,6 +452,62 @@ def road(run: Run) -> Figure:
     return figure
 
 
+STREAM = ("embedding", "norm", "attention", "rotary", "mlp", "add", "head")  # in chapter 02's order
+
+
+def stream(now: str) -> None:
+    """The model as a road of vectors from bottom to top, with the part `now` lit up.
+
+    Parts that the chapter has reached before it are filled, those to come are dashed.
+    """
+    from matplotlib import pyplot as plt
+
+    reached = STREAM.index(now)
+    _, axes = plt.subplots(figsize=(4.6, 3.9))
+    axes.set(xlim=(-0.6, 6.6), ylim=(-0.4, 9.4))
+    axes.axis("off")
+    axes.plot([1, 1], [0.2, 8.3], color=GREY, linewidth=7, alpha=0.45, zorder=0)
+    axes.text(0.62, 4.2, "residual stream", rotation=90, ha="right", va="center", color="#4a5568")
+
+    def part(x: float, y: float, name: str, text: str) -> None:
+        place = STREAM.index(name)
+        lit = place == reached
+        look: dict[str, Any] = {
+            "fc": "#fde7c8" if lit else PASTELS[0] if place < reached else "white",
+            "ec": ORANGE if lit else BLUE if place < reached else GREY,
+            "lw": 2.6 if lit else 1.2,
+            "ls": "-" if place <= reached else "--",
+        }
+        shape = "circle,pad=0.15" if text == "+" else "round,pad=0.35"
+        weight = "bold" if lit else "normal"
+        box = {"boxstyle": shape, **look}
+        axes.text(x, y, text, ha="center", va="center", fontsize=10, weight=weight, bbox=box)
+
+    def arrow(*ends: tuple[float, float]) -> None:
+        for start, end in itertools.pairwise(ends):
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#4a5568"})
+
+    for leave, back, name, text in ((1.6, 3.6, "attention", "attention"), (4.7, 6.5, "mlp", "MLP")):
+        arrow((1, leave), (2.6, leave))
+        arrow((3.4, leave), (5, leave), (5, back), (1.3, back))
+        part(3, leave, "norm", "norm")
+        part(5, (leave + back) / 2, name, text)
+        part(1, back, "add", "+")
+    part(3.3, 3.05, "rotary", "rotary")
+    arrow((3.9, 2.9), (4.25, 2.7))
+    part(1, 0, "embedding", "embedding, norm")
+    part(1, 8.6, "head", "norm, head, cap")
+    brace = {"arrowstyle": "|-|,widthA=0.3,widthB=0.3", "color": GREY}
+    axes.annotate("", (6.1, 1.2), (6.1, 6.9), arrowprops=brace)
+    axes.text(6.3, 4.05, "one block, × depth", rotation=90, va="center", color="#4a5568")
+    before = ", ".join(STREAM[:reached]) or "nothing"
+    show(
+        "The model as a vertical road, the residual stream, from the embedding below to the head "
+        "above; attention and the MLP are side trips that add to it. "
+        f"Lit up now: {now}; reached before: {before}."
+    )
+
+
 def tree(path: Path, depth: int = 2, level: int = 0) -> None:
     """Print a directory: what is in it, and how large, `depth` folders deep."""
     name = "    " * level + path.name

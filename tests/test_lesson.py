@@ -340,3 +340,16 @@ def test_check_shows_the_case_that_failed(capsys):
 
     lesson.check(double, (2, 4), (3, 6))
     assert capsys.readouterr().out == "✗ double(3) should be 6, but it is 5\n"
+
+
+@pytest.mark.parametrize("now", lesson.STREAM)
+def test_one_part_of_the_model_is_lit_and_those_before_it_are_named(now, monkeypatch):
+    figures = []
+    monkeypatch.setattr(lesson, "show", lambda alt: figures.append((plt.gcf(), alt)))
+    lesson.stream(now)
+    ((figure, alt),) = figures
+    lit = {text.get_text() for text in figure.axes[0].texts if text.get_weight() == "bold"}
+    names = {"embedding": "embedding, norm", "mlp": "MLP", "add": "+", "head": "norm, head, cap"}
+    assert lit == {names.get(now, now)} and f"now: {now};" in alt
+    assert f"before: {', '.join(lesson.STREAM[: lesson.STREAM.index(now)]) or 'nothing'}." in alt
+    plt.close(figure)
