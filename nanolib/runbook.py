@@ -78,7 +78,10 @@ def _exporter() -> HTMLExporter:
         config=Config(
             {
                 "NbConvertBase": {"display_data_priority": SHOWN},
-                "TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["parameters"]},
+                "TagRemovePreprocessor": {
+                    "enabled": True,
+                    "remove_cell_tags": ["parameters", "colab"],
+                },
             }
         ),
         template_name="runbook",

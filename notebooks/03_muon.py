@@ -14,6 +14,21 @@
 # ---
 
 # %% [markdown]
+# [▶ Open this chapter in Colab](https://colab.research.google.com/github/OWNER/nanolib/blob/main/notebooks/03_muon.ipynb): nothing to install on your machine.
+
+# %% tags=["colab"]
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the course, install it
+    source, course = "https://github.com/OWNER/nanolib", "/content/nanolib"
+    subprocess.run(["git", "clone", "-q", "--depth=1", source, course], check=True)
+    os.chdir(f"{course}/notebooks")
+    sys.path[:0] = [course, f"{course}/notebooks"]
+    subprocess.run([sys.executable, "colab.py"], check=True)
+
+# %% [markdown]
 # # 03 · The optimizer
 #
 # A gradient says for every weight which way is uphill. It does not say how far to go the other way.

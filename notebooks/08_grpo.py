@@ -14,6 +14,21 @@
 # ---
 
 # %% [markdown]
+# [▶ Open this chapter in Colab](https://colab.research.google.com/github/OWNER/nanolib/blob/main/notebooks/08_grpo.ipynb): nothing to install on your machine.
+
+# %% tags=["colab"]
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the course, install it
+    source, course = "https://github.com/OWNER/nanolib", "/content/nanolib"
+    subprocess.run(["git", "clone", "-q", "--depth=1", source, course], check=True)
+    os.chdir(f"{course}/notebooks")
+    sys.path[:0] = [course, f"{course}/notebooks"]
+    subprocess.run([sys.executable, "colab.py"], check=True)
+
+# %% [markdown]
 # # 08 · Learning from answers that can be graded
 #
 # So far the model has imitated: we showed it an answer and made that answer likelier. For a word problem

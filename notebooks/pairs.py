@@ -17,6 +17,7 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
+from notebooks.colab import REPOSITORY
 from nanolib import config, pipeline
 from nanolib.rundir import Run, write_atomic
 
@@ -152,7 +153,7 @@ def minutes(source: Path) -> tuple[int, int]:
             words += len(
                 re.sub(r"<details>.*?</details>", "", cell.source, flags=re.DOTALL).split()
             )
-        elif not {"exercise", "open"} & set(cell.metadata.get("tags", [])):
+        elif not {"exercise", "open", "colab"} & set(cell.metadata.get("tags", [])):
             lines += sum(bool(line.strip()) for line in cell.source.splitlines())
     practice = sum(int(found[4]) for found in HEADING.finditer(source.read_text(encoding="utf-8")))
     return _to_five(words / 200 + lines * 4 / 60), _to_five(practice)
@@ -162,9 +163,55 @@ def _to_five(value: float) -> int:
     return max(5, 5 * round(value / 5)) if value else 0
 
 
+# ---------------------------------------------------------------------------- one click
+
+BADGE = """# %% [markdown]
+# [▶ Open this chapter in Colab]({address}): nothing to install on your machine.
+
+# %% tags=["colab"]
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the course, install it
+    source, course = "{repository}", "/content/nanolib"
+    subprocess.run(["git", "clone", "-q", "--depth=1", source, course], check=True)
+    os.chdir(f"{{course}}/notebooks")
+    sys.path[:0] = [course, f"{{course}}/notebooks"]
+    subprocess.run([sys.executable, "colab.py"], check=True)
+
+"""
+
+
+def badge(source: Path) -> str:
+    """The two cells that a chapter begins with: a link that opens it in Colab, and its set-up."""
+    host, path = "https://colab.research.google.com/github", REPOSITORY.split("/", 3)[3]
+    address = f"{host}/{path}/blob/main/notebooks/{source.stem}.ipynb"
+    return BADGE.format(address=address, repository=REPOSITORY)
+
+
+def put_badges() -> None:
+    """Begin every chapter and its twin with its badge, in place of an older one."""
+    for source in pipeline.chapters():
+        head, text = source.read_text(encoding="utf-8").split("# %% [markdown]\n", 1)
+        text = "# %% [markdown]\n" + text
+        if 'tags=["colab"]' in text:
+            text = "# %% [markdown]\n" + text.split("# %% [markdown]\n", 2)[2]
+        source.write_text(head + badge(source) + text, encoding="utf-8")
+        twin = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+        kept = [c for c in twin.cells if "colab" not in c.metadata.get("tags", [])]
+        kept = [c for c in kept if "Open this chapter in Colab" not in c.source]
+        twin.cells = _plain(source).cells[:2] + kept
+        twin.cells[0].id, twin.cells[1].id = "colab-link", "colab-install"
+        nbformat.write(twin, source.with_suffix(".ipynb"))
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] != ["minutes"]:
-        sys.exit("usage: python notebooks/pairs.py minutes")
-    for chapter in pipeline.chapters():
-        reading, practice = minutes(chapter)
-        print(f"{chapter.stem:<18} {reading:>3} to read and run, {practice:>3} more with exercises")
+    if sys.argv[1:] == ["badges"]:
+        put_badges()
+    elif sys.argv[1:] == ["minutes"]:
+        for chapter in pipeline.chapters():
+            reading, practice = minutes(chapter)
+            print(f"{chapter.stem:<18} {reading:>3} to read and run, {practice:>3} with exercises")
+    else:
+        sys.exit("usage: python notebooks/pairs.py minutes | badges")

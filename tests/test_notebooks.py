@@ -36,7 +36,9 @@ each_rebuilt = pytest.mark.parametrize("source", REBUILT, ids=[path.stem for pat
 
 
 def code_cells(notebook) -> list:
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+    """All but the first, which installs the course in Colab."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if "colab" not in tags(cell)]
 
 
 def tags(cell) -> list[str]:
@@ -81,6 +83,15 @@ def test_the_notebook_names_its_kernel_and_holds_no_error(source):
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert source.with_suffix(".ipynb").stat().st_size <= pairs.MAX_BYTES == 700_000
+
+
+@each_chapter
+def test_a_chapter_begins_with_one_click_in_the_browser(source):
+    """`python notebooks/pairs.py badges` writes these two cells."""
+    assert source.read_text().count(pairs.badge(source)) == 1
+    link, install = jupytext.read(source.with_suffix(".ipynb")).cells[:2]
+    assert f"/blob/main/notebooks/{source.stem}.ipynb)" in link.source
+    assert tags(install) == ["colab"] and pairs.REPOSITORY in install.source
 
 
 @each_chapter
