@@ -140,6 +140,11 @@
 # PPO's clipping takes away the reason to move a probability further than a factor of 1 ± ε in one
 # update.
 #
+# ### code point
+#
+# The number that Unicode gives to a character: 65 for A, 8,364 for €. UTF-8 says which bytes it is
+# written with.
+#
 # ### context length
 #
 # How many tokens a model can look back on. It is limited by the lengths seen in training and by
@@ -159,6 +164,11 @@
 #
 # Training on several devices that all hold the same model and each take a part of the batch. Their
 # gradients are summed, so that they all make the same step.
+#
+# ### dead merge
+#
+# A merge whose token no longer occurs, because later merges have swallowed every occurrence: a step
+# on the way to a longer word. Its number and its rows in the model stay.
 #
 # ### decode
 #
