@@ -14,7 +14,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -115,7 +114,6 @@ class RolloutSource:
         self.reward = reward or questions.rewards
         self.nll = nll or self.engine.model.nll
         self.metrics = metrics
-        self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def updates(self, step: int) -> list[list[Batch]]:
         rollouts = self.rollouts(step)
@@ -127,10 +125,13 @@ class RolloutSource:
 
     def rollouts(self, step: int) -> list[Rollout]:
         """This rank's share of a step."""
-        config, count = self.config, len(self.usable)
+        config, count, orders = self.config, len(self.usable), {}
         first = step * config.questions
         draws = range(first, first + config.questions)[self.runtime.rank :: self.runtime.world_size]
-        questions = [int(self._order(draw // count)[draw % count]) for draw in draws]
+        for epoch in {draw // count for draw in draws}:
+            rng = np.random.default_rng(seed_of(self.seed, "questions", epoch))
+            orders[epoch] = rng.permutation(self.usable)
+        questions = [int(orders[draw // count][draw % count]) for draw in draws]
         answers = self.questions.answers(
             questions,
             config.samples,
@@ -139,10 +140,6 @@ class RolloutSource:
             top_k=config.top_k,
         )
         return [self._graded(*pair) for pair in zip(questions, answers, strict=True)]
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng(seed_of(self.seed, "questions", epoch))
-        return rng.permutation(self.usable)
 
     def _graded(self, question: int, answers: list[Answer]) -> Rollout:
         texts = [self.questions.text(answer) for answer in answers]

@@ -47,35 +47,32 @@ def evaluate(
 def by_letter(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:
     """Whether the right choice's letter is the likeliest of the question's letters."""
     letters = [[engine.tokenizer.encode(letter)[0]] for letter in LETTERS]
-    asked = [(task.unanswered(i), letters[: len(task.choices(i))]) for i in questions]
-    return _grades(engine, task, questions, asked)
+    asked = [task.unanswered(i) for i in questions]
+    answers = [letters[: len(task.choices(i))] for i in questions]
+    return _grades(engine, task, questions, asked, answers)
 
 
 def by_text(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:
     """Whether the right choice's text is the likeliest answer to the question alone."""
     tokenizer = engine.tokenizer
     end = tokenizer.special("<|assistant_end|>")
-    asked = [
-        (
-            Conversation.ask(task.question(i)),
-            [[*tokenizer.encode(choice), end] for choice in task.choices(i)],
-        )
-        for i in questions
-    ]
-    return _grades(engine, task, questions, asked)
+    asked = [Conversation.ask(task.question(i)) for i in questions]
+    texts = [[[*tokenizer.encode(text), end] for text in task.choices(i)] for i in questions]
+    return _grades(engine, task, questions, asked, texts)
 
 
 def _grades(
     engine: Engine,
     task: ChoiceTask,
     questions: Sequence[int],
-    asked: Sequence[tuple[Conversation, list[list[int]]]],
+    asked: Sequence[Conversation],
+    answers: Sequence[list[list[int]]],
 ) -> list[Grade]:
     """Compare the log-probabilities of each question's answers (ids)."""
     # Of <|bos|> <|user_start|> question <|user_end|> <|assistant_start|> the question may be cut.
     prompts = [
-        [Prompt(question.prompt(engine.tokenizer), answers, head=2, tail=2)]
-        for question, answers in asked
+        [Prompt(question.prompt(engine.tokenizer), ids, head=2, tail=2)]
+        for question, ids in zip(asked, answers, strict=True)
     ]
     scored = score_questions(engine.model, prompts, engine.runtime)
     return [
