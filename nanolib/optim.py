@@ -231,16 +231,14 @@ class MuonAdamW:
         stacked = group.stack([p.data for p in group.params], self.runtime.world_size)
         first = self.runtime.rank * group.share
         weight = stacked[first : first + group.share].clone()
-        config, state, lr = self.config, group.state, group.lr * lr_scale
+        config, lr = self.config, group.lr * lr_scale
+        moments = [group.state[slot] for slot in SLOTS[group.rule]]
         if group.rule == "muon":
             steps = config.newton_schulz_steps
-            muon_step(
-                weight, grad, state["momentum"], lr=lr, momentum=momentum, newton_schulz_steps=steps
-            )
+            muon_step(weight, grad, *moments, lr=lr, momentum=momentum, newton_schulz_steps=steps)
         else:
             settings = {"eps": config.adam_eps, "weight_decay": config.weight_decay}
             betas = (config.adam_beta1, config.adam_beta2)
-            moments = state["moment1"], state["moment2"]
             adamw_step(weight, grad, *moments, step=self.steps, lr=lr, betas=betas, **settings)
         if self.runtime.world_size > 1:
             dist.all_gather_into_tensor(stacked, weight)

@@ -277,7 +277,6 @@ def find(name: str) -> type[Task]:
 
 
 def load(name: str, split: str, mirror: Path) -> Task:
-    """One split of a task. Raises ValueError for an unknown task."""
     return find(name)(split, mirror)
 
 

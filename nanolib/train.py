@@ -100,8 +100,9 @@ class Trainer:
         """Resume, train to the last step, save. Scores come after the save, and after a resume."""
         self.resume()
         self._saved_at = time.monotonic()
-        if not self._scored():
-            self.run_score()
+        rows = self.stage.metrics.rows()
+        if not any(row["kind"] == "eval" and row["step"] == self.step for row in rows):
+            self.run_score()  # the interruption came between the save and the score
         while self.step < self.steps:
             started = time.perf_counter()
             row, stop, save = self.train_step()
@@ -204,11 +205,6 @@ class Trainer:
         due = self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
         if due and self.score is not None:
             self.score(self)
-
-    def _scored(self) -> bool:
-        """Whether this step was scored before the interruption."""
-        rows = self.stage.metrics.rows()
-        return any(row["kind"] == "eval" and row["step"] == self.step for row in rows)
 
     def save(self) -> None:
         folder = self.stage.checkpoints

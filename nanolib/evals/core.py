@@ -309,14 +309,12 @@ def evaluate(
     def grade(indices: Sequence[int]) -> list[Grade]:
         asked = [prompts(task, index, tokenizer) for index in indices]
         scored = score_questions(model, asked, runtime)
-        return [
-            (_right(task, i, found), cut) for i, (found, cut) in zip(indices, scored, strict=True)
-        ]
+        each = zip(indices, scored, strict=True)
+        return [(_right(task, i, found), cut) for i, (found, cut) in each]
 
     grades = score_all(grade, range(len(task.questions)), QUESTIONS_AT_ONCE, runtime, progress)
     right = [right for right, _ in grades]
-    accuracy = right.count(True) / len(right)
-    too_long = right.count(None)
+    accuracy, too_long = right.count(True) / len(right), right.count(None)
     return {
         "accuracy": accuracy,
         "centred": centred(accuracy, task.chance),
