@@ -194,6 +194,13 @@ def test_the_minutes_a_chapter_names_are_counted(source):
 
 
 @each_rebuilt
+def test_readme_names_the_same_minutes(source):
+    readme = (pipeline.NOTEBOOKS.parent / "README.md").read_text()
+    row = next(line for line in readme.splitlines() if f"[{source.stem}](" in line)
+    assert row.split("|")[-2].strip() == "{} + {}".format(*pairs.minutes(source)), row
+
+
+@each_rebuilt
 def test_a_committed_figure_has_words_for_who_cannot_see_it(source):
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
