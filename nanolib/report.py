@@ -44,7 +44,8 @@ def build(run: Run) -> str:
         parameters=recipe.model.parts(vocab_size),
         flops_per_token=accounting.training_flops(recipe.model, vocab_size),
         stages=stages,
-        summary=_summary(evaluations),
+        summary=_summary(evaluations, _is_toy(recipe)),
+        originals=_originals() if _is_toy(recipe) else "",
         levels=_levels(recipe, evaluations),
         commands=rundir.spent(run.path),
         environment=_environment(stages),
@@ -57,13 +58,13 @@ def build(run: Run) -> str:
 def compare(run: Run, other: Run) -> str:
     """Two runs side by side, as Markdown: settings that differ, scores, time and money."""
     differences = recipe_difference(run.config.recipe, flatten(other.config.recipe))
-    stages = _stages(run)
+    stages, toy = _stages(run), _is_toy(run.config.recipe) and _is_toy(other.config.recipe)
     ours, theirs = _measures(stages), _measures(_stages(other))
     scores = []
     for of, *measure in ours | theirs:
         a, b = (its.get((of, *measure)) for its in (ours, theirs))
         change = None if a is None or b is None else f"{a - b:+.4f}"
-        scores.append([f"{COLUMNS[of]} {_measure_label(*measure)}", a, b, change])
+        scores.append([f"{COLUMNS[of]} {_measure_label(*measure, toy)}", a, b, change])
     return _render(
         "compare.md.j2",
         run=run,
@@ -155,8 +156,9 @@ class Stage:
     @property
     def task_table(self) -> str:
         """An evaluation's tasks; those of CORE have a table of their own."""
-        scores = self.scores.items()
-        return _grid([{"task": _label(t), **s} for t, s in scores if not t.startswith("core/")])
+        toy, scores = _is_toy(self.run.config.recipe), self.scores.items()
+        rows = [{"task": _label(t, toy), **s} for t, s in scores if not t.startswith("core/")]
+        return _grid(rows)
 
     @property
     def samples(self) -> list[Sequence[Any]]:
@@ -183,19 +185,28 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- sections
 
 
-def _summary(evaluations: Sequence[Stage]) -> str:
-    """Every score, a column a model, and the original's beside them."""
+def _summary(evaluations: Sequence[Stage], toy: bool) -> str:
+    """Every score, a column a model; on the real tasks the original's beside them."""
     rows, measures = [], _measures(evaluations)
     for task, how in dict.fromkeys((task, how) for _, task, how in measures):
         chances = [stage.scores.get(task, {}).get("chance") for stage in evaluations]
-        row: dict[str, Any] = {"": _measure_label(task, how)}
+        row: dict[str, Any] = {"": _measure_label(task, how, toy)}
         row |= {COLUMNS[s.of]: measures.get((s.of, task, how)) for s in evaluations}
         row["chance"] = next((chance for chance in chances if chance is not None), None)
-        for stage in evaluations:
+        for stage in evaluations if not toy else ():
             theirs = KNOWN["original"][stage.of] if how in AS_ORIGINAL else {}
             row[f"original {COLUMNS[stage.of]}"] = theirs.get(task)
         rows.append(row)
     return _grid(rows)
+
+
+def _originals() -> str:
+    """The original's scores on the real tasks, by themselves."""
+    scores = KNOWN["original"]
+    known = dict.fromkeys(task for of in COLUMNS for task in scores[of])
+    return _grid(
+        [{"": _label(t)} | {COLUMNS[of]: scores[of].get(t) for of in COLUMNS} for t in known]
+    )
 
 
 def _measures(stages: Iterable[Stage]) -> dict[tuple[str, str, str], float]:
@@ -210,14 +221,20 @@ def _measures(stages: Iterable[Stage]) -> dict[tuple[str, str, str], float]:
     }
 
 
-def _measure_label(task: str, how: str) -> str:
+def _measure_label(task: str, how: str, toy: bool) -> str:
     if task == "compression":
         return _label(how)
-    return _label(task) if how == "accuracy" else f"{_label(task)}, {how}"
+    return _label(task, toy) if how == "accuracy" else f"{_label(task, toy)}, {how}"
 
 
-def _label(name: str) -> str:
-    return KNOWN["labels"].get(name, name.replace("_", " "))
+def _is_toy(recipe: Recipe) -> bool:
+    return recipe.data.source == "toyworld"
+
+
+def _label(name: str, toy: bool = False) -> str:
+    """A score's name; toy: of the toy world, whose tasks share only their form with the known."""
+    label = KNOWN["labels"].get(name, name.replace("_", " "))
+    return f"toy-{label}" if toy and name in KNOWN["benchmarks"] else label
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -230,7 +247,7 @@ def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
 def _levels(recipe: Recipe, evaluations: Sequence[Stage]) -> list[list[Any]]:
     """Each level with the run's best score, and whether that reaches it."""
     rows = []
-    for level in KNOWN["levels"]["toyworld" if recipe.data.source == "toyworld" else "real"]:
+    for level in KNOWN["levels"]["toyworld" if _is_toy(recipe) else "real"]:
         score, bar, sign, better = level["score"], level["bar"], "≥", max
         found = [stage.scores.get(level["task"], {}) for stage in evaluations]
         if score == "ratio":

@@ -182,6 +182,11 @@ def markdown(text: str) -> None:
     _display(text, markdown=text)
 
 
+def rich(picture: str, plain: str) -> None:
+    """Show HTML, with a plain-text twin. Whoever wrote what is in it, `picture` must be escaped."""
+    _display(plain, html=picture)
+
+
 # ---------------------------------------------------------------------------- the live figure
 
 

@@ -91,24 +91,33 @@ def cells(text: str, first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_summary_has_our_columns_and_the_originals(run):
-    summary = section(report.build(run), "Summary")
-    assert cells(summary, "") == [
-        *("BASE", "MID", "SFT", "RL", "chance"),
-        *("original BASE", "original MID", "original SFT", "original RL"),
-    ]
-    letters = cells(summary, "MMLU, letters")
-    assert letters == ["—", "—", "0.2625", "—", "0.2500", "—", "0.3111", "0.3151", "—"]
-    assert cells(summary, "MMLU, text")[2:] == ["0.9375", "—", "0.2500", "—", "—", "—", "—"]
+def test_summary_of_the_toy_world_has_the_original_apart(run):
+    summary, original = section(report.build(run), "Summary").split("### The original")
+    assert cells(summary, "") == ["BASE", "MID", "SFT", "RL", "chance"]
+    assert cells(summary, "toy-MMLU, letters") == ["—", "—", "0.2625", "—", "0.2500"]
+    assert cells(summary, "toy-MMLU, text") == ["—", "—", "0.9375", "—", "0.2500"]
     assert cells(summary, "facts")[:4] == ["—", "—", "0.8812", "—"]
-    words = ["—", "0.4100", "—", "0.5200", "—", "—", "0.0250", "0.0455", "0.0758"]
-    assert cells(summary, "GSM8K") == words
-    assert cells(summary, "CORE")[0] == "0.3750" and cells(summary, "CORE")[5] == "0.2219"
+    assert cells(summary, "toy-GSM8K") == ["—", "0.4100", "—", "0.5200", "—"]
+    assert cells(summary, "toy-CORE")[0] == "0.3750"
     assert "toy_choices" not in summary
     assert cells(summary, "bits per byte")[:2] == ["0.3131", "—"]
     assert cells(summary, "bits per byte of a token trigram")[0] == "0.6162"
     assert "MMLU, chance" not in summary
-    assert "the toy world's; they share only their form with the original's" in summary
+    assert "the toy world's; they share only their form" in summary
+    assert cells(original, "") == ["BASE", "MID", "SFT", "RL"]
+    assert cells(original, "CORE") == ["0.2219", "—", "—", "—"]
+    assert cells(original, "GSM8K") == ["—", "0.0250", "0.0455", "0.0758"]
+
+
+def test_summary_of_real_tasks_has_the_originals_beside():
+    real = Run.open("laptop", "real")
+    scores = {"letters": 0.2625, "text": 0.3, "chance": 0.25}
+    finish(real, "eval", {"mmlu": scores, "gsm8k": {"accuracy": 0.04}}, of="sft")
+    summary = section(report.build(real), "Summary")
+    assert "toy" not in summary and "### The original" not in summary
+    assert cells(summary, "MMLU, letters")[-2:] == ["0.3151", "—"]
+    assert cells(summary, "MMLU, text")[-2:] == ["—", "—"]
+    assert cells(summary, "GSM8K")[-2:] == ["0.0455", "0.0758"]
 
 
 def test_every_stage_is_there_with_time_cost_and_results(run):
@@ -131,7 +140,7 @@ def test_every_stage_is_there_with_time_cost_and_results(run):
     assert cells(data, "compression GPT-2") == ["3.25"]
     assert cells(data, "train tokens") == ["987,654"]
     assert cells(section(text, "Training"), "train loss") == ["1.22"]
-    assert cells(section(text, "Evaluations"), "MMLU")[:3] == ["0.9375", "0.2625", "0.2500"]
+    assert cells(section(text, "Evaluations"), "toy-MMLU")[:3] == ["0.9375", "0.2625", "0.2500"]
 
 
 def test_commands_are_told_beside_the_stages(run):
@@ -218,8 +227,8 @@ def test_two_runs_side_by_side(run):
     finish(other, "data", {"text_bytes": 5}, seconds=30.0, dollars=None)
     text = report.compare(run, other)
     assert cells(text, "sft.lr") == ["0.5", "0.25"] and "base.steps" not in text
-    assert cells(text, "RL GSM8K") == ["0.5200", "0.5000", "+0.0200"]
-    assert cells(text, "MID GSM8K") == ["0.4100", "—", "—"]
+    assert cells(text, "RL toy-GSM8K") == ["0.5200", "0.5000", "+0.0200"]
+    assert cells(text, "MID toy-GSM8K") == ["0.4100", "—", "—"]
     assert cells(text, "data") == ["1:30", "0:30", "$0.25", "—"]
 
 
