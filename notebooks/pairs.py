@@ -111,7 +111,8 @@ def _twin(source: Path, executed: NotebookNode, run: Run) -> NotebookNode:
 def _output(output: NotebookNode, count: int, run: Run) -> NotebookNode | None:
     """One output without what is volatile, or None for a widget, which needs a live kernel."""
     metadata = output.pop("metadata", {})
-    alt = {kind: {"alt": about["alt"]} for kind, about in metadata.items() if "alt" in about}
+    about = {kind: words for kind, words in metadata.items() if isinstance(words, dict)}
+    alt = {kind: {"alt": words["alt"]} for kind, words in about.items() if "alt" in words}
     if output.output_type == "stream":
         output.text = _steady(output.text, run)
         return output

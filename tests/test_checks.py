@@ -146,9 +146,13 @@ def test_inputs_are_the_same_each_time_and_an_answer_may_change_its_own(judge):
 
 
 def test_random_answers_draw_what_the_reference_draws(judge):
-    state = torch.random.get_rng_state()
-    assert judge(Build(lambda n: torch.rand(n), lambda _: [(3,)]), lambda n: torch.rand(n))[0]
+    state, drawn = torch.random.get_rng_state(), []
+    exercise = Build(lambda n: torch.rand(n), lambda _: [(3,)])
+    assert judge(exercise, lambda n: drawn.append(torch.rand(n)) or drawn[-1])[0]
     assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(1)  # what the reader drew before makes no difference
+    judge(exercise, lambda n: drawn.append(torch.rand(n)) or drawn[-1])
+    assert torch.equal(*drawn)
 
 
 def test_an_explanation_that_fails_is_passed_over(judge):

@@ -9,7 +9,7 @@ import pytest
 from nanolib import pipeline
 from nanolib.config import REPOSITORY
 from nanolib.rundir import Run
-from notebooks import pairs
+from notebooks import colab, pairs
 
 CHAPTER = """# %% [markdown]
 # # A chapter
@@ -97,3 +97,48 @@ def test_lonely_and_heavy_twins_are_named(chapter, monkeypatch):
     monkeypatch.setattr(pairs, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match=r"has [\d,]+ bytes, more than 100"):
         pairs.check()
+
+
+def test_a_badge_is_put_before_a_chapter_and_its_twin_once(chapter, monkeypatch):
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=pipeline.read(chapter).cells), chapter.with_suffix(".ipynb")
+    )
+    pairs.put_badges()
+    monkeypatch.setattr(pairs, "REPOSITORY", "https://example.org/someone/course")
+    pairs.put_badges()
+    text = chapter.read_text()
+    assert text == pairs.badge(chapter) + CHAPTER
+    assert "/github/someone/course/blob/main/notebooks/00_only.ipynb)" in text
+    pairs.check()
+
+
+def test_colab_is_asked_for_what_is_missing_alone(monkeypatch):
+    monkeypatch.setattr(colab, "installed", lambda name: name not in ("tyro", "rust-tokenizer"))
+    (requirement,) = colab.missing()
+    assert requirement.startswith("tyro==")
+    called = []
+    monkeypatch.setattr(
+        colab, "pip", lambda *words: called.append(words) or "--no-index" not in words
+    )
+    colab.install()
+    crate = (str(REPOSITORY / "rust_tokenizer"),)
+    assert called[0] == (requirement,) and called[1][-1] == "rust-tokenizer"
+    assert called[2:] == [crate, ("--no-deps", "--editable", str(REPOSITORY))]
+
+
+def test_minutes_count_words_code_and_exercises(chapter):
+    words = "\n".join(["# word"] * 1600)
+    exercise = "# **Exercise 0.1 ★★ · 22 minutes · build** Do it.\n# <details>" + " w" * 900
+    code = "\n".join(f"a = {n}" for n in range(30))
+    practice = '# %% tags=["exercise"]\n' + "b = 1\n" * 300
+    chapter.write_text(
+        f"{CHAPTER}\n# %% [markdown]\n{words}\n#\n{exercise}</details>\n# %%\n{code}\n\n{practice}"
+    )
+    assert pairs.minutes(chapter) == (10, 20)  # 8 for words, 2.8 for code; 22
+
+
+def test_of_a_figures_metadata_its_words_are_kept():
+    about = {"image/png": {"alt": "a line", "width": 3}, "text/html": {"x": 1}, "isolated": True}
+    output = nbformat.v4.new_output("display_data", {"image/png": "aGk="}, metadata=about)
+    kept = pairs._output(output, 1, Run.open("smoke"))
+    assert kept.metadata == {"image/png": {"alt": "a line"}}
