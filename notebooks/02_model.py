@@ -238,7 +238,7 @@ def numbered(axes, numbers_TS, title, **settings):
     axes.set(title=title, xlabel="looks at")
 
 
-figure, panels = plt.subplots(1, 3, sharey=True, figsize=(8.4, 3))
+figure, panels = plt.subplots(1, 3, sharey=True, figsize=(7.6, 2.8))
 numbered(panels[0], scores_TS, "scores", limits=(0, 10), colours="Greens")
 numbered(panels[1], masked_TS, "the future masked", limits=(0, 10), colours="Greens")
 numbered(panels[2], weights_TS, "weights after softmax", limits=(0, 1.6))
@@ -694,8 +694,8 @@ def language_model(ids_BT, gpt, block=block, first=norm):
 
 
 ids_BT = ids_T[None]
-logits_BTV = language_model(ids_BT, gpt)
-assert_close(logits_BTV, gpt(ids_BT), atol=1e-4, rtol=1e-4)
+logits_BTV = language_model(ids_BT, gpt).detach()
+assert_close(logits_BTV, gpt(ids_BT).detach(), atol=1e-4, rtol=1e-4)
 print("ours equals nanolib's GPT. After 'again' it gives our five words the scores")
 print({word.strip(): round(float(logits_BTV[0, -1, i]), 1) for i, word in enumerate(words)})
 
@@ -816,7 +816,7 @@ lesson.show(
 )
 
 # %% [markdown]
-# Look at what did *not* hurt. In a toy of four layers and fifty steps ReLU does as well as ReLU²,
+# Look at what did *not* hurt. In a toy of four layers and fifty steps ReLU does nearly as well as ReLU²,
 # and the blocks need no norm at all. Were we fooled? Not about ReLU²: its gain is small and was found in
 # [long runs](https://arxiv.org/abs/2109.08668). A toy cannot show it.
 #
@@ -939,8 +939,8 @@ for depth in depths:
     for part, share in shares.items():
         part_sizes = [n for name, n in sizes.items() if part in name]
         share.append(100 * sum(part_sizes) / sum(sizes.values()))
-figure, axes = plt.subplots(figsize=(6.4, 2.9))
-look = {"hatch": ["", "..", "//", "xx"], "edgecolor": "white"}
+figure, axes = plt.subplots(figsize=(5.4, 2.5))
+look = {"hatch": ["", ".", "/", "x"], "edgecolor": "white"}
 axes.stackplot(depths, shares.values(), labels=shares, **look)
 axes.set(xlabel="depth", ylabel="% of the parameters", title="vocabulary 65,536")
 axes.margins(0)

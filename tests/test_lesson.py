@@ -353,3 +353,15 @@ def test_one_part_of_the_model_is_lit_and_those_before_it_are_named(now, monkeyp
     assert lit == {names.get(now, now)} and f"now: {now};" in alt
     assert f"before: {', '.join(lesson.STREAM[: lesson.STREAM.index(now)]) or 'nothing'}." in alt
     plt.close(figure)
+
+
+def test_a_picture_is_small_and_keeps_its_colours():
+    figure, axes = plt.subplots(figsize=(4, 3))
+    axes.imshow(np.arange(400.0).reshape(20, 20), cmap="Blues")
+    axes.axhspan(5, 10, color=lesson.ORANGE)
+    small, large = io.BytesIO(lesson.png(figure)), io.BytesIO()
+    figure.savefig(large, format="png")
+    plt.close(figure)
+    pixels = [plt.imread(io.BytesIO(file.getvalue()))[..., :3] for file in (small, large)]
+    assert np.quantile(np.abs(pixels[0] - pixels[1]), 0.99) < 0.03
+    assert 2 * len(small.getvalue()) < len(large.getvalue())
