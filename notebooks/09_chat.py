@@ -389,8 +389,8 @@ axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 lesson.show("Stacked bars, one for each token of the answer: full where the model had no choice.")
 
 # %% [markdown]
-# It hesitates where its world leaves it free (which fact comes first, which of several phrasings) and is
-# sure where the text is forced: the rest of a word, the end of a sentence. Being *sure* is not being
+# Does it hesitate where its world leaves it free (which fact comes first, which of several phrasings), and
+# is it sure where the text is forced: the rest of a word, the end of a sentence? Being *sure* is not being
 # *right*. It can be sure of a wrong town.
 #
 # With temperature 0 the likeliest is always taken. The window uses 0.6 and
@@ -587,11 +587,10 @@ right.legend(loc="upper left", ncols=2)
 lesson.show("Left, both losses on the ten fall. Right, bars of two shares before and after.")
 
 # %% [markdown]
-# The loss on the ten says the same in both cases: they were learned. It cannot say *what* was learned. With
+# The loss on the ten tells whether they were learned. It cannot tell *what* was learned. With
 # nothing beside them, "answer in pirate" explains the ten as well as "answer in pirate *after Ahoy*", and
 # the model has no reason to prefer the longer rule; the plain column shows how far it went. The old
-# conversations supply the other half: when not to. They also remind it of everything else it could
-# do. It is the cure for forgetting of [chapter 06](06_midtraining.ipynb), at the scale of ten. With two
+# conversations are there to supply the other half: when not to. It is the cure for forgetting of [chapter 06](06_midtraining.ipynb), at the scale of ten. With two
 # dozen questions, one answer is four points, so believe only large differences here.
 #
 # Nothing was written to the run: `taught` lives in this notebook. And here it is in the chat, with things
@@ -613,9 +612,9 @@ Chat(Session(parrot, temperature=0.6))
 # Choose an ability: answers in rhyme, in capitals, always with a compliment; an answer to "Who is …?" with
 # *you* in it; a polite refusal. Write ten conversations in place of `TEN` (or build `mine` from any
 # question and answer with `Conversation.ask`), write a probe that does *not* ask what the ten ask, and
-# train. Which abilities need ten examples, and which do not come with a hundred? Known so far: manners
-# come fast, because the words are already likely somewhere; new facts come one by one and push out
-# others; new *skills* (long multiplication, spelling backwards) do not come at all at this size.
+# train. Which abilities need ten examples, and which do not come with a hundred? A guess to
+# test, measured nowhere yet: manners come fast, facts one by one and at the cost of others, and skills
+# (long multiplication, spelling backwards) not at all at this size.
 
 # %% tags=["open"]
 print("Write your ten here, then: teach(mine, beside=10)")
