@@ -432,9 +432,8 @@ if exact:
 # %%
 def broken(seed, how):
     """The loss after 30 steps, the mean of the last three."""
-    model = GPT.build(
-        ModelConfig(depth=2, aspect=16, head_dim=16, sequence_len=48), V, cpu.device, seed
-    )
+    tiny = ModelConfig(depth=2, aspect=16, head_dim=16, sequence_len=48)
+    model = GPT.build(tiny, V, cpu.device, seed)
     optimizer, losses = MuonAdamW(model, OptimConfig(), cpu), []
     for step in range(30 if profile != "smoke" else 4):
         (batch,) = source.updates(step)[0]
@@ -587,8 +586,8 @@ print(repeats(torch.Generator().manual_seed(1), count=1).inputs_BT.tolist())
 lengths = 240 if profile != "smoke" else 8
 copied = {layers: learn_to_copy(layers, lengths) for layers in (1, 2)}
 figure, axes = plt.subplots(figsize=(7.2, 2.6))
-for (layers, (path, _)), look in zip(copied.items(), ("--", "-"), strict=True):
-    axes.plot(lesson.smooth(path, keep=0.8), look, label=f"{layers} layer{'s'[: layers - 1]}")
+for (layers, (path, _)), line in zip(copied.items(), ("--", "-"), strict=True):
+    axes.plot(lesson.smooth(path, keep=0.8), line, label=f"{layers} layer{'s'[: layers - 1]}")
 axes.axhline(math.log(24), color=lesson.GREY, linewidth=1, linestyle=":")
 axes.set(
     xlabel="step", ylabel="loss (nats a token)", title="only copying; dots: log 24", ylim=(0, None)
@@ -626,6 +625,8 @@ for step, model in sorted(moments.items(), key=lambda pair: pair[0]):
         print(f"{step:6,}  {tokenizer.decode(opening[1:])} ┃ {tokenizer.decode(ids)!r}")
 
 # %% [markdown]
+# The new model has no favourite: all tokens tie, and the first of the vocabulary wins.
+#
 # Here is a held-out text, the redder a token the more bits it took; the numbers are bits. The columns of
 # the story: first everything costs the same, then common words get cheap, and last what can be copied.
 
@@ -678,20 +679,21 @@ for text in found[:60]:
     spans = [SUM.search(text).span(group) for group in groups.values()]
     for step in cost:
         cost[step] += np.array(bits_of(moments[step], text, spans)) / len(found[:60])
+for step, bits in cost.items():
+    print(f"step {step:6,}:", ", ".join(f"{n} {b:.2f}" for n, b in zip(groups, bits, strict=True)))
+print(f"for the sum it hesitates between some {2 ** bits[1]:.0f} numbers")
+assert profile != "demo" or bits[2] + 1 < bits[1]
+
+# %%
 figure, axes = plt.subplots(figsize=(7.2, 2.6))
-for place, ((step, bits), look) in enumerate(zip(cost.items(), ("xx", "//", ""), strict=False)):
-    drawn = axes.bar(
-        np.arange(3) + 0.27 * (place - 1), bits, 0.25, hatch=look, label=f"step {step:,}"
-    )
+for place, ((step, bits), hatch) in enumerate(zip(cost.items(), ("xx", "//", ""), strict=False)):
+    at = np.arange(3) + 0.27 * (place - 1)
+    drawn = axes.bar(at, bits, 0.25, hatch=hatch, edgecolor="white", label=f"step {step:,}")
     axes.bar_label(drawn, fmt="%.1f")
 axes.set_xticks(range(3), list(groups))
-axes.set(ylabel="bits", title=f"one number in three roles, mean of {len(found[:60])} texts")
+axes.set(ylabel="bits", title="one number in three roles")
 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 lesson.show(f"After training a sum costs {bits[1]:.1f} bits and its copy {bits[2]:.1f}")
-print(
-    f"for the sum it hesitates between some {2 ** bits[1]:.0f} numbers, for the copy {2 ** bits[2]:.1f}"
-)
-assert profile != "demo" or bits[2] + 1 < bits[1]
 
 # %% [markdown]
 # Both copies are nearly free: the number that the story told, and the sum once it has been said. For the
@@ -798,25 +800,24 @@ assert profile == "smoke" or top[2] > 2 * top[1]
 
 
 # %%
+KINDS = ("previous", "first", "induction")
+
+
 @torch.no_grad()
 def head_scores(gpt, documents):
     """How much each head looks at the previous token, the first, and what followed last time."""
-    total = {kind: torch.zeros(len(gpt.blocks), gpt.config.heads) for kind in KINDS}
-    seen = dict.fromkeys(KINDS, 0)
+    total, seen = [torch.zeros(len(gpt.blocks), gpt.config.heads) for _ in KINDS], [0] * 3
     for document in documents:
         ids = document[: gpt.config.sequence_len].tolist()
         weights_LHTS = look(gpt, torch.tensor([ids]))
         for t in range(3, len(ids) - 1):
-            pairs = [s + 1 for s in range(1, t - 1) if ids[s : s + 2] == ids[t : t + 2]]
-            for kind, places in zip(KINDS, ([t - 1], [0], pairs[-1:]), strict=True):
-                for place in places:
-                    total[kind] += weights_LHTS[:, :, t, place]
-                    seen[kind] += 1
-    return {kind: total[kind] / max(1, seen[kind]) for kind in KINDS}
+            followed = [s + 1 for s in range(1, t - 1) if ids[s : s + 2] == ids[t : t + 2]]
+            for kind, places in enumerate(([t - 1], [0], followed[-1:])):
+                total[kind] += weights_LHTS[:, :, t, places].sum(-1)
+                seen[kind] += len(places)
+    print(f"{seen[0]} places, {seen[2]} of them with something to copy")
+    return {name: t / max(1, n) for name, t, n in zip(KINDS, total, seen, strict=True)}
 
-
-KINDS = ("previous", "first", "induction")
-print("places are counted one by one; the last time is what counts")
 
 # %%
 named = {
@@ -932,6 +933,7 @@ else:
 
 # %% tags=["open"]
 without = deepcopy(gpt)
+print("one layer's output matrix:", tuple(without.blocks[0].attention.out.weight.shape))
 
 # %% [markdown]
 # ## To read

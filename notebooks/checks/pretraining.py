@@ -1,6 +1,7 @@
 """The checks of chapter 04's exercises. Spoilers ahead."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def only_the_last(model, batches):
 
 
 def no_backward(model, batches):
-    return sum(float(model.nll(batch).sum()) for batch in batches) / sum(map(_targets, batches))
+    return sum(model.nll(batch).sum().item() for batch in batches) / sum(map(_targets, batches))
 
 
 NO_GRADIENT = "There is no gradient in the model's weights: call backward() for each part."
@@ -159,7 +160,7 @@ def _case(seed: int) -> tuple[GPT, list[Batch]]:
     return model, batches[: 2 + seed % 2]
 
 
-def _left_behind(answer, seed: int) -> tuple[Tensor | None, object]:
+def _left_behind(answer, seed: int) -> tuple[Tensor | None, Any]:
     """The gradient that an answer leaves, and what it returns."""
     model, batches = _case(seed)
     returned = answer(model, batches)
