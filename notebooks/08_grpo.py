@@ -230,7 +230,7 @@ assert noise(reward_N + 5) > 3 * noise(centred_N)
 # should be praised not for a high reward but for a **higher one than usual**. That is its
 # [advantage](glossary.ipynb#advantage).
 #
-# Learning, then: press eight times, step, press again, with forty learners at once, so that luck evens out.
+# Learning, then: press eight times, step, press again, with the 5 more for every press and forty learners at once, so that luck evens out.
 # The third way is a **control**: the same rewards, dealt to the presses at random. It has the same numbers
 # in it and no information about the buttons.
 
@@ -243,7 +243,7 @@ def learn(way, steps=150, learners=40, presses=8, rate=0.4):
         path.append(p_LA @ PAYS_A.numpy())
         darts = dice.random((learners, presses, 1))
         pressed = (darts > p_LA.cumsum(axis=1)[:, None, :-1]).sum(axis=2)
-        gain = (dice.random(pressed.shape) < PAYS_A.numpy()[pressed]).astype(float)
+        gain = 5.0 + (dice.random(pressed.shape) < PAYS_A.numpy()[pressed])
         gain = dice.permuted(gain, axis=1) if way == "shuffled" else gain
         gain = gain if way == "reward" else gain - gain.mean(axis=1, keepdims=True)
         grad = (gain[..., None] * (np.eye(4)[pressed] - p_LA[:, None])).mean(axis=1)
@@ -802,11 +802,18 @@ for count, answer in (ranked[-1], ranked[len(ranked) // 2]):
     print(f"{count:.0f} programs: {tokenizer.decode(answer.ids)!r}"[:420])
 
 # %% [markdown]
-# What we *meant* was "use the tool". What we *paid for* was a marker. Opening is cheaper than using, so the
-# model opens and opens. This is [reward hacking](glossary.ipynb#reward-hacking), or Goodhart's law: a measure
-# that becomes a target ceases to be a good measure. The 29 − 26 of section 1 was the same thing in small. No
-# line of the loop is wrong, and the reward curve alone looks like a triumph. That is why true accuracy is
-# kept apart.
+# Read the three lines together. What we *meant* was "use the tool". What we *paid for* is an opening marker,
+# and opening is cheaper than using. Where "paid" climbs, "truly right" falls and programs pile up, you see
+# [reward hacking](glossary.ipynb#reward-hacking), or Goodhart's law: a measure that becomes a target ceases to
+# be a good measure. No line of the loop is wrong, and the reward curve alone looks like a triumph. That is why
+# true accuracy is kept apart.
+#
+# Where the programs stand still, that is a lesson too: **a reward can only teach what is sampled**. If all
+# answers to a question open one program, the bonus is the same for all, and its advantage is zero. A model
+# that is surer of itself is hacked later, not never. (Trials of 2026-11-28, one seed each: a model stopped
+# early, after 210 steps of base and 130 on word problems, opened 1 program an answer at the first step and 14
+# at the tenth, with 25 % right after a peak of 78 %: `<|python_start|><|python_start|><|python_start|> coins.`
+# The finished demo of the same day opened 1.1 from first to last, and only learned the sums.)
 #
 # Two cures. The better one is to pay for what you mean; you write it in exercise 8.5. The other works even
 # where you do not know how you will be cheated: a leash. Pay for reward, and charge for every step *away
@@ -838,7 +845,7 @@ print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in on_leash.diary
 print("moved, nats", " ".join(f"{value:.2f}" for value in on_leash.moved))
 
 # %% [markdown]
-# Why does that hold? The policy that is best under reward − β · KL can be written down: it gives each answer
+# Why should a leash hold? The policy that is best under reward − β · KL can be written down: it gives each answer
 # the probability π_ref(answer) · exp(reward / β), up to a constant. With β = 0.3, one more program makes an
 # answer e^(1/0.3) ≈ 28 times as likely as it was, which is still little where it was one in ten thousand; with
 # β = 0.1 it would be 22,000 times. The leash does not know right from wrong: it slows the honest part of the reward as
