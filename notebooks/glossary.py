@@ -209,6 +209,11 @@
 # Floating point operations, the usual measure of computing work. Training takes about six for each
 # parameter and token: two forward, four backward. Written FLOP/s it is a speed.
 #
+# ### forgetting
+#
+# Getting worse at what an earlier stage taught, because the weights move for something else. Mixing
+# in some of the old text makes it smaller, and so do small steps.
+#
 # ### gradient
 #
 # The direction in which the loss rises fastest: one number for each parameter, its derivative.
