@@ -31,16 +31,18 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # %% [markdown]
 # # 05 · Writing, a token at a time
 #
-# The model of chapter 04 gives a score to every token that might come next. To write, choose one,
-# append it, ask again. That is four lines of code, and they are slow, write one text at a time, and
-# cannot calculate. This chapter mends that step by step, until it stands before `nanolib/engine.py`.
+# The model of chapter 04 gives a score to every token that might come next. To write, choose one, append
+# it, ask again. That is four lines. They are slow, write one text at a time, and cannot calculate. What
+# does it take to mend all three?
 #
-# **You will learn** what a KV cache saves and what limits the speed then, how rows of different length
-# share a batch, how a seed gives the same text whatever else is written beside it, how a tool's result
-# gets into an answer, and why a stream must wait for a character's last byte.
+# **You will learn** what a KV cache keeps, by writing it, and what limits the speed then;
+# how a token is drawn, and how a seed gives the same text whatever is written beside it;
+# how a tool's result gets into an answer, and what becomes of it if the tool lies.
 #
-# **Takes** fifteen minutes to read and half a minute to run, on any CPU. Nothing is trained here: it
-# uses the model of chapter 04, which is made first if it is not there.
+# **You need** [attention](02_model.ipynb) and its causal mask;
+# [chapter 04](04_pretraining.ipynb), whose model is used here, and made first if it is not there.
+#
+# **Takes** 35 minutes to read and run, 70 more with the exercises; any CPU. Nothing is trained.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -50,44 +52,38 @@ overrides = {}
 # %%
 import codecs
 import math
-import random
 import time
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
+import checks
 import lesson
 from nanolib import accounting, checkpoint, launch
-from nanolib.model import attend
 from nanolib.config import ModelConfig
 from nanolib.data.sources import split_documents
 from nanolib.engine import Engine, inverse_cdf, probabilities
-from nanolib.model import GPT, KVCache, norm, rotate, rotation
-from nanolib.runtime import Runtime, seed_of
+from nanolib.model import GPT, KVCache, attend, norm, rotate, rotation
+from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
 run = lesson.begin(profile, run, overrides)
 launch.stage("base", run, watch=lesson.Live())  # chapter 04's work, if it is not there yet
 tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
+cpu = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+gpt = checkpoint.load_model(run.stage("base").checkpoints, cpu.device)
+engine = Engine(gpt, tokenizer, cpu)
 
 # %% [markdown]
 # ## 1. The four lines
 #
-# A text the model has never seen, cut after 24 tokens. Take the likeliest next token, again and again.
-# For every new token the model reads *everything* anew.
-
-# %%
-cpu = Runtime(device=torch.device("cpu"), dtype=torch.float32)
-gpt = checkpoint.load_model(run.stage("base").checkpoints, cpu.device)
-engine = Engine(gpt, tokenizer, cpu)
-*_, validation_file = sorted(run.stage("shards").path.glob("*.npy"))
-held_out = split_documents(np.load(validation_file), tokenizer.bos)
-documents = [document[:60].tolist() for document in sorted(held_out, key=len)[-3:]]
-prompt = documents[0][:24]
-print(tokenizer.decode(prompt[1:]))
+# Our five words go in, and the model writes on. Take the likeliest next token, again and again:
+# [greedy decoding](glossary.ipynb#greedy-decoding). Writing like this, each token from all before it, is
+# called [autoregressive](glossary.ipynb#autoregressive).
 
 
 # %%
@@ -100,20 +96,105 @@ def write(ids, count):
     return ids
 
 
+five = [tokenizer.bos, *tokenizer.encode("Ada fed her owl again")]
+written = write(five, 12)
+print(f"{tokenizer.decode(five[1:])} ┃ {tokenizer.decode(written[len(five) :])!r}")
+
+# %% [markdown]
+# And a text the model has never seen, cut after 24 tokens, against nanolib's engine.
+
+# %%
+*_, validation_file = sorted(run.stage("shards").path.glob("*.npy"))
+held_out = split_documents(np.load(validation_file), tokenizer.bos)
+documents = [document[:60].tolist() for document in sorted(held_out, key=len)[-3:]]
+prompt = documents[0][:24]
 ours = write(prompt, 20)[len(prompt) :]
 (real,) = engine.complete([prompt], max_new_tokens=20)  # stops at a text's end; ours does not
 assert real == ours[: len(real)]
 print(f"{tokenizer.decode(prompt[1:])} ┃ {tokenizer.decode(real)}")
 
 # %% [markdown]
-# ## 2. A cache in twenty lines
+# For every new token the model reads *everything* anew. How much work is that?
 #
-# Nobody looks ahead, so the keys and values of old tokens never change (chapter 02). Keep them. A new
-# token then needs its own query, key and value, and a look at what is kept. The positions go on where
-# the cache ends, and with several new tokens each sees the kept ones, itself and those before it.
+# **Exercise 5.1 ★ · 4 minutes · build** Positions computed.
+# The four lines write `count` tokens after a [prompt](glossary.ipynb#prompt) of `prompt` tokens. How many
+# positions does the model compute in all? (One that remembered what it read would need
+# prompt + count − 1. Why − 1?)
 
 
-# %%
+# %% tags=["exercise"]
+def positions_anew(prompt, count):
+    """How many positions go through the model, over all its calls."""
+    ...
+
+
+checks.verify("5.1", positions_anew)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>How long is the text at the first call, and at the second?</details>
+# <details><summary>Hint 2</summary>prompt, prompt + 1, … How many calls are there?</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def positions_anew(prompt, count):
+#     return sum(prompt + already for already in range(count))
+# ```
+#
+# The last token that is written is never read: hence the − 1. For 1,000 tokens after 1,000 it is 1,499,500
+# positions against 1,999.
+#
+# </details>
+
+# %% [markdown]
+# ## 2. The cache
+#
+# Nobody looks ahead, so the keys and values of old tokens never change
+# ([chapter 02](02_model.ipynb)). Keep them. A new token then needs its own query, key and value, and a look
+# at what is kept. That is the [KV cache](glossary.ipynb#kv-cache). Why are queries not kept?
+#
+# **Exercise 5.2 ★★ · 10 minutes · build** A cache that grows.
+# Write `extend`: it gets the keys and values of new tokens of one layer, appends them to what that layer
+# has, and returns all of them. `layer` is anything that can be a key of a dictionary.
+
+
+# %% tags=["exercise"]
+class Cache:
+    def __init__(self):
+        self.kept, self.length = {}, 0  # layer -> (keys, values); tokens so far
+
+    def extend(self, layer, key_BTGK, value_BTGK):
+        """Keep the new keys and values; return the layer's keys and values so far [B, S, G, K]."""
+        ...
+
+
+checks.verify("5.2", Cache)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What does a layer have before its first token? Along which axis do
+# tokens lie?</details>
+# <details><summary>Hint 2</summary><code>torch.cat([old, new], dim=1)</code>, for keys and for values, if
+# the layer is in <code>self.kept</code>.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# class Cache:
+#     def __init__(self):
+#         self.kept, self.length = {}, 0
+#
+#     def extend(self, layer, key_BTGK, value_BTGK):
+#         if layer in self.kept:
+#             key_BTGK = torch.cat([self.kept[layer][0], key_BTGK], dim=1)
+#             value_BTGK = torch.cat([self.kept[layer][1], value_BTGK], dim=1)
+#         self.kept[layer] = (key_BTGK, value_BTGK)
+#         return self.kept[layer]
+# ```
+#
+# A query asks once, at its own position, and nobody ever looks at it again.
+#
+# </details>
+
+
+# %% tags=["solution-twin"]
 class Cache:
     def __init__(self):
         self.kept, self.length = {}, 0
@@ -131,6 +212,10 @@ for new_tokens in (3, 1):
     keys, values = trial.extend("a layer", *torch.randn(2, 1, new_tokens, 4, 8))
 print("after three tokens and one more, a query sees", tuple(keys.shape), "keys")
 
+# %% [markdown]
+# With it, the model of chapter 02 reads only what is new. Positions go on where the cache ends, and of
+# several new tokens each sees the kept ones, itself and those before it.
+
 
 # %%
 def cached_attention(layer, x_BTD, cos_sin, mask_BTS, cache):
@@ -143,17 +228,17 @@ def cached_attention(layer, x_BTD, cos_sin, mask_BTS, cache):
 
 # %%
 @torch.inference_mode()
-def read(ids, cache):
+def read(ids, cache, first=None):
     """The scores after each of the new tokens; the cache remembers them."""
-    positions_T = torch.arange(cache.length, cache.length + len(ids))
+    first = cache.length if first is None else first
+    positions_T = torch.arange(first, first + len(ids))
+    places_T = torch.arange(cache.length, cache.length + len(ids))
     cache.length += len(ids)
-    mask_TS = torch.arange(cache.length) <= positions_T[:, None]
+    mask_BTS = (torch.arange(cache.length) <= places_T[:, None])[None]
     cos_sin = rotation(positions_T, gpt.config.head_dim)
     x_BTD = norm(gpt.embedding(torch.tensor([ids])))
     for block in gpt.blocks:
-        x_BTD = x_BTD + cached_attention(
-            block.attention, norm(x_BTD), cos_sin, mask_TS[None], cache
-        )
+        x_BTD = x_BTD + cached_attention(block.attention, norm(x_BTD), cos_sin, mask_BTS, cache)
         x_BTD = x_BTD + block.mlp(norm(x_BTD))
     return gpt.logits(norm(x_BTD))[0]
 
@@ -165,17 +250,17 @@ assert_close(scores_TV, gpt(torch.tensor([prompt]))[0], atol=1e-3, rtol=1e-3)
 print(f"ten tokens at once, then {len(prompt) - 10} one by one: the same scores as without a cache")
 
 # %% [markdown]
-# Two phases, then. **Prefill** reads the whole prompt at once. **Decode** reads one token at a time,
-# each time to write the next.
+# And now the decoding loop, with nothing hidden. It has two phases. [Prefill](glossary.ipynb#prefill) reads
+# the whole prompt at once. [Decode](glossary.ipynb#decode) feeds one token, extends the cache, chooses.
 
 
-# %%
+# %% tags=["loop"]
 def write_cached(ids, count):
     cache, new = Cache(), []
     scores_TV = read(ids, cache)  # prefill
     while len(new) < count:
-        new.append(int(scores_TV[-1].argmax()))
-        scores_TV = read(new[-1:], cache)  # decode
+        new.append(int(scores_TV[-1].argmax()))  # choose
+        scores_TV = read(new[-1:], cache)  # feed it, extend the cache
     return new
 
 
@@ -183,10 +268,65 @@ assert write_cached(prompt, 20) == ours
 print("the same text:", repr(tokenizer.decode(ours)))
 
 # %% [markdown]
-# How long does the next token take, after 16, 32, … 512 tokens? Measured just now, on this machine, with
-# a fresh model of 0.8 million weights (its scores mean nothing, its arithmetic is real). Without a cache
-# the time grows with the text. With one it is nearly flat: the look at the kept keys grows too, but it is
-# a small part.
+# Here is the cache as it grows while the model writes on after our five words. Each cell holds a key and a
+# value. Prefill fills a block, every token after that is one column.
+
+
+# %%
+def grid(axes, tokens):
+    """The cache when that many tokens have been read: the prompt plain, written tokens hatched."""
+    layers = len(gpt.blocks)
+    for place in range(tokens):
+        colour, hatch = (lesson.GREY, "") if place < len(five) else (lesson.CHOSEN, "//")
+        alpha = 1 if place == tokens - 1 or tokens == len(five) else 0.5  # new ones are darker
+        look = {"color": colour, "hatch": hatch, "alpha": alpha, "edgecolor": "white"}
+        axes.bar(place, layers, 1, bottom=-0.5, **look)
+    axes.hlines(np.arange(layers - 1) + 0.5, -0.5, len(written), color="white")
+    axes.set(ylim=(-0.5, layers - 0.5), xlabel="position", ylabel="layer", yticks=range(layers))
+    axes.set_xlim(-0.5, len(written))
+    axes.grid(False)
+
+
+alt = "Layers by positions: first a plain block, the prompt; then a hatched column more for each token"
+moments = [len(five) + more for more in (0, 1, 2, 4, 7, 11)]
+lesson.frames(grid, moments, label="tokens read:", alt=alt)
+
+# %%
+size = accounting.cache_bytes(gpt.config, rows=1, length=len(written), bytes_per_number=4)
+print(f"{len(written)} tokens, {len(gpt.blocks)} layers: {size:,} bytes")
+
+# %% [markdown]
+# **Break it.** Two mistakes that everybody makes once. In the first, the new token's position starts at 0
+# again. In the second, all layers share one drawer. Neither raises an error. Before you run it: which one
+# still writes sentences?
+
+
+# %%
+class OneDrawer(Cache):
+    def extend(self, layer, key_BTGK, value_BTGK):
+        key_BTGK, value_BTGK = super().extend("all", key_BTGK, value_BTGK)
+        return key_BTGK[:, -self.length :], value_BTGK[:, -self.length :]
+
+
+right_TV = gpt(torch.tensor([written])).detach()[0, len(five) - 1 :]
+trials = {"ours": (Cache, None), "positions from 0": (Cache, 0), "one drawer": (OneDrawer, None)}
+for name, (kind, first) in trials.items():
+    cache = kind()
+    scores = [read(five, cache)[-1]]
+    scores += [read([id], cache, first)[-1] for id in written[len(five) :]]
+    worst = (torch.stack(scores) - right_TV).abs().max()
+    said = [int(scores_V.argmax()) for scores_V in scores]
+    print(f"{name:17} scores off by {worst:5.2f}: {tokenizer.decode(said)!r}")
+    assert (worst < 1e-2) == (name == "ours")
+
+# %% [markdown]
+# Here the right tokens were fed each time, and each model only had to say the next one. The broken ones are
+# far off, and yet much of what they say can be read: such a bug lives long in a demo. Comparing scores with
+# a run without a cache finds it in a second.
+
+# %% [markdown]
+# How long does the next token take, after 16, 32, … 512 tokens? Measured just now, on this machine, with a
+# fresh model of 0.8 million weights (its scores mean nothing, its arithmetic is real).
 
 # %%
 fresh = ModelConfig(depth=4, aspect=32, head_dim=32, sequence_len=520)
@@ -197,7 +337,7 @@ for length in lengths:
     kept.advance(length)
     for name, tokens, memory in (("everything anew", length, None), ("with a cache", 1, kept)):
         times = []
-        for _ in range(4):
+        for _ in range(3):
             started = time.perf_counter()
             with torch.inference_mode():
                 clock_model(torch.zeros(1, tokens, dtype=torch.long), cache=memory)
@@ -206,72 +346,123 @@ for length in lengths:
 print("ratio:", [f"{a / b:.1f}" for a, b in zip(*milliseconds.values(), strict=True)])
 
 # %%
-figure, axes = plt.subplots(figsize=(6.4, 2.8))
-for (name, times), colour in zip(milliseconds.items(), (lesson.GREY, lesson.BLUE), strict=True):
-    axes.loglog(lengths, times, "o-", label=name, color=colour)
+figure, axes = plt.subplots(figsize=(6.4, 2.6))
+looks = ((lesson.GREY, "s--"), (lesson.BLUE, "o-"))
+for (name, times), (colour, line) in zip(milliseconds.items(), looks, strict=True):
+    axes.loglog(lengths, times, line, label=name, color=colour)
 axes.set_xticks(lengths, lengths)
 axes.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
 axes.minorticks_off()
 axes.set(xlabel="tokens so far", ylabel="milliseconds", title="time for one more token")
-axes.legend()
-plt.show()
+axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+lesson.show(
+    "Time for one more token: without a cache it grows with the text, with one it is nearly flat"
+)
 
 # %% [markdown]
+# With a cache the time is nearly flat. The look at the kept keys grows too, but it is a small part.
+#
 # ## 3. What limits the speed: bytes, not arithmetic
 #
-# To write one token, every weight is read from memory once and used once. On a GPU that is a waste: an
-# H100 multiplies some 300 numbers in the time it reads one (its data sheet: 989 × 10¹² FLOP and
-# 3.35 × 10¹² bytes a second). But if many rows are written together, a weight that has been read serves
-# all of them. Only the cache is each row's own.
+# To write one token, every weight is read from memory once and used once. On a GPU that is a waste. An H100
+# calculates some 300 FLOP in the time it reads one byte (its data sheet: 989 × 10¹² FLOP and 3.35 × 10¹²
+# bytes a second, its [memory bandwidth](glossary.ipynb#memory-bandwidth)). But if many rows are written
+# together, a weight that has been read serves all of them. Only the cache is each row's own.
 #
-# Here is that sum for the depth 20 model, each row with 1,024 tokens behind it. It is a calculation,
-# not a measurement: the best that the data sheet allows.
+# A [roofline](glossary.ipynb#roofline) draws that. To the right: how much arithmetic is done for each byte
+# read. Upwards: how fast it can go at best. The slope is limited by memory, the flat part by arithmetic. We
+# put the depth 20 model on it, each row with 1,024 tokens behind it. Before you look: as the batch grows,
+# the point for decoding walks to the right. Does it reach the flat part?
 
 # %%
-d20, vocab = ModelConfig(depth=20), 65_536
-read_weights = d20.parameters(vocab) - d20.parts(vocab)["embedding"]
+d20, vocab, bandwidth = ModelConfig(depth=20), 65_536, 3.35e12
+peak = accounting.peak_flops("H100")
+weight_bytes = 2 * (d20.parameters(vocab) - d20.parts(vocab)["embedding"])
 row_bytes = accounting.cache_bytes(d20, rows=1, length=1024)
 row_flops = accounting.forward_flops(d20, vocab)
-rows = 2 ** np.arange(11)
-memory_seconds = (2 * read_weights + rows * row_bytes) / 3.35e12
-compute_seconds = rows * row_flops / accounting.peak_flops("H100")
-print(
-    f"a token: {row_flops / 1e9:.2f} GFLOP. Read for it: weights {2 * read_weights / 1e9:.2f} GB,"
-)
-print(
-    f"its row's cache {row_bytes / 1e9:.2f} GB. Alone: {row_flops / (2 * read_weights):.1f} FLOP a byte"
-)
-assert (memory_seconds > compute_seconds).all()
+
+
+def intensity(rows, tokens=1):
+    """FLOP for each byte read, when `tokens` new tokens of each of `rows` rows are computed."""
+    return rows * tokens * row_flops / (weight_bytes + rows * row_bytes)
+
+
+print(f"one row, one token: {intensity(1):.1f} FLOP a byte")
 
 # %%
-figure, axes = plt.subplots(figsize=(6.4, 3))
-axes.loglog(rows, rows / memory_seconds, "o-", label="limit by reading")
-axes.loglog(rows, rows / compute_seconds, "--", label="limit by arithmetic")
-axes.axhline(3.35e12 / row_bytes, color=lesson.RED, linewidth=1, label="reading caches alone")
-axes.set(
-    xlabel="rows written together", ylabel="tokens a second", title="depth 20, one H100: at best"
+print(f"weights {weight_bytes / 1e9:.2f} GB, a row's cache {row_bytes / 1e9:.2f} GB")
+for rows in (1, 16, 256, 1024):
+    best = min(peak, bandwidth * intensity(rows)) / row_flops
+    print(
+        f"{rows:5} rows: {intensity(rows):5.1f} FLOP a byte, at best {best:8,.0f} tokens a second"
+    )
+print(f"a prompt of 1,024 tokens: {intensity(1, 1024):.0f} FLOP a byte")
+print(f"the roof is flat from {peak / bandwidth:.0f}")
+
+
+# %%
+def roofline(axes, rows):
+    x = np.logspace(-0.5, 3.5, 50)
+    axes.loglog(x, np.minimum(peak, bandwidth * x), color=lesson.GREY)
+    for name, at, mark in (("decode", intensity(rows), "o"), ("prefill", intensity(1, 1024), "^")):
+        height = min(peak, bandwidth * at)
+        axes.plot(at, height, mark, markersize=9, color=lesson.BLUE)
+        axes.text(at, height / 4, name, ha="center")
+    axes.set(xlabel="FLOP a byte", ylabel="FLOP a second", ylim=(3e11, 3e15))
+
+
+lesson.frames(
+    roofline,
+    [1, 4, 16, 64, 256, 1024],
+    label="rows:",
+    alt="A roof that rises and then is flat. Prefill stands on the flat part; decode starts far down on "
+    "the slope, walks up it as the rows grow, and stops before the flat part",
 )
-axes.legend()
-plt.show()
+assert intensity(1024) < row_flops / row_bytes < peak / bandwidth < intensity(1, 1024)
 
 # %% [markdown]
-# The prompt is another matter. Its tokens go through the model together, so one reading of the weights
-# serves them all: prefill is limited by arithmetic, decode by memory. And a batch hits a ceiling, where
-# the caches outweigh the weights. That is why caches get squeezed: fewer key heads (GQA, chapter 02,
-# exercise 3), fewer bits, pages instead of slabs.
+# It never gets there. Each row brings its own cache to be read, so the point stops at the arithmetic of one
+# token for the bytes of one row's cache, however large the batch. That ceiling is why caches get squeezed:
+# fewer key heads ([grouped-query attention](glossary.ipynb#grouped-query-attention)), fewer bits, pages
+# instead of slabs. The prompt is another matter: its tokens go through together, one reading of the weights
+# serves them all. Prefill is limited by arithmetic, decode by memory. This is a calculation, not a
+# measurement: the best that the data sheet allows.
+#
+# **Exercise 5.3 ★★ · 6 minutes · predict** A GPU has 80 × 10⁹ bytes. How many rows of 2,048 positions can
+# the depth 20 model write at once, with weights and caches at two bytes a number, and nothing else in
+# memory? `accounting.cache_bytes` helps, and all weights count.
+
+# %% tags=["exercise"]
+most_rows = ...
+
+checks.verify("5.3", most_rows)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What is left when the weights are in memory?</details>
+# <details><summary>Hint 2</summary>Divide it by <code>accounting.cache_bytes(d20, rows=1,
+# length=2048)</code>, and round down.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# row = accounting.cache_bytes(d20, rows=1, length=2048)
+# most_rows = int((80e9 - 2 * d20.parameters(vocab)) // row)
+# ```
+#
+# The weights take 1.1 GB. The other 99 % are for caches.
+#
+# </details>
 #
 # Small models meet another limit first. A step is several hundred kernels, the GPU's small programs, and
-# starting one may take longer than running it. So on a GPU nanolib's engine records a step once, as a CUDA
-# graph, and repeats all of it with a single start. What is repeated must stay where it is and keep its
-# shape: `KVCache` therefore has all its memory from the beginning (ours above grew), and is read in
-# multiples of 64 positions, with a mask over those that are not yet written. So the shapes change only
-# once in 64 tokens, and the numbers, but for rounding, not at all.
+# starting one may take longer than running it. So nanolib's engine records a step once, as a CUDA graph,
+# and repeats it with a single start. What is repeated must stay where it is and keep its shape: `KVCache`
+# therefore has all its memory from the beginning (ours grew), and is read in multiples of 64 positions,
+# with a mask over those that are not yet written.
 #
 # ## 4. Rows of different length
 #
 # To write many rows together, they must be one tensor. Short prompts are filled up on the **right**, and
-# each row knows how much of it is real. The filling leaves rubbish in the cache, and it does no harm:
-# it lies behind the row's last real token, where nobody looks, and the next tokens overwrite it.
+# each row knows how much of it is real. Does the filling do harm? It leaves rubbish in the cache, behind
+# the row's last real token, where nobody looks, and the next tokens overwrite it.
 
 # %%
 prompts = [documents[0][:16], documents[1][:6], documents[2][:11]]
@@ -293,25 +484,93 @@ place_S, state_BS = torch.arange(24), torch.zeros(3, 24)
 state_BS[:, :16] = 1  # written by the prefill
 for axes, title in zip(panels, ("after the prompts", "five tokens later"), strict=True):
     state_BS[place_S < kept.used_B[:, None]] = 2
-    lesson.heatmap(axes, state_BS, limits=(0, 2.6), rows=["0", "1", "2"])
-    axes.set(title=title, xlabel="position in the cache")
+    lesson.heatmap(axes, state_BS, limits=(0, 3.2), rows=["0", "1", "2"])
+    for row, place in (state_BS == 1).nonzero().tolist():
+        axes.text(place, row, "×", ha="center", va="center")
+    axes.set(title=title, xlabel="position in the cache", ylabel="row")
     for _ in range(5 if axes is panels[0] else 0):
         token_B1 = after_prompt_BV.argmax(dim=-1, keepdim=True)
         after_prompt_BV = gpt(token_B1, cache=kept)[:, -1].detach()
         kept.advance(1)
-panels[0].set_ylabel("row")
-plt.show()
-print("white: never written; light: rubbish, seen by nobody; dark: seen by the next token")
+lesson.show("Three rows of a cache: dark, seen by the next token; crossed, rubbish; white, unused")
 
 # %% [markdown]
-# The light stretch of a row shrinks as it writes. In row 1, where rubbish is left, the next token still
+# The crossed stretch of a row shrinks as it writes. In row 1, where rubbish is left, the next token still
 # sees its own text alone.
 #
 # ## 5. Drawing a token
 #
-# The likeliest token every time is safe and dull, and N samples of it are N times the same. To draw,
-# line the probabilities up from 0 to 1 and throw a dart: the token whose stretch it hits is next
-# (**inverse CDF**). Temperature and top-k, which change the stretches, are taken apart in chapter 09.
+# The likeliest token every time is safe and dull, and N [samples](glossary.ipynb#sampling) of it are N
+# times the same. So we draw, in three turns of the same screw.
+#
+# **[Temperature](glossary.ipynb#temperature).** Divide the [logits](glossary.ipynb#logits) by a number
+# before the softmax. Below 1 the differences grow, and towards 0 the likeliest takes all; above 1 they
+# shrink, and everything becomes possible. Here is the place of our text where the model is least sure.
+
+# %%
+with torch.inference_mode():
+    logits_TV = gpt(torch.tensor([prompt]))[0]
+entropy_T = torch.distributions.Categorical(logits=logits_TV).entropy()
+place = int(entropy_T[4:].argmax()) + 4
+opening, logits_V = prompt[: place + 1], logits_TV[place]
+top = logits_V.topk(8).indices
+labels = [tokenizer.decode([id]).replace(" ", "·").replace("$", r"\$") for id in top.tolist()]
+
+
+def spread(axes, temperature):
+    shares = (logits_V / temperature).softmax(dim=-1)[top]
+    axes.bar(range(8), shares.tolist(), color=lesson.CHOSEN)
+    axes.set_xticks(range(8), labels, rotation=45)
+    axes.set(ylim=(0, 1), ylabel="probability")
+
+
+alt = "The eight likeliest tokens: at a low temperature one takes nearly all, at a high one all are alike"
+lesson.frames(spread, [0.2, 0.5, 0.8, 1.0, 1.5, 3.0], label="temperature", alt=alt)
+print(f"after {tokenizer.decode(opening[1:])!r}")
+
+# %% [markdown]
+# **[Top-k](glossary.ipynb#top-k).** Even at temperature 1 the many unlikely tokens have some percent
+# together, and in a long text one of them will come, and derail it. So keep the k likeliest, and throw the
+# rest away. k is the same where the model is sure and where it is not; top-p is cleverer:
+#
+# **Exercise 5.4 ★★ · 10 minutes · build** Top-p, or nucleus sampling.
+# Keep the *fewest* likeliest tokens whose probabilities add up to at least `top_p`, and scale those so that
+# they add up to 1; the rest get 0. Lists in, list out, in the given order. Ties go to the earlier token.
+# At `top_p` = 0, how many are left?
+
+
+# %% tags=["exercise"]
+def nucleus(probabilities, top_p):
+    """A list of probabilities -> the list with only the nucleus left, adding up to 1."""
+    ...
+
+
+checks.verify("5.4", nucleus)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>In which order do you look at the tokens, and when do you stop? Does
+# the one that crosses the border belong to it?</details>
+# <details><summary>Hint 2</summary><code>sorted(range(len(p)), key=lambda id: -p[id])</code>; take tokens
+# while the sum of those taken before is below top_p, and at least one.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def nucleus(probabilities, top_p):
+#     kept, total = set(), 0.0
+#     for id in sorted(range(len(probabilities)), key=lambda id: -probabilities[id]):
+#         if total < top_p or not kept:
+#             kept.add(id)
+#             total += probabilities[id]
+#     return [p / total if id in kept else 0.0 for id, p in enumerate(probabilities)]
+# ```
+#
+# One is left: the likeliest. Top-p keeps few where the model is sure and many where it is not.
+#
+# </details>
+
+# %% [markdown]
+# **The dart.** Line the probabilities up from 0 to 1 and throw a dart: the token whose stretch it hits is
+# next. (This is called the inverse of the cumulative distribution, or inverse CDF.)
 
 
 # %%
@@ -320,56 +579,54 @@ def draw(p_V, dart):
     return next(id for id, total in enumerate(totals) if total > dart * totals[-1])
 
 
-p_TV = probabilities(gpt(torch.tensor([prompt]))[0].detach(), temperature=1.0, top_k=12)
-place = int((p_TV * p_TV.clamp(min=1e-9).log()).sum(dim=-1).argmin())  # where it is least sure
-opening, p_V = prompt[: place + 1], p_TV[place]
+p_V = probabilities(logits_V[None], temperature=1.0, top_k=12)[0]
 darts = [0.05, 0.35, 0.65, 0.95]
-ours = [draw(p_V, dart) for dart in darts]
-assert ours == inverse_cdf(p_V.expand(4, -1), darts).tolist()
-print(f"{tokenizer.decode(opening[1:])} ┃", [tokenizer.decode([id]) for id in ours])
+hit = [draw(p_V, dart) for dart in darts]
+assert hit == inverse_cdf(p_V.expand(4, -1), darts).tolist()
+print(f"{tokenizer.decode(opening[1:])} ┃", [tokenizer.decode([id]) for id in hit])
 
 # %%
 figure, axes = plt.subplots(figsize=(7.6, 1.7))
 left = 0.0
-for place, id in enumerate((p_V > 0).nonzero().flatten().tolist()):
+for number, id in enumerate((p_V > 0).nonzero().flatten().tolist()):
     share = p_V[id].item()
-    axes.barh(0, share, left=left, color=lesson.PASTELS[place % 6], edgecolor="white")
-    if share > 0.04:
+    axes.barh(0, share, left=left, color=lesson.PASTELS[number % 6], edgecolor="#4a5568")
+    if share > 0.05:
         name = tokenizer.decode([id]).replace(" ", "·").replace("$", r"\$")
-        axes.text(left + share / 2, 0, name, ha="center", va="center", fontsize=7)
+        axes.text(left + share / 2, 0, name, ha="center", va="center", fontsize=9)
     left += share
 axes.plot(darts, [0.55] * 4, "v", color=lesson.RED)
 axes.set(xlim=(0, 1), ylim=(-0.5, 0.7), xlabel="probability, summed up in the order of the ids")
-axes.set(yticks=[], title="the twelve likeliest tokens, and four darts")
-plt.show()
+axes.set(yticks=[], title="twelve tokens and four darts")
+lesson.show("A bar from 0 to 1 cut into the stretches of twelve tokens, with four darts above it")
 
 # %% [markdown]
-# Where do the darts come from? From a generator of the row's **own**, seeded with the request's seed and
-# the sample's number. If all rows shared one, a row that ends early would shift the darts of all others,
-# and your answer would depend on who else is asking.
+# Where do the darts come from? From a generator of the row's **own**, seeded with the request's seed and the
+# sample's number. If all rows shared one, a row that ends early would shift the darts of all others, and
+# your answer would depend on who else is asking.
 
 # %%
 settings = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 50}
-together = engine.complete(prompts, seeds=[7, 8, 9], **settings)
+seeds = (7, 8, 9)
+together = engine.complete(prompts, seeds=seeds, **settings)
 alone = [
-    engine.complete([p], seeds=[s], **settings)[0] for p, s in zip(prompts, (7, 8, 9), strict=True)
+    engine.complete([p], seeds=[s], **settings)[0] for p, s in zip(prompts, seeds, strict=True)
 ]
-backwards = engine.complete(prompts[::-1], seeds=[9, 8, 7], **settings)
+backwards = engine.complete(prompts[::-1], seeds=seeds[::-1], **settings)
 assert together == alone == backwards[::-1]
-for seed, ids in zip((7, 8, 9), together, strict=True):
+for seed, ids in zip(seeds, together, strict=True):
     print(f"seed {seed}: {tokenizer.decode(ids)!r}")
 
 # %% [markdown]
 # ## 6. One prompt, many samples
 #
-# Evaluation and reinforcement learning (chapter 08) want many answers to the same question. The prompt
-# is read once, and its keys and values are copied to every row. We count how many tokens go through the
-# model:
+# Evaluation and reinforcement learning ([chapter 08](08_grpo.ipynb)) want many answers to the same question.
+# The prompt is read once, and its keys and values are copied to every row. We count how many tokens go
+# through the model.
 
 # %%
-seen = []
+seen, settings = [], {"max_new_tokens": 8, "temperature": 1.0}
 hook = gpt.embedding.register_forward_hook(lambda module, ids, out: seen.append(ids[0].numel()))
-settings = {"max_new_tokens": 8, "temperature": 1.0}
 shared = engine.complete([opening], samples=8, seeds=[1], **settings)
 tokens_shared = sum(seen)
 seen.clear()
@@ -383,141 +640,233 @@ assert len({tuple(ids) for ids in shared}) > 1 and tokens_shared < tokens_apart
 # %% [markdown]
 # ## 7. A tool: some tokens are chosen, some are forced
 #
-# Models are bad at sums and computers are good at them. So the model may write a program between
-# `<|python_start|>` and `<|python_end|>`. The engine runs it and **forces** the result into the row,
-# between `<|output_start|>` and `<|output_end|>`, as if the model had said it. Then the model goes on.
+# [Chapter 04](04_pretraining.ipynb) ended with a model that copies superbly and cannot add. So it may write
+# a program between `<|python_start|>` and `<|python_end|>`. The engine runs it and **forces** the result into
+# the row, between `<|output_start|>` and `<|output_end|>`, as if the model had said it. Then the model goes
+# on, and has only to copy ([tool use](glossary.ipynb#tool-use)).
 #
-# The model of chapter 04 has never seen such a marker; it learns them in chapters 06 and 07. To watch the
-# machine we need no learned model. A puppet will do, in which the last token alone decides what may come
-# next: a program of digits with + and *, perhaps another, and the end.
-
+# The model of chapter 04 has never seen such a marker; it learns them in
+# [chapter 06](06_midtraining.ipynb). To watch the machine we need no learned model. A **scripted** one will
+# do: it reads its row, as it stands in the cache, and a rule of ours says what comes next.
 
 # %%
 characters = Tokenizer(merges=[])  # every byte a token: easy to look at
-V = characters.vocab_size
-
-
-def id_of(name):
-    return characters.special(name) if name.startswith("<|") else characters.encode(name)[0]
-
-
-START, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (
-    id_of(f"<|{part}_{edge}|>")
-    for part in ("assistant", "python", "output")
-    for edge in ("start", "end")
-)
-print("markers:", START, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END)
+parts = [(part, edge) for part in ("assistant", "python", "output") for edge in ("start", "end")]
+markers = [characters.special(f"<|{part}_{edge}|>") for part, edge in parts]
+START, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = markers
+print("markers:", markers)
 
 
 # %%
-class Puppet:
-    config = ModelConfig(depth=1, aspect=16, head_dim=16, sequence_len=64)
+class Scripted:
+    """A stand-in for a model: it keeps its tokens where others keep keys, and follows a rule."""
 
-    def __init__(self, follows):
-        self.scores_VV = torch.full((V, V), -torch.inf)
-        self.scores_VV[:, END] = -30.0  # where nothing else may follow
-        for name, nexts in follows.items():
-            self.scores_VV[id_of(name), [id_of(next) for next in nexts]] = 0.0
+    config = ModelConfig(depth=1, aspect=2, head_dim=2, sequence_len=96)
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def hidden(self, ids_BT, cache):
+        places_BT, kept = cache.positions(ids_BT.shape[1]), ids_BT[..., None, None].float()
+        cache.write(0, places_BT, kept.expand(-1, -1, 1, 2), kept.expand(-1, -1, 1, 2))
+        rows = cache.read(0, cache.length)[0][:, :, 0, 0].long().tolist()
+        pairs = zip(rows, places_BT.tolist(), strict=True)
+        return torch.tensor([[self.rule(row[: place + 1]) for place in p] for row, p in pairs])
 
     def logits(self, ids):
-        return self.scores_VV[ids]
+        return 100.0 * F.one_hot(ids, characters.vocab_size)
 
-    def hidden(self, ids_BT, cache=None):
-        return ids_BT
-
-    def __call__(self, ids_BT, cache=None):
-        return self.scores_VV[ids_BT]
+    def __call__(self, ids_BT, cache):
+        return self.logits(self.hidden(ids_BT, cache))
 
 
-print("what may follow what:", tuple(Puppet({}).scores_VV.shape))
-
-# %%
-after_digit = ["+", "*", "<|python_end|>", "<|python_end|>"]
-follows = {"<|python_start|>": "123456789", "+": "123456789", "*": "123456789"}
-follows |= dict.fromkeys("123456789", after_digit)
-follows |= {"<|assistant_start|>": ["=", "<|python_start|>"], "=": ["<|python_start|>"]}
-follows |= {"<|output_end|>": [",", "<|assistant_end|>"], ",": ["<|python_start|>"]}
-puppet = Puppet(follows)
-print("after <|python_start|>, chances of 7 and +:", puppet.scores_VV[PYTHON].softmax(0)[[55, 43]])
+print("a rule is a function from the ids so far to the next id")
 
 # %% [markdown]
-# The state of one row is small: the program that is being written, if one is, and the tokens that are
-# still to be forced. Here it is in one loop, for one row, with a dart thrown at every step, also where a
-# token is forced: so the n-th dart belongs to the n-th token, whatever was forced before.
+# Our rule: the question stands between `<|bos|>` and `<|assistant_start|>`. Write it as a program. When a
+# result has come, copy it.
 
 
 # %%
-def one_row(seed, tool, limit):
-    dice, said, forced, source = random.Random(seed_of(seed, "sample", 0)), [START], [], None
-    while len(said) <= limit and said[-1] != END:
-        p_V = puppet.scores_VV[said[-1]].softmax(dim=-1)
-        drawn = draw(p_V, dice.random())
-        id = forced.pop(0) if forced else drawn
-        said.append(id)
-        if id == PYTHON:
-            source = []
-        elif id == PYTHON_END and source is not None:
-            result = characters.encode(tool(characters.decode(source)))
-            forced, source = [OUTPUT, *result, OUTPUT_END], None
-        elif source is not None:
-            source.append(id)
-    return [id for id in said[1:] if id != END]
+def rule(ids):
+    if START not in ids:
+        return END
+    cut = ids.index(START)
+    said, program = ids[cut + 1 :], ids[1:cut]
+    lines = [PYTHON, *program, PYTHON_END]
+    if OUTPUT_END in said:  # the result is there: copy it
+        result = said[said.index(OUTPUT) + 1 : said.index(OUTPUT_END)]
+        lines += [OUTPUT, *result, OUTPUT_END, *characters.encode("It is "), *result, END]
+    return lines[len(said)] if len(said) < len(lines) else END
 
 
 # %%
+def ask(question):
+    return [characters.bos, *characters.encode(question), START]
+
+
 def calculator(source):
     products = [math.prod(map(int, product.split("*"))) for product in source.split("+")]
     return str(sum(products))
 
 
-talker = Engine(puppet, characters, cpu, calculator)
-settings = {"max_new_tokens": 40, "temperature": 1.0}
-steps = list(talker.generate([[START]] * 6, seeds=range(6), **settings))
-rows = [
-    [t.id for step in steps for t in step if t.row == row and t.kind != "end"] for row in range(6)
-]
-assert rows == [one_row(seed, calculator, limit=40) for seed in range(6)]
-print("six rows of nanolib's engine equal our loop, one by one:")
-for ids in rows[:3]:
-    print(" ", characters.decode(ids))
+def liar(source):
+    return str(int(calculator(source)) + 1)
 
-# %%
-colours = {"chosen": "#dbeafe", "program": "#fde7c8", "forced": "#d3f2df", "end": "#fbd9e0"}
-short = {PYTHON: "[py", PYTHON_END: "py]", OUTPUT: "[out", OUTPUT_END: "out]", END: "end"}
-print("[py … py]: chosen by the row; [out … out]: forced into it")
+
+print("asked 12+30, the tool says", calculator("12+30"), "and the liar", liar("12+30"))
 
 # %% [markdown]
-# Now watch them together. Each column is a step, in which every row that is not over gets one token. No
-# row waits for another: while a result is forced into one, the others write on. A row ends when it says
-# so, or at its limit of forty tokens. When half of the rows are over, the engine moves the rest into a
-# smaller batch.
+# Before you run it: what will the row say when the tool lies?
+
 
 # %%
+def told(answer):
+    """Show an answer, token by token, in the course's colours."""
+    pieces, kinds, program = [], [], False
+    names = {PYTHON: "⟨py⟩", PYTHON_END: "⟨/py⟩", OUTPUT: "⟨out⟩", OUTPUT_END: "⟨/out⟩"}
+    for id, chosen in zip(answer.ids, answer.chosen, strict=True):
+        program = program or id == PYTHON
+        kinds.append("forced" if not chosen else "program" if program else "chosen")
+        pieces.append(names.get(id, characters.decode([id])))
+        program = program and id != PYTHON_END
+    lesson.tokens(pieces, kinds=kinds)
+
+
+for tool in (calculator, liar):
+    talker = Engine(Scripted(rule), characters, cpu, tool)
+    (answer,) = talker.answers([ask("12+30")], max_new_tokens=40)
+    told(answer)
+    assert characters.decode(answer.ids).endswith(tool("12+30"))
+
+# %% [markdown]
+# It says what it was told. Nothing marks the lie, no confidence drops. Whatever stands between the two
+# markers is text like any other to the model, and being trained to copy it means being trained to believe
+# it. That is the strength of a tool, and a good reason to be careful with whom you let write there.
+# Chapter 06 lies to a model that has really learned, and counts how often it believes.
+#
+# How does the engine do it? The state of one row is small: the program that is being written, if one is, and
+# the tokens that are still to be forced.
+#
+# **Exercise 5.5 ★★★ · 25 minutes · build** One row with a tool.
+# Tokens are texts here, so that you can read them: `"<py>"`, `"</py>"`, `"<out>"`, `"</out>"`, `"<end>"`, and
+# single characters. `say(tokens)` is the model: the next token it wants, given all so far. `tool(source)`
+# returns a text. At every step ask the model, also where a token is forced, then its wish is thrown away.
+# Return the tokens without `"<end>"`, at most `limit` of them (forced ones count). What goes wrong if a
+# wish for `"<end>"` ends the row although something else is forced?
+
+
+# %% tags=["exercise"]
+def one_row(say, tool, limit):
+    """The row that a model `say` writes with a `tool`: a list of tokens."""
+    ...
+
+
+checks.verify("5.5", one_row)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>What must the loop remember from one token to the next? Two things,
+# beside the tokens.</details>
+# <details><summary>Hint 2</summary><code>wish = say(tokens)</code>, then <code>token = forced.pop(0) if
+# forced else wish</code>. On "&lt;py&gt;" begin to collect, on "&lt;/py&gt;" call the tool and fill
+# <code>forced</code>.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def one_row(say, tool, limit):
+#     tokens, forced, source = [], [], None
+#     while len(tokens) < limit:
+#         wish = say(tokens)
+#         token = forced.pop(0) if forced else wish
+#         if token == "<end>":
+#             break
+#         tokens.append(token)
+#         if token == "<py>":
+#             source = []
+#         elif token == "</py>" and source is not None:
+#             forced, source = ["<out>", *tool("".join(source)), "</out>"], None
+#         elif source is not None:
+#             source.append(token)
+#     return tokens
+# ```
+#
+# Then a row ends in the middle of a result. Our scripted model wishes to end as soon as its program is
+# written: it has nothing to say until the result is there.
+#
+# </details>
+
+
+# %% tags=["solution-twin", "loop"]
+def one_row(say, tool, limit):
+    tokens, forced, source = [], [], None
+    while len(tokens) < limit:
+        wish = say(tokens)
+        token = forced.pop(0) if forced else wish
+        if token == "<end>":
+            break
+        tokens.append(token)
+        if token == "<py>":
+            source = []
+        elif token == "</py>" and source is not None:
+            forced, source = ["<out>", *tool("".join(source)), "</out>"], None
+        elif source is not None:
+            source.append(token)
+    return tokens
+
+
+# %%
+short = {PYTHON: "<py>", PYTHON_END: "</py>", OUTPUT: "<out>", OUTPUT_END: "</out>", END: "<end>"}
+ids_of = {name: id for id, name in short.items()}
+questions = ["3*4", "12+30", "7", "2*3*4+5", "9+9", "1+2*8"]
+
+
+def say(question):
+    def next_token(tokens):
+        ids = [ids_of.get(token) or characters.encode(token)[0] for token in tokens]
+        id = rule([*ask(question), *ids])
+        return short.get(id) or characters.decode([id])
+
+    return next_token
+
+
+talker = Engine(Scripted(rule), characters, cpu, calculator)
+steps = list(talker.generate([ask(q) for q in questions], max_new_tokens=40))
+for row, question in enumerate(questions):
+    ids = [t.id for step in steps for t in step if t.row == row and t.kind != "end"]
+    ours = one_row(say(question), calculator, 40)
+    assert [short.get(id) or characters.decode([id]) for id in ids] == ours
+    print(f"{question:>8}:", "".join(ours))
+
+# %% [markdown]
+# Now watch the six rows of nanolib's engine together. Each column is a step, in which every row that is not
+# over gets one token. No row waits for another: while a result is forced into one, the others write on. When
+# half of the rows are over, the engine moves the rest into a smaller batch.
+
+# %%
+signs = {PYTHON: "▸", PYTHON_END: "◂", OUTPUT: "«", OUTPUT_END: "»", END: "■"}
 figure, axes = plt.subplots(figsize=(9.2, 2.6))
 writes = [False] * 6
 for step, tokens in enumerate(steps):
     for row, id, kind in tokens:
         writes[row] = kind == "chosen" and (id == PYTHON or writes[row])
-        colour = colours["program" if writes[row] else kind]
+        colour = lesson.FORCED if kind == "forced" else lesson.CHOSEN
+        colour = lesson.PROGRAM if writes[row] else colour
         writes[row] = writes[row] and id != PYTHON_END
-        axes.barh(row, 1, left=step, color=colour, edgecolor="white")
-        name = short.get(id, characters.decode([id]))
-        axes.text(step + 0.5, row, name, ha="center", va="center", fontsize=6.5)
-axes.set_yticks(range(6))
-axes.set(xlabel="step", ylabel="row", title="what each row gets at each step", xlim=(0, len(steps)))
-axes.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], colours, ncols=4)
-axes.legend_.set(loc="lower right", bbox_to_anchor=(1, 1))
+        look = {"color": colour, "alpha": 0.35, "hatch": lesson.HATCHES[colour], "ec": "white"}
+        axes.barh(row, 1, left=step, **look)
+        axes.text(step + 0.5, row, signs.get(id, characters.decode([id])), ha="center", va="center")
+axes.set_yticks(range(6), questions)
+axes.set(xlabel="step", title="▸ program ◂   « forced result »   ■ end", xlim=(0, len(steps)))
 axes.invert_yaxis()
-plt.show()
+lesson.show("Six rows, a token a column: a dotted program, a striped result, a plain answer")
 
 # %% [markdown]
 # ## 8. The sandbox
 #
-# Our calculator knows + and *, and the puppet can write nothing else. A model may write any program, also
-# one that never ends or reads your files. What a model wrote runs in nanolib in one place only: a
-# `Sandbox`, an interpreter of its own in a process of its own, without files and network, with limits on
-# time, memory, recursion and output. Whatever happens in there comes back as text, which the model reads
-# like any other result.
+# Our calculator knows + and *. A model may write any program, also one that never ends or reads your files.
+# What a model wrote runs in nanolib in one place only: a `Sandbox`, an interpreter of its own in a process of
+# its own, without files and network, with limits on time, memory, recursion and output. Whatever happens in
+# there comes back as text, which the model reads like any other result.
 
 # %%
 programs = {
@@ -539,9 +888,9 @@ with Sandbox(seconds=0.3, workers=1) as sandbox:
 # %% [markdown]
 # ## 9. Whole characters
 #
-# A chat shows the answer while it is written. But tokens are bytes (chapter 01), and a character may have
-# up to four of them. Who decodes each token by itself shows �. So a stream holds back what is not yet a
-# whole character:
+# A chat shows the answer while it is written. But tokens are bytes ([chapter 01](01_tokenizer.ipynb)), and a
+# character may have up to four of them. Who decodes each token by itself shows �. So a stream holds back
+# what is not yet a whole character.
 
 
 # %%
@@ -558,92 +907,23 @@ def whole_characters(ids):
 
 ids = characters.encode("né 🙂")
 decoder = codecs.getincrementaldecoder("utf-8")()  # Python has one too
-ours = list(whole_characters(ids))
-assert ours == [decoder.decode(characters.token_bytes(id)) for id in ids]
+pieces = list(whole_characters(ids))
+assert pieces == [decoder.decode(characters.token_bytes(id)) for id in ids]
 print("each by itself:", [characters.decode([id]) for id in ids])
-print("held back:     ", ours)
+print("held back:     ", pieces)
 
 # %% [markdown]
-# ## Exercises
-#
-# **1.** Without a cache, how many positions does the model compute to write `count` tokens after a prompt
-# of `prompt` tokens? (With a cache: prompt + count − 1.)
+# **Exercise 5.6 ★★★ · 15 minutes · open** Half a cache.
+# Let `extend` keep keys and values in `torch.bfloat16`, or in eight bits (one scale for each vector), and
+# give them back in float32. Which first changes its text, `write_cached` with cheap keys or with cheap
+# values? What is known: eight bits hardly ever change an answer, and keys suffer before values do.
 
-
-# %% tags=["exercise"]
-def positions_anew(prompt, count):
-    return ...
-
-
-lesson.check(positions_anew, (10, 1, 10), (10, 3, 33), (1000, 1000, 1_499_500))
+# %% tags=["open"]
+cache = Cache()
+read(five, cache)
+print("bytes of keys by layer, to be halved:", [keys.nbytes for keys, _ in cache.kept.values()])
 
 # %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def positions_anew(prompt, count):
-#     return sum(prompt + already for already in range(count))
-# ```
-#
-# </details>
-#
-# **2.** A GPU has 80 × 10⁹ bytes. How many rows of 2,048 positions can the depth 20 model write at once,
-# with weights and caches at two bytes a number? (`accounting.cache_bytes` helps.)
-
-# %% tags=["exercise"]
-most_rows = ...
-
-lesson.check(most_rows, 376)
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# row = accounting.cache_bytes(d20, rows=1, length=2048)
-# most_rows = int((80e9 - 2 * d20.parameters(vocab)) // row)
-# ```
-#
-# The weights take 1.1 GB. The other 99 % are for caches.
-#
-# </details>
-#
-# **3.** **Top-p** (nucleus sampling): keep the fewest likeliest tokens whose probabilities add up to at
-# least `top_p`, throw the rest away, and scale so that they add up to 1. Lists in, list out, in the given
-# order.
-
-
-# %% tags=["exercise"]
-def nucleus(probabilities, top_p):
-    return ...
-
-
-lesson.check(
-    nucleus,
-    ([0.5, 0.3, 0.2], 0.7, [0.625, 0.375, 0.0]),
-    ([0.1, 0.9], 0.5, [0.0, 1.0]),
-    ([0.25, 0.5, 0.25], 1.0, [0.25, 0.5, 0.25]),
-)
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def nucleus(probabilities, top_p):
-#     kept, total = set(), 0.0
-#     for id in sorted(range(len(probabilities)), key=lambda id: -probabilities[id]):
-#         if total < top_p:
-#             kept.add(id)
-#             total += probabilities[id]
-#     return [p / total if id in kept else 0.0 for id, p in enumerate(probabilities)]
-# ```
-#
-# Top-k keeps as many where the model is sure as where it is not; top-p keeps few where it is sure.
-#
-# </details>
-#
-# **4.** Let the puppet write a `/`, and then a 0 after it (`follows`), with `sandbox.run(source).text` as
-# the tool, inside `with Sandbox() as sandbox:`. What does a row read when its program divides by zero?
-#
 # ## To read
 #
 # - Pope et al., *Efficiently Scaling Transformer Inference* (prefill, decode, and what limits each),
@@ -659,4 +939,6 @@ lesson.check(
 # - Schick et al., *Toolformer*, [arXiv:2302.04761](https://arxiv.org/abs/2302.04761)
 #
 # In the code: `nanolib/engine.py`, `KVCache` in `nanolib/model.py`, `nanolib/tools.py`,
-# `nanolib/accounting.py`. **Next:** 06, between reading and talking.
+# `nanolib/accounting.py`.
+#
+# **Next:** [chapter 06](06_midtraining.ipynb), between reading and talking.
