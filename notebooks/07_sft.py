@@ -29,17 +29,22 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
     subprocess.run([sys.executable, "colab.py"], check=True)
 
 # %% [markdown]
+# %% [markdown]
 # # 07 · Learning to answer
 #
-# The model of chapter 04 can go on with a text. Ask it something and it goes on with *that*: perhaps
-# with another question. What it knows is in there, but it does not know that it is being spoken to.
-# **Supervised finetuning** shows it conversations and lets it learn one side of them: the answers.
+# After [chapter 06](06_midtraining.ipynb) the model talks. **Supervised finetuning** (SFT) goes on with fewer
+# and better conversations and smaller steps. Which tokens does it learn from, exactly? How do conversations
+# of all lengths fit into rows? And what does it buy: which answers does it mend, and which does it spoil?
 #
-# **You will learn** how a conversation becomes tokens, which of them count in the loss and why, how
-# conversations share a row, and why a model may know the answer and still fail a multiple-choice test.
+# **You will learn** who is graded in a conversation, and how one wrong shift or one wrong division spoils it;
+# how to compare two models question by question, and tell a gain from noise;
+# why a model may know an answer and still fail a multiple-choice test.
 #
-# **Takes** fifteen minutes to read. The stage trains for a few minutes in profile `demo` on two CPU
-# cores. Stages: `sft`, then `eval` of `sft`.
+# **You need** the chat template and the tool ([chapter 06](06_midtraining.ipynb));
+# the loss and the training loop ([chapter 04](04_pretraining.ipynb)).
+#
+# **Takes** 20 minutes to read and run, 35 more with the exercises; in profile `demo` the stage trains for
+# another minute on two CPU cores. Stages: `sft`, then `eval` of `sft`.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -50,102 +55,139 @@ overrides = {}
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from torch.testing import assert_close
 
+import checks
 import lesson
 from nanolib import checkpoint, launch, tasks
-from nanolib.conversation import LETTERS, Conversation, choice_question
-from nanolib.data.packing import batch_of_rows
-from nanolib.data.sources import ConversationSource
+from nanolib.conversation import LETTERS, Conversation, answer_parts, choice_question
+from nanolib.data.packing import batch_of_rows, pack
 from nanolib.engine import Engine
+from nanolib.evals.answers import Questions
 from nanolib.evals.choices import by_letter, by_text
 from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
+from nanolib.tools import Sandbox
 
 run = lesson.begin(profile, run, overrides)
-launch.stage("base", run, watch=lesson.Live())  # chapter 04's work, if it is not there yet
+launch.stage("mid", run, watch=lesson.Live())  # chapter 06's work, if it is not there yet
 tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
 cpu = Runtime(device=torch.device("cpu"), dtype=torch.float32)
-
-# %% [markdown]
-# ## The question before
-#
-# First, the reader as it is. We ask it something, in the form a conversation has, and let it go on.
-
-
-# %%
-def answer(stage, question):
-    model = checkpoint.load_model(run.stage(stage).checkpoints, cpu.device)
-    engine = Engine(model, tokenizer, cpu)
-    prompt = Conversation.ask(question).prompt(tokenizer)
-    (ids,) = engine.complete([prompt], max_new_tokens=24)
-    return tokenizer.decode(ids)
-
-
-chats = tasks.load("smoltalk", "test", run.mirror())
 length = run.config.recipe.model.sequence_len
-some = (chats.conversation(i) for i in range(len(chats)))
-conversation = next(c for c in some if 20 < len(c.render(tokenizer).ids) < length)
-question, reference = (turn.text for turn in conversation.turns[:2])
-print("asked: ", question[:200])
-print("answer:", answer("base", question))
+chats, problems = (tasks.load(name, "test", run.mirror()) for name in ("smoltalk", "gsm8k"))
+ASKED = 120 if profile == "demo" else 8  # what a lesson has time for
 
 # %% [markdown]
-# ## A conversation is a text with markers
+# ## 1. Who is graded
 #
-# Who speaks is said by special tokens, which no user can type (chapter 01). Here is a conversation as
-# the model sees it. Blue is what it only reads. Orange is what the assistant says, up to and
-# including the marker that ends its turn: that is what the model shall learn to say.
+# The model reads the whole conversation, and learns from a part of it. Which part? The user's words are not
+# its business. What the assistant says is, **up to and including the marker that ends its turn**: without
+# that one it would never learn to stop. And inside the assistant's turn stands something that the assistant
+# did not say: the tool's result. A model that trains on results learns to make them up.
+#
+# **Predict**: in `It is <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5`, which of the
+# four markers are graded?
+#
+# **Exercise 7.1 ★★ · 10 minutes · build** The loss mask.
+# Write, for each id, whether it is a target of the loss: the [loss mask](glossary.ipynb#loss-mask). `start`
+# and `end` are the ids around the assistant's turn, `output` and `output_end` those around a tool's result.
 
-# %%
-rendered = conversation.render(tokenizer)
-pieces = [tokenizer.decode([id]) for id in rendered.ids]
-said = [int(is_said) for is_said in rendered.loss_mask]
-lesson.tokens(pieces, groups=said, legend=["read", "said: in the loss"])
+
+# %% tags=["exercise"]
+def loss_mask(ids, start, end, output, output_end):
+    """ids: a list of ints -> a list of bools, as long."""
+    ...
+
+
+checks.verify("7.1", loss_mask)
 
 # %% [markdown]
-# Why not learn all of it? Then the model would spend its effort on guessing what users ask. And the
-# ending marker *must* be learned, or the model never stops talking.
+# <details><summary>Hint 1</summary>Walk through the ids and remember two things: is the assistant speaking, and
+# is it the tool's turn?</details>
+# <details><summary>Hint 2</summary>Order matters. The opening marker of the turn is not graded, the closing one
+# is; the opening marker of a result is already the tool's, and the closing one is still the tool's.</details>
+# <details><summary>Solution</summary>
 #
-# What a tool prints stands inside the assistant's turn, but the assistant did not say it. A model that
-# trains on it learns to make results up. Here the rule is in a few lines, against nanolib's:
+# ```python
+# def loss_mask(ids, start, end, output, output_end):
+#     mask, speaking, tool = [], False, False
+#     for id in ids:
+#         tool = tool or id == output
+#         mask.append(speaking and not tool)
+#         tool = tool and id != output_end
+#         speaking = (speaking or id == start) and id != end
+#     return mask
+# ```
+#
+# The program's markers are the assistant's own: it must learn to call.
+#
+# </details>
+#
+# Here is the same walk, which also says *whose* each token is. Blue and green are graded: the assistant's
+# words and its programs. Orange was put there by the tool, grey is only read.
 
 
-# %%
-def is_said(ids):
-    names = ("assistant_start", "assistant_end", "output_start", "output_end")
-    start, end, output, output_end = (tokenizer.special(f"<|{name}|>") for name in names)
-    mask, speaking, tool = [], False, False
+# %% tags=["solution-twin"]
+def whose(ids):
+    """Each id's kind in the course's colour code."""
+    kinds, now = [], "masked"
     for id in ids:
-        tool = tool or id == output
-        mask.append(speaking and not tool)
-        tool = tool and id != output_end
-        speaking = (speaking or id == start) and id != end
-    return mask
+        name = tokenizer.decode([id])
+        now = "forced" if name == "<|output_start|>" else now
+        now = "program" if name == "<|python_start|>" and now == "chosen" else now
+        kinds.append(now)
+        opens = ("<|assistant_start|>", "<|python_end|>", "<|output_end|>")  # it speaks from here
+        now = "chosen" if name in opens else now
+        now = "masked" if name == "<|assistant_end|>" else now
+    return kinds
 
 
-problems = tasks.load("gsm8k", "test", run.mirror())
-examples = [task.conversation(i) for task in (chats, problems) for i in range(20)]
-for example in examples:
-    expected = example.render(tokenizer)
-    assert is_said(expected.ids) == expected.loss_mask
-print(f"{len(examples)} conversations: our mask equals nanolib's")
-
-# %% [markdown]
-# A word problem from the same mixture. The `<|output_start|>` … `<|output_end|>` part is the tool's.
+for conversation in [task.conversation(i) for task in (chats, problems) for i in range(20)]:
+    real = conversation.render(tokenizer)
+    assert [kind in ("chosen", "program") for kind in whose(real.ids)] == real.loss_mask
+print("40 conversations: our mask equals nanolib's")
 
 # %%
-rendered = problems.conversation(0).render(tokenizer, max_tokens=160)
-pieces = [tokenizer.decode([id]) for id in rendered.ids]
-lesson.tokens(
-    pieces, groups=[int(m) for m in rendered.loss_mask], legend=["read", "said: in the loss"]
-)
+for conversation in (chats.conversation(3), problems.conversation(0)):
+    rendered = conversation.render(tokenizer, max_tokens=160)
+    pieces = [tokenizer.decode([id]) for id in rendered.ids]
+    lesson.tokens(pieces, kinds=whose(rendered.ids))
+print(f"in the last one, {np.mean(rendered.loss_mask):.0%} of the tokens are graded")
 
 # %% [markdown]
-# ## Shifted by one
+# ## 2. Shifted by one
 #
-# The target of position *t* is token *t* + 1, so the mask moves with it: at `<|assistant_start|>`,
-# which the model only reads, it must already predict the first word of the answer. Being off by one
-# here is a classic: everything runs, the loss looks fine, and the model cannot begin or cannot stop.
+# The target at position *t* is token *t* + 1, so the mask moves with it. At `<|assistant_start|>`, which the
+# model only reads, it must already predict the first word of the answer.
+#
+# **Exercise 7.2 ★ · 5 minutes · build** Targets.
+# From ids and mask, write the targets: the next id where that one is graded, −1 where it is not. How many
+# are there?
+
+
+# %% tags=["exercise"]
+def targets(ids, mask):
+    """Two lists of the same length -> a list, one shorter."""
+    ...
+
+
+checks.verify("7.2", targets)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>Whose mask decides: that of the token being read, or of the one being
+# predicted?</details>
+# <details><summary>Hint 2</summary>Walk over `zip(ids[1:], mask[1:])`.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def targets(ids, mask):
+#     return [id if graded else -1 for id, graded in zip(ids[1:], mask[1:], strict=True)]
+# ```
+#
+# Being off by one here is a classic: everything runs, the loss looks fine, and the model cannot begin or
+# cannot stop.
+#
+# </details>
 
 # %%
 ids, mask = np.array(rendered.ids), np.array(rendered.loss_mask)
@@ -158,40 +200,121 @@ for t in range(first - 2, first + 2):
     print(f"{tokenizer.decode([ids[t]])!r:>24} → {learned}")
 
 # %% [markdown]
-# ## Conversations share a row
+# ## 3. A mean over what?
 #
-# Conversations are short and rows are long. One in each row would be mostly padding, so as many as fit
-# share one. None is ever split: half an answer teaches nothing good. (As with documents in chapter 04, each
-# sees those before it in its row.) Below, every row of a small packing. Each colour is a conversation, white
-# is unused.
+# The loss of a batch is a mean. Take two conversations, one with 2 graded tokens, one with 40. If you
+# average each and then average the two, the 2 tokens weigh as much as the 40, each of them twenty times as
+# much as it should. Short answers would shout.
+#
+# **Exercise 7.3 ★ · 5 minutes · build** The masked mean.
+# Write the loss of a batch from every token's loss and the mask: sum first, divide once.
 
-# %%
-rendered = [chats.conversation(i).render(tokenizer, length + 1) for i in range(60)]
-settings = {"length": length, "batch_rows": 4, "bos": tokenizer.bos, "seed": 1}
-source = ConversationSource([r.ids for r in rendered], [r.loss_mask for r in rendered], **settings)
-assert sorted(item for row in source.rows for item in row) == list(range(60))  # each exactly once
-picture = np.full((len(source), length + 1), np.nan)
-for row, items in zip(picture, source.rows, strict=True):
-    ends = np.cumsum([len(source.ids[item]) for item in items])
-    for number, (end, item) in enumerate(zip(ends, items, strict=True)):
-        row[end - len(source.ids[item]) : end] = (number + 3 * len(items)) % 8
 
-# %%
-figure, axes = plt.subplots(figsize=(7.2, 2.6))
-axes.imshow(picture, cmap="Set3", aspect="auto", interpolation="nearest")
-axes.set(xlabel="position", ylabel="row")
-axes.yaxis.get_major_locator().set_params(integer=True)
-axes.set_title(f"60 conversations in {len(source)} rows, {np.mean(~np.isnan(picture)):.0%} used")
-axes.grid(False)
-plt.show()
+# %% tags=["exercise"]
+def masked_mean(nll_BT, mask_BT):
+    """nll_BT: losses of all tokens; mask_BT: bools of the same shape -> a tensor with one number."""
+    ...
+
+
+checks.verify("7.3", masked_mean)
 
 # %% [markdown]
-# ## The run
+# <details><summary>Hint 1</summary>How many numbers are you averaging? Not B × T.</details>
+# <details><summary>Hint 2</summary>A bool tensor can be multiplied with, and summed.</details>
+# <details><summary>Solution</summary>
 #
-# The recipe says how many rows come from where. The worker continues from the weights of the stage before,
-# `mid` (chapter 06), with the optimizer starting afresh and a learning rate that falls to zero from the
-# first step on. Right in the figure, the held-out losses begin where chapter 06 ended: they are of the
-# same conversations.
+# ```python
+# def masked_mean(nll_BT, mask_BT):
+#     return (nll_BT * mask_BT).sum() / mask_BT.sum()
+# ```
+#
+# </details>
+#
+# Both ways on two real conversations, a short and a long one, with the midtrained model:
+
+# %%
+model = checkpoint.load_model(run.stage("mid").checkpoints, cpu.device)
+some = [chats.conversation(i).render(tokenizer, length + 1) for i in range(30)]
+two = [min(some, key=lambda r: sum(r.loss_mask)), max(some, key=lambda r: sum(r.loss_mask))]
+rows, masks = [np.array(r.ids) for r in two], [np.array(r.loss_mask) for r in two]
+batch = batch_of_rows(rows, masks, max(map(len, rows)) - 1, tokenizer.bos)
+with torch.no_grad():
+    nll_BT = model.nll(batch)  # already 0 where a target is ignored
+count_B = (batch.targets_BT >= 0).sum(dim=1)
+once, twice = nll_BT.sum() / count_B.sum(), (nll_BT.sum(dim=1) / count_B).mean()
+assert_close(once, nll_BT[batch.targets_BT >= 0].mean())
+print(f"{count_B.tolist()} graded tokens: {once:.3f} divided once, {twice:.3f} the mean of means")
+
+# %% [markdown]
+# ## 4. Conversations share a row
+#
+# Conversations are short and rows are long. One in each row would be mostly padding, so as many as fit
+# share one; this is [packing](glossary.ipynb#packing). None is ever split: half an answer teaches nothing
+# good. (As with documents in chapter 04, each sees those before it in its row.)
+#
+# **Exercise 7.4 ★★ · 10 minutes · build** First fit.
+# Go through the conversations in order and put each into the *first* row that still has room for it. Open a
+# new row where none has.
+
+
+# %% tags=["exercise"]
+def first_fit(lengths, room):
+    """lengths: tokens of each conversation; room: of a row -> for each row a list of indices."""
+    ...
+
+
+checks.verify("7.4", first_fit)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>Keep two lists: the rows, and the room each of them has left.</details>
+# <details><summary>Hint 2</summary>`for ... else` runs its `else` when the loop found no row: open a new
+# one there.</details>
+# <details><summary>Solution</summary>
+#
+# ```python
+# def first_fit(lengths, room):
+#     rows, left = [], []
+#     for item, need in enumerate(lengths):
+#         for row, space in enumerate(left):
+#             if space >= need:
+#                 break
+#         else:
+#             row = len(rows)
+#             rows.append([])
+#             left.append(room)
+#         rows[row].append(item)
+#         left[row] -= need
+#     return rows
+# ```
+#
+# </details>
+#
+# nanolib takes the row with the *least* room that is still enough (best fit), of 64 rows that it keeps open.
+# Each box is a conversation; what is left white is wasted.
+
+# %%
+lengths = [len(chats.conversation(i).render(tokenizer, length + 1).ids) for i in range(60)]
+packed = pack(lengths, length + 1, range(60))
+assert sorted(item for row in packed for item in row) == list(range(60))  # each exactly once
+figure, axes = plt.subplots(figsize=(7.2, 2.6))
+for place, row in enumerate(packed):
+    sizes = np.array([lengths[item] for item in row])
+    looks = {"color": lesson.PASTELS[0], "edgecolor": lesson.BLUE, "height": 0.9}
+    axes.barh([place] * len(row), sizes, left=sizes.cumsum() - sizes, **looks)
+axes.set(xlabel="position", ylabel="row", xlim=(0, length + 1))
+axes.invert_yaxis()
+axes.grid(False)
+used = sum(lengths) / len(packed) / (length + 1)
+axes.set_title(f"60 conversations in {len(packed)} rows, {used:.0%} used")
+lesson.show("Rows filled with boxes, one for each conversation, most of them nearly to the end")
+print(f"one conversation in each row would use {np.mean(lengths) / (length + 1):.0%}")
+
+# %% [markdown]
+# ## 5. The run
+#
+# The recipe says how many rows come from where. The worker goes on from the weights of `mid`, with a fresh
+# optimizer and a learning rate that falls to zero from the first step on. Right in the figure: the held-out
+# losses begin where chapter 06 ended, on the same conversations.
 
 # %%
 sft = run.config.recipe.sft
@@ -200,87 +323,179 @@ result = launch.stage("sft", run, watch=lesson.Live())
 print(f"{result['epochs']:.2f} passes over {result['conversations']}")
 
 # %% [markdown]
-# And the question from before:
+# ## 6. What does it buy?
+#
+# A loss says little about answers. So ask both models the same questions, none of which were in any
+# training conversation, and compare *question by question*. **Mended** are those that `mid` got wrong and
+# `sft` right; **spoilt**, the other way round. **Predict**: will there be any spoilt ones, if the
+# model got better?
 
 # %%
-print("asked:      ", question[:200])
-for stage in ("base", "mid", "sft"):
-    if stage in run.config.recipe.models:
-        print(f"{stage} says:".ljust(12), answer(stage, question))
-print("the answer: ", reference[:200])
+tested = {name: tasks.load(name, "test", run.mirror()) for name in ("facts", "gsm8k")}
+limit = min(64, run.config.recipe.eval.max_new_tokens)
+
+
+def tries(stage, task):
+    """A stage's greedy answers to the first questions: their parts, and whether each is right."""
+    model = checkpoint.load_model(run.stage(stage).checkpoints, cpu.device)
+    with Sandbox() as sandbox:
+        engine = Engine(model, tokenizer, cpu, lambda source: sandbox.run(source).text)
+        questions = Questions(engine, task, limit)
+        asked = questions.fitting(range(min(ASKED, len(task))), room=8)
+        given = [group[0] for group in questions.answers(asked)]
+    right = [bool(task.grade(i, questions.text(a))) for i, a in zip(asked, given, strict=True)]
+    return asked, [answer_parts(a.ids, tokenizer) for a in given], right
+
+
+found = {name: {s: tries(s, task) for s in ("mid", "sft")} for name, task in tested.items()}
+for name, by_stage in found.items():
+    print(name, {stage: f"{np.mean(right):.0%} right" for stage, (_, _, right) in by_stage.items()})
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(7.6, 2.4))
+for axes, (name, by_stage) in zip(panels, found.items(), strict=True):
+    (_, _, old), (_, _, new) = by_stage["mid"], by_stage["sft"]
+    old, new = np.array(old, bool), np.array(new, bool)
+    mended, spoilt = int((new & ~old).sum()), int((old & ~new).sum())
+    bars = axes.bar(
+        ["mid right", "sft right", "mended", "spoilt"], [*map(sum, (old, new)), mended, spoilt]
+    )
+    looks = ((lesson.GREY, ""), (lesson.BLUE, ""), (lesson.GREEN, "..."), (lesson.RED, "xx"))
+    for bar, (colour, hatch) in zip(bars, looks, strict=True):
+        bar.set(color=colour, hatch=hatch, edgecolor="white")
+    axes.bar_label(bars)
+    axes.set(title=f"{name}: {len(old)} questions", ylabel="answers", ylim=(0, 1.15 * len(old)))
+    axes.tick_params(axis="x", labelsize=9)
+    print(f"{name}: net {mended - spoilt:+d}, by chance alone ±{(mended + spoilt) ** 0.5:.1f}")
+lesson.show(
+    "For facts and word problems: right answers of mid and of sft, answers mended, answers spoilt"
+)
 
 # %% [markdown]
-# ## What does it know?
+# Compare the net gain with what went back and forth. Training moves *all* weights a little, and answers
+# that were on the edge fall to one side or the other. How much of the gain is luck? Only the questions that
+# changed say anything. If SFT did nothing but toss a coin over each of these, mended minus spoilt would be 0
+# give or take the root of their number: that is the ± above. A gain of less than two of these is one to be
+# quiet about.
 #
-# The evaluation asks what it has not seen in any training conversation. In the toy world these are
-# facts that stand in the pretraining text only: answering right means having carried something over
-# from reading to talking.
+# So is it worth a stage? In the toy world its data differ little from midtraining's: the same kinds of
+# conversations, fewer of them, smaller steps. What it buys is polish. Where the data of SFT are *better* than
+# what came before, written with care rather than collected, it buys more. Look at some of the changes:
+
+# %%
+for name, by_stage in found.items():
+    (asked, before, old), (_, after, new) = by_stage["mid"], by_stage["sft"]
+    for word, wanted in (("mended", (False, True)), ("spoilt", (True, False))):
+        places = [p for p, pair in enumerate(zip(old, new, strict=True)) if pair == wanted]
+        for place in places[:1]:
+            print(f"{word}: {tested[name].unanswered(asked[place]).turns[-1].text[:150]}")
+            for stage, parts in (("mid", before), ("sft", after)):
+                print(f"   {stage}: {' '.join(part.text for part in parts[place])[:100]!r}")
+print("(programs and their results stand between the words)")
+
+# %% [markdown]
+# ## 7. Answers that ignore their tool
 #
-# Four-choice questions are scored in two ways. By **text**: ask the bare question, and see which of
-# the four texts the model finds the likeliest answer. By **letter**, as the benchmarks do it: show all
-# four, ask for A, B, C or D, and compare the letters' scores. The dashed line is guessing.
+# In chapter 06 the model believed its tool, even a liar. Nearly always. Here are answers whose tool was
+# honest, and which end in *another* number than it said. **Predict** from the results: what might have put
+# them off?
+
+# %%
+train = tasks.load("gsm8k", "train", run.mirror())
+parts = [p for i in range(min(1000, len(train))) for p in train.conversation(i).messages[-1].parts]
+usual = {
+    part.text for part in parts if part.kind == "output"
+}  # results in a thousand training answers
+counted = {"believes": [], "ignores": []}
+for answered in [one for _, given, _ in found["gsm8k"].values() for one in given]:
+    outputs = [part.text for part in answered if part.kind == "output"]
+    text = "".join(part.text for part in answered if part.kind == "text")
+    if outputs and "####" in text:
+        kind = "believes" if tasks.final_number(text) == outputs[-1] else "ignores"
+        counted[kind].append((outputs[-1], answered))
+for kind, results in counted.items():
+    new = sum(output not in usual for output, _ in results)
+    print(f"{kind}: {len(results)} answers, {new} with a result unheard of in training answers")
+for _, answered in counted["ignores"][:4]:
+    print("  ", " ".join(part.text for part in answered)[:110].replace("\n", " "))
+
+# %% [markdown]
+# Compare the two printed shares: how often is a result unheard of among those that were believed, and among
+# those that were ignored? In our runs the ignored ones stood out. They were odd: 0, a negative number, four
+# digits where two are usual, most of them from programs that were already wrong, such as `33-33`. In
+# training a result was always the right one, and the right one was always an ordinary number. So a likely
+# reading is this: nobody ever showed the model what to do with "0 more", and what it knows about *ordinary
+# answers* wins over what it knows about copying. It is not distrust. (Likely, not proved: many odd results
+# are believed all the same.) You will see such answers again in [chapter 08](08_grpo.ipynb), where a wrong
+# one costs something.
+#
+# ## 8. What does it know?
+#
+# The stage's evaluation asks, in the toy world, about facts that stand in the pretraining text only. Four-choice
+# questions are scored in two ways. By **text**: ask the bare question, and see which of the four texts the
+# model finds the likeliest answer. By **letter**, as benchmarks do it: show all four, ask for A, B, C or D,
+# and compare the letters' scores. **Predict**: will the two agree?
 
 # %%
 scores = launch.stage("eval", run, of="sft", watch=lesson.Live())
-asked = {name: found for name, found in scores.items() if "letters" in found}
-places = np.arange(len(asked))
+choice_scores = {name: score for name, score in scores.items() if "letters" in score}
+places = np.arange(len(choice_scores))
 figure, axes = plt.subplots(figsize=(7.2, 2.6))
-for shift, way, colour in ((-0.2, "text", lesson.BLUE), (0.2, "letters", lesson.ORANGE)):
-    heights = [100 * found[way] for found in asked.values()]
-    bars = axes.bar(places + shift, heights, 0.36, label=f"by {way}", color=colour)
-    axes.bar_label(bars, fmt="%.0f")
-chance = np.mean([found["chance"] for found in asked.values()])
-axes.axhline(100 * chance, color="black", ls="--", zorder=0)
-axes.set_xticks(places, list(asked))
-axes.set(title="% right", ylim=(0, 108))
-axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-plt.show()
+ways = ((-0.2, "text", lesson.BLUE, ""), (0.2, "letters", lesson.ORANGE, "///"))
+for shift, way, colour, hatch in ways:
+    heights = [100 * score[way] for score in choice_scores.values()]
+    look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": f"by {way}"}
+    axes.bar_label(axes.bar(places + shift, heights, 0.38, **look), fmt="%.0f")
+chance = np.mean([score["chance"] for score in choice_scores.values()])
+axes.axhline(100 * chance, color="black", ls="--", label="guessing")
+axes.set_xticks(places, list(choice_scores))
+axes.set(ylabel="% right", ylim=(0, 112))
+axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+lesson.show("Share right by text and by letter on each quiz, and a dashed line at guessing")
 
 # %% [markdown]
-# ## Why do the letters fail?
+# The same model, the same questions, and it may know the answer and still not its letter. To say "C" it has to
+# find the right text among four, look which letter stands *beside that text*, and say it. The middle step
+# has a name: **induction**, finding an earlier place where the present thing stood and copying what followed
+# there. An attention head that does it is an [induction head](glossary.ipynb#induction-head).
 #
-# The same model, the same questions: it may know the answer and still not its letter. To answer "C" it
-# would have to find the right text among four, look up which letter stands beside it, and say that
-# letter: three steps, the middle one a lookup inside the question. A model this small learns a
-# shortcut, namely how often each letter is right.
-#
-# Here are the letter probabilities for some thirty questions, sorted by the right answer. A model that
-# could bind letters would light up the dots. How much do these columns depend on them?
+# Here are the letters' probabilities for some thirty questions, sorted by the right answer. A model that can
+# bind letters would light up under the dots. How much do these columns depend on them?
 
 
 # %%
 @torch.no_grad()
-def letter_probabilities(model, question, choices):
+def letter_probabilities(model, question, choices, begun=""):
+    """Of each letter; begun: what the answer already says."""
     prompt = Conversation.ask(choice_question(question, choices)).prompt(tokenizer)
-    logits_V = model(torch.tensor([prompt]))[0, -1]
+    logits_V = model(torch.tensor([prompt + tokenizer.encode(begun)]))[0, -1]
     letters = [tokenizer.encode(letter)[0] for letter in LETTERS[: len(choices)]]
     return logits_V[letters].softmax(dim=-1)
 
 
 model = checkpoint.load_model(run.stage("sft").checkpoints, cpu.device)
-quiz = tasks.load(next(iter(asked)), "test", run.mirror())
+quiz = tasks.load(next(iter(choice_scores)), "test", run.mirror())
 rows = [i for i in range(min(32, len(quiz))) if len(quiz.choices(i)) == 4]
 rows = [i for i in rows if len(quiz.unanswered(i).prompt(tokenizer)) <= length]
 rows.sort(key=quiz.answer)
-print(letter_probabilities(model, quiz.question(rows[0]), quiz.choices(rows[0])))
-
-# %%
-answers = [letter_probabilities(model, quiz.question(i), quiz.choices(i)) for i in rows]
-table_NC, right_N = torch.stack(answers), torch.tensor([quiz.answer(i) for i in rows])
-by_hand = (table_NC.argmax(dim=1) == right_N).tolist()
+truth = [(quiz.question(i), quiz.choices(i), quiz.answer(i)) for i in rows]
+table_NC = torch.stack([letter_probabilities(model, q, choices) for q, choices, _ in truth])
+by_hand = [int(row.argmax()) == right for row, (_, _, right) in zip(table_NC, truth, strict=True)]
 assert by_hand == [right for right, _ in by_letter(Engine(model, tokenizer, cpu), quiz, rows)]
 print(f"{np.mean(by_hand):.0%} right by letter")
 
 # %%
 figure, axes = plt.subplots(figsize=(7.2, 2.2))
 figure.colorbar(lesson.heatmap(axes, table_NC.T, rows=list("ABCD"), limits=(0, 1)))
-axes.plot(range(len(rows)), right_N, ".", color=lesson.RED)
-axes.set(xlabel="question", title="probability of each letter (red: the right one)")
-plt.show()
+axes.plot(range(len(rows)), [right for _, _, right in truth], "o", mfc="none", color=lesson.RED)
+axes.set(
+    xlabel="question", ylabel="letter", title="probability of each letter (ring: the right one)"
+)
+lesson.show("Probabilities of A to D for each question as shades; rings mark the right letters")
 
 # %% [markdown]
 # Now compare the choices' *texts*. Each is scored as an answer to the bare question: the sum of the
-# log-probabilities of its tokens, the ending marker included. What the model knows, it shows here.
+# log-probabilities of its tokens, the ending marker included.
 
 
 # %%
@@ -292,136 +507,57 @@ def text_score(model, question, choice):
 
 
 right = []
-for i in rows:
-    points = [text_score(model, quiz.question(i), choice) for choice in quiz.choices(i)]
-    right.append(points.index(max(points)) == quiz.answer(i))
+for question, choices, answer in truth:
+    points = [text_score(model, question, choice) for choice in choices]
+    right.append(points.index(max(points)) == answer)
 assert right == [right for right, _ in by_text(Engine(model, tokenizer, cpu), quiz, rows)]
 print(f"{np.mean(right):.0%} right by text")
 
 # %% [markdown]
-# ## Let it write first
+# ## 9. Let it write first
 #
-# What if the model may say the answer before it has to name a letter? It answers the bare question in
-# its own words, and we look which choice it named. The hard step, the lookup, is then ours.
+# What if the model may say the answer before it has to name a letter? First it answers the bare question in
+# its own words, and *we* look up which choice it named. Then its own lookup is tested: the right text is
+# already written as the beginning of its answer, and the letters are compared once more.
 
 # %%
 engine = Engine(model, tokenizer, cpu)
-bare = [Conversation.ask(quiz.question(i)).prompt(tokenizer) for i in rows]
+bare = [Conversation.ask(question).prompt(tokenizer) for question, _, _ in truth]
 said = [tokenizer.decode(ids) for ids in engine.complete(bare, max_new_tokens=16)]
-named = [[c for c in quiz.choices(i) if c in text] for i, text in zip(rows, said, strict=True)]
-right = [n == [quiz.choices(i)[quiz.answer(i)]] for i, n in zip(rows, named, strict=True)]
+named = [[c for c in cs if c in text] for (_, cs, _), text in zip(truth, said, strict=True)]
+right = [n == [cs[a]] for n, (_, cs, a) in zip(named, truth, strict=True)]
 print(f"{np.mean(right):.0%} name the right choice, and no other, when they write first")
-
-# %% [markdown]
-# And the model's own lookup? The four choices stand in the question, the *right* text is already written
-# as the beginning of its answer, and the letters are compared once more.
-
-
-# %%
-@torch.no_grad()
-def letter_after_text(question, choices, text):
-    asked = Conversation.ask(choice_question(question, choices)).prompt(tokenizer)
-    logits_V = model(torch.tensor([asked + tokenizer.encode(f"{text} ")]))[0, -1]
-    letters = [tokenizer.encode(letter)[0] for letter in LETTERS[: len(choices)]]
-    return logits_V[letters].argmax().item()
-
-
-truth = [(quiz.question(i), quiz.choices(i), quiz.answer(i)) for i in rows]
-found = [letter_after_text(q, choices, choices[answer]) for q, choices, answer in truth]
-hits = [letter == answer for letter, (_, _, answer) in zip(found, truth, strict=True)]
+begun = [letter_probabilities(model, q, cs, f"{cs[a]} ").argmax() for q, cs, a in truth]
+hits = [int(letter) == a for letter, (_, _, a) in zip(begun, truth, strict=True)]
 print(f"{np.mean(hits):.0%} find the letter, the right text before their eyes")
 
 # %% [markdown]
-# Where the scores by text are high (the toy world), writing first turns a question that the model fails
-# into one that it knows: the answer comes out of its memory in a form that it was trained to give. (Larger
-# models gain from the same thing when they reason step by step.) Where they are near guessing, nothing is
-# there to come out, and writing first cannot help. What stays hard either way is the last step, copying the
-# letter that stands beside a text: an *induction* circuit, for which a few drills of SFT at this size are
-# not enough.
+# Where the scores by text are high, writing first turns a question that the model fails into one that it
+# knows: the answer comes out of its memory in a form it was trained to give. (Larger models gain from the
+# same thing when they reason step by step.) What stays hard either way is the last step, the induction: a
+# few drills of SFT at this size are not enough for it. Large models do learn to bind letters, and then the
+# letters are the cheaper test. A benchmark measures the model *and* the way of asking.
 #
-# Large models do learn to bind letters, and then the letters are the cheaper test. A benchmark
-# measures the model *and* the way of asking.
-#
-# ## In words
-#
-# The plainest test: ask, and read what it says.
-
-# %%
-for name, found in scores.items():
-    if "samples" in found:
-        print(f"{name}: {found['accuracy']:.0%} of {found['questions']} right\n")
-        for asked_text, answered, is_right in found["samples"]:
-            print(f"{'✓' if is_right else '✗'} {asked_text[:120]}  →  {answered[:120]}")
-
-# %% [markdown]
-# ## Exercises
-#
-# **1.** From ids and mask to targets: position *t*'s target is the next id, or −1 where that is not
-# said by the assistant.
-
+# **Exercise 7.5 ★ · 4 minutes · predict** Is it better than guessing?
+# A model gets 31 of 100 four-choice questions right; guessing gets 25. The share of right guesses has a
+# standard error of √(p(1−p)/n). How many standard errors above guessing is it?
 
 # %% tags=["exercise"]
-def targets(ids, mask):
-    return ...
+errors_above_chance = ...
 
-
-lesson.check(
-    targets,
-    ([1, 2, 3, 4], [False, False, True, True], [-1, 3, 4]),
-    ([7, 8], [False, False], [-1]),
-)
+checks.verify("7.5", errors_above_chance)
 
 # %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def targets(ids, mask):
-#     return [id if said else -1 for id, said in zip(ids[1:], mask[1:], strict=True)]
-# ```
-#
+# <details><summary>Hint 1</summary>Which p belongs under the root, if you ask whether it is only guessing?
 # </details>
-#
-# **2.** Is 31 % on `n` four-choice questions better than guessing? The share of right guesses has a
-# standard error of √(p(1−p)/n). How many standard errors above chance is a `score`?
-
-
-# %% tags=["exercise"]
-def errors_above_chance(score, n, chance=0.25):
-    return ...
-
-
-lesson.check(errors_above_chance, (0.31, 100, 1.385641), (0.31, 2400, 6.788225))
-
-# %% [markdown]
+# <details><summary>Hint 2</summary>p = 0.25, n = 100; then divide the distance by that error.</details>
 # <details><summary>Solution</summary>
 #
 # ```python
-# def errors_above_chance(score, n, chance=0.25):
-#     return (score - chance) / (chance * (1 - chance) / n) ** 0.5
+# errors_above_chance = (0.31 - 0.25) / (0.25 * 0.75 / 100) ** 0.5
 # ```
 #
 # With a hundred questions, 31 % may well be luck. With 2,400 it is not. Below two, be quiet.
-#
-# </details>
-#
-# **3.** How many of 1,000 conversations' tokens are learned from? Write the share of tokens that are
-# said, over several masks: one division, at the end.
-
-
-# %% tags=["exercise"]
-def share_said(masks):
-    return ...
-
-
-lesson.check(share_said, ([[False, True], [True] * 6], 0.875), ([[False], [True]], 0.5))
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def share_said(masks):
-#     return sum(map(sum, masks)) / sum(map(len, masks))
-# ```
 #
 # </details>
 #
@@ -431,6 +567,8 @@ lesson.check(share_said, ([[False, True], [True] * 6], 0.875), ([[False], [True]
 #   [arXiv:2203.02155](https://arxiv.org/abs/2203.02155)
 # - Allal et al., *SmolLM2* (the conversations' source, SmolTalk),
 #   [arXiv:2502.02737](https://arxiv.org/abs/2502.02737)
+# - Olsson et al., *In-context Learning and Induction Heads*,
+#   [arXiv:2209.11895](https://arxiv.org/abs/2209.11895)
 # - Hendrycks et al., *Measuring Massive Multitask Language Understanding*,
 #   [arXiv:2009.03300](https://arxiv.org/abs/2009.03300)
 # - Robinson, Rytting & Wingate, *Leveraging Large Language Models for Multiple Choice Question
@@ -440,4 +578,4 @@ lesson.check(share_said, ([[False, True], [True] * 6], 0.875), ([[False], [True]
 #   [arXiv:2404.10830](https://arxiv.org/abs/2404.10830)
 #
 # In the code: `nanolib/conversation.py`, `nanolib/data/packing.py`, `nanolib/evals/choices.py`,
-# `nanolib/tasks.py`. **Next:** 08, answers that can be graded.
+# `nanolib/tasks.py`. **Next:** [08, answers that can be graded](08_grpo.ipynb).
