@@ -293,7 +293,7 @@ for name, limit in flatten(run.config.recipe.mid.rows).items():
 # %%
 figure, axes = plt.subplots(figsize=(7.2, 2.3))
 left_3, totals_3 = np.zeros(3), np.sum(list(counts.values()), axis=0)
-looks = zip(("#2b6cb0", "#b7791f", "#2f855a", "#6b46c1"), ("", "///", "...", "xx"), strict=True)
+looks = zip(("#2b6cb0", "#b7791f", "#6b46c1", "#4a5568"), ("", "///", "...", "xx"), strict=True)
 for (name, numbers), (colour, hatch) in zip(counts.items(), looks, strict=False):
     share_3 = 100 * numbers / totals_3
     bars = axes.barh(
@@ -365,7 +365,7 @@ for stage, colour, hatch in (("base", lesson.GREY, ""), ("mid", lesson.BLUE, "//
     axes.fill_between(at, rates, facecolor=colour, hatch=hatch, alpha=0.6, label=label)
     print(f"{stage} learned from {targets:,} targets")
     start += len(train)
-axes.axhline(run.config.recipe.sft.lr, color=lesson.ORANGE, ls="--", label="where sft starts")
+axes.axhline(run.config.recipe.sft.lr, color=lesson.VIOLET, ls="--", label="where sft starts")
 axes.set(xlabel="step", ylabel="multiplier of the rates", ylim=(0, None))
 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 lesson.show(

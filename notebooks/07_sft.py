@@ -353,23 +353,19 @@ for name, by_stage in found.items():
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(7.6, 2.4))
+names = ["mid right", "sft right", "mended", "spoilt"]
+looks = ((lesson.GREY, ""), (lesson.BLUE, ""), (lesson.VIOLET, "..."), (lesson.RED, "xx"))
 for axes, (name, by_stage) in zip(panels, found.items(), strict=True):
-    (_, _, old), (_, _, new) = by_stage["mid"], by_stage["sft"]
-    old, new = np.array(old, bool), np.array(new, bool)
-    mended, spoilt = int((new & ~old).sum()), int((old & ~new).sum())
-    bars = axes.bar(
-        ["mid right", "sft right", "mended", "spoilt"], [*map(sum, (old, new)), mended, spoilt]
-    )
-    looks = ((lesson.GREY, ""), (lesson.BLUE, ""), (lesson.GREEN, "..."), (lesson.RED, "xx"))
-    for bar, (colour, hatch) in zip(bars, looks, strict=True):
-        bar.set(color=colour, hatch=hatch, edgecolor="white")
-    axes.bar_label(bars)
+    old, new = (np.array(by_stage[stage][2], bool) for stage in ("mid", "sft"))
+    counts = [int(kind.sum()) for kind in (old, new, new & ~old, old & ~new)]
+    for place, (count, (colour, hatch)) in enumerate(zip(counts, looks, strict=True)):
+        bar = axes.bar(place, count, color=colour, hatch=hatch, edgecolor="white")
+        axes.bar_label(bar)
+    axes.set_xticks(range(4), names, fontsize=9)
     axes.set(title=f"{name}: {len(old)} questions", ylabel="answers", ylim=(0, 1.15 * len(old)))
-    axes.tick_params(axis="x", labelsize=9)
-    print(f"{name}: net {mended - spoilt:+d}, by chance alone ±{(mended + spoilt) ** 0.5:.1f}")
-lesson.show(
-    "For facts and word problems: right answers of mid and of sft, answers mended, answers spoilt"
-)
+    luck = (counts[2] + counts[3]) ** 0.5
+    print(f"{name}: net {counts[2] - counts[3]:+d}, by chance alone ±{luck:.1f}")
+lesson.show("Facts and word problems: how many mid and sft get right, how many are mended, spoilt")
 
 # %% [markdown]
 # Compare the net gain with what went back and forth. Training moves *all* weights a little, and answers
@@ -403,11 +399,9 @@ print("(programs and their results stand between the words)")
 # %%
 train = tasks.load("gsm8k", "train", run.mirror())
 parts = [p for i in range(min(1000, len(train))) for p in train.conversation(i).messages[-1].parts]
-usual = {
-    part.text for part in parts if part.kind == "output"
-}  # results in a thousand training answers
+usual = {part.text for part in parts if part.kind == "output"}
 counted = {"believes": [], "ignores": []}
-for answered in [one for _, given, _ in found["gsm8k"].values() for one in given]:
+for answered in [*found["gsm8k"]["mid"][1], *found["gsm8k"]["sft"][1]]:
     outputs = [part.text for part in answered if part.kind == "output"]
     text = "".join(part.text for part in answered if part.kind == "text")
     if outputs and "####" in text:
@@ -417,7 +411,7 @@ for kind, results in counted.items():
     new = sum(output not in usual for output, _ in results)
     print(f"{kind}: {len(results)} answers, {new} with a result unheard of in training answers")
 for _, answered in counted["ignores"][:4]:
-    print("  ", " ".join(part.text for part in answered)[:110].replace("\n", " "))
+    print(f"   {' '.join(part.text for part in answered)[:110]!r}")
 
 # %% [markdown]
 # Compare the two printed shares: how often is a result unheard of among those that were believed, and among
@@ -441,7 +435,7 @@ scores = launch.stage("eval", run, of="sft", watch=lesson.Live())
 choice_scores = {name: score for name, score in scores.items() if "letters" in score}
 places = np.arange(len(choice_scores))
 figure, axes = plt.subplots(figsize=(7.2, 2.6))
-ways = ((-0.2, "text", lesson.BLUE, ""), (0.2, "letters", lesson.ORANGE, "///"))
+ways = ((-0.2, "text", lesson.BLUE, ""), (0.2, "letters", lesson.VIOLET, "///"))
 for shift, way, colour, hatch in ways:
     heights = [100 * score[way] for score in choice_scores.values()]
     look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": f"by {way}"}
@@ -473,6 +467,7 @@ def letter_probabilities(model, question, choices, begun=""):
     return logits_V[letters].softmax(dim=-1)
 
 
+# %%
 model = checkpoint.load_model(run.stage("sft").checkpoints, cpu.device)
 quiz = tasks.load(next(iter(choice_scores)), "test", run.mirror())
 rows = [i for i in range(min(32, len(quiz))) if len(quiz.choices(i)) == 4]
