@@ -454,7 +454,7 @@ lesson.show("Share right by text and by letter on each quiz, and a dashed line a
 # there. An attention head that does it is an [induction head](glossary.ipynb#induction-head).
 #
 # Here are the letters' probabilities for some thirty questions, sorted by the right answer. A model that can
-# bind letters would light up under the dots. How much do these columns depend on them?
+# bind letters would light up under the rings. How much do these columns depend on them?
 
 
 # %%
