@@ -541,7 +541,8 @@ figure, axes = plt.subplots(figsize=(7.2, 2.8))
 axes.semilogx(range(1, len(curve) + 1), smoothed)
 axes.axhline(trigram, color=lesson.GREY, linestyle="--")
 axes.text(1, trigram, " a trigram", va="bottom")
-axes.set(xlabel="step (logarithmic)", ylabel="loss (nats a token)", title="one run, two descents")
+axes.set(xlabel="step (logarithmic)", ylabel="loss (nats a token)", ylim=(0, 2 * trigram))
+axes.set_title("one run, two descents; the first begins far above")
 lesson.show(
     f"Loss against steps: from {smoothed[0]:.1f} at the first step to {smoothed[-1]:.2f} at the last"
 )

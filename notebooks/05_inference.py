@@ -505,13 +505,13 @@ lesson.show("Three rows of a cache: dark, seen by the next token; crossed, rubbi
 #
 # **[Temperature](glossary.ipynb#temperature).** Divide the [logits](glossary.ipynb#logits) by a number
 # before the softmax. Below 1 the differences grow, and towards 0 the likeliest takes all; above 1 they
-# shrink, and everything becomes possible. Here is the place of our text where the model is least sure.
+# shrink, and everything becomes possible. Here is the place of our text where its favourite comes closest to one half.
 
 # %%
 with torch.inference_mode():
     logits_TV = gpt(torch.tensor([prompt]))[0]
-entropy_T = torch.distributions.Categorical(logits=logits_TV).entropy()
-place = int(entropy_T[4:].argmax()) + 4
+favourite_T = logits_TV.softmax(dim=-1).max(dim=-1).values
+place = 4 + int((favourite_T[4:] - 0.5).abs().argmin())
 opening, logits_V = prompt[: place + 1], logits_TV[place]
 top = logits_V.topk(8).indices
 labels = [tokenizer.decode([id]).replace(" ", "·").replace("$", r"\$") for id in top.tolist()]
@@ -524,7 +524,9 @@ def spread(axes, temperature):
     axes.set(ylim=(0, 1), ylabel="probability")
 
 
-alt = "The eight likeliest tokens: at a low temperature one takes nearly all, at a high one all are alike"
+alt = (
+    "The eight likeliest tokens: the lower the temperature, the more of it all the first one takes"
+)
 lesson.frames(spread, [0.2, 0.5, 0.8, 1.0, 1.5, 3.0], label="temperature", alt=alt)
 print(f"after {tokenizer.decode(opening[1:])!r}")
 
