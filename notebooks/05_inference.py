@@ -524,9 +524,7 @@ def spread(axes, temperature):
     axes.set(ylim=(0, 1), ylabel="probability")
 
 
-alt = (
-    "The eight likeliest tokens: the lower the temperature, the more of it all the first one takes"
-)
+alt = "Eight likely tokens: the lower the temperature, the more of it all the first one takes"
 lesson.frames(spread, [0.2, 0.5, 0.8, 1.0, 1.5, 3.0], label="temperature", alt=alt)
 print(f"after {tokenizer.decode(opening[1:])!r}")
 
