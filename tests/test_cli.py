@@ -77,7 +77,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
     assert "bench" in nanolib("--help")[1]
     code, out, _ = nanolib("bench")
     names = [line.split()[0] for line in out.splitlines()]
-    assert code == 0 and names == ["demo", "device", "faults", "ranks", "tokenizer"]
+    assert code == 0 and names == ["demo", "device", "faults", "guest", "ranks", "tokenizer"]
     code, out, _ = nanolib("bench", "ranks", "--help")
     assert code == 0 and "--steps" in out
     code, _, errors = nanolib("bench", "ranks", "--model.dept", "3")
@@ -126,7 +126,10 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         ("run smoke --from nix", r"no run 'nix'"),
         ("stage sft --profile smoke --from nix", r"no run 'nix'"),
         ("notebooks", r"needs one of --refresh and --check"),
-        ("bench dmeo", r"no measurement 'dmeo'; there are demo, device, faults, ranks, tokenizer"),
+        (
+            "bench dmeo",
+            r"no measurement 'dmeo'; there are demo, device, faults, guest, ranks, tokenizer",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_helps(nanolib, words, message):
