@@ -34,7 +34,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # How do you build a ChatGPT, all of it, and still understand every line? Here is one answer: a
 # tokenizer, a model, its training and the chat at the end, small enough to read and real enough to
 # grow. These notebooks explain it, and they are also the program: `nanolib run demo` executes them
-# one after the other, and some ten minutes later there is a model to talk to.
+# one after the other, and a quarter of an hour later there is a model to talk to.
 #
 # **Who this is for.** You write Python and you remember what a derivative is. You need no GPU, and you
 # need not have trained a network before. Bring a laptop and a pencil: in every chapter you write the
@@ -109,7 +109,7 @@ lesson.show(
 #
 # ## What the demo reads
 #
-# A large model reads the internet for weeks. Yours has ten minutes, so it gets a world of its own: 120
+# A large model reads the internet for weeks. Yours has a few minutes, so it gets a world of its own: 120
 # people in twelve towns, each with a pet, a job, a favourite colour, food and game. Everything it will
 # ever know about them stands in texts like these five.
 
