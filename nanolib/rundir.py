@@ -42,12 +42,12 @@ ATTEMPTS = "attempts.jsonl"
 
 
 def runs_folder() -> Path:
-    """Where runs live: ``runs/out`` of the repository, or $NANOLIB_RUNS."""
+    """``runs/out`` of the repository, or $NANOLIB_RUNS."""
     return Path(os.environ.get("NANOLIB_RUNS") or settings.REPOSITORY / "runs" / "out")
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
+    """UTC to the second, as ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -122,8 +122,8 @@ def write_json(path: Path, value: Any) -> None:
 class Metrics:
     """Rows of numbers in a JSONL file, written by one process and read by any number.
 
-    A row has ``step`` and ``kind`` ("train", "eval", "progress", "sample"). Only the keys time,
-    seconds, seconds_left and tokens_per_second depend on the clock.
+    A row has ``step`` and ``kind`` ("train", "eval", "progress", "sample"). Only its time, seconds,
+    seconds_left and tokens_per_second depend on the clock.
     """
 
     path: Path
@@ -140,12 +140,13 @@ class Metrics:
                     file.truncate(end)
                 file.write(json.dumps(row).encode() + b"\n")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All whole rows; a torn last line is left out."""
+    def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """All whole rows, or those of one kind; a torn last line is left out."""
         if not self.path.is_file():
             return []
         *lines, _torn = self.path.read_bytes().split(b"\n")
-        return [json.loads(line) for line in lines]
+        rows = map(json.loads, lines)
+        return [row for row in rows if kind is None or row["kind"] == kind]
 
     def truncate(self, step: int) -> None:
         """Drop what lies after `step`: a resumed stage writes those rows again."""
@@ -160,8 +161,8 @@ class Metrics:
 def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, None, None]:
     """Record the body as one attempt at the work in `folder`.
 
-    It is a row when it begins and another when it ends: of rows with the same ``started``, the last
-    one counts. Where the process was killed, the attempt ended when a file in `folder` last changed.
+    It is a row when it begins and another when it ends; the last row with the same ``started``
+    counts. An attempt that was killed ended when a file in `folder` last changed.
     """
     rows = Metrics(folder / ATTEMPTS)
     for attempt in _attempts(folder):
@@ -191,7 +192,6 @@ def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
 
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
-    """The last row of each attempt."""
     return list({row["started"]: row for row in Metrics(folder / ATTEMPTS).rows()}.values())
 
 
@@ -206,8 +206,6 @@ def _last_change(folder: Path) -> float:
 
 @dataclass(frozen=True)
 class StageDir:
-    """Where one stage keeps its files."""
-
     name: str
     path: Path
 
@@ -230,12 +228,17 @@ class StageDir:
         except FileNotFoundError:
             return None
 
+    def curve(self) -> list[tuple[int, float]]:
+        """What was learned: (step, training loss), of GRPO (step, mean reward)."""
+        kind, key = ("rollout", "reward") if self.name == "grpo" else ("train", "loss")
+        return [(row["step"], row[key]) for row in self.metrics.rows(kind)]
+
     def result(self) -> dict[str, Any]:
         """The done record's result, empty while the stage is not finished."""
         return (self.done() or {"result": {}})["result"]
 
     def finish(self, result: Mapping[str, Any], **about: Any) -> None:
-        """Write the done record: `result`, what `about` says (seconds, started, machine, cost)."""
+        """Write the done record; `about`: seconds, started, machine, cost."""
         record = {"result": dict(result), **about, "finished": now()}
         write_json(self.path / "done.json", record)
 
@@ -245,8 +248,6 @@ class StageDir:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its directory and its configuration."""
-
     path: Path
     config: Config
 
@@ -256,7 +257,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What `load` finds this run by: its id, or its path if it is outside the runs folder."""
+        """What `load` finds this run by: its id, or its path outside the runs folder."""
         return self.id if self.path.parent == runs_folder().resolve() else str(self.path)
 
     @classmethod
@@ -265,10 +266,9 @@ class Run:
     ) -> Run:
         """Open a run, creating it if there is none; the same call twice opens the same run.
 
-        profile: a file in ``runs/``. run: an id, or a path if it has a slash (relative to the
-        repository); None: the profile's name, plus a short hash where `overrides` change the
-        recipe. Raises ValueError for an unknown profile, path or value, and where the run was
-        made with another recipe.
+        run: an id, or a path (relative to the repository) if it has a slash; None: the profile's
+        name, and a hash where `overrides` change the recipe. ValueError for an unknown profile,
+        path or value, and where the run was made with another recipe.
         """
         this = cls.peek(profile, run, overrides)
         if not this.exists() and not _create(this, overrides or {}):
@@ -285,7 +285,7 @@ class Run:
     def peek(
         cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
     ) -> Run:
-        """The run that `open` would open or create; writes nothing and raises what `open` raises."""
+        """The run that `open` would open or create; writes nothing, raises the same."""
         given, defaults = settings.check_overrides(overrides or {}), settings.load_profile(profile)
         path = _locate(run or _default_id(profile, defaults, given))
         if path.name == LATEST:
@@ -300,10 +300,10 @@ class Run:
 
     @classmethod
     def load(cls, run: str | None = None, machine: Mapping[str, Any] | None = None) -> Run:
-        """An existing run by id or path, or the one opened last; the recipe is the manifest's.
+        """An existing run, or the one opened last (None); the recipe is the manifest's.
 
-        machine: settings ("machine.ranks": 2, …) on top of the profile's. Raises ValueError where
-        there is no such run, and for a recipe's setting that differs from the run's.
+        machine: settings ("machine.ranks": 2) on top of the profile's. ValueError where there is no
+        such run, and for a recipe's setting that differs from the run's.
         """
         path = _locate(run or LATEST).resolve()
         if not (path / MANIFEST).exists() and run is None:
@@ -320,8 +320,7 @@ class Run:
     def _read(cls, path: Path, manifest: dict, defaults: dict, given: dict) -> Run:
         """The run of a manifest; ValueError where what is asked for now is another recipe.
 
-        A setting newer than the run is not in its manifest: the run has the setting's default,
-        whatever its profile says by now.
+        A setting newer than the run has its default, whatever the profile says by now.
         """
         profile, recipe = manifest["profile"], manifest["recipe"]
         asked = settings.from_flat(profile, recipe | defaults | given)
@@ -344,7 +343,7 @@ class Run:
         return _read_manifest(self.path)
 
     def stage(self, name: str, of: str | None = None) -> StageDir:
-        """The directory of a stage; evaluations are kept per model: ``stage("eval", of="sft")``."""
+        """A stage's directory; evaluations are kept per model: ``stage("eval", of="sft")``."""
         return StageDir(name, self.path / name / of if of else self.path / name)
 
     def stages(self) -> list[StageDir]:
@@ -355,10 +354,7 @@ class Run:
         return [*stages, self.stage("report")]
 
     def mirror(self) -> Path:
-        """The folder with the run's text and tasks; its layout is in `nanolib.hub`.
-
-        This opening's machine.mirror, else the data stage's, else what that fetched or wrote.
-        """
+        """This opening's machine.mirror, else the data stage's, else what that fetched or wrote."""
         stage = self.stage("data")
         recorded = stage.result().get("mirror") or stage.path / "mirror"
         return settings.REPOSITORY / Path(self.config.machine.mirror or recorded).expanduser()
@@ -406,7 +402,6 @@ def _create(run: Run, overrides: Mapping[str, Any]) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest with its settings as this version reads them."""
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -419,7 +414,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def saved_recipe(saved: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """A recipe in `file` as this version reads it; settings that it lacks are named and left out."""
+    """A recipe in `file` as this version reads it; it names what it does not know."""
     known = settings.settings()
     if unknown := sorted(saved.keys() - known.keys()):
         warn_once(f"{file} has settings unknown here, which are left out: {', '.join(unknown)}")

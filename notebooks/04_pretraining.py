@@ -500,7 +500,7 @@ for document in documents:
     with torch.no_grad():
         nats += surprise(gpt(ids_T[None, :-1])[0], ids_T[1:]).sum().item()
     size += len(tokenizer.decode(ids_T[1:].tolist()).encode())
-real = bits_per_byte(gpt, documents, tokenizer.byte_lengths, tokenizer.bos, cpu)
+real = bits_per_byte(gpt, documents, tokenizer, cpu)
 assert math.isclose(nats / math.log(2) / size, real, rel_tol=1e-3)
 print(f"{size:,} bytes, {nats:.0f} nats: {nats / math.log(2) / size:.3f} bits per byte")
 
@@ -881,7 +881,7 @@ for width in (8, 16, 32, 64):
     counted = size.parts(V)["attention"] + size.parts(V)["mlp"]
     model = GPT.build(size, V, cpu.device, 1)
     train(model, tiny_source, tiny_steps, tiny_steps, OptimConfig())
-    bpb = bits_per_byte(model, test, tokenizer.byte_lengths, tokenizer.bos, cpu)
+    bpb = bits_per_byte(model, test, tokenizer, cpu)
     found_laws.append((counted, bpb))
     print(f"width {width:3}: {counted:8,} parameters, {bpb:.3f} bits per byte")
 

@@ -520,7 +520,7 @@ print(f"{STEPS} steps, {len(SEEDS)} seeds, {len(documents)} documents to score")
 @torch.no_grad()
 def scores_of(model):
     """Bits per byte of held-out text, and nats a target of held-out conversations."""
-    bpb = bits_per_byte(model, documents, tokenizer.byte_lengths, tokenizer.bos, cpu)
+    bpb = bits_per_byte(model, documents, tokenizer, cpu)
     return bpb, float(model.nll(held_out).sum() / (held_out.targets_BT >= 0).sum())
 
 

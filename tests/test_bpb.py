@@ -1,6 +1,8 @@
 """Bits per byte against a token-by-token walk; the trigram against plain counting."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,11 @@ def _documents():
     return [np.array([BOS, *rng.integers(0, 299, size)]) for size in sizes]
 
 
+def measured(lengths: np.ndarray) -> Any:
+    """A tokenizer whose tokens are so many bytes long."""
+    return SimpleNamespace(byte_lengths=lengths, bos=BOS)
+
+
 def test_equals_a_walk_over_every_token(random_model, cpu):
     model, lengths = random_model(), np.arange(300) % 5 + 1
     lengths[BOS] = 0
@@ -28,13 +35,13 @@ def test_equals_a_walk_over_every_token(random_model, cpu):
             for place, target in enumerate(window[1:].tolist()):
                 bits -= scores[place, target].item() / math.log(2)
                 size += lengths[target]
-    found = bits_per_byte(model, _documents(), lengths, BOS, cpu, tokens_at_once=64)
+    found = bits_per_byte(model, _documents(), measured(lengths), cpu, tokens_at_once=64)
     assert math.isclose(found, bits / size, rel_tol=1e-5)
 
 
 def test_no_text_is_an_error(random_model, cpu):
     with pytest.raises(ValueError, match="hold no text"):
-        bits_per_byte(random_model(), [np.array([BOS])], np.ones(300), BOS, cpu)
+        bits_per_byte(random_model(), [np.array([BOS])], measured(np.ones(300)), cpu)
 
 
 def test_trigram_is_a_distribution_and_equals_counting():

@@ -51,7 +51,7 @@ def test_by_text_is_the_likeliest_whole_answer(engine, mirror):
             for choice in task.choices(i)
         ]
         expected.append(scores.index(max(scores)) == task.answer(i))
-    assert choices.by_text(engine, task, range(24)) == [(right, False) for right in expected]
+    assert choices.by_text(engine, task, range(24)) == [(right, "") for right in expected]
     assert 0 < sum(expected) < 24
 
 
@@ -64,7 +64,7 @@ def test_by_letter_compares_the_letters_after_the_prompt(engine, mirror):
         prompt = Conversation.ask(text).prompt(TOKENIZER)
         logits = engine.model(torch.tensor([prompt]))[0, -1, letters]
         expected.append(int(logits.argmax()) == task.answer(i))
-    assert choices.by_letter(engine, task, range(24)) == [(right, False) for right in expected]
+    assert choices.by_letter(engine, task, range(24)) == [(right, "") for right in expected]
     assert 0 < sum(expected) < 24
 
 
@@ -96,7 +96,7 @@ def test_only_the_letters_of_choices_there_are_count(engine, arc):
     assert choices.evaluate(engine, task, range(8))["chance"] == 0.5
     prompt = Conversation.ask(choice_question("Question 0?", ["red", "blue"])).prompt(TOKENIZER)
     a, b = engine.model(torch.tensor([prompt]))[0, -1, [TOKENIZER.encode(c)[0] for c in "AB"]]
-    assert choices.by_letter(engine, task, [0]) == [(bool(a >= b), False)]
+    assert choices.by_letter(engine, task, [0]) == [(bool(a >= b), "")]
 
 
 def test_a_long_question_loses_its_beginning_and_a_choice_never_loses_anything(
@@ -125,7 +125,7 @@ def test_a_long_question_loses_its_beginning_and_a_choice_never_loses_anything(
         prompts.append((prompt, answers))
         scores = [log_probability(short, prompt, answer) for answer in answers]
         expected.append(scores.index(max(scores)) == 0)
-    assert choices.by_text(short, task, range(len(rows))) == [(right, True) for right in expected]
+    assert choices.by_text(short, task, range(len(rows))) == [(right, "cut") for right in expected]
     assert [(prompt.context, prompt.continuations) for prompt in scored] == prompts
     assert 0 < sum(expected) < len(rows)
     scores = choices.evaluate(short, task, range(len(rows)))
@@ -137,7 +137,7 @@ def test_a_choice_that_cannot_fit_is_told_and_wrong(random_model, arc, cpu):
         random_model(replace(CONFIG, sequence_len=40), TOKENIZER.vocab_size), TOKENIZER, cpu
     )
     task = arc(("Which?", ["red " * 30, "blue"]), ("Which?", ["red", "red"]))
-    assert choices.by_text(short, task, range(2)) == [(None, False), (True, False)]
+    assert choices.by_text(short, task, range(2)) == [(False, "too long"), (True, "")]
     scores = choices.evaluate(short, task, range(2))
     assert (scores["text"], scores["questions"], scores["too long"]) == (1 / 2, 2, 1)
 

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from nanolib import export
 from nanolib.config import ModelConfig
 from nanolib.data import toyworld
+from nanolib.engine import Engine
 from nanolib.evals import core
 from nanolib.evals.core import CoreTask, Prompt
 from nanolib.tokenizer import Tokenizer
@@ -134,7 +135,7 @@ def plain_is_right(model, task: CoreTask, index: int) -> bool:
 def test_scores_like_one_text_at_a_time(task, model, cpu):
     right = [plain_is_right(model, task, item) for item in range(len(task.questions))]
     assert 0 < sum(right) < len(right)
-    scores = core.evaluate(model, TOKENIZER, task, cpu)
+    scores = core.evaluate(Engine(model, TOKENIZER, cpu), task)
     assert scores["accuracy"] == sum(right) / len(right)
     assert scores["questions"] == len(right)
     assert scores["cut"] == 0
@@ -145,7 +146,7 @@ def test_the_toy_bundle_like_one_text_at_a_time(toy_tasks, model, cpu):
     for task in toy_tasks:
         few = dataclasses.replace(task, questions=task.questions[:16])
         right = sum(plain_is_right(model, few, item) for item in range(16))
-        assert core.evaluate(model, TOKENIZER, few, cpu)["accuracy"] == right / 16
+        assert core.evaluate(Engine(model, TOKENIZER, cpu), few)["accuracy"] == right / 16
         assert 0.2 <= task.chance <= 0.5 or task.kind == "language_modeling"
 
 
@@ -201,7 +202,7 @@ def test_choices_that_overlap_keep_something_to_score(model, cpu):
         [hat, boat],
     ]
     assert found[2].context[-len(the) :] == the
-    assert core.evaluate(model, TOKENIZER, task, cpu)["questions"] == 3
+    assert core.evaluate(Engine(model, TOKENIZER, cpu), task)["questions"] == 3
     same = make("schema", [{"context_options": ["A", "A"], "continuation": "hat", "gold": 0}])
     assert [p.context for p in core.prompts(same, 0, TOKENIZER)] == [[TOKENIZER.bos]] * 2
 
@@ -269,7 +270,7 @@ def test_rows_are_shuffled_then_limited_and_examples_come_from_those_kept(model,
     assert few.questions == [task.questions[i] for i in order[:10]]
     asked, plain = [], core.examples
     monkeypatch.setattr(core, "examples", lambda *of: asked.append(plain(*of)) or asked[-1])
-    assert core.evaluate(model, TOKENIZER, few, cpu)["questions"] == 10
+    assert core.evaluate(Engine(model, TOKENIZER, cpu), few)["questions"] == 10
     assert asked == [naive_examples(10, index, 2) for index in range(10)]
     assert task.shuffled(100).questions == task.shuffled().questions
 
@@ -354,8 +355,8 @@ def test_too_long_a_prompt_loses_its_beginning(model, cpu):
                 assert len(prompt.context + ids) <= 21
                 assert prompt.context[0] == TOKENIZER.bos
         few = dataclasses.replace(task, shots=7)
-        assert core.evaluate(short_model, TOKENIZER, few, cpu)["cut"] == len(task.questions)
-        assert core.evaluate(model, TOKENIZER, few, cpu)["cut"] == 0
+        assert core.evaluate(Engine(short_model, TOKENIZER, cpu), few)["cut"] == len(task.questions)
+        assert core.evaluate(Engine(model, TOKENIZER, cpu), few)["cut"] == 0
 
 
 def test_an_option_that_cannot_fit_is_wrong_and_counted(model, cpu):
@@ -363,9 +364,9 @@ def test_an_option_that_cannot_fit_is_wrong_and_counted(model, cpu):
     short_model = type(model)(dataclasses.replace(CONFIG, sequence_len=20), model.vocab_size)
     short_model.load_state_dict(model.state_dict())
     task = make("multiple_choice", [*rows, {"query": "The", "choices": ["red"], "gold": 0}])
-    scores = core.evaluate(short_model, TOKENIZER, task, cpu)
+    scores = core.evaluate(Engine(short_model, TOKENIZER, cpu), task)
     assert (scores["accuracy"], scores["too long"], scores["cut"]) == (1 / 3, 2, 0)
-    assert "too long" not in core.evaluate(model, TOKENIZER, task, cpu)
+    assert "too long" not in core.evaluate(Engine(model, TOKENIZER, cpu), task)
 
 
 # ---------------------------------------------------------------------------- the score
@@ -379,16 +380,16 @@ def test_centred_and_the_mean():
 
 
 def test_a_result_is_centred_by_its_tasks_chance(model, cpu):
-    scores = core.evaluate(model, TOKENIZER, dataclasses.replace(MADE[0], chance=0.4), cpu)
+    scores = core.evaluate(Engine(model, TOKENIZER, cpu), dataclasses.replace(MADE[0], chance=0.4))
     assert scores["centred"] == pytest.approx((scores["accuracy"] - 0.4) / 0.6)
     assert (scores["chance"], scores["shots"]) == (0.4, 3)
 
 
 def test_ranks_share_the_questions(model, cpu):
     for task in MADE:
-        whole = core.evaluate(model, TOKENIZER, task, cpu)
+        whole = core.evaluate(Engine(model, TOKENIZER, cpu), task)
         results, parts = as_ranks(
-            cpu, 3, lambda part, task=task: core.evaluate(model, TOKENIZER, task, part)
+            cpu, 3, lambda part, task=task: core.evaluate(Engine(model, TOKENIZER, part), task)
         )
         assert results == [whole] * 3
         right = [sum(right for right, _ in part) for part in parts]
@@ -397,17 +398,20 @@ def test_ranks_share_the_questions(model, cpu):
 
 def test_more_ranks_than_questions(model, cpu):
     few = MADE[0].shuffled(2)
-    results, parts = as_ranks(cpu, 4, lambda part: core.evaluate(model, TOKENIZER, few, part))
-    assert results == [core.evaluate(model, TOKENIZER, few, cpu)] * 4
+    results, parts = as_ranks(
+        cpu, 4, lambda part: core.evaluate(Engine(model, TOKENIZER, part), few)
+    )
+    assert results == [core.evaluate(Engine(model, TOKENIZER, cpu), few)] * 4
     assert [len(part) for part in parts] == [1, 1, 0, 0]
 
 
 def test_rounds_change_nothing_and_can_be_stopped_between(model, cpu, monkeypatch):
-    whole = core.evaluate(model, TOKENIZER, MADE[0], cpu)
+    whole = core.evaluate(Engine(model, TOKENIZER, cpu), MADE[0])
     monkeypatch.setattr(core, "QUESTIONS_AT_ONCE", 2)
     told = []
     assert (
-        core.evaluate(model, TOKENIZER, MADE[0], cpu, progress=lambda *at: told.append(at)) == whole
+        core.evaluate(Engine(model, TOKENIZER, cpu), MADE[0], progress=lambda *at: told.append(at))
+        == whole
     )
     assert told == [(0, 6), (2, 6), (4, 6)]
 
@@ -416,7 +420,7 @@ def test_rounds_change_nothing_and_can_be_stopped_between(model, cpu, monkeypatc
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        core.evaluate(model, TOKENIZER, MADE[0], cpu, progress=stop)
+        core.evaluate(Engine(model, TOKENIZER, cpu), MADE[0], progress=stop)
 
 
 # ---------------------------------------------------------------------------- the bundle

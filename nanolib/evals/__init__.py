@@ -1,5 +1,6 @@
 """Scores of a model. Ranks share the questions of each task."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -7,6 +8,9 @@ from nanolib.runtime import Runtime
 
 Progress = Callable[[int, int], object]  # done, total
 Result = TypeVar("Result")
+# Whether an answer is right, and a note: the question was "cut" at its beginning to fit the context;
+# it is "too long", or its answer "unsupported" by the sandbox, which both count as wrong.
+Grade = tuple[bool, str]
 
 QUESTIONS_AT_ONCE = 128  # between two calls of `progress`
 
@@ -20,8 +24,8 @@ def score_all(
 ) -> list[Result]:
     """What `score` returns for each question, in order, on every rank.
 
-    Each rank scores its share, `at_once` questions at a time. `progress` is called before each
-    time and may raise to stop.
+    Each rank scores its share, `at_once` questions at a time; `progress` is called before each
+    time.
     """
     mine = questions[runtime.rank :: runtime.world_size]
     scores: list[Result] = []
@@ -31,3 +35,12 @@ def score_all(
         scores += score(mine[start : start + at_once])
     parts = runtime.gather(scores)
     return [parts[i % len(parts)][i // len(parts)] for i in range(len(questions))]
+
+
+def accuracy(grades: Sequence[Grade]) -> float:
+    return sum(right for right, _ in grades) / len(grades)
+
+
+def notes(grades: Sequence[Grade]) -> dict[str, int]:
+    """How often there is each note."""
+    return Counter(note for _, note in grades if note)

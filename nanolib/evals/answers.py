@@ -8,7 +8,7 @@ from typing import Any
 
 from nanolib.conversation import Message, answer_parts
 from nanolib.engine import Answer, Engine
-from nanolib.evals import QUESTIONS_AT_ONCE, Progress, score_all
+from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, score_all
 from nanolib.runtime import seed_of
 from nanolib.tasks import GradedTask
 
@@ -31,7 +31,7 @@ class Questions:
         return [question for question in questions if len(self.prompt(question)) <= longest]
 
     def usable(self) -> list[int]:
-        """Those that leave room for a whole answer. Raises ValueError where none does."""
+        """Those that leave room for a whole answer."""
         found = self.fitting(range(len(self.task)), self.max_new_tokens)
         if not found:
             raise ValueError(
@@ -64,7 +64,6 @@ class Questions:
         return Message("assistant", answer_parts(answer.ids, self.engine.tokenizer)).text
 
     def rewards(self, question: int, texts: Iterable[str]) -> list[float]:
-        """1 for each right answer, 0 for any other."""
         return [float(self.task.grade(question, text) or 0) for text in texts]
 
 
@@ -74,32 +73,28 @@ class Questions:
 def evaluate(
     questions: Questions, indices: Sequence[int], progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Accuracy of greedy answers.
-
-    A question that fills the context ("too long") and an answer that needs what the sandbox lacks
-    ("unsupported") count as wrong; the result has their numbers, if any.
-    """
+    """Accuracy of greedy answers, some of them, and how many were too long or unsupported."""
     task, engine = questions.task, questions.engine
 
-    def graded(some: Sequence[int]) -> list[tuple[str, bool | str | None]]:
-        found: dict[int, tuple[str, bool | str | None]] = dict.fromkeys(some, ("", "too long"))
+    def graded(some: Sequence[int]) -> list[tuple[str, Grade]]:
+        found: dict[int, tuple[str, Grade]] = dict.fromkeys(some, ("", (False, "too long")))
         fitting = questions.fitting(some, room=1)
         for i, (answer,) in zip(fitting, questions.answers(fitting), strict=True):
-            found[i] = engine.tokenizer.decode(answer.ids), task.grade(i, questions.text(answer))
+            right = task.grade(i, questions.text(answer))
+            grade = bool(right), "unsupported" * (right is None)
+            found[i] = engine.tokenizer.decode(answer.ids), grade
         return list(found.values())
 
     found = score_all(graded, indices, QUESTIONS_AT_ONCE, engine.runtime, progress)
     grades = [grade for _, grade in found]
-    apart = {"unsupported": grades.count(None), "too long": grades.count("too long")}
     return {
-        "accuracy": grades.count(True) / len(indices),
+        "accuracy": accuracy(grades),
         "questions": len(indices),
-        **{name: count for name, count in apart.items() if count},
         "samples": [
-            [task.unanswered(i).turns[-1].text, text, grade is True]
-            for i, (text, grade) in zip(indices[:SHOWN], found, strict=False)
+            [task.unanswered(i).turns[-1].text, text, right]
+            for i, (text, (right, _)) in zip(indices[:SHOWN], found, strict=False)
         ],
-    }
+    } | notes(grades)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -16,52 +16,40 @@ import torch
 from nanolib.data.packing import batch_of_rows, groups
 from nanolib.model import GPT
 from nanolib.runtime import Runtime
+from nanolib.tokenizer import Tokenizer
 
 
+@torch.no_grad()
 def bits_per_byte(
     model: GPT,
     documents: Sequence[np.ndarray],
-    byte_lengths: np.ndarray,
-    bos: int,
+    tokenizer: Tokenizer,
     runtime: Runtime,
     tokens_at_once: int = 16_384,
 ) -> float:
-    """Bits per byte of documents (ids with BOS first); the ranks share them.
-
-    byte_lengths [V]: the bytes each token stands for. Raises ValueError where there is no text.
-    """
-    length = model.config.sequence_len
+    """Bits per byte of documents (ids with BOS first), which the ranks share."""
+    length, nats = model.config.sequence_len, 0.0
     mine = documents[runtime.rank :: runtime.world_size]
-    windows = [
-        document[start : start + length + 1]
-        for document in mine
-        for start in range(0, len(document) - 1, length)
-    ]
-    size = sum(int(byte_lengths[window[1:]].sum()) for window in windows)
-    nats = sum(
-        _nats(model, [windows[i] for i in group], bos, runtime)
-        for group in groups([len(window) for window in windows], tokens_at_once)
-    )
+    windows = [ids[i : i + length + 1] for ids in mine for i in range(0, len(ids) - 1, length)]
+    size = sum(int(tokenizer.byte_lengths[window[1:]].sum()) for window in windows)
+    for group in groups([len(window) for window in windows], tokens_at_once):
+        rows = [windows[i] for i in group]
+        masks = [np.ones(len(row), bool) for row in rows]
+        batch = batch_of_rows(rows, masks, max(map(len, rows)) - 1, tokenizer.bos)
+        with runtime.autocast():
+            nll_BT = model.nll(batch.to(runtime.device)).cpu()  # MPS has no float64
+        nats += float(nll_BT.sum(dtype=torch.float64))
     nats, size = map(sum, zip(*runtime.gather((nats, size)), strict=True))
     if not size:
         raise ValueError(f"{len(documents)} documents hold no text to score")
     return nats / math.log(2) / size
 
 
-@torch.no_grad()
-def _nats(model: GPT, windows: list[np.ndarray], bos: int, runtime: Runtime) -> float:
-    masks = [np.ones(len(window), bool) for window in windows]
-    batch = batch_of_rows(windows, masks, max(map(len, windows)) - 1, bos).to(runtime.device)
-    with runtime.autocast():
-        return float(model.nll(batch).cpu().sum(dtype=torch.float64))  # MPS has no float64
-
-
 class Trigram:
     """A count-based baseline: an interpolated trigram model of tokens (Jelinek & Mercer, 1980).
 
-    p(c | a, b) mixes the relative frequencies of trigram, bigram and unigram. The weights depend
-    on how often (a, b) was seen (one bucket per doubling) and are fitted by EM on the last
-    twentieth of the training tokens, which is not counted.
+    The weights of trigram, bigram and unigram depend on how often (a, b) was seen (one bucket per
+    doubling), fitted by EM on the last twentieth of the training tokens, which is not counted.
     """
 
     BUCKETS = 16
@@ -70,7 +58,10 @@ class Trigram:
         self.vocab_size = vocab_size
         tokens = np.asarray(tokens, dtype=np.int64)
         held = max(1, len(tokens) // 20)
-        self._count(tokens[:-held])
+        pairs = tokens[: -held - 1] * vocab_size + tokens[1:-held]
+        triples = pairs[:-1] * vocab_size + tokens[2:-held]
+        self.unigrams = np.bincount(tokens[:-held], minlength=vocab_size)
+        self.pairs, self.triples = (np.unique(x, return_counts=True) for x in (pairs, triples))
         self.weights = np.full((self.BUCKETS, 3), 1 / 3)
         probabilities, bucket = self._probabilities(tokens[-held:])
         for _ in range(iterations):
@@ -80,16 +71,8 @@ class Trigram:
             sums = np.stack(counts, axis=1) + 1e-3  # so that an empty bucket has weights
             self.weights = sums / sums.sum(axis=1, keepdims=True)
 
-    def _count(self, tokens: np.ndarray) -> None:
-        size = self.vocab_size
-        pairs = tokens[:-1] * size + tokens[1:]
-        triples = pairs[:-1] * size + tokens[2:]
-        self.unigrams = np.bincount(tokens, minlength=size)
-        self.pairs = np.unique(pairs, return_counts=True)
-        self.triples = np.unique(triples, return_counts=True)
-
     def _probabilities(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each token from the third on: its three probabilities [N, 3] and its bucket [N]."""
+        """From the third token on: three probabilities [N, 3] and the bucket [N]."""
         size = self.vocab_size
         first, second, third = tokens[:-2], tokens[1:-1], tokens[2:]
         context = _lookup(self.pairs, first * size + second)
@@ -110,7 +93,6 @@ class Trigram:
 
 
 def _lookup(counted: tuple[np.ndarray, np.ndarray], keys: np.ndarray) -> np.ndarray:
-    """The count of each key, 0 where it was never seen."""
     known, counts = counted
     index = np.minimum(np.searchsorted(known, keys), len(known) - 1)
     return np.where(known[index] == keys, counts[index], 0)

@@ -2,15 +2,14 @@
 
 The model writes nothing: it only says how likely a text is. A task is of one kind:
 
-* multiple_choice: one context, several continuations; the answer is the likeliest one (by mean
-  log-probability per token, which does not favour short ones);
+* multiple_choice: one context, several continuations; the answer is the one with the highest mean
+  log-probability per token;
 * schema: several contexts, one continuation; the answer is the context after which it is likeliest;
 * language_modeling: one continuation, right if greedy decoding would write exactly that.
 
-Solved examples precede each question. Accuracies are centred, so that guessing scores 0 and
-knowing everything 1, and CORE is their mean. Tasks, rows and random baselines come from an
-evaluation bundle (a zip with core.yaml, eval_meta_data.csv and eval_data/). Rows and solved
-examples are drawn as in nanochat (October 2025), so that scores compare question by question.
+Solved examples precede each question. Accuracies are centred, so that guessing scores 0, and CORE
+is their mean. Tasks and random baselines come from an evaluation bundle; rows and solved examples
+are drawn as in nanochat (October 2025), so that scores compare question by question.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,8 @@ import torch.nn.functional as F
 import yaml
 
 from nanolib.data.packing import groups, padded
-from nanolib.evals import QUESTIONS_AT_ONCE, Progress, score_all
+from nanolib.engine import Engine
+from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, score_all
 from nanolib.model import GPT, KVCache
 from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CoreTask:
-    """One task of the bundle. `chance` is a guesser's accuracy, from 0 to below 1."""
+    """`chance` is a guesser's accuracy, from 0 to below 1."""
 
     label: str
     kind: str
@@ -66,17 +67,14 @@ class CoreTask:
     questions: Sequence[Question]
 
     def shuffled(self, limit: int | None = None) -> CoreTask:
-        """The same task with its questions in nanochat's order, at most `limit` of them."""
+        """With its questions in nanochat's order, at most `limit` of them."""
         questions = list(self.questions)
         random.Random(SHUFFLE_SEED).shuffle(questions)
         return replace(self, questions=questions[:limit])
 
 
 def load(bundle: Path) -> list[CoreTask]:
-    """The tasks of an evaluation bundle, in the order of its core.yaml.
-
-    Raises ValueError that names the file and what is missing or malformed in it.
-    """
+    """The tasks of an evaluation bundle, in order; ValueError for what is missing or malformed."""
     try:
         with zipfile.ZipFile(bundle) as file:
             names = [name for name in file.namelist() if f"/{name}".endswith("/core.yaml")]
@@ -124,7 +122,6 @@ def _task(
 
 
 def question(kind: str, row: Any) -> Question:
-    """A row of a task of that kind. Raises ValueError for any other."""
     options, gold = [], 0
     match kind, row:
         case "multiple_choice", {"query": query, "choices": [*choices], "gold": int(gold)}:
@@ -149,8 +146,7 @@ def question(kind: str, row: Any) -> Question:
 class Prompt:
     """Ids of a context and of the continuations to score after it.
 
-    The first `head` and the last `tail` ids of the context always stay; what lies between may
-    lose its beginning.
+    To fit, a context may lose ids after its first `head` and before its last `tail`.
     """
 
     context: list[int]
@@ -160,14 +156,13 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """Ids the model reads: the context once, then each continuation."""
         return len(self.context) + sum(map(len, self.continuations))
 
     def cut_to(self, length: int) -> Prompt | None:
-        """With a context that leaves room for the longest continuation; None if there is no room.
+        """Cut so that `length` inputs and a target hold the longest continuation; None if they
+        cannot.
 
-        A row has `length` inputs and, after the last, a target. A continuation is never cut: it
-        would score better without its last tokens.
+        A continuation is never cut: it would score better without its last tokens.
         """
         excess = len(self.context) + max(map(len, self.continuations)) - (length + 1)
         if excess <= 0:
@@ -186,8 +181,8 @@ def examples(task: CoreTask, index: int) -> list[int]:
 def prompts(task: CoreTask, index: int, tokenizer: Tokenizer) -> list[Prompt]:
     """What to score for a question: one context with all choices, or one context per option.
 
-    Where the continuation begins is found by comparing ids, as the reference does: a token may
-    straddle the boundary between the two texts.
+    Where a continuation begins is found by comparing ids, as in the reference: a token may straddle
+    the boundary.
     """
     solved = [task.questions[i] for i in examples(task, index)]
     before = "".join(f"{task.delimiter.join(one.options[one.gold])}\n\n" for one in solved)
@@ -205,7 +200,6 @@ def prompts(task: CoreTask, index: int, tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many ids all rows begin with."""
     for count, ids in enumerate(zip(*rows, strict=False)):
         if len(set(ids)) > 1:
             return count
@@ -214,11 +208,9 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 # ---------------------------------------------------------------------------- scoring
 
-Grade = tuple[bool | None, bool]  # right (None: too long for the context), cut to fit it
-
 
 class Score(NamedTuple):
-    """Of one continuation: its log-probability in nats, its length, and whether it is greedy."""
+    """Of one continuation: log-probability in nats, length, and whether it is greedy."""
 
     logprob: float
     tokens: int
@@ -226,121 +218,99 @@ class Score(NamedTuple):
 
 
 def score_questions(
-    model: GPT, questions: Sequence[Sequence[Prompt]], runtime: Runtime
-) -> list[tuple[list[Score], bool]]:
-    """Of each question the scores of its options in order, and whether it was cut to fit.
+    engine: Engine, questions: Sequence[Sequence[Prompt]]
+) -> list[tuple[list[Score], str]]:
+    """Of each question the scores of its options in order, and the note of its `Grade`.
 
-    A question has no scores where the context cannot hold one of its options.
+    A question that is too long has no scores.
     """
     short = []
     for prompts in questions:
-        fitting = [cut for p in prompts if (cut := p.cut_to(model.config.sequence_len))]
+        fitting = [cut for p in prompts if (cut := p.cut_to(engine.context))]
         short.append(fitting if len(fitting) == len(prompts) else [])
-    found = iter(score(model, [prompt for fitting in short for prompt in fitting], runtime))
+    found = iter(score(engine.model, list(chain.from_iterable(short)), engine.runtime))
     return [
-        ([one for _ in fitting for one in next(found)], bool(fitting) and fitting != prompts)
-        for prompts, fitting in zip(questions, short, strict=True)
+        ([one for _ in cut for one in next(found)], "cut" * (cut != asked) if cut else "too long")
+        for asked, cut in zip(questions, short, strict=True)
     ]
 
 
 @torch.inference_mode()
 def score(
-    model: GPT,
-    prompts: Sequence[Prompt],
-    runtime: Runtime,
-    tokens_at_once: int = TOKENS_AT_ONCE,
+    model: GPT, prompts: Sequence[Prompt], runtime: Runtime, tokens_at_once: int = TOKENS_AT_ONCE
 ) -> list[list[Score]]:
-    """For each prompt the scores of its continuations; prompts of similar length share a batch."""
+    """For each prompt the scores of its continuations; prompts of similar length share a batch.
+
+    Each context is read once, then its continuations after copies of its keys and values. Their
+    inputs are the context's last id and their own ids but the last.
+    """
     scores: list[list[Score]] = [[] for _ in prompts]
     for group in groups([prompt.tokens for prompt in prompts], tokens_at_once):
-        found = iter(_score_group(model, [prompts[i] for i in group], runtime))
-        for i in group:
-            scores[i] = [next(found) for _ in prompts[i].continuations]
+        contexts = [prompts[i].context[:-1] for i in group]
+        each = [(row, ids) for row, i in enumerate(group) for ids in prompts[i].continuations]
+        owners, targets = zip(*each, strict=True)
+        inputs = [[prompts[group[row]].context[-1], *ids[:-1]] for row, ids in each]
+        pad = prompts[group[0]].context[0]
+        contexts_PT, inputs_BS = padded(contexts, pad), padded(inputs, pad)
+        length = contexts_PT.shape[1] + inputs_BS.shape[1]
+        read, cache = (
+            KVCache(model.config, rows, length, runtime.device, runtime.dtype)
+            for rows in (len(contexts), len(inputs))
+        )
+        sizes = [len(ids) for ids in targets]
+        used_BS = torch.arange(inputs_BS.shape[1]) < torch.tensor(sizes)[:, None]
+        target_N = torch.tensor([id for ids in targets for id in ids], device=runtime.device)
+        with runtime.autocast():
+            model.hidden(contexts_PT.to(runtime.device), cache=read)
+            read.advance([len(ids) for ids in contexts])
+            cache.copy_rows(read, owners)
+            hidden_BSD = model.hidden(inputs_BS.to(runtime.device), cache=cache)
+            logits_NV = model.logits(hidden_BSD[used_BS.to(runtime.device)])
+        nll_N = F.cross_entropy(logits_NV, target_N, reduction="none").cpu().double()
+        hit_N = (logits_NV.argmax(1) == target_N).cpu()
+        for row, nll, hit in zip(owners, nll_N.split(sizes), hit_N.split(sizes), strict=True):
+            scores[group[row]].append(Score(-float(nll.sum()), len(nll), bool(hit.all())))
     return scores
-
-
-def _score_group(model: GPT, prompts: Sequence[Prompt], runtime: Runtime) -> list[Score]:
-    """Read each context once, then all continuations after copies of its keys and values.
-
-    A continuation's inputs are the context's last id and its own ids but the last.
-    """
-    contexts = [prompt.context[:-1] for prompt in prompts]
-    targets = [ids for prompt in prompts for ids in prompt.continuations]
-    owners = [i for i, prompt in enumerate(prompts) for _ in prompt.continuations]
-    inputs = [[prompts[i].context[-1], *ids[:-1]] for i, ids in zip(owners, targets, strict=True)]
-    pad = prompts[0].context[0]
-    contexts_PT, inputs_BS = padded(contexts, pad), padded(inputs, pad)
-    length = contexts_PT.shape[1] + inputs_BS.shape[1]
-    read, cache = (
-        KVCache(model.config, rows, length, runtime.device, runtime.dtype)
-        for rows in (len(prompts), len(owners))
-    )
-    sizes = [len(ids) for ids in targets]
-    used_BS = torch.arange(inputs_BS.shape[1]) < torch.tensor(sizes)[:, None]
-    target_N = torch.tensor([id for ids in targets for id in ids], device=runtime.device)
-    with runtime.autocast():
-        model.hidden(contexts_PT.to(runtime.device), cache=read)
-        read.advance([len(ids) for ids in contexts])
-        cache.copy_rows(read, owners)
-        hidden_BSD = model.hidden(inputs_BS.to(runtime.device), cache=cache)
-        logits_NV = model.logits(hidden_BSD[used_BS.to(runtime.device)])
-    nll_N = F.cross_entropy(logits_NV, target_N, reduction="none").cpu().double()
-    hit_N = (logits_NV.argmax(1) == target_N).cpu()
-    each = zip(nll_N.split(sizes), hit_N.split(sizes), strict=True)
-    return [Score(-float(nll.sum()), len(nll), bool(hit.all())) for nll, hit in each]
 
 
 # ---------------------------------------------------------------------------- the score
 
 
-def evaluate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    task: CoreTask,
-    runtime: Runtime,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Accuracy, also centred, on all questions of a task.
-
-    "cut" counts questions that lost the beginning of their examples to fit the model's context;
-    "too long", if any, those with an option that cannot fit, which count as wrong.
-    """
+def evaluate(engine: Engine, task: CoreTask, progress: Progress | None = None) -> dict[str, Any]:
+    """Accuracy, also centred, on all questions of a task, and how many were cut or too long."""
 
     def grade(indices: Sequence[int]) -> list[Grade]:
-        asked = [prompts(task, index, tokenizer) for index in indices]
-        scored = score_questions(model, asked, runtime)
-        each = zip(indices, scored, strict=True)
-        return [(_right(task, i, found), cut) for i, (found, cut) in each]
+        asked = [prompts(task, index, engine.tokenizer) for index in indices]
+        scored = zip(indices, score_questions(engine, asked), strict=True)
+        return [(right(task.questions[i].gold, found), note) for i, (found, note) in scored]
 
-    grades = score_all(grade, range(len(task.questions)), QUESTIONS_AT_ONCE, runtime, progress)
-    right = [right for right, _ in grades]
-    accuracy, too_long = right.count(True) / len(right), right.count(None)
+    def right(gold: int, scores: Sequence[Score]) -> bool:
+        if scores and task.kind == "language_modeling":
+            return scores[0].greedy
+        return likeliest([score.logprob / score.tokens for score in scores], gold)
+
+    all_questions, runtime = range(len(task.questions)), engine.runtime
+    grades = score_all(grade, all_questions, QUESTIONS_AT_ONCE, runtime, progress)
     return {
-        "accuracy": accuracy,
-        "centred": centred(accuracy, task.chance),
+        "accuracy": accuracy(grades),
+        "centred": centred(accuracy(grades), task.chance),
         "chance": task.chance,
-        "questions": len(right),
+        "questions": len(grades),
         "shots": task.shots,
-        "cut": sum(cut for _, cut in grades),
-    } | ({"too long": too_long} if too_long else {})
+        "cut": 0,
+    } | notes(grades)
 
 
-def _right(task: CoreTask, index: int, scores: Sequence[Score]) -> bool | None:
-    if scores and task.kind == "language_modeling":
-        return scores[0].greedy
-    return likeliest([score.logprob / score.tokens for score in scores], task.questions[index].gold)
-
-
-def likeliest(scores: Sequence[float], gold: int) -> bool | None:
-    """Whether the highest score is the one at `gold`; None where there are none."""
-    return scores.index(max(scores)) == gold if scores else None
+def likeliest(scores: Sequence[float], gold: int) -> bool:
+    """Whether the highest score is the one at `gold`; not where there are none."""
+    return bool(scores) and scores.index(max(scores)) == gold
 
 
 def centred(accuracy: float, chance: float) -> float:
-    """0 for guessing, 1 for everything right; below 0 for worse than guessing."""
+    """0 for guessing, 1 for everything right."""
     return (accuracy - chance) / (1 - chance)
 
 
 def core(results: Mapping[str, Mapping[str, Any]]) -> float:
-    """CORE: the mean centred accuracy of the tasks; results: task -> what `evaluate` found."""
+    """CORE: the mean centred accuracy of the tasks, of what `evaluate` found for each."""
     return sum(scores["centred"] for scores in results.values()) / len(results)

@@ -25,7 +25,7 @@ def evaluate(context: Context) -> Result:
     run, of, metrics = context.run, context.of or "base", context.stage.metrics
     config, documents = run.config.recipe, validation_documents(context)
     model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
-    known = {row["task"]: row["scores"] for row in metrics.rows() if row["kind"] == "score"}
+    known = {row["task"]: row["scores"] for row in metrics.rows("score")}
     core_tasks = core.load(hub.eval_bundle(run.mirror())) if config.eval.core_problems != 0 else []
     with Sandbox() as sandbox:
         engine = context.engine(model, sandbox)
@@ -33,7 +33,9 @@ def evaluate(context: Context) -> Result:
         if of == "base":
             parts["samples"] = partial(samples, engine, documents[:SAMPLE_PROMPTS])
         for task in core_tasks:
-            parts[f"core/{task.label}"] = partial(score_core, context, engine, task)
+            few = task.shuffled(config.eval.core_problems)
+            progress = partial(context.progress, message=f"core/{task.label}")
+            parts[f"core/{task.label}"] = partial(core.evaluate, engine, few, progress)
         for name in config.eval.tasks if of != "base" else ():
             parts[name] = partial(score_task, context, engine, name)
         for number, (name, score) in enumerate(parts.items()):
@@ -52,13 +54,12 @@ def evaluate(context: Context) -> Result:
 
 
 def compression(context: Context, engine: Engine, documents: Sequence[np.ndarray]) -> Result:
-    """Bits per byte, of base beside a trigram's."""
-    runtime, tokenizer, lengths = context.runtime, engine.tokenizer, engine.tokenizer.byte_lengths
-    scores = {"bpb": bits_per_byte(engine.model, documents, lengths, tokenizer.bos, runtime)}
+    runtime, tokenizer = context.runtime, engine.tokenizer
+    scores = {"bpb": bits_per_byte(engine.model, documents, tokenizer, runtime)}
     if context.of == "base" and runtime.is_lead:  # gigabytes: once is enough
         tokens = first_tokens(shard_paths(context.run)[0], TRIGRAM_TOKENS)
-        trigram = Trigram(tokens, tokenizer.vocab_size)
-        scores["trigram_bpb"] = trigram.bits_per_byte(np.concatenate(documents), lengths)
+        trigram, text = Trigram(tokens, tokenizer.vocab_size), np.concatenate(documents)
+        scores["trigram_bpb"] = trigram.bits_per_byte(text, tokenizer.byte_lengths)
     return scores
 
 
@@ -71,15 +72,7 @@ def samples(engine: Engine, documents: Sequence[np.ndarray]) -> Result:
     return {"samples": [[decode(opening[1:]), decode(new)] for opening, new in pairs]}
 
 
-def score_core(context: Context, engine: Engine, task: core.CoreTask) -> Result:
-    """A CORE task's scores on its first questions in nanochat's order."""
-    few = task.shuffled(context.run.config.recipe.eval.core_problems)
-    progress = partial(context.progress, message=f"core/{task.label}")
-    return core.evaluate(engine.model, engine.tokenizer, few, context.runtime, progress)
-
-
 def score_task(context: Context, engine: Engine, name: str) -> Result:
-    """A task's scores on its first test questions. Raises ValueError where it has no answers."""
     config = context.run.config.recipe.eval
     task = tasks.load(name, "test", context.run.mirror())
     indices = range(len(task))[: config.max_problems]
@@ -93,6 +86,5 @@ def score_task(context: Context, engine: Engine, name: str) -> Result:
 
 
 def write_report(context: Context) -> Result:
-    """The report card, from the run directory alone."""
     report.build(context.run)
     return {"file": "report.md"}

@@ -46,8 +46,8 @@ def base(context: Context) -> Result:
     documents = validation_documents(context)
 
     def score() -> dict[str, float]:
-        lengths, bos = context.tokenizer.byte_lengths, context.tokenizer.bos
-        return {"bpb": bits_per_byte(training.model, documents, lengths, bos, context.runtime)}
+        bpb = bits_per_byte(training.model, documents, context.tokenizer, context.runtime)
+        return {"bpb": bpb}
 
     return training.run(source, len(source), source.batch_rows, score, CrossEntropy())
 
@@ -101,10 +101,7 @@ def grpo(context: Context) -> Result:
 
 
 class Training:
-    """What a training stage starts with: model and micro-batch; and how it trains.
-
-    Make it before the optimizer: on CUDA the micro-batch is found by trying.
-    """
+    """A training stage's model and micro-batch, and how it trains; made before the optimizer."""
 
     def __init__(self, context: Context):
         config, runtime, name = context.run.config, context.runtime, context.stage.name
@@ -121,7 +118,6 @@ class Training:
             print(f"micro-batch: {min(self.device_batch, share)} of a rank's {share} rows")
 
     def row_settings(self) -> dict[str, Any]:
-        """Of a `RowSource`."""
         recipe, runtime = self.context.run.config.recipe, self.context.runtime
         return {
             "length": recipe.model.sequence_len,
@@ -136,8 +132,8 @@ class Training:
     def run(self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss) -> Result:
         """Train to the last step; returns the stage's result.
 
-        An epoch has `epoch` rows or questions, a step takes `at_once` of them. `score` is also
-        called before the first step, unless the weights are new.
+        An epoch has `epoch` rows or questions, a step takes `at_once`. `score` is also called
+        before the first step, unless the weights are new.
         """
         context, runtime, stage = self.context, self.context.runtime, self.context.stage
         machine, schedule = context.run.config.machine, self.schedule
@@ -167,7 +163,7 @@ class Training:
             loss=loss,
             score=lambda trainer: record(trainer.step),
         )
-        if stage.name != "base" and not _rows(stage, "eval"):
+        if stage.name != "base" and not stage.metrics.rows("eval"):
             record(0)
         trainer.fit()
         runtime.barrier()
@@ -189,7 +185,7 @@ class Training:
 
 
 def _initial_model(context: Context) -> GPT:
-    """The model of the training stage before this one, else one with new weights."""
+    """Of the training stage before this one, else new."""
     run, recipe, device = context.run, context.run.config.recipe, context.runtime.device
     earlier = recipe.models[: recipe.models.index(context.stage.name)]
     if not earlier:
@@ -218,7 +214,7 @@ def _optim(context: Context) -> OptimConfig:
 
 def _result(stage: StageDir, model: GPT) -> Result:
     """A finished stage's result, from its metrics: the same however often it was resumed."""
-    steps, scores = _rows(stage, "train"), _rows(stage, "eval")[-1]
+    steps, scores = stage.metrics.rows("train"), stage.metrics.rows("eval")[-1]
     seconds, tokens = (sum(row[key] for row in steps) for key in ("seconds", "tokens"))
     return {
         "steps": len(steps),
@@ -231,19 +227,13 @@ def _result(stage: StageDir, model: GPT) -> Result:
     }
 
 
-def _rows(stage: StageDir, kind: str) -> list[dict[str, Any]]:
-    """The stage's metrics of one kind."""
-    return [row for row in stage.metrics.rows() if row["kind"] == kind]
-
-
 # ---------------------------------------------------------------------------- the mixture
 
 
 def _mixture(context: Context) -> tuple[Path, dict[str, Any]]:
     """The folder with a stage's rendered conversations, and how many of each source it has.
 
-    The lead rank renders them once; every rank maps the files. The folder's name is a hash of all
-    that they depend on, so a resumed stage finds its own and no other's.
+    The lead rank renders, every rank maps. The folder's name is a hash of all that they depend on.
     """
     recipe, stage = context.run.config.recipe, context.stage
     rows, data = limits(getattr(recipe, stage.name)), context.run.stage("data").result()
