@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanolib import accounting, rundir
-from nanolib.config import MODELS, REPOSITORY, Recipe, as_text, flatten, recipe_difference
+from nanolib.config import MODELS, REPOSITORY, as_text, flatten, recipe_difference
 from nanolib.progress import clock
 from nanolib.rundir import Run, StageDir, write_atomic
 
@@ -33,10 +33,9 @@ _INLINE = str.maketrans("|\n", "¦ ")  # what would end a table's cell
 
 
 def build(run: Run) -> str:
-    """Write ``report.md`` into the run's directory and return its text, the same each time."""
+    """Write ``report.md`` into the run's directory and return its text."""
     stages, recipe = _stages(run), run.config.recipe
-    vocab_size = recipe.tokenizer.vocab_size
-    evaluations = [stage for stage in stages if stage.of]
+    measures, toy, vocab_size = _measures(stages), _is_toy(run), recipe.tokenizer.vocab_size
     text = _render(
         "report.md.j2",
         run=run,
@@ -44,12 +43,12 @@ def build(run: Run) -> str:
         parameters=recipe.model.parts(vocab_size),
         flops_per_token=accounting.training_flops(recipe.model, vocab_size),
         stages=stages,
-        summary=_summary(evaluations, _is_toy(recipe)),
-        originals=_originals() if _is_toy(recipe) else "",
-        levels=_levels(recipe, evaluations),
+        summary=_summary(measures, [stage.of for stage in stages if stage.of], toy),
+        originals=_originals() if toy else "",
+        levels=_levels(measures, toy),
         commands=rundir.spent(run.path),
         environment=_environment(stages),
-        core=_core(evaluations),
+        core=_core(measures),
     )
     write_atomic(run.path / "report.md", text)
     return text
@@ -58,13 +57,15 @@ def build(run: Run) -> str:
 def compare(run: Run, other: Run) -> str:
     """Two runs side by side, as Markdown: settings that differ, scores, time and money."""
     differences = recipe_difference(run.config.recipe, flatten(other.config.recipe))
-    stages, toy = _stages(run), _is_toy(run.config.recipe) and _is_toy(other.config.recipe)
+    stages, toy = _stages(run), _is_toy(run) and _is_toy(other)
     ours, theirs = _measures(stages), _measures(_stages(other))
     scores = []
-    for of, *measure in ours | theirs:
-        a, b = (its.get((of, *measure)) for its in (ours, theirs))
-        change = None if a is None or b is None else f"{a - b:+.4f}"
-        scores.append([f"{COLUMNS[of]} {_measure_label(*measure, toy)}", a, b, change])
+    for task, how in dict.fromkeys([*_headlines(ours), *_headlines(theirs)]):
+        mine, its = ours.get((task, how), {}), theirs.get((task, how), {})
+        for of in mine | its:
+            a, b = mine.get(of), its.get(of)
+            change = None if a is None or b is None else f"{a - b:+.4f}"
+            scores.append([f"{COLUMNS[of]} {_measure_label(task, how, toy)}", a, b, change])
     return _render(
         "compare.md.j2",
         run=run,
@@ -98,19 +99,18 @@ class Stage:
 
     def __init__(self, directory: StageDir, run: Run) -> None:
         self.name, self.run, record = directory.name, run, directory.done()
+        self.rows, self.curve = directory.metrics.rows, directory.curve()
         self.of = directory.path.name if self.name == "eval" else ""  # whose model it scores
         self.title = f"eval/{self.of}" if self.of else self.name
         older = {"attempts": None, "dollars": None, "taken_over": None}  # which lack these
         self.record: dict[str, Any] = older | record if record else {}  # empty: not finished
         self.result: dict[str, Any] = directory.result()
-        self.rows = directory.metrics.rows()
 
     @property
     def state(self) -> str:
-        """Whether the stage is finished, and how far it got if not."""
         if self.record:
             return "finished"
-        last = next(reversed(self._rows("train" if self.name in MODELS else "progress")), None)
+        last = next(reversed(self.rows("train" if self.name in MODELS else "progress")), None)
         return f"unfinished, at {last['step']:,} of {last['steps']:,}" if last else "not begun"
 
     @property
@@ -134,91 +134,95 @@ class Stage:
         return [[re.sub(r"[._]", " ", key), number(value)] for key, value in flat.items()]
 
     @property
-    def curve(self) -> list[tuple[float, float]]:
-        """(step, mean reward) where there are rollouts, else (step, training loss)."""
-        kind, key = ("rollout", "reward") if self.name == "grpo" else ("train", "loss")
-        return [(row["step"], row[key]) for row in self._rows(kind)]
-
-    @property
     def held_out(self) -> str:
         """The scores along the way, as a table of evenly spaced steps."""
-        rows = self._rows("eval")
+        rows = self.rows("eval")
         shown = np.linspace(0, len(rows) - 1, min(len(rows), EVALUATIONS)).round().astype(int)
         hidden = {"kind", "steps", "time"}
         return _grid([{k: v for k, v in rows[i].items() if k not in hidden} for i in shown])
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Task -> numbers and words of an evaluation."""
         tasks = {t: _plain(values) for t, values in self.result.items() if isinstance(values, dict)}
         return {task: values for task, values in tasks.items() if values}
 
     @property
     def task_table(self) -> str:
-        """An evaluation's tasks; those of CORE have a table of their own."""
-        toy, scores = _is_toy(self.run.config.recipe), self.scores.items()
+        """Without CORE's tasks, which have a table of their own."""
+        toy, scores = _is_toy(self.run), self.scores.items()
         rows = [{"task": _label(t, toy), **s} for t, s in scores if not t.startswith("core/")]
         return _grid(rows)
 
     @property
     def samples(self) -> list[Sequence[Any]]:
         """What a model said in GRPO's last step, or in an evaluation."""
-        if rollouts := self._rows("rollout"):
+        if rollouts := self.rows("rollout"):
             return rollouts[-1]["samples"]
         tasks = [values for values in self.result.values() if isinstance(values, dict)]
         return [sample for values in tasks for sample in values.get("samples", [])][:SAMPLES]
 
-    def _rows(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["kind"] == kind]
-
 
 def _stages(run: Run) -> list[Stage]:
-    """Every stage of the run in order; this card is the last one's."""
+    """This card is the last one's."""
     return [Stage(directory, run) for directory in run.stages()[:-1]]
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers and words among some values."""
     return {key: value for key, value in values.items() if isinstance(value, int | float | str)}
 
 
 # ---------------------------------------------------------------------------- sections
 
 
-def _summary(evaluations: Sequence[Stage], toy: bool) -> str:
+# (task, what was measured) -> of each model its score, chance or count.
+Measures = dict[tuple[str, str], dict[str, Any]]
+
+
+def _measures(stages: Iterable[Stage]) -> Measures:
+    measures: Measures = {}
+    for stage in stages:
+        for task, scores in stage.scores.items() if stage.of else ():
+            for how, value in scores.items():
+                measures.setdefault((task, how), {})[stage.of] = value
+    return measures
+
+
+def _headlines(measures: Measures) -> list[tuple[str, str]]:
+    """The scores among them, without CORE's single tasks."""
+    return [
+        (task, how)
+        for (task, how), of in measures.items()
+        if how != "chance"
+        and not task.startswith("core/")
+        and isinstance(_any(measures, task, how), float)
+    ]
+
+
+def _any(measures: Measures, task: str, how: str) -> Any:
+    """A measure that is the same for all models; None where there is none."""
+    return next(iter(measures.get((task, how), {}).values()), None)
+
+
+def _summary(measures: Measures, models: Sequence[str], toy: bool) -> str:
     """Every score, a column a model; on the real tasks the original's beside them."""
-    rows, measures = [], _measures(evaluations)
-    for task, how in dict.fromkeys((task, how) for _, task, how in measures):
-        chances = [stage.scores.get(task, {}).get("chance") for stage in evaluations]
+    rows = []
+    for task, how in _headlines(measures):
         row: dict[str, Any] = {"": _measure_label(task, how, toy)}
-        row |= {COLUMNS[s.of]: measures.get((s.of, task, how)) for s in evaluations}
-        row["chance"] = next((chance for chance in chances if chance is not None), None)
-        for stage in evaluations if not toy else ():
-            theirs = KNOWN["original"][stage.of] if how in AS_ORIGINAL else {}
-            row[f"original {COLUMNS[stage.of]}"] = theirs.get(task)
+        row |= {COLUMNS[of]: measures[task, how].get(of) for of in models}
+        row["chance"] = _any(measures, task, "chance")
+        for of in models if not toy else ():
+            theirs = KNOWN["original"][of] if how in AS_ORIGINAL else {}
+            row[f"original {COLUMNS[of]}"] = theirs.get(task)
         rows.append(row)
     return _grid(rows)
 
 
 def _originals() -> str:
-    """The original's scores on the real tasks, by themselves."""
     scores = KNOWN["original"]
     known = dict.fromkeys(task for of in COLUMNS for task in scores[of])
     return _grid(
         [{"": _label(t)} | {COLUMNS[of]: scores[of].get(t) for of in COLUMNS} for t in known]
     )
-
-
-def _measures(stages: Iterable[Stage]) -> dict[tuple[str, str, str], float]:
-    """(model, task, how) -> score; counts, chances and CORE's single tasks are left out."""
-    return {
-        (stage.of, task, how): value
-        for stage in stages
-        if stage.of
-        for task, scores in stage.scores.items()
-        for how, value in scores.items()
-        if isinstance(value, float) and how != "chance" and not task.startswith("core/")
-    }
 
 
 def _measure_label(task: str, how: str, toy: bool) -> str:
@@ -227,8 +231,8 @@ def _measure_label(task: str, how: str, toy: bool) -> str:
     return _label(task, toy) if how == "accuracy" else f"{_label(task, toy)}, {how}"
 
 
-def _is_toy(recipe: Recipe) -> bool:
-    return recipe.data.source == "toyworld"
+def _is_toy(run: Run) -> bool:
+    return run.config.recipe.data.source == "toyworld"
 
 
 def _label(name: str, toy: bool = False) -> str:
@@ -238,22 +242,23 @@ def _label(name: str, toy: bool = False) -> str:
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with a column for each key of its rows; "" without rows."""
+    """A table with a column for each key of its rows."""
     columns = dict.fromkeys(column for row in rows for column in row)
     body = [[row.get(column) for column in columns] for row in rows]
     return table([*map(_label, columns)], body) if rows else ""
 
 
-def _levels(recipe: Recipe, evaluations: Sequence[Stage]) -> list[list[Any]]:
+def _levels(measures: Measures, toy: bool) -> list[list[Any]]:
     """Each level with the run's best score, and whether that reaches it."""
     rows = []
-    for level in KNOWN["levels"]["toyworld" if _is_toy(recipe) else "real"]:
-        score, bar, sign, better = level["score"], level["bar"], "≥", max
-        found = [stage.scores.get(level["task"], {}) for stage in evaluations]
+    for level in KNOWN["levels"]["toyworld" if toy else "real"]:
+        task, score, bar, sign, better = level["task"], level["score"], level["bar"], "≥", max
+        found = measures.get((task, score), {}).values()
         if score == "ratio":
-            found = [{score: s["bpb"] / s["trigram_bpb"]} for s in found if "trigram_bpb" in s]
+            trigram = measures.get((task, "trigram_bpb"), {})
+            found = [measures[task, "bpb"][of] / bits for of, bits in trigram.items()]
             sign, better = "≤", min
-        best = better((float(s[score]) for s in found if score in s), default=None)
+        best = better(map(float, found), default=None)
         passed = best is not None and better(best, bar) == best
         rows.append([level["name"], f"{sign} {bar:g}", best, "passed" if passed else "not yet"])
     return rows
@@ -271,17 +276,15 @@ def _environment(stages: Sequence[Stage]) -> list[list[str]]:
     return rows
 
 
-def _core(evaluations: Sequence[Stage]) -> str:
+def _core(measures: Measures) -> str:
     """CORE's tasks one by one and their mean, a column a model."""
-    rows: dict[str, dict[str, Any]] = {}
-    for stage in evaluations:
-        for task, scores in stage.scores.items():
-            if task == "core" or task.startswith("core/"):
-                name = task.removeprefix("core/") if task != "core" else CORE_MEAN
-                facts = {key: scores.get(key) for key in ("shots", "questions", "chance")}
-                row = rows.setdefault(task, {"task": name} | facts)
-                row[COLUMNS[stage.of]] = scores["accuracy"]
-    return _grid([*rows.values()])
+    rows = []
+    for (task, how), scores in measures.items():
+        if how == "accuracy" and (task == "core" or task.startswith("core/")):
+            row = {"task": task.removeprefix("core/") if task != "core" else CORE_MEAN}
+            row |= {key: _any(measures, task, key) for key in ("shots", "questions", "chance")}
+            rows.append(row | {COLUMNS[of]: score for of, score in scores.items()})
+    return _grid(rows)
 
 
 def code_base() -> dict[str, int]:
@@ -323,7 +326,6 @@ def dollars(value: float | None) -> str:
 
 
 def share(part: float | None, whole: float = 1.0) -> str:
-    """A part of a whole in percent."""
     return f"{part / whole:.1%}" if part else DASH
 
 

@@ -1,12 +1,10 @@
 """The run book: a run's executed chapters as linked HTML pages that need nothing but themselves.
 
     <run>/chapters/index.html       contents, the run's key figures and its report card
-    <run>/chapters/NN_topic.html    one executed chapter, its figures inside
-    <run>/chapters/glossary.html    the terms that chapters link to
+    <run>/chapters/NN_topic.html    one executed chapter; glossary.html: the terms they link to
 
-The pages are made by nbconvert with the templates in ``templates/runbook``. They load nothing from
-elsewhere and run no scripts: formulas stay as they were typed, widgets are left out. They follow the
-reader's light or dark scheme; of the two parameters cells papermill leaves they show the one it ran.
+Made by nbconvert with the templates in ``templates/runbook``. The pages load nothing from elsewhere
+and run no scripts: formulas stay as they were typed, widgets are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanolib.config import MODELS
 from nanolib.progress import clock
@@ -34,8 +32,8 @@ SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg
 def write(run: Run, names: Sequence[str]) -> Path:
     """Bring the run book up to date; returns its first page.
 
-    names: all chapters of the course in order ("00_tour"). A finished chapter's page is written
-    where it is missing, older than the executed notebook, or has other links.
+    names: all chapters in order ("00_tour"). A finished chapter's page is written where it is
+    missing, older than the notebook, or has other links.
     """
     folder, exporter = run.path / "chapters", _exporter()
     titles: dict[str, str | None] = dict.fromkeys(names)
@@ -74,16 +72,10 @@ def _exporter() -> HTMLExporter:
     from pygments.formatters.html import HtmlFormatter
     from traitlets.config import Config
 
+    tags = {"enabled": True, "remove_cell_tags": ["parameters", "colab"]}
+    shown = {"display_data_priority": SHOWN}
     exporter = HTMLExporter(
-        config=Config(
-            {
-                "NbConvertBase": {"display_data_priority": SHOWN},
-                "TagRemovePreprocessor": {
-                    "enabled": True,
-                    "remove_cell_tags": ["parameters", "colab"],
-                },
-            }
-        ),
+        config=Config({"NbConvertBase": shown, "TagRemovePreprocessor": tags}),
         template_name="runbook",
         extra_template_basedirs=[str(TEMPLATES)],
         exclude_input_prompt=True,
@@ -95,7 +87,6 @@ def _exporter() -> HTMLExporter:
 
 
 def _title(source: Path) -> str | None:
-    """A chapter's first heading."""
     for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown" and (found := re.search(r"^# +(.+)$", text, re.M)):
@@ -130,7 +121,7 @@ def _curves(run: Run) -> dict[str, str] | None:
     import numpy as np
     from matplotlib.figure import Figure
 
-    told = {name: points for name in MODELS if len(points := _points(run, name)) > 1}
+    told = {name: points for name in MODELS if len(points := run.stage(name).curve()) > 1}
     if not told:
         return None
     figure = Figure(figsize=(2.4 * len(told), 2.4), layout="constrained", dpi=110)
@@ -154,11 +145,3 @@ def _curves(run: Run) -> dict[str, str] | None:
     figure.savefig(picture, format="png", metadata={"Software": None})
     data = base64.b64encode(picture.getvalue()).decode()
     return {"png": data, "alt": f"Curves, one a stage. {'; '.join(words)}."}
-
-
-def _points(run: Run, name: str) -> list[tuple[Any, Any]]:
-    """What a stage's curve shows, as (step, value)."""
-    kind, value = ("rollout", "reward") if name == "grpo" else ("train", "loss")
-    return [
-        (row["step"], row[value]) for row in run.stage(name).metrics.rows() if row["kind"] == kind
-    ]

@@ -1,12 +1,10 @@
 """The sandboxed Python tool: the only place where code written by a model runs.
 
 `Sandbox` keeps worker processes of pydantic-monty, a Python interpreter written in Rust without
-files, network or environment. Each call gets a fresh session with limits on time, memory,
-recursion and output; errors are returned as text. A worker returns printed text only: the host
-would convert values outside every limit, so the source is evaluated and its repr printed inside.
-
-Gaps against CPython: no generators, inheritance or `del`, 25 standard modules, some builtins and
-methods as values (``key=d.get``). `Sandbox.check` tells a program that needs one from a wrong one.
+files, network or environment. Each call has limits on time, memory, recursion and output. A worker
+returns printed text only: the host would convert values outside every limit, so the source is
+evaluated and its repr printed inside. Monty lacks generators, inheritance, `del` and most modules:
+`ToolResult.passed` tells a program that needs them from a wrong one.
 """
 
 import builtins
@@ -87,23 +85,25 @@ class ToolResult:
         """What the model sees: the output, then the error on a line of its own."""
         return "\n".join(part for part in (self.output, self.error) if part)
 
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a program passed its tests, and its error if not.
-
-    passed: None if the program needs something that CPython has and the sandbox lacks.
-    """
-
-    passed: bool | None
-    reason: str | None = None
+    @property
+    def passed(self) -> bool | None:
+        """Whether there was no error; None for one of something that CPython has, or may have, and
+        the sandbox lacks."""
+        found = _LACKING.match(self.error or "")
+        if found and found["name"]:
+            lacking = hasattr(builtins, found["name"])
+        elif found and found["type"]:
+            lacking = hasattr(getattr(builtins, found["type"], object), found["method"])
+        else:
+            lacking = found is not None
+        return None if lacking else self.error is None
 
 
 class Sandbox:
     """A pool of sandbox workers for use from any thread: ``with Sandbox() as sandbox: …``.
 
-    `seconds` limits each call, `workers` the calls that run at once (default: one per CPU); others
-    wait. The workers end with the sandbox or its host, a busy one some seconds after a killed host.
+    `seconds` limits each call, `workers` the calls that run at once (default: one per CPU). The
+    workers end with the sandbox or its host.
     """
 
     def __init__(self, *, seconds: float = 2.0, workers: int | None = None) -> None:
@@ -131,7 +131,7 @@ class Sandbox:
         return self
 
     def close(self, *_: object) -> None:
-        """End the workers. May be called twice; using the sandbox afterwards is a RuntimeError."""
+        """End the workers; may be called twice."""
         self._pool = None
         self._stack.close()
 
@@ -142,30 +142,27 @@ class Sandbox:
 
         An expression gives its repr (None gives nothing), statements give what they print. Plain
         arithmetic may have commas (`without_commas`). Errors of the program are returned, not
-        raised; more than `OUTPUT_BYTES` of output is one.
+        raised.
         """
-        output = monty.CollectString(max_bytes=OUTPUT_BYTES)
-        error = self._feed(_RUN, {"source": without_commas(source.strip())}, output)
-        return ToolResult(output.output.rstrip("\n"), error)
+        return self._feed(_RUN, source=without_commas(source.strip()))
 
-    def check(self, program: str) -> Verdict:
-        """Grade a program that ends with its own tests: HumanEval's prompt + completion + tests
-        + ``check(entry_point)``.
+    def check(self, program: str) -> ToolResult:
+        """Grade (`ToolResult.passed`) a program that ends with its own tests: HumanEval's prompt +
+        completion + tests + ``check(entry_point)``.
 
         It passes only if it reaches its last line: an early ``return`` or exit fails.
         """
         mark = f"reached_{secrets.token_hex(8)}"  # set last; cannot be guessed
-        inputs = {"source": f"{program}\n{mark} = True\n", "mark": mark}
-        error = self._feed(_CHECK, inputs, monty.CollectString(max_bytes=OUTPUT_BYTES))
-        return Verdict(None if error and _is_lacking(error) else error is None, error)
+        return self._feed(_CHECK, source=f"{program}\n{mark} = True\n", mark=mark)
 
-    def _feed(self, code: str, inputs: dict[str, str], output: monty.CollectString) -> str | None:
-        """Run our `code` on `inputs` in a fresh session; return its error as text, or None."""
+    def _feed(self, code: str, **inputs: str) -> ToolResult:
+        """Run our `code` on `inputs` in a fresh session."""
         pool = self._pool  # another thread may close the sandbox
         if pool is None:
             raise RuntimeError("the sandbox is closed: use it inside `with Sandbox() as sandbox:`")
         if len(inputs["source"].encode(errors="replace")) > SOURCE_BYTES:
-            return f"ValueError: the program is longer than {SOURCE_BYTES} bytes"
+            return ToolResult("", f"ValueError: the program is longer than {SOURCE_BYTES} bytes")
+        output, error = monty.CollectString(max_bytes=OUTPUT_BYTES), None
         session = pool.checkout(
             limits={"max_feed_duration_secs": self.seconds, **_LIMITS},
             os_policy={"sleep": "zero"},
@@ -181,14 +178,14 @@ class Sandbox:
                     if worker is not None and time.monotonic() - started > SLOW_SECONDS:
                         with suppress(ProcessLookupError):
                             os.kill(worker, signal.SIGKILL)  # the pool starts another
-        except monty.MontyCrashedError as error:
-            crash = "feed time limit exceeded" if error.timed_out else "the sandbox crashed"
-            return self._plain(f"RuntimeError: {crash}")
-        except (monty.MontyRuntimeError, monty.MontySyntaxError) as error:
-            return self._plain(error.display("type-msg"))
-        except (monty.MontyError, TypeError, ValueError, RecursionError) as error:
-            return self._plain(f"{type(error).__name__}: {error}")
-        return None
+        except monty.MontyCrashedError as crash:
+            how = "feed time limit exceeded" if crash.timed_out else "the sandbox crashed"
+            error = f"RuntimeError: {how}"
+        except (monty.MontyRuntimeError, monty.MontySyntaxError) as wrong:
+            error = wrong.display("type-msg")
+        except (monty.MontyError, TypeError, ValueError, RecursionError) as wrong:
+            error = f"{type(wrong).__name__}: {wrong}"
+        return ToolResult(output.output.rstrip("\n"), error and self._plain(error))
 
     def _plain(self, error: str) -> str:
         """One line of at most `ERROR_CHARACTERS`, without numbers that vary from run to run."""
@@ -205,8 +202,8 @@ class Sandbox:
 def without_commas(source: str) -> str:
     """Plain arithmetic without the commas between its digits: ``1,000*3`` becomes ``1000*3``.
 
-    As in nanochat's calculator, also in ``(1,2)``. Any source with more than digits, operators,
-    dots, round brackets and blanks, such as ``max(12,300)``, stays.
+    As in nanochat's calculator, also in ``(1,2)``; any other source, such as ``max(12,300)``,
+    stays.
     """
     plain = re.fullmatch(r"[0-9\s.,()+\-*/%]*", source)
     return re.sub(r"(?<=[0-9]),(?=[0-9])", "", source) if plain else source
@@ -215,8 +212,7 @@ def without_commas(source: str) -> str:
 def _write_launcher(folder: Path, seconds: float) -> Path:
     """A script that closes inherited descriptors, lowers its rlimits and becomes the worker.
 
-    The host's sockets to other ranks are inherited too: more than RLIMIT_NOFILE of them would leave
-    the worker no descriptor of its own.
+    The host's sockets to other ranks could else leave the worker no descriptor of its own.
     """
     limits = {
         "RLIMIT_CORE": 0,
@@ -239,13 +235,3 @@ def _write_launcher(folder: Path, seconds: float) -> Path:
     launcher.write_text(f"#!/bin/sh\n{run}\n")
     launcher.chmod(0o700)
     return launcher
-
-
-def _is_lacking(error: str) -> bool:
-    """Whether an error names something that CPython has, or may have, and the sandbox lacks."""
-    found = _LACKING.match(error)
-    if found and found["name"]:
-        return hasattr(builtins, found["name"])
-    if found and found["type"]:
-        return hasattr(getattr(builtins, found["type"], object), found["method"])
-    return found is not None

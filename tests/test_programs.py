@@ -67,7 +67,7 @@ def test_wrong_answers_fail(sandbox, answer):
 
 def test_what_the_sandbox_lacks_is_told_apart(sandbox):
     verdict = check(ROW, f"import numpy\n\n{DEF}", sandbox)
-    assert verdict.passed is None and "numpy" in verdict.reason
+    assert verdict.passed is None and "numpy" in verdict.error
 
 
 def test_the_toy_worlds_functions_pass_and_nothing_else(sandbox):

@@ -437,11 +437,11 @@ def test_grading(sandbox: Sandbox, hasty: Sandbox, completion: str, passed: bool
 def test_a_verdict_has_its_reason(sandbox: Sandbox) -> None:
     good = sandbox.check(PROMPT + RIGHT + TESTS)
     assert good.passed
-    assert good.reason is None
+    assert good.error is None
     bad = sandbox.check(PROMPT + RIGHT.replace("max", "min") + TESTS)
-    assert (bad.passed, bad.reason) == (False, "AssertionError: small")
+    assert (bad.passed, bad.error) == (False, "AssertionError: small")
     early = sandbox.check(PROMPT + RIGHT + "return" + TESTS)
-    assert early.reason == "RuntimeError: the program ended before its last line"
+    assert early.error == "RuntimeError: the program ended before its last line"
 
 
 MIRROR = os.environ.get("NANOLIB_MIRROR")
