@@ -1,7 +1,7 @@
 """What a model costs in FLOPs and bytes, from its configuration alone, and on which devices.
 
-A multiply-add is two FLOPs. Only matrix products are counted: everything else is under one percent
-of the arithmetic, though not of the time. Shapes: T time, D width, H query heads, K head size.
+A multiply-add is two FLOPs. Only matrix products are counted: all else is under one percent of the
+arithmetic, though not of the time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Machine:
 
     @classmethod
     def parse(cls, text: str, dollars_per_hour: float | None = None) -> Machine:
-        """A machine from its description; ValueError for a device that is not in `DEVICES`.
+        """ValueError for a device that is not in `DEVICES`.
 
         >>> Machine.parse("8xH100").dollars_per_hour
         24.0
@@ -91,7 +91,7 @@ class TrainingMemory:
 
     @property
     def optimizer(self) -> int:
-        """One number for each weight that Muon updates, two for AdamW's, sharded over the ranks."""
+        """One number for each weight of Muon's, two for AdamW's, sharded over the ranks."""
         counts = self.model.parts(self.vocab_size)
         numbers = sum(counts.values()) + counts["embedding"] + counts["head"]
         return 4 * -(-numbers // self.ranks)
@@ -105,9 +105,9 @@ class TrainingMemory:
         """What the forward pass of `rows` rows keeps for the backward pass.
 
         A layer keeps, for each token: the inputs and outputs of both norms, queries and keys before
-        and after their norms, values, the output of attention (no T x T matrix), and the MLP's 4 D
-        before and after the square. The logits are kept twice, in float32: after the soft cap, and
-        as log-probabilities. A compiled program keeps less (`KEPT_ON_CUDA`).
+        and after their norms, values, attention's output (no T x T matrix), and the MLP's 4 D
+        before and after the square. The float32 logits are kept twice: after the soft cap, and as
+        log-probabilities.
         """
         model, width = self.model, self.model.width
         layer = 4 * width + 2 * width + 3 * model.num_kv_heads * model.head_dim + width + 8 * width
@@ -132,8 +132,8 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, bytes_per_number: i
 def forward_flops(config: ModelConfig, vocab_size: int) -> int:
     """FLOPs per token of a forward pass over rows of T = sequence_len tokens.
 
-    Two for each weight in a matrix product (the embedding is a lookup), and 4 T H K a layer for
-    attention's scores and mixing, counted in full as is the custom: a causal kernel does half.
+    Two for each weight in a matrix product, and 4 T width a layer for attention's scores and
+    mixing, counted in full as is the custom: a causal kernel does half.
     """
     counts = config.parts(vocab_size)
     attention = 4 * config.depth * config.width * config.sequence_len

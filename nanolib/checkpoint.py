@@ -40,8 +40,6 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An existing, verified checkpoint folder."""
-
     path: Path
     index: Mapping[str, Any]
 
@@ -67,8 +65,7 @@ def save(
 ) -> None:
     """Write ``folder/step_<step>`` with all ranks together, whole or not at all; keep the last two.
 
-    `about` is saved in the index: the recipe (flat), vocabulary size and tokenizer fingerprint.
-    Raises ValueError that names the path when the disk is full; older checkpoints stay whole.
+    about, kept in the index: the recipe (flat), vocabulary size and tokenizer fingerprint.
     """
     final, runtime = folder / f"step_{step:08d}", optimizer.runtime
     partial = folder / f"{final.name}.partial"
@@ -138,10 +135,9 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
-    """The checkpoint in a folder, every byte of it checked against the index's hashes.
+    """The checkpoint in a folder, each file checked against the index's hashes.
 
-    weights_only: leave the optimizer's state unread, more than half of a checkpoint.
-    Raises DamagedCheckpoint that names the file.
+    weights_only: leave out the optimizer's state. Raises DamagedCheckpoint that names the file.
     """
     file = path / "index.json"
     try:
@@ -165,7 +161,7 @@ def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
 def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
     """The newest undamaged checkpoint below `folder`, or None where there never was one.
 
-    A damaged one is named on stderr. Raises DamagedCheckpoint when there are some but none is whole.
+    Damaged ones are named on stderr; DamagedCheckpoint where no other is left.
     """
     errors = []
     for path in _folders(folder):
@@ -181,10 +177,7 @@ def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
 
 
 def load_model(folder: Path, device: torch.device, about: Mapping[str, Any] | None = None) -> GPT:
-    """The model of a stage's newest checkpoint, made from what `about` says if given.
-
-    Raises ValueError when the stage has none.
-    """
+    """The model of a stage's newest checkpoint, which must be of what `about` says, if given."""
     if (checkpoint := latest(folder, weights_only=True)) is None:
         stage = folder.parent.name
         raise ValueError(f"there is no {stage} model yet in {folder}: nanolib stage {stage}")
@@ -216,7 +209,7 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: MuonAdamW) -> None:
 def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
     """Raise ValueError unless a checkpoint was made by the recipe and tokenizer of `about`.
 
-    A setting that the checkpoint lacks had its default; one that is unknown now is named and ignored.
+    A setting that the checkpoint lacks had its default.
     """
     saved = saved_recipe(checkpoint.index["recipe"], checkpoint.path)
     theirs = {**flatten(replace_settings(Recipe(), saved)), **checkpoint.index}

@@ -1,8 +1,8 @@
 """Every setting of a run, with its default and its bounds.
 
-A setting's name is its dotted path, everywhere: TOML ``[base] steps = 100``, CLI ``--base.steps
-100``, notebook ``overrides = {"base.steps": 100}``. The recipe is what is computed, the identity
-of a run; the machine is what computes it, and may differ each time a run is opened.
+A setting is named by its dotted path: TOML ``[base] steps = 100``, CLI ``--base.steps 100``, notebook
+``overrides = {"base.steps": 100}``. The recipe is what is computed, a run's identity; the machine is
+what computes it, and may differ each time a run is opened.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PROFILES = REPOSITORY / "runs"
 MODELS = ("base", "mid", "sft", "grpo")  # the stages that leave a model, in order
 STAGES = ("data", "tokenizer", "shards", *MODELS, "eval", "report")
-NUM_SPECIAL_TOKENS = 9
-MIN_VOCAB = 256 + NUM_SPECIAL_TOKENS
+MIN_VOCAB = 256 + 9  # bytes and special tokens
 # What newer settings must be for a recipe that the first edition saved: it lacks them.
 FIRST_EDITION = {"optim.every_stage": True}
 
@@ -34,30 +33,32 @@ Limit = Annotated[int, "0 or more, or none for all", lambda value: value >= 0]
 Positive = Annotated[float, "more than 0", lambda value: value > 0]
 Fraction = Annotated[float, "a fraction from 0 to 1", lambda value: 0 <= value <= 1]
 HeadDim = Annotated[int, "even (RoPE turns pairs) and not 0", lambda n: n > 0 and n % 2 == 0]
-VOCAB_BOUND = f"at least {MIN_VOCAB} (256 bytes and {NUM_SPECIAL_TOKENS} special tokens)"
-VocabSize = Annotated[int, VOCAB_BOUND, lambda value: value >= MIN_VOCAB]
+VocabSize = Annotated[
+    int, "at least 265 (256 bytes and 9 special tokens)", lambda value: value >= MIN_VOCAB
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where text, conversations and questions come from."""
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+class Settings:
+    """A frozen dataclass whose fields are given by name."""
 
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+
+
+class DataConfig(Settings):
     source: Literal["toyworld", "hub"] = "hub"  # "hub": the mirror if one is given, else the hub
     repository: str = "karpathy/fineweb-edu-100b-shuffle"  # pretraining text on the hub
     text_shards: Count | None = None  # training shards to use; None: all the mirror has, or enough
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     vocab_size: VocabSize = 65_536  # rows of the embedding: 256 bytes, merges and special tokens
     max_chars: Count = 2_000_000_000  # text to train on
     max_document_chars: Count = 10_000  # of each document, so that no single one dominates
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The size of the model, mostly decided by its depth."""
-
+class ModelConfig(Settings):
     preset: Literal["classic"] = "classic"  # the October 2025 architecture
     depth: Count = 20
     aspect: Count = 64  # width = aspect * depth, rounded up to a multiple of head_dim
@@ -91,8 +92,7 @@ class ModelConfig:
         return sum(self.parts(vocab_size).values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """Learning rates at width 768 and stage multiplier 1; see `nanolib.optim`."""
 
     matrix_lr: float = 0.02  # Muon
@@ -112,9 +112,8 @@ class OptimConfig:
     every_stage: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """What all training stages share; `nanolib.train.lr_scale` is the learning rate's schedule."""
+class Schedule(Settings):
+    """What all training stages share; `nanolib.train.lr_scale` shows the learning rate."""
 
     enabled: bool = True
     steps: Count | None = None
@@ -126,17 +125,13 @@ class Schedule:
     final: Fraction = 0.0  # fraction of lr at the end of the last step
 
 
-@dataclass(frozen=True, kw_only=True)
 class BaseConfig(Schedule):
-    """Pretraining."""
-
     tokens_per_parameter: Positive = 20.0  # the horizon, when steps is not given
     batch_tokens: Count = 524_288  # over all ranks and micro-batches
     eval_documents: Count | None = None  # of the validation shard; None: all
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
+class Mixture(Settings):
     """Training rows taken from each source: None means all of them, 0 none."""
 
     smoltalk: Limit | None = None
@@ -146,7 +141,6 @@ class Mixture:
     gsm8k: Limit | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConversationConfig(Schedule):
     """A stage that trains on what the assistant says in a mixture of conversations."""
 
@@ -155,14 +149,12 @@ class ConversationConfig(Schedule):
     rows: Mixture = Mixture()
 
 
-@dataclass(frozen=True, kw_only=True)
 class MidConfig(ConversationConfig):
     """Midtraining: conversations, four choices and the tool, at pretraining's rates."""
 
     rows: Mixture = Mixture(mmlu=100_000, arc_easy=0, arc_challenge=0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SFTConfig(ConversationConfig):
     """Supervised finetuning on a small, clean mixture, at low rates."""
 
@@ -172,7 +164,6 @@ class SFTConfig(ConversationConfig):
     rows: Mixture = Mixture(smoltalk=10_000)
 
 
-@dataclass(frozen=True, kw_only=True)
 class GRPOConfig(Schedule):
     """Reinforcement learning from graded answers; see `nanolib.grpo`."""
 
@@ -192,8 +183,7 @@ class GRPOConfig(Schedule):
     eval_samples: Count = 8  # of each, for pass@1 to pass@8; with `top_k`, at temperature 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Settings):
     """Scores of every model: bits per byte, CORE, and (from mid on) the tasks."""
 
     tasks: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
@@ -202,8 +192,7 @@ class EvalConfig:
     core_problems: Limit | None = None  # of each CORE task; None: all, 0: no CORE
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """What is computed; saved in the manifest and in every checkpoint."""
 
     seed: int = 1
@@ -223,8 +212,7 @@ class Recipe:
         return tuple(name for name in MODELS if getattr(self, name).enabled)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MachineConfig:
+class MachineConfig(Settings):
     """What computes it: may differ each time a run is opened."""
 
     ranks: Count | None = None  # processes; None: one a GPU, or one
@@ -237,8 +225,7 @@ class MachineConfig:
     dollars_per_hour: float | None = None  # of the whole machine, for the report's cost
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     profile: str
     recipe: Recipe
     machine: MachineConfig
@@ -346,10 +333,7 @@ def as_text(value: Any) -> str:
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides with aliases resolved and values coerced.
-
-    Raises ValueError that names an unknown path, or a value and what its setting takes.
-    """
+    """Overrides with aliases resolved and values coerced; ValueError for an unknown path or value."""
     known, checked = settings(), {}
     for path, value in overrides.items():
         path = ALIASES.get(path, path)
@@ -404,18 +388,12 @@ def load_profile(profile: str) -> dict[str, Any]:
 
 
 def resolve(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The complete configuration of a profile with overrides on top.
-
-    Raises ValueError for an unknown profile, path or value and for settings that contradict.
-    """
+    """A profile with overrides; ValueError for what is unknown or contradicts something else."""
     return from_flat(profile, load_profile(profile) | check_overrides(overrides or {}))
 
 
 def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
-    """A complete configuration from checked flat settings (a profile's or a manifest's).
-
-    Raises ValueError for settings that contradict each other.
-    """
+    """A complete configuration from checked flat settings (a profile's or a manifest's)."""
     recipe = replace_settings(Recipe(), flat)
     machine = replace_settings(MachineConfig(), flat, "machine.")
     check_together(recipe, machine)
@@ -435,28 +413,30 @@ def check_together(recipe: Recipe, machine: MachineConfig) -> None:
 
 
 def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
-    model, grpo, ranks = recipe.model, recipe.grpo, machine.ranks or 1
+    model, grpo, ranks, row = (
+        recipe.model,
+        recipe.grpo,
+        machine.ranks or 1,
+        recipe.model.sequence_len,
+    )
     if model.heads % model.num_kv_heads:
         yield f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
     if machine.mirror is not None and recipe.data.source == "toyworld":
-        yield (
-            f"machine.mirror is {machine.mirror}, but data.source = toyworld makes its own text; "
-            "leave the mirror out, or choose data.source = hub"
-        )
+        own = f"machine.mirror is {machine.mirror}, but data.source = toyworld makes its own text"
+        yield f"{own}; leave the mirror out, or choose data.source = hub"
     for name in MODELS:
         warmup, warmdown = getattr(recipe, name).warmup, getattr(recipe, name).warmdown
         if warmup + warmdown > 1:
             yield f"{name}.warmup + {name}.warmdown must be at most 1, got {warmup} + {warmdown}"
     for name in ("base", "mid", "sft"):
-        tokens, row = getattr(recipe, name).batch_tokens, model.sequence_len
-        setting = f"{name}.batch_tokens"
+        setting, tokens = f"{name}.batch_tokens", getattr(recipe, name).batch_tokens
         if tokens % row:
             yield f"{setting} must be a multiple of model.sequence_len ({row}), got {tokens}"
         if tokens // row % ranks:
-            yield (
-                f"{setting} = {tokens} makes {tokens // row} rows, which {ranks} ranks cannot "
-                f"share equally; choose machine.ranks or {setting} so that they can"
+            rows = (
+                f"{setting} = {tokens} makes {tokens // row} rows, which {ranks} ranks cannot share"
             )
+            yield f"{rows} equally; choose machine.ranks or {setting} so that they can"
     if grpo.enabled and grpo.questions < ranks:
         yield f"grpo.questions must be at least 1 for each of {ranks} ranks, got {grpo.questions}"
     if grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):

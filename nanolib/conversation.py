@@ -3,10 +3,8 @@
     <|bos|> <|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|> …
 
 An assistant's parts are text, ``<|python_start|> source <|python_end|>`` and ``<|output_start|>
-what the tool printed <|output_end|>``. The loss covers the assistant's text and python parts with
-their markers and ``<|assistant_end|>``, but never an output. A system message is prepended to the
-first user message. Text is always encoded as ordinary text: a typed ``<|bos|>`` never becomes the
-special token.
+printed <|output_end|>``. The loss covers all it says but outputs, markers and ``<|assistant_end|>``
+included. A system message is prepended to the first user message. A typed ``<|bos|>`` is text.
 """
 
 from __future__ import annotations
@@ -45,8 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. Adjacent text parts are joined and empty ones dropped, so that two messages that
-    render to the same ids are equal."""
+    """One turn; adjacent text parts are joined and empty ones dropped, as in its ids."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -119,7 +116,6 @@ class Conversation:
 
     @classmethod
     def ask(cls, text: str, answer: str | None = None) -> Conversation:
-        """One question and, when given, its answer."""
         turns = [Message("user", (Part("text", text),))]
         if answer is not None:
             turns.append(Message("assistant", (Part("text", answer),)))
@@ -141,7 +137,7 @@ class Conversation:
     ) -> Rendered:
         """Ids and loss mask, truncated to `max_tokens`.
 
-        encode: instead of the tokenizer's, when the texts were encoded in a batch before.
+        encode: instead of the tokenizer's, where the texts were encoded in a batch before.
         """
         ids, mask = [tokenizer.bos], [False]
         for message in self.folded().messages:
@@ -187,11 +183,10 @@ def _pieces(
 class AnswerParser:
     """Parses an answer from its token ids, one at a time: the ids after ``<|assistant_start|>``.
 
-    `feed` and `finish` return pieces, each a part's kind and its next whole characters. An empty
-    piece opens a python or output part; text has no empty pieces. `parts` is the answer so far.
-
-    Lenient, since a model may write anything: ``<|assistant_end|>`` or a marker that no answer
-    contains ends it, an open part extends to the end, and a stray closing marker is ignored.
+    `feed` and `finish` return pieces, each a part's kind and its next whole characters; an empty
+    one opens a python or output part. `parts` is the answer so far. A model may write anything: a
+    marker that no answer contains ends it, an open part extends to the end, a stray closing marker
+    is ignored.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -240,7 +235,6 @@ class AnswerParser:
 
 
 def answer_parts(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[Part, ...]:
-    """The parts of a whole answer, as `AnswerParser` reads them."""
     parser = AnswerParser(tokenizer)
     for id in ids:
         parser.feed(id)
@@ -254,8 +248,8 @@ def answer_parts(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[Part, ...]:
 def choice_question(question: str, choices: Sequence[str]) -> str:
     """A multiple-choice question; the answer is the bare letter.
 
-    Each letter stands after its choice, which is easier for a small model, and in brackets, which
-    unlike a space never merge with it: it is the same token as in the answer.
+    Each letter stands after its choice, which is easier for a small model, and in brackets, with
+    which it is the same token as in the answer.
     """
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"a question needs 2 to {len(LETTERS)} choices, got {len(choices)}")

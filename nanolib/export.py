@@ -37,10 +37,9 @@ CHAT_TEMPLATE = Path(__file__).parent / "templates" / "chat.j2"
 
 
 def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
-    """Export the model of stage `of` (None: the last stage that has one); returns the folder.
+    """Export the model of stage `of` (None: the last) into `folder` (None: ``export/`` in the run).
 
-    folder: None means ``export/`` in the run. Raises ValueError where there is no such model, and
-    for a folder that holds something else.
+    Raises ValueError where there is no such model, and for a folder that holds something else.
     """
     stage = run.stage(stage_with_model(run, of, "to export"))
     trained = checkpoint.load_model(stage.checkpoints, torch.device("cpu"))
@@ -82,7 +81,6 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Our settings as ``config.json`` of `NanoChatConfig`."""
     end = end_tokens(tokenizer)[0]
     return {
         "architectures": ["NanoChatForCausalLM"],

@@ -1,11 +1,9 @@
 """GRPO: learn from answers that can be graded (arXiv:2402.03300, simplified as in the original).
 
-A step samples several answers to each of some questions, and raises the probability of those
-that were better than their question's average: advantage = reward − mean. There is no
-value network, no KL penalty and no division by the standard deviation (arXiv:2503.20783). The loss is a
-mean over all tokens of the step that the policy chose; a tool's output is not a target.
-
-To the `Trainer` this is a source of batches and a loss, like any other stage's.
+A step samples several answers to each of some questions and raises the probability of those better
+than their question's average: advantage = reward − mean. No value network, no KL penalty, no
+division by the standard deviation (arXiv:2503.20783). The loss is a mean over all tokens of the
+step that the policy chose. To the `Trainer` this is a source and a loss, like any other stage's.
 """
 
 from __future__ import annotations
@@ -48,9 +46,9 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 class PolicyGradient:
     """−Σ advantage · log p / tokens, or PPO's clipped objective where a rollout is used again.
 
-    A batch's field "advantage" [B, T] belongs to its targets. With a field "old_nll" (`nll` before
-    the rollout's first update) the objective is PPO's (arXiv:1707.06347): the ratio of the new
-    probability to the old, clipped to 1 ± `clip`. At a ratio of 1 the gradients are the same.
+    A field "old_nll" (`nll` before the rollout's first update) makes it PPO's (arXiv:1707.06347):
+    the ratio of new to old probability, clipped to 1 ± `clip`. At a ratio of 1 the gradients are
+    the same.
     """
 
     def __init__(self, clip: float = 0.2):
@@ -75,8 +73,6 @@ class PolicyGradient:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """All sampled answers to one question, and the reward of each."""
-
     question: int
     answers: list[Answer]
     texts: list[str]
@@ -87,11 +83,9 @@ class RolloutSource:
     """Batches of a step's own rollouts: a function of (weights, seed, step).
 
     Each epoch draws a new order of the questions; question i of a step goes, with all its samples,
-    to rank i mod world size. With `config.updates_each` > 1 a step's rollouts serve several
-    updates, and `nll` is the training forward pass that gives the old log-probabilities. A
-    micro-batch has at most the tokens of `device_batch` whole contexts (None: it is this rank's
-    share). `reward` None: the task's grade. Each step appends a row of kind "rollout" to `metrics`.
-    Raises ValueError for a reward that is not finite.
+    to rank i mod world size. A micro-batch has at most the tokens of `device_batch` whole contexts
+    (None: this rank's share). `nll` is the training forward pass, `reward` None the task's grade.
+    Each step appends a row of kind "rollout" to `metrics`.
     """
 
     def __init__(
@@ -157,7 +151,6 @@ class RolloutSource:
         return Rollout(question, answers, texts, rewards)
 
     def _batches(self, rollouts: Sequence[Rollout]) -> Iterator[Batch]:
-        """Micro-batches of rows of similar length."""
         rows: list[tuple[np.ndarray, np.ndarray, float]] = []  # ids, targets or not, advantage
         for rollout in rollouts:
             prompt = self.questions.prompt(rollout.question)
@@ -214,5 +207,4 @@ class RolloutSource:
 
 
 def _padded(ids: np.ndarray) -> int:
-    """The length of a batch for a row of so many ids."""
     return math.ceil((len(ids) - 1) / PADDING) * PADDING

@@ -1,8 +1,8 @@
 """The worker's side of the guard: stop when the launcher is gone.
 
-A worker's standard input is a pipe that its launcher holds open and never writes to: however the
-launcher ends, ``kill -9`` included, every rank reads end-of-file. A signal to the process group
-would not do: torchrun puts each rank in a session of its own.
+Standard input is a pipe that the launcher holds open and never writes to: however the launcher
+ends, every rank reads end-of-file. (torchrun puts each rank out of reach of a signal to the process
+group.)
 """
 
 from __future__ import annotations

@@ -43,10 +43,7 @@ class TextFiles(NamedTuple):
 
 
 def text_files(config: Config, mirror: Path) -> TextFiles:
-    """The parquet shards of pretraining text, each checked to have a column `text`.
-
-    ``data.text_shards`` limits the training shards (None: all the mirror has).
-    """
+    """The shards of pretraining text, of which ``data.text_shards`` limits the training ones."""
     wanted, folder = config.recipe.data.text_shards, mirror / "text"
     files = sorted(folder.glob("*.parquet"))
     _check_count(len(files), folder, wanted)
@@ -77,7 +74,6 @@ def _reading(path: Path) -> Generator[None, None, None]:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    """A parquet file that has rows, or a ValueError that names it."""
     if path.is_symlink() and not path.exists():
         gone = f"{path.readlink()}, which is gone"
         raise ValueError(f"{path} was linked to {gone}: delete data/done.json and rerun")
@@ -100,7 +96,7 @@ def _open_text(path: Path) -> pq.ParquetFile:
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of one shard of pretraining text, in order; Arrow's threads read ahead."""
+    """The documents of one shard of text, in order."""
     _open_text(path)
     with _reading(path):
         shard = pyarrow.dataset.dataset(path, format="parquet")
@@ -112,7 +108,6 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def table(split: Split, mirror: Path) -> pa.Table:
-    """All rows of one split of a data set."""
     path = _table_path(split, mirror)
     file = _open(path)
     with _reading(path):
@@ -127,7 +122,6 @@ def _table_path(split: Split, mirror: Path) -> Path:
 
 
 def eval_bundle(mirror: Path) -> Path:
-    """The evaluation bundle of CORE."""
     path = mirror / "eval_bundle.zip"
     if not path.is_file():
         raise ValueError(
@@ -145,7 +139,6 @@ def fetch(
     """Fill `folder` as a mirror from the hub; returns each repository's revision (commit hash).
 
     Text is as much as ``data.text_shards`` says or pretraining will read; cached files are linked.
-    Raises ValueError for network errors and for a file that arrives damaged twice.
     """
     revisions = {config.recipe.data.repository: _fetch_text(config, folder / "text", progress)}
     if config.recipe.eval.core_problems != 0:
@@ -198,7 +191,7 @@ def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
 
 
 def _fetch_file(repository: str, file, revision: str) -> Path:
-    """One cached file of the hub, its size and hash checked; a damaged one is fetched again."""
+    """One cached file, its size and hash checked; a damaged one is fetched again."""
     from huggingface_hub import hf_hub_download
 
     problem, name = "", file.rfilename
@@ -216,7 +209,6 @@ def _fetch_file(repository: str, file, revision: str) -> Path:
 
 
 def _difference(path: Path, listed) -> str:
-    """How a file differs from its size and hash in the hub's listing; "" if it does not."""
     size = path.stat().st_size
     if listed.size not in (None, size):
         return f"has {size} of {listed.size} bytes"
@@ -267,7 +259,6 @@ def _fetch_bundle() -> Path:
 
 
 def _zip_problem(path: Path) -> str:
-    """What is wrong with a zip file; "" if all checksums match."""
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()

@@ -1,8 +1,8 @@
 """Run a stage in processes of its own and follow it; the caller itself never trains.
 
-Notebooks and the command line take this path, on a laptop as on eight GPUs. The launcher locks
-``<stage>/log.txt`` (flock) and hands it to the worker as standard output. The lock belongs to the
-open file, so it is held until the last rank has ended, even when launcher or torchrun is killed.
+The launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard output. The
+lock belongs to the open file: it is held until the last rank has ended, even when launcher or
+torchrun is killed.
 """
 
 from __future__ import annotations
@@ -47,13 +47,12 @@ class WorkerError(RuntimeError):
 def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Finish a stage, and before it the stages it needs; returns the result in its done record.
 
-    A finished stage returns at once; an interrupted one resumes from its last checkpoint. If
-    another process is running the stage, follow that one, and take over if it ends early.
+    An interrupted stage resumes from its last checkpoint. If another process is running it, follow
+    that one, and take over if it ends early.
 
-    of: the stage whose model ``eval`` scores; None: the run's last one.
-    watch: called with a stage's directory and its metric rows when there are new ones or it is done.
-    Raises StageError for a user's mistake, also one that the worker found, WorkerError when the
-    worker fails, KeyboardInterrupt after the worker has saved.
+    of: the stage whose model ``eval`` scores; None: the run's last one. watch: called with a
+    stage's directory and its metric rows when there are new ones or it is done. Raises StageError
+    for a user's mistake, WorkerError when the worker fails, KeyboardInterrupt after it has saved.
     """
     of = _scored_model(name, run, of)
     for needed in prerequisites(name, run, of):
@@ -80,7 +79,6 @@ def road(run: Run) -> list[str]:
 
 
 def prerequisites(name: str, run: Run, of: str | None = None) -> list[str]:
-    """The stages that must be finished before this one starts, in order."""
     if name == "report":
         return []
     stages = road(run)
@@ -88,7 +86,7 @@ def prerequisites(name: str, run: Run, of: str | None = None) -> list[str]:
 
 
 def _scored_model(name: str, run: Run, of: str | None) -> str | None:
-    """The stage whose model ``eval`` scores (None for other stages). Raises StageError."""
+    """The stage whose model ``eval`` scores, None for others; StageError for no such stage."""
     models = run.config.recipe.models
     if name not in config.STAGES:
         raise StageError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
@@ -138,17 +136,14 @@ class Follower:
 
 
 def is_running(stage: StageDir) -> bool:
-    """Whether some process is working on this stage now."""
     return is_locked(stage.log)
 
 
 def is_busy(run: Run) -> bool:
-    """Whether some process is working on any of the run's stages now."""
     return any(map(is_running, run.stages()))
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds this file's lock."""
     if not path.exists():
         return False
     with locked(path) as file:
@@ -203,7 +198,7 @@ def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Foll
 
 
 def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str, Any]:
-    """The worker's command line and environment; its threads are pinned to its share of cores."""
+    """The worker's command line and environment, with its share of the cores."""
     threads = run.config.machine.threads or max(1, _cores() // ranks)
     machine = config.flatten(run.config.machine, "machine.")
     machine |= {"machine.ranks": ranks, "machine.threads": threads}
@@ -223,10 +218,7 @@ def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str,
 
 
 def _ranks(run: Run) -> int:
-    """How many processes a stage runs on: machine.ranks, else one for each GPU, else one.
-
-    GPUs are counted without importing torch or touching one.
-    """
+    """Without importing torch or touching a GPU."""
     machine, chosen = run.config.machine, os.environ.get("CUDA_VISIBLE_DEVICES")
     if machine.ranks is not None or machine.device not in ("auto", "cuda"):
         return machine.ranks or 1
@@ -241,7 +233,6 @@ def _ranks(run: Run) -> int:
 
 
 def _cores() -> int:
-    """The cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -1,9 +1,9 @@
 """The chain: executing every chapter of the course, in order, is the training run.
 
-papermill executes ``notebooks/NN_topic.py``; the chapters launch the stages. A chapter finished with
-the same source and recipe is skipped, and finished stages return at once, so the same command goes
-on where the last one ended. A stage that fails stops the chain. A chapter's own code that fails (its
-lesson: an assert, a plot) does not: the command ends with an error, and executes it again next time.
+papermill executes ``notebooks/NN_topic.py``; the chapters launch the stages. What is finished is
+skipped, so the same command goes on where the last one ended. A stage that fails stops the chain. A
+chapter's own code that fails (its lesson: an assert, a plot) does not: the command ends with an
+error and executes it again next time.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ChapterError(RuntimeError):
 def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None) -> Run:
     """Execute all chapters for a run, making it if there is none, and say where its results are.
 
-    Raises ValueError for a user's mistake, ChapterError at once when a stage fails and at the end
-    when a lesson failed, KeyboardInterrupt once everything that was running has saved.
+    Raises ChapterError at once when a stage fails and at the end when a lesson failed,
+    KeyboardInterrupt once everything that was running has saved.
     """
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
@@ -71,10 +71,7 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
 def dry_run(
     profile: str, run: str | None, overrides: Mapping[str, Any], on: str | None = None
 ) -> Iterator[str]:
-    """Lines that say what `run` would do; ValueError at the first mistake. Writes, fetches nothing.
-
-    on: the machine the run is meant for, such as "8xH100"; None: this one.
-    """
+    """What `run` would do on machine `on` ("8xH100"; None: this one), in lines; writes nothing."""
     from nanolib import accounting, hub, planning
     from nanolib.stages import text
 
@@ -101,7 +98,6 @@ def dry_run(
 
 
 def chapters() -> list[Path]:
-    """The chapters' sources in order: ``notebooks/NN_topic.py``."""
     found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
     if not found:
         raise ValueError(f"there are no chapters in {NOTEBOOKS}; is this a whole checkout?")
@@ -124,7 +120,6 @@ def read(source: Path) -> NotebookNode:
 
 
 def executed(run: Run, chapter: Path) -> Path:
-    """The copy of a chapter's notebook that a run executes and keeps."""
     return run.path / "chapters" / f"{chapter.stem}.ipynb"
 
 
@@ -139,7 +134,6 @@ def _record(run: Run, chapter: Path) -> dict[str, Any]:
 
 
 def _fingerprint(run: Run, chapter: Path) -> str:
-    """What a chapter depends on: its source and the recipe."""
     recipe = json.dumps(config.flatten(run.config.recipe), sort_keys=True)
     return hashlib.sha256(chapter.read_bytes() + recipe.encode()).hexdigest()
 
@@ -172,10 +166,11 @@ def _bring_to_end(
 
 
 def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | None:
-    """Execute one chapter with papermill, in the notebooks' folder, with a kernel of its own.
+    """Execute one chapter with papermill in a kernel; returns what its lesson failed with, if it
+    did.
 
-    Returns None, or what its lesson failed with. Raises ValueError for a user's mistake about a
-    stage, ChapterError where a stage failed or the kernel died.
+    Raises ValueError for a user's mistake about a stage, ChapterError where a stage failed or the
+    kernel died.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -222,7 +217,6 @@ def _lock(run: Run) -> Path:
 
 @contextlib.contextmanager
 def only_one(run: Run) -> Generator[None, None, None]:
-    """Keep other commands from executing the run's chapters."""
     with launch.locked(_lock(run)) as lock:
         if lock is None:
             other = f"another command (process {running(run)}) is executing run {run.id!r}"
@@ -239,12 +233,11 @@ def running(run: Run) -> int | None:
 
 
 def next_chapter(run: Run) -> str | None:
-    """The first chapter not yet executed to its end: while a command runs, its current one."""
+    """The first chapter not yet executed to its end."""
     return next((source.stem for source in chapters() if not _record(run, source)), None)
 
 
 def _tell_finished(run: Run, line: Line) -> None:
-    """Say where a run's results are; ChapterError where lessons failed."""
     line.say(f"run {run.name} is finished")
     line.say(f"  chapters  {run.path / 'chapters' / 'index.html'}")
     if (run.path / "report.md").exists():
@@ -260,15 +253,13 @@ def _tell_finished(run: Run, line: Line) -> None:
 
 
 def log_path(run: Run) -> Path:
-    """What detached commands print, one after another."""
     return run.path / "run.log"
 
 
 def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
     """Start ``nanolib run`` in a session of its own, and say how to watch and stop it.
 
-    Returns once the run is under way. Raises ValueError for a user's mistake, also where another
-    command is executing the run, ChapterError where the new one ends before it begins.
+    Returns once the run is under way; ChapterError where it ends before.
     """
     this = Run.open(profile, run, overrides)
     with only_one(this):

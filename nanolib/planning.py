@@ -1,7 +1,6 @@
 """What fits on a device, and what a run will take.
 
-Splitting the same rows into other micro-batches gives the same gradient, so we look for the largest
-micro-batch that fits: by an estimate, and on a GPU by trial.
+The same rows in other micro-batches give the same gradient, so we look for the largest that fits.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def size(number: float) -> str:
 def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
     """The rows of a micro-batch that should fit into `room` bytes, at most `share`.
 
-    At most `ENOUGH` tokens too; a power of two where not all of them fit.
-    Raises ValueError where not even one row does.
+    At most `ENOUGH` tokens too; a power of two where not all fit. ValueError where not even one
+    does.
     """
     rows = min(share, max(1, ENOUGH // memory.model.sequence_len))
     while rows and memory.total(rows) > room:
@@ -71,10 +70,9 @@ def _next_smaller(rows: int) -> int:
 def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime) -> int:
     """The rows of `length` tokens that one micro-batch can have on this device, at most `share`.
 
-    The same on all ranks, which must all call it, before the optimizer is made and with no
-    gradients. On CUDA the estimate is tried and halved until it fits; training reuses what the
-    trial compiles. Elsewhere the estimate is the answer.
-    Raises ValueError where not even one row fits.
+    All ranks must call it, before the optimizer is made and with no gradients. On CUDA the estimate
+    is tried and halved until it fits (training reuses what the trial compiles); elsewhere it is the
+    answer. ValueError where not even one row fits.
     """
     runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL allocates before we measure
     room = min(runtime.gather(_room(runtime)))
@@ -155,7 +153,6 @@ def share_of(recipe: Recipe, stage: str, ranks: int) -> int:
 
 
 def this_machine(given: MachineConfig) -> Machine:
-    """The computer that this runs on; ValueError where it lacks the device asked for."""
     gpus = torch.cuda.device_count() if given.device in ("auto", "cuda") else 0
     if gpus:
         name = torch.cuda.get_device_name(0)
@@ -171,10 +168,7 @@ def this_machine(given: MachineConfig) -> Machine:
 
 
 def plan(config: Config, machine: Machine) -> Iterator[str]:
-    """Lines that say what a run takes on `machine.ranks` of a machine's devices, or on all.
-
-    Raises ValueError where it does not fit.
-    """
+    """Lines that say what a run takes on `machine.ranks` of a machine's devices, or on all."""
     ranks = config.machine.ranks or machine.count
     if ranks > machine.count:
         needed = f"machine.ranks = {ranks} needs as many devices"
@@ -197,7 +191,6 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
 
 
 def _stage_lines(config: Config, machine: Machine) -> Iterator[str]:
-    """Each training stage's micro-batch, memory and work, and the parts of the memory."""
     recipe, given, ranks = config.recipe, config.machine, machine.count
     room = machine.memory * 1e9 * (MARGIN if machine.cuda else 1)
     half = given.dtype == "bfloat16" or (machine.cuda and given.dtype != "float32")
@@ -220,7 +213,6 @@ def _stage_lines(config: Config, machine: Machine) -> Iterator[str]:
 
 
 def _work(recipe: Recipe, name: str, machine: Machine) -> str:
-    """A stage's steps, tokens, FLOPs, hours and dollars, where the configuration decides them."""
     stage, model, vocab = getattr(recipe, name), recipe.model, recipe.tokenizer.vocab_size
     if isinstance(stage, GRPOConfig):
         steps = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs in steps"

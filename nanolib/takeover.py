@@ -1,11 +1,8 @@
-"""A run begins with another run's finished stages where their recipe is the same.
+"""A run begins with another's finished stages where their recipe is the same: ``--from RUN``.
 
-    nanolib run demo --grpo.lr 0.2 --from demo
-
-Stages are taken over until one whose settings differ (`config.up_to`), that the other run has not
-finished, or that this run has begun by itself. The data stage always runs here: it is short, and
-its fingerprint says whether both runs read the same files. Large files are hard links where the
-file system has them: they are never written in place.
+Stages are taken over up to one whose settings differ (`config.up_to`), that the other run has not
+finished, or that this run has begun. The data stage always runs here: its fingerprint says whether
+both read the same files. Large files, which are never written in place, become hard links.
 """
 
 from __future__ import annotations
@@ -24,8 +21,7 @@ LINKED = (".safetensors", ".npy")
 def take_over(run: Run, source: Run, watch: launch.Watch | None = None) -> list[str]:
     """Copy the stages of `source` that `run` would compute again; what was done, in sentences.
 
-    A stage's directory appears whole or not at all, and its done record says where it is from.
-    Raises ValueError where `source` is the run itself, and whatever the data stage raises.
+    A stage's directory appears whole or not at all. ValueError where `source` is the run itself.
     """
     if run.path.resolve() == source.path.resolve():
         raise ValueError(f"run {run.name} cannot take over its own stages: give --run or --from")
@@ -72,7 +68,6 @@ def _obstacle(run: Run, source: Run, name: str) -> str | None:
 
 
 def _copy(theirs: StageDir, mine: StageDir, origin: str) -> None:
-    """Copy one stage's directory, unless it is there."""
     if mine.path.exists():
         return
     with whole_folder(mine.path) as draft:

@@ -26,7 +26,7 @@ PROGRAM_SECONDS = 6  # that a HumanEval function may take with its tests
 
 
 class Task:
-    """One split of one data set. Raises ValueError that names a missing column."""
+    """One split of one data set."""
 
     name: str
     repository: str
@@ -47,7 +47,7 @@ class Task:
 
     @classmethod
     def source(cls, split: str) -> hub.Split:
-        """Where a split is on the hub: repository, configuration and the split's name there."""
+        """Where a split is on the hub."""
         return cls.repository, cls.config, cls.train_split if split == "train" else split
 
     def __len__(self) -> int:
@@ -66,8 +66,6 @@ class Task:
 
 
 class GradedTask(Task):
-    """Questions that are answered by writing text."""
-
     def grade(self, i: int, answer: str) -> bool | None:
         """Whether an answer to row i is right; None where that cannot be found out here."""
         raise NotImplementedError
@@ -139,8 +137,7 @@ class SmolTalk(Task):
 class GSM8K(GradedTask):
     """Grade-school word problems (arXiv:2110.14168); ``<<a+b=c>>`` becomes a tool call.
 
-    The call's output is what Python prints, which differs in form from one written result in
-    four: 24.0 for 48/2.
+    Its output is what Python prints: 24.0 for 48/2, where GSM8K writes 24.
     """
 
     name, repository, config = "gsm8k", "openai/gsm8k", "main"
@@ -165,7 +162,6 @@ class GSM8K(GradedTask):
         return Conversation((question, Message("assistant", tuple(parts))))
 
     def grade(self, i: int, answer: str) -> bool:
-        """Whether the number after the last #### is the reference's."""
         return final_number(answer) == final_number(self.row(i)["answer"])
 
 
@@ -209,7 +205,6 @@ class HumanEval(GradedTask):
         return Conversation.ask(row["prompt"], row["prompt"] + row["canonical_solution"])
 
     def grade(self, i: int, answer: str) -> bool | None:
-        """Whether the function in an answer passes its tests; None: the sandbox lacks something."""
         return self._sandbox.check(program(self.row(i), answer)).passed
 
     @cached_property
@@ -220,10 +215,10 @@ class HumanEval(GradedTask):
 
 
 def program(row: Mapping[str, str], answer: str) -> str:
-    """A HumanEval answer's function with what the prompt defines before it, its tests and a call.
+    """An answer's function with what the prompt defines before it, its tests and a call.
 
-    Fenced code counts alone; without a fence, everything from the first line that looks like
-    code. An answer may be the whole function, or only the body that continues the prompt.
+    Fenced code counts alone, else everything from the first line that looks like code. An answer
+    may be the whole function, or only the body that continues the prompt.
     """
     prompt, name = row["prompt"], row["entry_point"]
     code = _code(answer, name)
@@ -270,7 +265,6 @@ TASKS = {
 
 
 def find(name: str) -> type[Task]:
-    """A task's class. Raises ValueError for an unknown name."""
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]
@@ -281,7 +275,6 @@ def load(name: str, split: str, mirror: Path) -> Task:
 
 
 def load_graded(name: str, split: str, mirror: Path) -> GradedTask:
-    """A task whose answers can be graded. Raises ValueError for any other."""
     task = load(name, split, mirror)
     if not isinstance(task, GradedTask):
         raise ValueError(f"grpo.task must be one whose answers are graded, got {name!r}; try gsm8k")

@@ -30,10 +30,7 @@ Progress = Callable[[str, int, int | None], object]  # (phase, done, total); see
 
 
 class Tokenizer:
-    """A trained vocabulary, immutable: `merges[n] = (left id, right id)` defines id 256 + n.
-
-    Raises ValueError if a merge uses an id that does not exist yet or repeats an earlier token.
-    """
+    """A trained vocabulary, immutable: `merges[n] = (left id, right id)` defines id 256 + n."""
 
     def __init__(self, merges: Iterable[tuple[int, int]], pattern: str = PATTERN):
         self.pattern = pattern
@@ -57,8 +54,7 @@ class Tokenizer:
         """Train on `documents`; `vocab_size` counts bytes, merges and special tokens.
 
         `progress(phase, done, total)` is called about every 50 ms: phase "count" with the bytes
-        read (total None), then "merge" with the merges done. Raises ValueError for a `vocab_size`
-        below bytes and special tokens or beyond what the text has pairs for.
+        read (total None), then "merge" with the merges done.
         """
         fewest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < fewest:
@@ -74,7 +70,6 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Load a file that `save` wrote; ValueError, naming the file, for any other."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
             if saved["version"] != VERSION or saved["specials"] != list(SPECIAL_TOKENS):
@@ -97,7 +92,6 @@ class Tokenizer:
         return json.dumps(saved, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer as JSON, atomically."""
         write_atomic(Path(path), self._to_json())
 
     def fingerprint(self) -> str:
@@ -109,7 +103,6 @@ class Tokenizer:
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """`encode` of each text, on several threads."""
         return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
 
     def encode_flat(
@@ -118,7 +111,8 @@ class Tokenizer:
         """`encode` all texts into one array: (ids [N], offsets [texts + 1] int64).
 
         Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if `bos`; uint16 if the
-        vocabulary fits, else uint32. Many times faster than tiktoken. ValueError for lone surrogates.
+        vocabulary fits, else uint32. Many times faster than tiktoken. ValueError for lone
+        surrogates.
         """
         wide, prefix = self.vocab_size > 2**16, self.bos if bos else None
         ids, ends = self._encoder.encode_batch(texts, threads=threads, prefix=prefix, wide=wide)
@@ -133,13 +127,13 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token, or a special token's name. ValueError for an unknown id."""
+        """The bytes of one token, or a special token's name."""
         if not 0 <= id < self.vocab_size:
             raise ValueError(f"token ids go from 0 to {self.vocab_size - 1}, got {id}")
         return self._bytes[id]
 
     def special(self, name: str) -> int:
-        """The id of a special token, for example ``special("<|bos|>")``."""
+        """The id of a special token such as ``<|bos|>``."""
         if name not in self._specials:
             raise ValueError(f"no special token {name!r}; there are {', '.join(SPECIAL_TOKENS)}")
         return self._specials[name]

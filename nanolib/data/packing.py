@@ -47,9 +47,9 @@ class Source(Protocol):
 
 
 def batch_of_rows(rows: Sequence[Ids], masks: Sequence[Ids], length: int, bos: int) -> Batch:
-    """Rows of at most `length` + 1 ids as a batch, padded with BOS inputs and ignored targets.
+    """Rows of at most `length` + 1 ids, padded with BOS inputs and ignored targets.
 
-    `masks` (bool, of the rows' lengths) say which ids are targets.
+    `masks` (bool) say which ids are targets.
     """
     longest = max(map(len, rows))
     if longest > length + 1:
@@ -68,8 +68,7 @@ def padded(rows: Sequence[Ids], pad: int, length: int | None = None) -> Tensor:
 
 
 def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, shortest first: in each group at most `tokens_at_once`
-    tokens after padding, or a single row."""
+    """Rows by length, in groups of at most `tokens_at_once` tokens after padding (or one row)."""
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and (len(group) + 1) * lengths[index] > tokens_at_once:
@@ -83,7 +82,7 @@ def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
 def pack(
     lengths: Sequence[int], capacity: int, order: Sequence[int], open_rows: int = 64
 ) -> list[list[int]]:
-    """The items of each row: best-fit packing, in `order`, into rows of at most `capacity` ids.
+    """Best-fit packing, in `order`, into rows of at most `capacity` ids; the items of each row.
 
     At most `open_rows` rows stay open; the fullest is closed first.
     """

@@ -43,11 +43,10 @@ class RowSource:
         raise NotImplementedError
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of one row, and which of them are targets (bool)."""
+        """Ids of a row, and which of them are targets (bool)."""
         raise NotImplementedError
 
     def row_numbers(self, step: int) -> list[int]:
-        """This rank's rows of a step."""
         first = step * self.batch_rows
         mine = range(first + self.rank, first + self.batch_rows, self.world_size)
         return [int(self._order(i // len(self))[i % len(self)]) for i in mine]
@@ -58,7 +57,6 @@ class RowSource:
         return [[self.batch(numbers[i : i + size]) for i in range(0, len(numbers), size)]]
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Rows by number, padded to T."""
         ids, masks = zip(*map(self.row, numbers), strict=True)
         return batch_of_rows(ids, masks, self.length, self.bos)
 
@@ -96,7 +94,7 @@ def split_documents(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
 
 
 def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
-    """The first `limit` tokens of token shards; shards that are not needed are not opened."""
+    """The first `limit` tokens of token shards."""
     parts, missing = [], limit
     for path in shards:
         parts.append(np.load(path, mmap_mode="r")[:missing])
@@ -117,7 +115,6 @@ class ConversationSource(RowSource):
 
     @classmethod
     def open(cls, folder: Path, **settings: Any) -> ConversationSource:
-        """Memory-map what `save_conversations` wrote."""
         files = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "masks", "ends")
         )
@@ -151,7 +148,7 @@ def render(
 def save_conversations(rendered: Iterable[Rendered], folder: Path, vocab_size: int) -> int:
     """Write the conversations that have a target to a new folder; returns the ids truncated.
 
-    Three ``.npy`` files: ids and masks as flat arrays, and the end of each conversation in them.
+    ``ids.npy`` and ``masks.npy`` are flat; ``ends.npy`` is where each conversation ends in them.
     """
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     ids, masks, cut = [], [], 0

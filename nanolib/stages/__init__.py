@@ -2,8 +2,8 @@
 
     data → tokenizer → shards → base → mid → sft → grpo → eval → report
 
-`text` has the first three, `training` those that leave a model, `evaluate` the rest; `worker` is the
-process that `nanolib.launch` starts. A stage killed at any instant goes on from what it had saved.
+`worker` is the process that `nanolib.launch` starts. A stage killed at any instant goes on from
+what it had saved.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class Context:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's. Raises ValueError where it has none yet."""
         return Tokenizer.load(self.run.stage("tokenizer").path / "tokenizer.json")
 
     def engine(self, model: GPT, sandbox: Sandbox) -> Engine:
-        """An engine whose tool is the sandbox."""
         return Engine(model, self.tokenizer, self.runtime, lambda code: sandbox.run(code).text)

@@ -41,7 +41,7 @@ def data(context: Context) -> Result:
 
 
 def _gather(context: Context) -> dict[str, str]:
-    """Write the toy world or fetch from the hub; returns the revisions of what was fetched."""
+    """Write the toy world or fetch from the hub; returns the revisions fetched."""
     config, folder = context.run.config, context.run.stage("data").path / "mirror"
     if config.recipe.data.source == "toyworld":
         toyworld.write(folder, config.recipe.seed, progress=context.progress)
@@ -52,7 +52,7 @@ def _gather(context: Context) -> dict[str, str]:
 
 
 def gather_if_gone(context: Context) -> None:
-    """Write or fetch the data again if it is gone; runs of the first edition did not keep it."""
+    """Runs of the first edition did not keep what they had fetched."""
     mirror = context.run.mirror()
     own = mirror == context.run.stage("data").path / "mirror"
     if own and context.runtime.is_lead and not mirror.is_dir():
@@ -61,7 +61,7 @@ def gather_if_gone(context: Context) -> None:
 
 
 def limits(config: ConversationConfig) -> dict[str, int | None]:
-    """The rows of each source of a mixture; None: all it has."""
+    """The rows of each source of a mixture; None: all."""
     return {name: limit for name, limit in flatten(config.rows).items() if limit != 0}
 
 
@@ -107,7 +107,7 @@ def _fingerprint(run: Run, text: hub.TextFiles) -> str:
 
 
 def _text_files(run: Run) -> hub.TextFiles:
-    """The run's text. Raises ValueError if it is not what the data stage recorded."""
+    """The run's text; ValueError if it is not what the data stage recorded."""
     files = hub.text_files(run.config, run.mirror())
     if run.stage("data").result()["fingerprint"] != _fingerprint(run, files):
         raise ValueError(
@@ -118,7 +118,6 @@ def _text_files(run: Run) -> hub.TextFiles:
 
 
 def tokenizer(context: Context) -> Result:
-    """Train the run's tokenizer on its training text."""
     config = context.run.config.recipe.tokenizer
     files = _text_files(context.run)
 
@@ -139,7 +138,7 @@ def tokenizer(context: Context) -> Result:
 
 
 def _head(texts: Iterable[str], chars: int) -> Iterator[str]:
-    """The first texts, `chars` characters in all: the last one is cut."""
+    """The first `chars` characters of some texts."""
     for text in texts:
         yield text[:chars]
         chars -= len(text)
@@ -148,10 +147,7 @@ def _head(texts: Iterable[str], chars: int) -> Iterator[str]:
 
 
 def shards(context: Context) -> Result:
-    """Tokenize every text file: one flat ``.npy`` array of ids each, every document BOS + tokens.
-
-    A shard that is there is whole and is kept.
-    """
+    """Tokenize what has no shard yet: a flat ``.npy`` array of ids, each document BOS + tokens."""
     files, tokenizer = _text_files(context.run), context.tokenizer
     train, validation = shard_paths(context.run)
     texts, targets = [*files.train, files.validation], [*train, validation]
@@ -175,7 +171,6 @@ def shards(context: Context) -> Result:
 
 
 def shard_paths(run: Run) -> tuple[list[Path], Path]:
-    """The token shards of training and of validation text."""
     folder, result = run.stage("shards").path, run.stage("data").result()
     names = [*result["train_files"], result["validation_file"]]
     *train, validation = (folder / f"{Path(name).stem}.npy" for name in names)
@@ -183,7 +178,7 @@ def shard_paths(run: Run) -> tuple[list[Path], Path]:
 
 
 def validation_documents(context: Context) -> list[np.ndarray]:
-    """The documents of the validation shard that are scored, as ids with BOS."""
+    """Those that are scored, as ids with BOS."""
     tokens = np.load(shard_paths(context.run)[1], mmap_mode="r")
     limit = context.run.config.recipe.base.eval_documents
     return split_documents(tokens, context.tokenizer.bos)[:limit]

@@ -1,7 +1,6 @@
 """A chat in the terminal: answers stream, Ctrl-C stops one, Ctrl-D leaves.
 
-A line that starts with a slash is a command (`HELP`); one that starts with a space and a slash is
-sent to the model.
+A line that starts with a slash is a command; one that starts with a space goes to the model.
 """
 
 from __future__ import annotations
@@ -44,10 +43,7 @@ def answer(session: Session, text: str) -> None:
 
 
 def _final_answers(pieces: Iterable[str]) -> Iterator[str]:
-    """Replace a line such as "#### 42" by "Answer: 42", as the page does.
-
-    A line that may still become one is held back.
-    """
+    """Replace a line such as "#### 42" by "Answer: 42"; one that may become so is held back."""
     line, shown = "", 0  # the current line, and how many of its characters were yielded
     for piece in pieces:
         *complete, line = (line + piece).split("\n")
@@ -90,10 +86,7 @@ def talk(session: Session, folder: Path = Path()) -> None:
 
 
 def command(session: Session, line: str, folder: Path) -> str:
-    """Run a command such as ``/save talk.json`` and return what to tell the user.
-
-    folder: where /save writes by default. Raises ValueError where the command cannot be run.
-    """
+    """Run a command; what to tell the user. folder: where /save writes by default."""
     name, _, rest = line.partition(" ")
     match name, rest.strip():
         case "/clear", _:

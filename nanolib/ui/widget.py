@@ -1,7 +1,7 @@
 """A chat in a notebook: ``Chat(session)`` shows a conversation with a box to type into.
 
-Needs only ipywidgets. Answers stream from a thread of their own, so that Stop works; while a cell
-runs, the kernel handles no events and input waits. Without a browser, use `Session.ask`.
+Answers stream from a thread of their own, so that Stop works; while a cell runs, the kernel handles
+no events and input waits. Without a browser, use `Session.ask`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ STYLE = (
 class Chat:
     """The view of a session: its messages, a text box, Send, Stop and Clear.
 
-    Text typed during an answer waits in the box. So does a message that is refused, with the
-    reason shown below the conversation.
+    Text typed during an answer waits in the box. So does a refused message, with the reason below.
     """
 
     def __init__(self, session: Session, height: str = "24em"):
@@ -84,7 +83,6 @@ class Chat:
             threading.Thread(target=self._turn, args=(text.strip(),), daemon=True).start()
 
     def stop(self) -> None:
-        """Stop the answer and keep what has arrived."""
         self._stop.set()
 
     def clear(self) -> None:
