@@ -143,18 +143,14 @@ def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
     try:
         index = json.loads(file.read_bytes())
         if index["version"] != VERSION:
-            raise DamagedCheckpoint(f"{file} has version {index['version']}, not {VERSION}")
+            raise ValueError(f"its version is {index['version']}, not {VERSION}")
         for name, expected in index["files"].items():
-            if weights_only and name.endswith(OPTIMIZER):
-                continue
-            file = path / name
-            with file.open("rb") as content:
-                if hashlib.file_digest(content, "sha256").hexdigest() != expected:
-                    raise DamagedCheckpoint(f"{file} is truncated or changed: its hash differs")
-    except DamagedCheckpoint:
-        raise
+            if not (weights_only and name.endswith(OPTIMIZER)):
+                with (file := path / name).open("rb") as content:
+                    if hashlib.file_digest(content, "sha256").hexdigest() != expected:
+                        raise ValueError("its hash differs")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{file} cannot be read: {error}") from None
+        raise DamagedCheckpoint(f"{file} is damaged ({error})") from None
     return Checkpoint(path, index)
 
 
@@ -213,11 +209,7 @@ def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
     """
     saved = saved_recipe(checkpoint.index["recipe"], checkpoint.path)
     theirs = {**flatten(replace_settings(Recipe(), saved)), **checkpoint.index}
-    differing = [
-        f"{key} {theirs[key]!r} != {value!r}"
-        for key, value in {**about["recipe"], **about}.items()
-        if key != "recipe" and theirs[key] != value
-    ]
-    if differing:
+    mine = {**about["recipe"], **about, "recipe": theirs["recipe"]}
+    if differing := [f"{k} {theirs[k]!r} != {v!r}" for k, v in mine.items() if theirs[k] != v]:
         belongs = f"{checkpoint.path} belongs to another run ({', '.join(differing)})"
         raise ValueError(f"{belongs}; use `--run NAME` for a run of its own")

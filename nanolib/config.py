@@ -211,6 +211,11 @@ class Recipe(Settings):
         """The enabled stages that leave a model, in order."""
         return tuple(name for name in MODELS if getattr(self, name).enabled)
 
+    @property
+    def road(self) -> tuple[str, ...]:
+        """The stages from text to the last model, in order."""
+        return ("data", "tokenizer", "shards", *self.models)
+
 
 class MachineConfig(Settings):
     """What computes it: may differ each time a run is opened."""

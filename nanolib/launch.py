@@ -73,16 +73,9 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
     return record["result"]
 
 
-def road(run: Run) -> list[str]:
-    """The run's stages from text to its last model, in order."""
-    return [stage.name for stage in run.stages() if stage.name not in ("eval", "report")]
-
-
 def prerequisites(name: str, run: Run, of: str | None = None) -> list[str]:
-    if name == "report":
-        return []
-    stages = road(run)
-    return stages[: stages.index(of) + 1 if of else stages.index(name)]
+    road = list(run.config.recipe.road)
+    return [] if name == "report" else road[: road.index(of) + 1 if of else road.index(name)]
 
 
 def _scored_model(name: str, run: Run, of: str | None) -> str | None:

@@ -348,9 +348,11 @@ class Run:
 
     def stages(self) -> list[StageDir]:
         """Every stage of the whole run in order, begun or not."""
-        stages = [self.stage(name) for name in ("data", "tokenizer", "shards")]
-        for model in self.config.recipe.models:
-            stages += [self.stage(model), self.stage("eval", model)]
+        stages = []
+        for name in self.config.recipe.road:
+            stages.append(self.stage(name))
+            if name in settings.MODELS:
+                stages.append(self.stage("eval", name))
         return [*stages, self.stage("report")]
 
     def mirror(self) -> Path:

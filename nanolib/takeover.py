@@ -29,7 +29,7 @@ def take_over(run: Run, source: Run, watch: launch.Watch | None = None) -> list[
     taken = []
     with (run.path / "manifest.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time copies; a killed one lets go
-        for name in launch.road(run):
+        for name in run.config.recipe.road:
             if obstacle := _obstacle(run, source, name):
                 break
             if name == "data":

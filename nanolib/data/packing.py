@@ -29,13 +29,10 @@ class Batch:
     fields: dict[str, Tensor] = field(default_factory=dict)  # more per-token tensors [B, T]
 
     def to(self, device: torch.device) -> Batch:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        fields = {name: moved(tensor) for name, tensor in self.fields.items()}
-        return Batch(
-            inputs_BT=moved(self.inputs_BT), targets_BT=moved(self.targets_BT), fields=fields
-        )
+        tensors = (self.inputs_BT, self.targets_BT, *self.fields.values())
+        inputs_BT, targets_BT, *more = (x.to(device, non_blocking=True) for x in tensors)
+        fields = dict(zip(self.fields, more, strict=True))
+        return Batch(inputs_BT=inputs_BT, targets_BT=targets_BT, fields=fields)
 
 
 class Source(Protocol):

@@ -10,6 +10,7 @@ import html
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanolib.conversation import Message, Part
@@ -22,34 +23,7 @@ SUMMARY_CHARACTERS = 60  # of a program's or a result's first line
 # How GSM8K ends an answer: a line such as "#### 42". Any other line with #### is a heading.
 FINAL_ANSWER = re.compile(r"^####[ \t]*(-?\$?[\d.,]*\d%?)\.?[ \t]*$")
 
-# All colours derive from the text's, to suit light and dark themes.
-CSS = """
-.nanolib-answer, .nanolib-said { line-height: 1.55; overflow-wrap: anywhere; }
-.nanolib-answer > :first-child { margin-top: 0; }
-.nanolib-answer > :last-child { margin-bottom: 0; }
-.nanolib-said { white-space: pre-wrap; }
-.nanolib-answer p, .nanolib-answer ul, .nanolib-answer ol { margin: .6em 0; }
-.nanolib-answer :is(h1, h2, h3, h4, h5, h6) { font-size: 1.05em; margin: .8em 0 .4em; }
-.nanolib-answer a { color: inherit; text-underline-offset: .15em; }
-.nanolib-answer :is(code, pre, summary) {
-  font: .9em/1.5 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.nanolib-answer :is(code, pre) {
-  background: color-mix(in srgb, currentColor 8%, transparent); border-radius: .4em; }
-.nanolib-answer code { padding: .1em .3em; }
-.nanolib-answer pre { margin: .6em 0; padding: .6em .8em; overflow-x: auto; }
-.nanolib-answer pre code { padding: 0; background: none; font-size: inherit; }
-.nanolib-answer table { border-collapse: collapse; display: block; overflow-x: auto; }
-.nanolib-answer th, .nanolib-answer td {
-  padding: .25em .7em; border: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
-.nanolib-answer blockquote { margin: .6em 0; padding-left: .8em;
-  border-left: .2em solid color-mix(in srgb, currentColor 25%, transparent); }
-.nanolib-answer .final { width: fit-content; padding: .15em .8em; border-radius: .5em;
-  background: color-mix(in srgb, currentColor 8%, transparent); }
-.nanolib-answer .tool { margin: .6em 0; padding: .35em .8em; border-radius: .5em;
-  border: 1px solid color-mix(in srgb, currentColor 22%, transparent); }
-.nanolib-answer .tool summary { cursor: pointer; opacity: .85; }
-.nanolib-answer .tool pre { white-space: pre-wrap; }
-"""
+CSS = Path(__file__).with_name("markup.css").read_text(encoding="utf-8")
 
 
 def answer_html(parts: Sequence[Part]) -> str:

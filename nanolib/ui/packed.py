@@ -7,7 +7,7 @@ from nanolib.config import REPOSITORY
 from nanolib.report import fenced
 
 LANGUAGES = {".py": "python", ".rs": "rust", ".toml": "toml", ".md": "markdown", ".html": "html"}
-LANGUAGES |= {".j2": "jinja", ".json": "json"}
+LANGUAGES |= {".j2": "jinja", ".json": "json", ".css": "css"}
 OTHERS = "nanolib/templates/**/* rust_tokenizer/Cargo.toml rust_tokenizer/src/* notebooks/*.py"
 OTHERS += " runs/*.toml runs/bench/*.py"
 

@@ -39,7 +39,7 @@ def _line(path: Path) -> tuple[str, ...]:
         run = Run.load(str(path))
     except ValueError:
         return path.name, "?", "its manifest.json cannot be read", "?", size, when
-    road = launch.road(run)  # to the last model
+    road = run.config.recipe.road
     done = [name for name in road if run.stage(name).done()]
     left = [name for name in [*road, "report"] if not run.stage(name).done()]
     upcoming = f"{left[0]}{' (running)' * launch.is_running(run.stage(left[0]))}" if left else "-"

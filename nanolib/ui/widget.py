@@ -10,6 +10,7 @@ import contextlib
 import html
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -20,26 +21,7 @@ from nanolib.ui import markup
 
 REDRAW = 0.05  # seconds between two updates of an answer
 GRACE = 1.0  # seconds to wait for the text, which may arrive after the Enter that sends it
-STYLE = (
-    markup.CSS
-    + """
-.nanolib-chat { border: 1px solid color-mix(in srgb, currentColor 22%, transparent);
-  border-radius: .6em; max-width: 46em; color: var(--jp-content-font-color1, inherit); }
-.nanolib-log { display: flex; flex-direction: column-reverse; overflow-y: auto; }
-.nanolib-lines { flex: none; margin-bottom: auto; padding: .7em .7em .2em; overflow: visible; }
-.nanolib-line, .nanolib-line .widget-html-content { overflow: visible; }
-.nanolib-line .widget-html-content { font-size: var(--jp-content-font-size1, 14px);
-  color: var(--jp-content-font-color1, inherit); line-height: 1.55; }
-.nanolib-line .nanolib-said { width: fit-content; max-width: 85%; margin: .3em 0 .3em auto;
-  padding: .35em .8em; border-radius: .9em;
-  background: color-mix(in srgb, currentColor 9%, transparent); }
-.nanolib-line .nanolib-answer { padding: .1em .2em .5em; }
-.nanolib-note { font-style: italic; opacity: .75; padding: 0 .2em .4em; }
-.nanolib-row { padding: .3em .5em .5em; }
-.nanolib-row .widget-text { flex: 1; width: auto; min-width: 8em; }
-.nanolib-row .jupyter-button { width: auto; padding: 0 1em; }
-"""
-)
+STYLE = markup.CSS + Path(__file__).with_name("widget.css").read_text(encoding="utf-8")
 
 
 class Chat:
