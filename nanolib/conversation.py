@@ -94,11 +94,10 @@ class Conversation:
         for i, message in enumerate(turns):
             expected = ("user", "assistant")[i % 2]
             if message.role != expected:
-                raise ValueError(
-                    f"message {i + 1} of a conversation must come from the {expected}, got "
-                    f"{message.role!r} ({message.text[:40]!r}): after a system message, if any, "
-                    "user and assistant alternate"
-                )
+                where = f"message {i + 1} of a conversation must come from the {expected}"
+                got = f"got {message.role!r} ({message.text[:40]!r})"
+                rule = "after a system message, if any, user and assistant alternate"
+                raise ValueError(f"{where}, {got}: {rule}")
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -195,12 +194,12 @@ class AnswerParser:
         self._tokenizer = tokenizer
         self._ends = {special(name) for name in END_NAMES}
         # The kind of part that begins after each marker.
-        self._markers: dict[int, PartKind] = {
-            special("<|python_start|>"): "python",
-            special("<|output_start|>"): "output",
-            special("<|python_end|>"): "text",
-            special("<|output_end|>"): "text",
-        }
+        self._markers: dict[int, PartKind] = {}
+        for kind in ("python", "output"):
+            self._markers |= {
+                special(f"<|{kind}_start|>"): kind,
+                special(f"<|{kind}_end|>"): "text",
+            }
         self._kind: PartKind = "text"
         self._ended = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -140,10 +140,9 @@ class RolloutSource:
         rewards = [float(reward) for reward in self.reward(question, texts)]
         for text, reward in zip(texts, rewards, strict=True):
             if not math.isfinite(reward):
-                raise ValueError(
-                    f"the reward of question {question} of {self.questions.task.name} is {reward} "
-                    f"for the answer {text[:80]!r}; a reward must be a finite number"
-                )
+                of = f"question {question} of {self.questions.task.name}"
+                got = f"the reward of {of} is {reward} for the answer {text[:80]!r}"
+                raise ValueError(f"{got}; a reward must be a finite number")
         if self.config.shuffled:
             key = hashlib.sha256("\0".join(texts).encode()).hexdigest()
             rng = np.random.default_rng(seed_of(self.seed, "shuffled", question, key))

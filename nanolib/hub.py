@@ -124,9 +124,8 @@ def _table_path(split: Split, mirror: Path) -> Path:
 def eval_bundle(mirror: Path) -> Path:
     path = mirror / "eval_bundle.zip"
     if not path.is_file():
-        raise ValueError(
-            f"{mirror} has no eval_bundle.zip: copy it there, or set eval.core_problems = 0"
-        )
+        remedy = "copy it there, or set eval.core_problems = 0"
+        raise ValueError(f"{mirror} has no eval_bundle.zip: {remedy}")
     return path
 
 

@@ -52,11 +52,10 @@ def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
 
 
 def _too_small(memory: TrainingMemory, room: float) -> NoReturn:
-    one = f"one row of {memory.model.sequence_len} tokens at depth {memory.model.depth} needs about"
-    raise ValueError(
-        f"the device is too small: {one} {size(memory.total(1))}, and {size(room)} can be used; lower "
-        "model.sequence_len or model.depth, or use more devices (machine.ranks)"
-    )
+    one = f"one row of {memory.model.sequence_len} tokens at depth {memory.model.depth}"
+    needs = f"{one} needs about {size(memory.total(1))}, and {size(room)} can be used"
+    remedy = "lower model.sequence_len or model.depth, or use more devices (machine.ranks)"
+    raise ValueError(f"the device is too small: {needs}; {remedy}")
 
 
 def _next_smaller(rows: int) -> int:

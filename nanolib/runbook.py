@@ -101,13 +101,13 @@ def _first_page(
     from markdown_it import MarkdownIt
 
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-    report, base = run.path / "report.md", run.stage("base").done()
+    report = run.path / "report.md"
     records = [json.loads(p.read_text(encoding="utf-8")) for p in run.path.glob("**/done.json")]
     seconds = sum(r.get("seconds", 0.0) for r in records if not r.get("taken_over"))
     return exporter.environment.get_template("contents.html.j2").render(
         run=run,
         manifest=run.manifest(),
-        base=base["result"] if base else {},
+        base=run.stage("base").result(),
         time=clock(seconds) if seconds else None,
         chapters=titles,
         glossary=glossary,
@@ -138,9 +138,8 @@ def _curves(run: Run) -> dict[str, str] | None:
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-        words.append(
-            f"{name}: {measure} from {smooth[0]:.2f} to {smooth[-1]:.2f} in {steps[-1]:,.0f} steps"
-        )
+        change = f"from {smooth[0]:.2f} to {smooth[-1]:.2f} in {steps[-1]:,.0f} steps"
+        words.append(f"{name}: {measure} {change}")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     data = base64.b64encode(picture.getvalue()).decode()

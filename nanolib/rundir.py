@@ -68,10 +68,9 @@ def saving(path: Path) -> Generator[None, None, None]:
     except Exception as error:
         # OSError, safetensors and torch all use these words.
         if re.search("no space left on device|quota exceeded", str(error), re.IGNORECASE):
-            raise ValueError(
-                f"the disk is full: {path} could not be written. What was saved before is intact; "
-                "free some space and run the same command to go on"
-            ) from error
+            what = f"the disk is full: {path} could not be written. What was saved before is intact"
+            remedy = "free some space and run the same command to go on"
+            raise ValueError(f"{what}; {remedy}") from error
         raise
 
 
@@ -328,12 +327,11 @@ class Run:
         differences = settings.recipe_difference(asked.recipe, settings.flatten(saved))
         for key, wanted, before in sorted(differences, key=lambda it: it[0] not in given):
             if key in given or key in recipe:
+                made = f"run {path.name!r} was made with {key} = {before}, not {wanted}"
                 changed = f"restore profile {profile}, which has changed,"
-                raise ValueError(
-                    f"run {path.name!r} was made with {key} = {before}, not {wanted}; "
-                    f"{'leave it out' if key in given else changed} to go on with that run, "
-                    f"or start a new one with --run NAME (this one is {path})"
-                )
+                remedy = f"{'leave it out' if key in given else changed} to go on with that run"
+                new = f"or start a new one with --run NAME (this one is {path})"
+                raise ValueError(f"{made}; {remedy}, {new}")
         return cls(path, replace(asked, recipe=saved))
 
     def exists(self) -> bool:

@@ -37,18 +37,18 @@ class Task:
     def __init__(self, split: str, mirror: Path):
         source = self.source(split)
         table, self.split = hub.table(source, mirror), source[-1]
-        missing = [column for column in self.columns if column not in table.column_names]
-        if missing:
-            raise ValueError(
-                f"{self.repository} ({self.split}) has no column {', '.join(missing)}; it has "
-                f"{', '.join(table.column_names)}; take the data set's own parquet files"
-            )
         self.table: pa.Table = table
+        if missing := [column for column in self.columns if column not in table.column_names]:
+            has = f"has no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
+            raise self.unusable(f"{has}; take the data set's own parquet files")
 
     @classmethod
     def source(cls, split: str) -> hub.Split:
         """Where a split is on the hub."""
         return cls.repository, cls.config, cls.train_split if split == "train" else split
+
+    def unusable(self, why: str) -> ValueError:
+        return ValueError(f"{self.repository} ({self.split}) {why}")
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -147,10 +147,8 @@ class GSM8K(GradedTask):
         super().__init__(split, mirror)
         for i, answer in enumerate(self.table["answer"].to_pylist()):
             if final_number(answer) is None:
-                raise ValueError(
-                    f"{self.repository} ({self.split}) row {i} has no '#### number' at the end of "
-                    f"its answer ({answer[-40:]!r}); add it or remove that row"
-                )
+                wrong = f"row {i} has no '#### number' at the end of its answer ({answer[-40:]!r})"
+                raise self.unusable(f"{wrong}; add it or remove that row")
 
     def conversation(self, i: int) -> Conversation:
         row = self.row(i)

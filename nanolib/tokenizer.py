@@ -62,9 +62,9 @@ class Tokenizer:
             raise ValueError(f"vocab_size must be at least {needed}, got {vocab_size}")
         merges, _ = rust_tokenizer.train(documents, vocab_size - fewest, PATTERN, progress)
         if len(merges) < vocab_size - fewest:
+            most = f"but the text has pairs for {fewest + len(merges)} at most"
             raise ValueError(
-                f"vocab_size is {vocab_size}, but the text has pairs for {fewest + len(merges)} at "
-                "most: give more text or lower vocab_size"
+                f"vocab_size is {vocab_size}, {most}: give more text or lower vocab_size"
             )
         return cls(merges)
 
@@ -78,9 +78,8 @@ class Tokenizer:
         except FileNotFoundError:
             raise ValueError(f"no tokenizer at {path}: run the tokenizer stage first") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is no tokenizer ({error}): delete it and run the tokenizer stage again"
-            ) from error
+            remedy = "delete it and run the tokenizer stage again"
+            raise ValueError(f"{path} is no tokenizer ({error}): {remedy}") from error
 
     def _to_json(self) -> str:
         saved = {

@@ -34,11 +34,9 @@ class Questions:
         """Those that leave room for a whole answer."""
         found = self.fitting(range(len(self.task)), self.max_new_tokens)
         if not found:
-            raise ValueError(
-                f"no question of {self.task.name} leaves room for {self.max_new_tokens} tokens of "
-                f"answer in a context of {self.engine.context}; lower max_new_tokens or raise "
-                "model.sequence_len"
-            )
+            room = f"{self.max_new_tokens} tokens of answer in a context of {self.engine.context}"
+            remedy = "lower max_new_tokens or raise model.sequence_len"
+            raise ValueError(f"no question of {self.task.name} leaves room for {room}; {remedy}")
         return found
 
     def answers(

@@ -41,8 +41,15 @@ DELIMITER = " "  # between context and continuation where core.yaml names none
 SHUFFLE_SEED = 1337  # of a task's questions, as in nanochat
 EXAMPLES_SEED = 1234  # plus a question's index after shuffling: of the examples before it
 TOKENS_AT_ONCE = 16_384
-DAMAGED = (OSError, zipfile.BadZipFile, zlib.error)  # what reading a bundle may raise
-MALFORMED = (LookupError, TypeError, ValueError, yaml.YAMLError)
+DAMAGED = (
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+    LookupError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+)
 
 
 # ---------------------------------------------------------------------------- the bundle
@@ -87,10 +94,10 @@ def load(bundle: Path) -> list[CoreTask]:
             table = csv.DictReader(io.StringIO(read("eval_meta_data.csv")))
             chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
             return [_task(entry, chances, read) for entry in listed]
-    except (*MALFORMED, *DAMAGED) as error:
-        kind = type(error).__name__
+    except DAMAGED as error:
+        why = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{bundle} is no evaluation bundle of CORE ({kind}: {error}); copy it again"
+            f"{bundle} is no evaluation bundle of CORE ({why}); copy it again"
         ) from error
 
 
@@ -99,10 +106,8 @@ def _task(
 ) -> CoreTask:
     label, kind, uri = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
     if not 0 <= chances.get(label, -1) < 1:
-        raise ValueError(
-            f"eval_meta_data.csv must give {label} a random baseline of at least 0 and below 100 "
-            f"percent, got {chances.get(label)}"
-        )
+        bounds = f"a random baseline of at least 0 and below 100 percent, got {chances.get(label)}"
+        raise ValueError(f"eval_meta_data.csv must give {label} {bounds}")
     questions = []
     for number, line in enumerate(filter(str.strip, read(f"eval_data/{uri}").split("\n")), 1):
         try:
@@ -132,10 +137,8 @@ def question(kind: str, row: Any) -> Question:
             options = [(context.strip(), end)]
     texts = all(isinstance(text, str) for option in options for text in option)
     if not texts or not all(end.strip() for _, end in options) or gold not in range(len(options)):
-        raise ValueError(
-            f"a row of a {kind} task must have something to score in each option, and a gold among "
-            f"the options, got {str(row)[:200]}"
-        )
+        wanted = "something to score in each option, and a gold among the options"
+        raise ValueError(f"a row of a {kind} task must have {wanted}, got {str(row)[:200]}")
     return Question(options, gold)
 
 

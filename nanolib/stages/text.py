@@ -110,10 +110,9 @@ def _text_files(run: Run) -> hub.TextFiles:
     """The run's text; ValueError if it is not what the data stage recorded."""
     files = hub.text_files(run.config, run.mirror())
     if run.stage("data").result()["fingerprint"] != _fingerprint(run, files):
-        raise ValueError(
-            f"the data in {run.mirror()} is not what run {run.id} began with; give --mirror the "
-            "folder it had, or start a new run with --run NAME"
-        )
+        other = f"the data in {run.mirror()} is not what run {run.id} began with"
+        remedy = "give --mirror the folder it had, or start a new run with --run NAME"
+        raise ValueError(f"{other}; {remedy}")
     return files
 
 
