@@ -41,8 +41,6 @@ KEPT_ON_CUDA = 0.82
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One or more devices of one kind, and what an hour of all of them costs."""
-
     name: str
     count: int
     peak: float | None  # dense bfloat16 FLOP/s of one device; None: not known
@@ -73,9 +71,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """The bytes that training takes on each of `ranks` devices, an estimate.
-
-    Weights, gradients and optimizer state are float32; `bytes_per_number` is an activation's.
+    """An estimate of the bytes that training takes on each of `ranks` devices, all but activations
+    float32.
     """
 
     model: ModelConfig
@@ -86,7 +83,6 @@ class TrainingMemory:
 
     @property
     def weights(self) -> int:
-        """Gradients take as much again."""
         return 4 * self.model.parameters(self.vocab_size)
 
     @property

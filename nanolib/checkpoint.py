@@ -98,21 +98,21 @@ def save(
 def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[tuple[str, str, list]]:
     """Write what this rank owns; (file, its hash, [tensor, rows, shape of all] of each part)."""
     rank, params = optimizer.runtime.rank, dict(model.named_parameters())
-    weights, states, written = {}, {}, []
+    weights, states, written = [], [], []  # (tensor, rows, shape of all, values)
     for group in optimizer.groups:
         for name, rows, inner in group.owned(rank):
-            values, where = params[name].detach()[rows], [rows.start, rows.stop]
-            weights[name] = where, params[name].shape, values
+            values, shape = params[name].detach()[rows], list(params[name].shape)
+            where = [rows.start, rows.stop]
+            weights.append((name, where, shape, values))
             for slot, state in group.state.items():
                 value = state[inner].reshape(values.shape)
-                states[f"{name}.{slot}"] = where, params[name].shape, value
+                states.append((f"{name}.{slot}", where, shape, value))
     for ending, owned in ((".safetensors", weights), (OPTIMIZER, states)):
-        path = folder / f"rank_{rank}{ending}"
-        parts = [(name, rows, list(shape)) for name, (rows, shape, _) in owned.items()]
-        named = {f"{name}@{rows[0]}": x.cpu().contiguous() for name, (rows, _, x) in owned.items()}
+        named = {f"{name}@{rows[0]}": x.cpu().contiguous() for name, rows, _, x in owned}
         data = to_safetensors(named)
-        with whole_file(path) as file:
+        with whole_file(path := folder / f"rank_{rank}{ending}") as file:
             file.write(data)
+        parts = [part[:3] for part in owned]
         written.append((path.name, hashlib.sha256(data).hexdigest(), parts))
     return written
 
@@ -129,7 +129,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
     found = [p for p in folder.glob("step_*") if p.suffix != ".partial"]
     return sorted(found, reverse=True)
 
@@ -155,10 +154,7 @@ def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
 
 
 def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
-    """The newest undamaged checkpoint below `folder`, or None where there never was one.
-
-    Damaged ones are named on stderr; DamagedCheckpoint where no other is left.
-    """
+    """The newest undamaged checkpoint below `folder`, or None where there never was one."""
     errors = []
     for path in _folders(folder):
         try:

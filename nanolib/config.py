@@ -79,7 +79,6 @@ class ModelConfig(Settings):
         return self.heads if self.kv_heads is None else self.kv_heads
 
     def parts(self, vocab_size: int) -> dict[str, int]:
-        """Weights by what they are for."""
         width, kv_width = self.width, self.num_kv_heads * self.head_dim
         return {
             "embedding": vocab_size * width,
@@ -452,10 +451,7 @@ def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
 
 
 def up_to(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The flat settings that a stage's result depends on: its own and those of the stages before.
-
-    stage: one of data, tokenizer, shards and MODELS.
-    """
+    """The flat settings that a stage's (not eval's) result depends on: its own and earlier ones."""
     order = ("seed", "data", "tokenizer", "model", "optim", *MODELS)
     last = "tokenizer" if stage == "shards" else stage
     sections = order[: order.index(last) + 1]

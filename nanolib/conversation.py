@@ -54,28 +54,21 @@ class Message:
         for part in self.parts:
             if self.role != "assistant" and part.kind != "text":
                 raise ValueError(f"only the assistant has {part.kind} parts, not the {self.role}")
-        object.__setattr__(self, "parts", _joined(self.parts))
+        joined: list[Part] = []
+        for part in self.parts:
+            if part.kind == "text" and joined and joined[-1].kind == "text":
+                joined[-1] = Part("text", joined[-1].text + part.text)
+            elif part.kind != "text" or part.text:
+                joined.append(part)
+        object.__setattr__(self, "parts", tuple(joined))
 
     @property
     def text(self) -> str:
-        """The text parts alone."""
         return "".join(part.text for part in self.parts if part.kind == "text")
-
-
-def _joined(parts: Iterable[Part]) -> tuple[Part, ...]:
-    joined: list[Part] = []
-    for part in parts:
-        if part.kind == "text" and joined and joined[-1].kind == "text":
-            joined[-1] = Part("text", joined[-1].text + part.text)
-        elif part.kind != "text" or part.text:
-            joined.append(part)
-    return tuple(joined)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as token ids."""
-
     ids: list[int]
     loss_mask: list[bool]  # whether each id is a target of the loss
     cut: int = 0  # ids dropped at the end to fit
@@ -111,7 +104,13 @@ class Conversation:
 
         A part is a `Part` or ``{"type": "text" | "python" | "output", "text": …}``.
         """
-        return cls(tuple(Message(m["role"], _parts_of(m["content"])) for m in messages))
+
+        def parts(content: Any) -> tuple[Part, ...]:
+            if isinstance(content, str):
+                return (Part("text", content),)
+            return tuple(p if isinstance(p, Part) else Part(p["type"], p["text"]) for p in content)
+
+        return cls(tuple(Message(m["role"], parts(m["content"])) for m in messages))
 
     @classmethod
     def ask(cls, text: str, answer: str | None = None) -> Conversation:
@@ -138,11 +137,20 @@ class Conversation:
 
         encode: instead of the tokenizer's, where the texts were encoded in a batch before.
         """
-        ids, mask = [tokenizer.bos], [False]
+        special, encode = tokenizer.special, encode or tokenizer.encode
+        pieces = [([tokenizer.bos], False)]  # ids, and whether they are targets of the loss
         for message in self.folded().messages:
-            for piece, is_target in _pieces(message, tokenizer, encode or tokenizer.encode):
-                ids += piece
-                mask += [is_target] * len(piece)
+            by_assistant = message.role == "assistant"
+            pieces.append(([special(f"<|{message.role}_start|>")], False))
+            for part in message.parts:
+                if part.kind == "text":
+                    pieces.append((encode(part.text), by_assistant))
+                else:
+                    start, end = (special(f"<|{part.kind}_{it}|>") for it in ("start", "end"))
+                    pieces.append(([start, *encode(part.text), end], part.kind == "python"))
+            pieces.append(([special(f"<|{message.role}_end|>")], by_assistant))
+        ids = [id for piece, _ in pieces for id in piece]
+        mask = [is_target for piece, is_target in pieces for _ in piece]
         keep = len(ids) if max_tokens is None else min(len(ids), max_tokens)
         return Rendered(ids[:keep], mask[:keep], cut=len(ids) - keep)
 
@@ -151,29 +159,6 @@ class Conversation:
         if self.messages[-1].role != "user":
             raise ValueError("a prompt must end with the user's message; the assistant spoke last")
         return [*self.render(tokenizer).ids, tokenizer.special("<|assistant_start|>")]
-
-
-def _parts_of(content: Any) -> tuple[Part, ...]:
-    if isinstance(content, str):
-        return (Part("text", content),)
-    return tuple(p if isinstance(p, Part) else Part(p["type"], p["text"]) for p in content)
-
-
-def _pieces(
-    message: Message, tokenizer: Tokenizer, encode: Callable[[str], list[int]]
-) -> Iterable[tuple[list[int], bool]]:
-    """(ids, whether they are targets of the loss) of one message, in order."""
-    special = tokenizer.special
-    by_assistant = message.role == "assistant"
-    yield [special(f"<|{message.role}_start|>")], False
-    for part in message.parts:
-        ids = encode(part.text)
-        if part.kind == "text":
-            yield ids, by_assistant
-        else:
-            start, end = special(f"<|{part.kind}_start|>"), special(f"<|{part.kind}_end|>")
-            yield [start, *ids, end], part.kind == "python"
-    yield [special(f"<|{message.role}_end|>")], by_assistant
 
 
 # ---------------------------------------------------------------------------- parsing
@@ -247,8 +232,7 @@ def answer_parts(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[Part, ...]:
 def choice_question(question: str, choices: Sequence[str]) -> str:
     """A multiple-choice question; the answer is the bare letter.
 
-    Each letter stands after its choice, which is easier for a small model, and in brackets, with
-    which it is the same token as in the answer.
+    Brackets, unlike a space, never merge with the letter: it is the same token as in the answer.
     """
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"a question needs 2 to {len(LETTERS)} choices, got {len(choices)}")

@@ -50,7 +50,6 @@ def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
 
 
 def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write weights (float32), configuration, tokenizer and chat template into `folder`."""
     config = folder / "config.json"
     is_ours = config.is_file() and b"NanoChatForCausalLM" in config.read_bytes()
     if folder.is_file() or (any(folder.glob("[!.]*")) and not is_ours):
@@ -111,8 +110,11 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The same tokenizer in the format of the `tokenizers` library."""
-    letters = _byte_letters()
+    """In the format of the `tokenizers` library."""
+    # A printable letter for each byte, as GPT-2 chose them: Latin-1 where that prints, others above.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    letters = [chr(byte if byte in printable else next(spare)) for byte in range(256)]
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.bos)]
     names = ["".join(letters[byte] for byte in token) for token in tokens]
     unchanged = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -137,11 +139,3 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": [[names[left], names[right]] for left, right in tokenizer.merges],
         },
     }
-
-
-def _byte_letters() -> str:
-    """A printable letter for each byte, as GPT-2 chose them: Latin-1 where that prints, the rest
-    from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
-    return "".join(chr(byte if byte in printable else next(spare)) for byte in range(256))

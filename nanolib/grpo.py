@@ -109,16 +109,20 @@ class RolloutSource:
         self.nll = nll or self.engine.model.nll
         self.metrics = metrics
 
+    @torch.no_grad()
     def updates(self, step: int) -> list[list[Batch]]:
         rollouts = self.rollouts(step)
         self._record(step + 1, rollouts)
         batches = list(self._batches(rollouts))
         if self.config.updates_each > 1:
-            batches = [self._with_old_nll(batch) for batch in batches]
+            for number, batch in enumerate(batches):
+                with self.runtime.autocast():
+                    old_nll_BT = self.nll(batch.to(self.runtime.device))
+                batches[number] = replace(batch, fields=batch.fields | {"old_nll": old_nll_BT})
         return [batches] * self.config.updates_each
 
     def rollouts(self, step: int) -> list[Rollout]:
-        """This rank's share of a step."""
+        """This rank's."""
         config, count, orders = self.config, len(self.usable), {}
         first = step * config.questions
         draws = range(first, first + config.questions)[self.runtime.rank :: self.runtime.world_size]
@@ -164,12 +168,6 @@ class RolloutSource:
             batch = batch_of_rows(ids, chosen, length, self.engine.tokenizer.bos)
             advantage_BT = torch.tensor(values)[:, None].expand(-1, length).contiguous()
             yield replace(batch, fields={"advantage": advantage_BT})
-
-    @torch.no_grad()
-    def _with_old_nll(self, batch: Batch) -> Batch:
-        with self.runtime.autocast():
-            old_nll_BT = self.nll(batch.to(self.runtime.device))
-        return replace(batch, fields=batch.fields | {"old_nll": old_nll_BT})
 
     def _record(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """One metrics row over all ranks' rollouts, with two answers to one question."""

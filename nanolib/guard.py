@@ -18,10 +18,7 @@ GRACE = 60.0  # seconds to finish the current step and save
 
 @dataclass
 class Guard:
-    """A flag, checked between steps or items, that tells the worker to save and end.
-
-    A process still alive `grace` seconds after its launcher has gone kills itself.
-    """
+    """Tells the worker to save and end; `grace` seconds later the process kills itself."""
 
     grace: float = GRACE
     stop_requested: bool = False

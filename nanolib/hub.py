@@ -96,7 +96,6 @@ def _open_text(path: Path) -> pq.ParquetFile:
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of one shard of text, in order."""
     _open_text(path)
     with _reading(path):
         shard = pyarrow.dataset.dataset(path, format="parquet")
@@ -218,7 +217,7 @@ def _difference(path: Path, listed) -> str:
 
 
 def _text_bytes(path: Path) -> int:
-    """Bytes of text in a shard, estimated from its footer."""
+    """Of a shard, estimated from its footer."""
     metadata = pq.read_metadata(path)
     column = metadata.schema.names.index("text")
     groups = map(metadata.row_group, range(metadata.num_row_groups))

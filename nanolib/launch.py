@@ -94,7 +94,6 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
 
 
 def _is_stale(report: StageDir, run: Run) -> bool:
-    """Whether another stage has finished since the report card was written."""
     records = [stage.path / "done.json" for stage in run.stages() if stage.done()]
     own = report.path / "done.json"
     return own in records and own != max(records, key=lambda record: record.stat().st_mtime_ns)
@@ -168,7 +167,6 @@ def _take(file: FileIO) -> bool:
 
 
 def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Follower) -> None:
-    """Start the worker, follow it to its end, and raise what went wrong."""
     ranks = _ranks(run) if stage.name in PARALLEL else 1
     start = log.seek(0, os.SEEK_END)
     with rundir.saving(stage.log):

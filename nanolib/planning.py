@@ -74,8 +74,12 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
     answer. ValueError where not even one row fits.
     """
     runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL allocates before we measure
-    room = min(runtime.gather(_room(runtime)))
     cuda, ranks = runtime.device.type == "cuda", runtime.world_size
+    room = main_memory(ranks)
+    if cuda:
+        free, _ = torch.cuda.mem_get_info(runtime.device)
+        room = MARGIN * (free + torch.cuda.memory_reserved(runtime.device))
+    room = min(runtime.gather(room))  # with what the model's weights take already
     memory = TrainingMemory(model.config, model.vocab_size, ranks, cuda, runtime.dtype.itemsize)
     rows = estimated_rows(memory, share, room)
     if cuda:
@@ -83,16 +87,8 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
     return rows or _too_small(memory, room)
 
 
-def _room(runtime: Runtime) -> float:
-    """Bytes that this rank may use in all, the model's weights included."""
-    if runtime.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(runtime.device)
-        return MARGIN * (free + torch.cuda.memory_reserved(runtime.device))
-    return main_memory(runtime.world_size)
-
-
 def main_memory(ranks: int) -> float:
-    """Bytes of main memory for each rank; half of the total is left to everything else."""
+    """For each rank; half of the total is left to everything else."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / ranks
 
 

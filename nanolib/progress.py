@@ -23,7 +23,6 @@ def clock(seconds: float) -> str:
 
 
 def title(stage: StageDir) -> str:
-    """Its name, such as "base" or "eval of sft"."""
     return stage.name if stage.path.name == stage.name else f"{stage.name} of {stage.path.name}"
 
 
@@ -79,7 +78,6 @@ class Line:
         self.stream.flush()
 
     def say(self, text: str) -> None:
-        """Print a line of its own."""
         self.close()
         print(text, file=self.stream, flush=True)
 

@@ -95,8 +95,6 @@ def _render(template: str, **values: Any) -> str:
 
 
 class Stage:
-    """What a stage left in its directory, for the templates."""
-
     def __init__(self, directory: StageDir, run: Run) -> None:
         self.name, self.run, record = directory.name, run, directory.done()
         self.rows, self.curve = directory.metrics.rows, directory.curve()
@@ -204,7 +202,7 @@ def _any(measures: Measures, task: str, how: str) -> Any:
 
 
 def _summary(measures: Measures, models: Sequence[str], toy: bool) -> str:
-    """Every score, a column a model; on the real tasks the original's beside them."""
+    """A column a model; on the real tasks the original's beside them."""
     rows = []
     for task, how in _headlines(measures):
         row: dict[str, Any] = {"": _measure_label(task, how, toy)}
@@ -277,7 +275,6 @@ def _environment(stages: Sequence[Stage]) -> list[list[str]]:
 
 
 def _core(measures: Measures) -> str:
-    """CORE's tasks one by one and their mean, a column a model."""
     rows = []
     for (task, how), scores in measures.items():
         if how == "accuracy" and (task == "core" or task.startswith("core/")):

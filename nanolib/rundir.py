@@ -53,7 +53,6 @@ def now() -> str:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Print a warning, each one once a process."""
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -105,7 +104,6 @@ def whole_folder(folder: Path) -> Generator[Path, None, None]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
     with whole_file(path) as file:
         file.write(text.encode())
 
@@ -221,7 +219,7 @@ class StageDir:
         return self.path / "log.txt"
 
     def done(self) -> dict[str, Any] | None:
-        """The done record, or None while the stage is not finished."""
+        """None while the stage is not finished."""
         try:
             return json.loads((self.path / "done.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -345,7 +343,6 @@ class Run:
         return StageDir(name, self.path / name / of if of else self.path / name)
 
     def stages(self) -> list[StageDir]:
-        """Every stage of the whole run in order, begun or not."""
         stages = []
         for name in self.config.recipe.road:
             stages.append(self.stage(name))

@@ -26,8 +26,6 @@ PROGRAM_SECONDS = 6  # that a HumanEval function may take with its tests
 
 
 class Task:
-    """One split of one data set."""
-
     name: str
     repository: str
     config: str | None = None
@@ -57,11 +55,11 @@ class Task:
         return self.table.slice(i, 1).to_pylist()[0]
 
     def conversation(self, i: int) -> Conversation:
-        """Row i with its reference answer."""
+        """With its reference answer."""
         raise NotImplementedError
 
     def unanswered(self, i: int) -> Conversation:
-        """Row i without its answer: what a model is asked."""
+        """What a model is asked."""
         return Conversation(self.conversation(i).messages[:-1])
 
 
@@ -242,8 +240,6 @@ def _definition(code: str, name: str) -> re.Match[str] | None:
 
 
 class Facts(GradedTask):
-    """Questions about the toy world's held-out facts."""
-
     name, repository = "facts", "nanolib/toy-facts"
     columns = ("question", "answer", "others")
 

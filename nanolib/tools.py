@@ -82,7 +82,7 @@ class ToolResult:
 
     @property
     def text(self) -> str:
-        """What the model sees: the output, then the error on a line of its own."""
+        """What the model sees."""
         return "\n".join(part for part in (self.output, self.error) if part)
 
     @property
@@ -156,7 +156,6 @@ class Sandbox:
         return self._feed(_CHECK, source=f"{program}\n{mark} = True\n", mark=mark)
 
     def _feed(self, code: str, **inputs: str) -> ToolResult:
-        """Run our `code` on `inputs` in a fresh session."""
         pool = self._pool  # another thread may close the sandbox
         if pool is None:
             raise RuntimeError("the sandbox is closed: use it inside `with Sandbox() as sandbox:`")

@@ -94,7 +94,6 @@ def split_documents(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
 
 
 def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
-    """The first `limit` tokens of token shards."""
     parts, missing = [], limit
     for path in shards:
         parts.append(np.load(path, mmap_mode="r")[:missing])

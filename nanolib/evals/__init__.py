@@ -42,5 +42,4 @@ def accuracy(grades: Sequence[Grade]) -> float:
 
 
 def notes(grades: Sequence[Grade]) -> dict[str, int]:
-    """How often there is each note."""
     return Counter(note for _, note in grades if note)

@@ -17,8 +17,6 @@ SHOWN = 8  # answers kept in the results
 
 
 class Questions:
-    """A task's questions: an engine answers them, the task grades the answers."""
-
     def __init__(self, engine: Engine, task: GradedTask, max_new_tokens: int):
         self.engine, self.task, self.max_new_tokens = engine, task, max_new_tokens
 
@@ -58,7 +56,7 @@ class Questions:
         return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
     def text(self, answer: Answer) -> str:
-        """What is graded: the text parts, without python and its outputs."""
+        """Without python and its outputs: this is what is graded."""
         return Message("assistant", answer_parts(answer.ids, self.engine.tokenizer)).text
 
     def rewards(self, question: int, texts: Iterable[str]) -> list[float]:

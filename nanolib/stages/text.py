@@ -66,7 +66,7 @@ def limits(config: ConversationConfig) -> dict[str, int | None]:
 
 
 def _splits(recipe: Recipe) -> list[tuple[str, str]]:
-    """Each task and split that a later stage reads."""
+    """That later stages read."""
     stages = [stage for stage in (recipe.mid, recipe.sft) if stage.enabled]
     learned = {name for stage in stages for name in limits(stage)}
     learned |= {recipe.grpo.task} if recipe.grpo.enabled else set()
@@ -90,9 +90,8 @@ def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
 
 
 def _fingerprint(run: Run, text: hub.TextFiles) -> str:
-    """A hash of the names, sizes and last 64 KiB (parquet footers) of what a run reads.
-
-    For data fetched from the hub it covers the text only; `revisions` pin the rest.
+    """Of the names, sizes and last 64 KiB (parquet footers) of a run's text, and of its other files
+    unless `revisions` pin them.
     """
     digest, mirror, files = hashlib.sha256(), run.mirror(), [*text.train, text.validation]
     fetched = run.config.recipe.data.source == "hub" and mirror == run.stage("data").path / "mirror"

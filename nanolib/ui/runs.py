@@ -14,7 +14,6 @@ HEADER = ("run", "profile", "finished", "next", "size", "last change")
 
 
 def table() -> str:
-    """A line for each run in the runs folder, the one changed last first."""
     found = {path.parent.resolve() for path in rundir.runs_folder().glob("*/manifest.json")}
     lines = sorted(map(_line, found), key=lambda line: line[-1], reverse=True)
     if not lines:

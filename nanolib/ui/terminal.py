@@ -28,10 +28,7 @@ VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), ord("\N{REPLACEMENT CHARACTER}"))
 
 
 def answer(session: Session, text: str) -> None:
-    """Send `text` and print the answer as it arrives.
-
-    Ctrl-C stops it, keeps in the conversation what had arrived, and raises KeyboardInterrupt.
-    """
+    """Send `text` and print the answer as it comes; Ctrl-C stops it and keeps what had come."""
     with contextlib.closing(session.stream(text)) as pieces:
         try:
             for piece in _final_answers(pieces):

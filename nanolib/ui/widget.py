@@ -68,7 +68,6 @@ class Chat:
         self._stop.set()
 
     def clear(self) -> None:
-        """Start over; ignored during an answer."""
         if self._free.acquire(blocking=False):
             try:
                 self.session.clear()
@@ -108,7 +107,6 @@ class Chat:
             self._free.release()
 
     def _answer(self, text: str) -> None:
-        """Send `text` and show the answer as it arrives, until it ends or is stopped."""
         with contextlib.closing(self.session.parts(text)) as pieces:
             self.box.value = ""
             self._draw(markup.user_html(text), markup.answer_html([Part("text", "…")]))
