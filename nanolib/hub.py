@@ -15,6 +15,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +37,8 @@ Progress = Callable[[int, int, str], object]  # done, total, what is next; may r
 
 
 class TextFiles(NamedTuple):
-    """Pretraining text. `validation` is the last name of the full listing, whatever is used."""
-
     train: list[Path]
-    validation: Path
+    validation: Path  # the last name of the full listing, whatever is used
 
 
 def text_files(config: Config, mirror: Path) -> TextFiles:
@@ -49,7 +48,7 @@ def text_files(config: Config, mirror: Path) -> TextFiles:
     _check_count(len(files), folder, wanted)
     *train, validation = files
     for path in [*train[:wanted], validation]:
-        _open_text(path)
+        _check_text(path)
     return TextFiles(train[:wanted], validation)
 
 
@@ -86,17 +85,15 @@ def _open(path: Path) -> pq.ParquetFile:
     return file
 
 
-def _open_text(path: Path) -> pq.ParquetFile:
-    file = _open(path)
-    columns = {column.name: column.type for column in file.schema_arrow}
+def _check_text(path: Path) -> None:
+    columns = {column.name: column.type for column in _open(path).schema_arrow}
     if columns.get("text") not in (pa.string(), pa.large_string()):
         found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
         raise ValueError(f"{path} needs a column 'text' of strings, it has {found}")
-    return file
 
 
 def documents(path: Path) -> Iterator[str]:
-    _open_text(path)
+    _check_text(path)
     with _reading(path):
         shard = pyarrow.dataset.dataset(path, format="parquet")
         for batch in shard.to_batches(["text"], batch_size=DOCUMENTS_AT_ONCE, batch_readahead=4):
@@ -107,12 +104,11 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def table(split: Split, mirror: Path) -> pa.Table:
-    path = _table_path(split, mirror)
-    file = _open(path)
+    file = _open(path := _table_path(split, mirror))
     with _reading(path):
         rows = file.read()
         rows.validate(full=True)
-        return rows
+    return rows
 
 
 def _table_path(split: Split, mirror: Path) -> Path:
@@ -179,7 +175,7 @@ def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
         name = Path(file.rfilename).name
         progress(number, total, name)
         path = _fetch_file(repository, file, info.sha)
-        _open_text(path)
+        _check_text(path)
         (folder / name).symlink_to(path)
         if number and wanted is None:
             size = _text_bytes(path)
@@ -192,18 +188,14 @@ def _fetch_file(repository: str, file, revision: str) -> Path:
     """One cached file, its size and hash checked; a damaged one is fetched again."""
     from huggingface_hub import hf_hub_download
 
-    problem, name = "", file.rfilename
+    problem, asked = "", partial(hf_hub_download, repo_type="dataset", revision=revision)
     for again in (False, True):
         with _network(repository):
-            found = hf_hub_download(
-                repository, name, repo_type="dataset", revision=revision, force_download=again
-            )
-        path = Path(found).resolve()
-        problem = _difference(path, file)
-        if not problem:
+            found = asked(repository, file.rfilename, force_download=again)
+        if not (problem := _difference(path := Path(found).resolve(), file)):
             return path
         print(f"{path} {problem}: fetching it again", flush=True)
-    raise ValueError(f"{repository} gave {name} damaged twice ({problem}); {OFFLINE}")
+    raise ValueError(f"{repository} gave {file.rfilename} damaged twice ({problem}); {OFFLINE}")
 
 
 def _difference(path: Path, listed) -> str:
@@ -218,10 +210,9 @@ def _difference(path: Path, listed) -> str:
 
 def _text_bytes(path: Path) -> int:
     """Of a shard, estimated from its footer."""
-    metadata = pq.read_metadata(path)
-    column = metadata.schema.names.index("text")
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
-    return sum(group.column(column).total_uncompressed_size for group in groups)
+    shard = pq.read_metadata(path)
+    column, groups = shard.schema.names.index("text"), range(shard.num_row_groups)
+    return sum(shard.row_group(i).column(column).total_uncompressed_size for i in groups)
 
 
 def _fetch_table(split: Split, folder: Path, revisions: dict[str, str]) -> None:

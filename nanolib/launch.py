@@ -59,8 +59,10 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
         if run.stage(needed).done() is None:
             stage(needed, run, watch=watch)
     this = run.stage(name, of)
-    if name == "report" and _is_stale(this, run):
-        (this.path / "done.json").unlink()
+    if name == "report" and this.done():
+        records = [it.path / "done.json" for it in run.stages() if it.done()]
+        if (own := this.path / "done.json") != max(records, key=lambda it: it.stat().st_mtime_ns):
+            own.unlink()  # a stage has finished since
     follower = Follower([this], watch)
     while (record := this.done()) is None:
         with locked(this.log) as log:
@@ -91,12 +93,6 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
     if name == "eval" and (not models or of not in (None, *models)):
         raise StageError(f"run {run.id!r} trains no model {of!r}; it has {', '.join(models)}")
     return (of or models[-1]) if name == "eval" else None
-
-
-def _is_stale(report: StageDir, run: Run) -> bool:
-    records = [stage.path / "done.json" for stage in run.stages() if stage.done()]
-    own = report.path / "done.json"
-    return own in records and own != max(records, key=lambda record: record.stat().st_mtime_ns)
 
 
 # ---------------------------------------------------------------------------- following
@@ -190,7 +186,9 @@ def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Foll
 
 def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str, Any]:
     """The worker's command line and environment, with its share of the cores."""
-    threads = run.config.machine.threads or max(1, _cores() // ranks)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    threads = run.config.machine.threads or max(1, cores // ranks)
     machine = config.flatten(run.config.machine, "machine.")
     machine |= {"machine.ranks": ranks, "machine.threads": threads}
     words = ["-m", WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
@@ -213,19 +211,11 @@ def _ranks(run: Run) -> int:
     machine, chosen = run.config.machine, os.environ.get("CUDA_VISIBLE_DEVICES")
     if machine.ranks is not None or machine.device not in ("auto", "cuda"):
         return machine.ranks or 1
-    if chosen is not None:
-        gpus = [device for device in chosen.split(",") if device.strip() not in ("", "-1")]
-    elif shutil.which("nvidia-smi"):
+    gpus = [device for device in (chosen or "").split(",") if device.strip() not in ("", "-1")]
+    if chosen is None and shutil.which("nvidia-smi"):
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
         gpus = [line for line in listing.splitlines() if line.startswith("GPU ")]
-    else:
-        gpus = []
     return max(1, len(gpus))
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _end(worker: subprocess.Popen, stage: StageDir) -> None:

@@ -178,14 +178,13 @@ def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
 
     now: the end of an attempt under way, in Unix seconds; None: the folder's last change.
     """
-    took, dollars = [], []
+    took = []  # (seconds, dollars an hour)
     for attempt in _attempts(folder):
         ended = attempt["ended"] or now or _last_change(folder)
-        took.append(max(0.0, ended - attempt["started"]))
-        if attempt["dollars_per_hour"] is not None:
-            dollars.append(attempt["dollars_per_hour"] * took[-1] / 3600)
-    total = sum(dollars) if dollars else None
-    return {"attempts": len(took), "seconds": sum(took), "dollars": total}
+        took.append((max(0.0, ended - attempt["started"]), attempt["dollars_per_hour"]))
+    dollars = [seconds * price / 3600 for seconds, price in took if price is not None]
+    seconds, total = sum(seconds for seconds, _ in took), sum(dollars) if dollars else None
+    return {"attempts": len(took), "seconds": seconds, "dollars": total}
 
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
@@ -399,14 +398,13 @@ def _create(run: Run, overrides: Mapping[str, Any]) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
+    file, remedy = path / MANIFEST, "restore it, or start a new run with --run NAME"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         manifest["recipe"] = saved_recipe(manifest["recipe"], file)
         known = {k: v for k, v in manifest["overrides"].items() if k in settings.settings()}
         return manifest | {"overrides": settings.check_overrides(known)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = "restore it, or start a new run with --run NAME"
         raise ValueError(f"{file} is damaged ({error}); {remedy}") from None
 
 

@@ -446,7 +446,7 @@ def test_data_stops_between_files_and_leaves_no_mirror(source, hub_run, tmp_path
         context.guard.request_stop()
 
     monkeypatch.setattr(text.toyworld, "_write_table", write)
-    monkeypatch.setattr(text.hub, "_open_text", lambda path: context.guard.request_stop())
+    monkeypatch.setattr(text.hub, "_check_text", lambda path: context.guard.request_stop())
     with pytest.raises(Stopped, match="shard_"):
         text.data(context)
     assert len(written) + len(hub.downloads) == 1
