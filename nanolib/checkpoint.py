@@ -6,8 +6,6 @@ logical tensor (a weight, or a slot such as ``blocks.0.mlp.up.weight.momentum``)
 by the ranks that own its rows; the index says which rows are where, and each file's hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -5,8 +5,6 @@ A setting is named by its dotted path: TOML ``[base] steps = 100``, CLI ``--base
 what computes it, and may differ each time a run is opened.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -4,8 +4,6 @@ Preset ``classic`` gives the same logits there. The tokenizers differ in one thi
 special token typed as plain text into the special token.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ division by the standard deviation (arXiv:2503.20783). The loss is a mean over a
 step that the policy chose. To the `Trainer` this is a source and a loss, like any other stage's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence

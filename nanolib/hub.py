@@ -5,8 +5,6 @@ It has ``text/*.parquet`` (pretraining text; the last name is the validation sha
 toy world, or filled by `fetch` from the Hugging Face hub. Only `fetch` uses the network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

@@ -5,8 +5,6 @@ lock belongs to the open file: it is held until the last rank has ended, even wh
 torchrun is killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

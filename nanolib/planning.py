@@ -3,8 +3,6 @@
 The same rows in other micro-batches give the same gradient, so we look for the largest that fits.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A running stage's progress, as one line of text."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import time

@@ -4,8 +4,6 @@ This module gathers the figures; of the templates, ``report.md.j2`` has the word
 scores' names and what to compare them with.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import tomllib

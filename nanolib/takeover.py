@@ -5,8 +5,6 @@ finished, or that this run has begun. The data stage always runs here: its finge
 both read the same files. Large files, which are never written in place, become hard links.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

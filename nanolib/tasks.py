@@ -5,8 +5,6 @@ training shows it. A `ChoiceTask` also gives `question`, `choices` and `answer`;
 grades what a model wrote.
 """
 
-from __future__ import annotations
-
 import re
 import textwrap
 import weakref

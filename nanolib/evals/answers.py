@@ -1,7 +1,5 @@
 """Questions answered in words: prompt, answer, grade; for evaluations and for GRPO."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

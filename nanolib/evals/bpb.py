@@ -5,8 +5,6 @@ so every token but BOS is predicted exactly once. The bits of all tokens are div
 that those tokens stand for.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ choices. By text: each choice's text (and ``<|assistant_end|>``) as the answer t
 alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@
 what it had saved.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from functools import cached_property

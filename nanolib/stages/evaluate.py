@@ -1,7 +1,5 @@
 """The scores of one stage's model, and the report card."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

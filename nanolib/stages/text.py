@@ -1,7 +1,5 @@
 """From text to token shards: the stages data, tokenizer and shards."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """The stages that leave a model: base, mid, sft and grpo."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

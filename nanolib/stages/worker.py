@@ -3,8 +3,6 @@
 python -m nanolib.stages.worker NAME DIR [--of STAGE] [--machine JSON]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

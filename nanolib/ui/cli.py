@@ -4,8 +4,6 @@ Settings (``--base.steps 100``) are taken out of the command line before tyro re
 user's mistake is one line and exit code 2. Nothing heavy is imported before it is needed.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import importlib

@@ -1,7 +1,5 @@
 """The runs there are: ``nanolib runs``."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import stat

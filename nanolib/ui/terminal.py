@@ -3,8 +3,6 @@
 A line that starts with a slash is a command; one that starts with a space goes to the model.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys

@@ -4,8 +4,6 @@ Answers stream from a thread of their own, so that Stop works; while a cell runs
 no events and input waits. Without a browser, use `Session.ask`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import html
 import threading
