@@ -77,6 +77,7 @@ class Rollout:
     rewards: list[float]
 
 
+@dataclass(kw_only=True, eq=False)
 class RolloutSource:
     """Batches of a step's own rollouts: a function of (weights, seed, step).
 
@@ -86,26 +87,19 @@ class RolloutSource:
     Each step appends a row of kind "rollout" to `metrics`.
     """
 
-    def __init__(
-        self,
-        questions: Questions,
-        config: GRPOConfig,
-        seed: int,
-        *,
-        device_batch: int | None = None,
-        reward: Reward | None = None,
-        nll: Callable[[Batch], Tensor] | None = None,
-        metrics: Metrics | None = None,
-    ):
-        self.questions, self.config, self.seed = questions, config, seed
-        self.engine, self.runtime = questions.engine, questions.engine.runtime
-        self.usable = questions.usable()
-        self.device_tokens = self.engine.context * (
-            device_batch or config.questions * config.samples
-        )
-        self.reward = reward or questions.rewards
-        self.nll = nll or self.engine.model.nll
-        self.metrics = metrics
+    questions: Questions
+    config: GRPOConfig
+    seed: int
+    device_batch: int | None = None
+    reward: Reward | None = None
+    nll: Callable[[Batch], Tensor] | None = None
+    metrics: Metrics | None = None
+
+    def __post_init__(self) -> None:
+        self.engine, self.runtime = self.questions.engine, self.questions.engine.runtime
+        self.usable = self.questions.usable()
+        rows = self.device_batch or self.config.questions * self.config.samples
+        self.device_tokens = rows * self.engine.context
 
     @torch.no_grad()
     def updates(self, step: int) -> list[list[Batch]]:
@@ -113,9 +107,10 @@ class RolloutSource:
         self._record(step + 1, rollouts)
         batches = list(self._batches(rollouts))
         if self.config.updates_each > 1:
+            nll = self.nll or self.engine.model.nll
             for number, batch in enumerate(batches):
                 with self.runtime.autocast():
-                    old_nll_BT = self.nll(batch.to(self.runtime.device))
+                    old_nll_BT = nll(batch.to(self.runtime.device))
                 batches[number] = replace(batch, fields=batch.fields | {"old_nll": old_nll_BT})
         return [batches] * self.config.updates_each
 
@@ -128,18 +123,15 @@ class RolloutSource:
             rng = np.random.default_rng(seed_of(self.seed, "questions", epoch))
             orders[epoch] = rng.permutation(self.usable)
         questions = [int(orders[draw // count][draw % count]) for draw in draws]
-        answers = self.questions.answers(
-            questions,
-            config.samples,
-            [seed_of(self.seed, "rollout", draw) for draw in draws],
-            temperature=config.temperature,
-            top_k=config.top_k,
-        )
+        seeds = [seed_of(self.seed, "rollout", draw) for draw in draws]
+        sampling = {"temperature": config.temperature, "top_k": config.top_k}
+        answers = self.questions.answers(questions, config.samples, seeds=seeds, **sampling)
         return [self._graded(*pair) for pair in zip(questions, answers, strict=True)]
 
     def _graded(self, question: int, answers: list[Answer]) -> Rollout:
         texts = [self.questions.text(answer) for answer in answers]
-        rewards = [float(reward) for reward in self.reward(question, texts)]
+        graded = (self.reward or self.questions.rewards)(question, texts)
+        rewards = [float(reward) for reward in graded]
         for text, reward in zip(texts, rewards, strict=True):
             if not math.isfinite(reward):
                 of = f"question {question} of {self.questions.task.name}"
@@ -169,11 +161,8 @@ class RolloutSource:
 
     def _record(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """One metrics row over all ranks' rollouts, with two answers to one question."""
-        mine = [
-            (reward, len(answer.ids), answer.end is None)
-            for rollout in rollouts
-            for answer, reward in zip(rollout.answers, rollout.rewards, strict=True)
-        ]
+        pairs = (pair for r in rollouts for pair in zip(r.answers, r.rewards, strict=True))
+        mine = [(reward, len(answer.ids), answer.end is None) for answer, reward in pairs]
         mixed = sum(len(set(rollout.rewards)) > 1 for rollout in rollouts)
         gathered = self.runtime.gather((mine, mixed))
         if self.metrics is None or not self.runtime.is_lead:

@@ -8,6 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,9 @@ class Stage:
         if self.name != "base" or not self.record:
             return None
         recipe, machine = self.run.config.recipe, self.record.get("machine", {})
-        return accounting.mfu(
-            recipe.model,
-            recipe.tokenizer.vocab_size,
-            tokens_per_second=self.result.get("tokens_per_second", 0.0),
-            device=machine.get("device", ""),
-            ranks=machine.get("ranks", 1),
-        )
+        devices = {"device": machine.get("device", ""), "ranks": machine.get("ranks", 1)}
+        speed, vocab_size = self.result.get("tokens_per_second", 0.0), recipe.tokenizer.vocab_size
+        return accounting.mfu(recipe.model, vocab_size, tokens_per_second=speed, **devices)
 
     @property
     def figures(self) -> list[list[str]]:
@@ -214,11 +211,9 @@ def _summary(measures: Measures, models: Sequence[str], toy: bool) -> str:
 
 
 def _originals() -> str:
-    scores = KNOWN["original"]
-    known = dict.fromkeys(task for of in COLUMNS for task in scores[of])
-    return _grid(
-        [{"": _label(t)} | {COLUMNS[of]: scores[of].get(t) for of in COLUMNS} for t in known]
-    )
+    scores = [KNOWN["original"][of] for of in COLUMNS]
+    rows = [[_label(t), *(its.get(t) for its in scores)] for t in dict.fromkeys(chain(*scores))]
+    return table(["", *COLUMNS.values()], rows)
 
 
 def _measure_label(task: str, how: str, toy: bool) -> str:

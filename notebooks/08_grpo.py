@@ -121,7 +121,7 @@ class Policy:
     def sample(self, step):
         """Q questions, the same at every step, and N new answers to each."""
         seeds = [seed_of(step, "lesson", question) for question in self.asked]
-        answers = self.problems.answers(self.asked, self.samples, seeds, temperature=1.0)
+        answers = self.problems.answers(self.asked, self.samples, seeds=seeds, temperature=1.0)
         return self.asked, answers
 
 

@@ -135,7 +135,7 @@ def test_sampled_scores_are_the_mean_of_every_pass_at_k(ask, monkeypatch):
     assert found == evaluate_sampled(questions, range(5), samples=4, seed=3, top_k=20)
     assert found != evaluate_sampled(questions, range(5), samples=4, seed=4, top_k=20)
     seeds = [answers.seed_of(3, "passes", i) for i in range(5)]
-    given = questions.answers(range(5), 4, seeds, temperature=1.0, top_k=20)
+    given = questions.answers(range(5), 4, seeds=seeds, temperature=1.0, top_k=20)
     right = [sum(even(0, questions.text(answer)) for answer in row) for row in given]
     for k in range(1, 5):
         assert found[f"pass@{k}"] == pytest.approx(sum(pass_at_k(4, r, k) for r in right) / 5)

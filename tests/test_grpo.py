@@ -44,7 +44,8 @@ def ask(task=None, max_new_tokens=24, seed=7, tool=reverse) -> Questions:
 
 def source(asked=None, seed=5, reward=None, device_batch=None, **config) -> RolloutSource:
     config = GRPOConfig(**{"questions": 3, "samples": 4, "top_k": None, **config})
-    return RolloutSource(asked or ask(), config, seed, device_batch=device_batch, reward=reward)
+    given = {"seed": seed, "device_batch": device_batch, "reward": reward}
+    return RolloutSource(questions=asked or ask(), config=config, **given)
 
 
 def trainer(folder, source, steps=6, lr=0.3, guard=None, **settings) -> Trainer:

@@ -36,21 +36,12 @@ class Questions:
         return found
 
     def answers(
-        self,
-        questions: Sequence[int],
-        samples: int = 1,
-        seeds: Sequence[int] | None = None,
-        **sampling: Any,
+        self, questions: Sequence[int], samples: int = 1, **sampling: Any
     ) -> list[list[Answer]]:
-        """Answers [questions][samples]; sampling: temperature and top_k (default: greedy)."""
-        answers = self.engine.answers(
-            [self.prompt(question) for question in questions],
-            samples=samples,
-            seeds=seeds,
-            max_new_tokens=self.max_new_tokens,
-            max_rows=ROWS_AT_ONCE,
-            **sampling,
-        )
+        """Answers [questions][samples]; sampling: seeds, temperature, top_k (default: greedy)."""
+        prompts = [self.prompt(question) for question in questions]
+        sampling |= {"max_new_tokens": self.max_new_tokens, "max_rows": ROWS_AT_ONCE}
+        answers = self.engine.answers(prompts, samples=samples, **sampling)
         return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
     def text(self, answer: Answer) -> str:
@@ -112,7 +103,7 @@ def evaluate_sampled(
 
     def right(some: Sequence[int]) -> list[int]:
         seeds = [seed_of(seed, "passes", i) for i in some]
-        sampled = questions.answers(some, samples, seeds, temperature=1.0, top_k=top_k)
+        sampled = questions.answers(some, samples, seeds=seeds, temperature=1.0, top_k=top_k)
         texts = [map(questions.text, answers) for answers in sampled]
         return [int(sum(questions.rewards(*pair))) for pair in zip(some, texts, strict=True)]
 

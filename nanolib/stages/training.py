@@ -57,13 +57,12 @@ def converse(context: Context) -> Result:
     settings = training.row_settings()
     source = ConversationSource.open(folder / "train", **settings)
     settings["seed"] = context.run.config.recipe.seed  # the same held-out rows in every stage
-    held_out = {
-        name: ConversationSource.open(folder / "held_out" / name, **settings)
-        for name in about["conversations"]
-    }
+    names = about["conversations"]
+    held_out = [ConversationSource.open(folder / "held_out" / it, **settings) for it in names]
 
     def score() -> dict[str, float]:
-        return {f"{name}_loss": training.validation_loss(rows) for name, rows in held_out.items()}
+        losses = map(training.validation_loss, held_out)
+        return {f"{name}_loss": loss for name, loss in zip(names, losses, strict=True)}
 
     return training.run(source, len(source), source.batch_rows, score, CrossEntropy()) | about
 
@@ -77,9 +76,9 @@ def grpo(context: Context) -> Result:
         loaded = (tasks.load_graded(config.task, split, mirror) for split in ("train", "test"))
         train, test = (answers.Questions(engine, task, config.max_new_tokens) for task in loaded)
         source = RolloutSource(
-            train,
-            config,
-            seed,
+            questions=train,
+            config=config,
+            seed=seed,
             device_batch=training.device_batch,
             nll=training.nll,
             metrics=context.stage.metrics,
@@ -194,11 +193,8 @@ def _initial_model(context: Context) -> GPT:
 
 def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a stage's checkpoint depends on: the tokenizer, and the recipe up to that stage."""
-    return {
-        "recipe": up_to(run.config.recipe, stage),
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.fingerprint(),
-    }
+    recipe, vocab_size = up_to(run.config.recipe, stage), tokenizer.vocab_size
+    return {"recipe": recipe, "vocab_size": vocab_size, "tokenizer": tokenizer.fingerprint()}
 
 
 def _optim(context: Context) -> OptimConfig:
