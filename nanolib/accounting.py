@@ -100,10 +100,9 @@ class TrainingMemory:
     def activations(self, rows: int) -> int:
         """What the forward pass of `rows` rows keeps for the backward pass.
 
-        A layer keeps, for each token: the inputs and outputs of both norms, queries and keys before
-        and after their norms, values, attention's output (no T x T matrix), and the MLP's 4 D
-        before and after the square. The float32 logits are kept twice: after the soft cap, and as
-        log-probabilities.
+        A layer keeps, for each token: both norms' inputs and outputs, queries and keys before and
+        after theirs, values, attention's output, and the MLP's 4 D before and after the square.
+        Logits are kept twice, in float32: after the soft cap, and as log-probabilities.
         """
         model, width = self.model, self.model.width
         layer = 4 * width + 2 * width + 3 * model.num_kv_heads * model.head_dim + width + 8 * width
@@ -128,8 +127,8 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, bytes_per_number: i
 def forward_flops(config: ModelConfig, vocab_size: int) -> int:
     """FLOPs per token of a forward pass over rows of T = sequence_len tokens.
 
-    Two for each weight in a matrix product, and 4 T width a layer for attention's scores and
-    mixing, counted in full as is the custom: a causal kernel does half.
+    Two for each weight in a matrix product, and 4 T width a layer for attention, counted in full as
+    is the custom: a causal kernel does half.
     """
     counts = config.parts(vocab_size)
     attention = 4 * config.depth * config.width * config.sequence_len

@@ -1,9 +1,8 @@
 """Checkpoints that survive a crash at any instant and load on any number of ranks.
 
 ``<stage>/checkpoints/step_00000100/`` holds ``index.json`` and two safetensors files of each rank:
-weights, and optimizer state, which only training reads (one file of both in the first edition). A
-logical tensor (a weight, or a slot such as ``blocks.0.mlp.up.weight.momentum``) is written in parts
-by the ranks that own its rows; the index says which rows are where, and each file's hash.
+weights, and optimizer state (one file of both in the first edition). A logical tensor (a weight, or
+a slot such as ``head.weight.momentum``) is written in parts by the ranks that own its rows.
 """
 
 import hashlib
@@ -197,10 +196,7 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: MuonAdamW) -> None:
 
 
 def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a checkpoint was made by the recipe and tokenizer of `about`.
-
-    A setting that the checkpoint lacks had its default.
-    """
+    """Raise ValueError unless a checkpoint was made by the recipe and tokenizer of `about`."""
     saved = saved_recipe(checkpoint.index["recipe"], checkpoint.path)
     theirs = {**flatten(replace_settings(Recipe(), saved)), **checkpoint.index}
     mine = {**about["recipe"], **about, "recipe": theirs["recipe"]}

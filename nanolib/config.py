@@ -348,12 +348,11 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separate ``--dotted.path VALUE`` (or an alias) from a command's own words.
+    """Separate ``--dotted.path VALUE`` from a command's own words; a mirror's path becomes
+    absolute.
 
-    Paths on the command line are relative to the shell, so a mirror is made absolute here.
-
-    >>> split_settings(["run", "demo", "--base.steps", "9", "--nproc=2", "--run", "x"])
-    (['run', 'demo', '--run', 'x'], {'base.steps': 9, 'machine.ranks': 2})
+        >>> split_settings(["run", "demo", "--base.steps", "9", "--nproc=2", "--run", "x"])
+        (['run', 'demo', '--run', 'x'], {'base.steps': 9, 'machine.ranks': 2})
     """
     words, given, rest = [], {}, iter(arguments)
     for word in rest:

@@ -35,10 +35,7 @@ CHAT_TEMPLATE = Path(__file__).parent / "templates" / "chat.j2"
 
 
 def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
-    """Export the model of stage `of` (None: the last) into `folder` (None: ``export/`` in the run).
-
-    Raises ValueError where there is no such model, and for a folder that holds something else.
-    """
+    """Export the model of stage `of` (None: the last); returns `folder`, by default ``export``."""
     stage = run.stage(stage_with_model(run, of, "to export"))
     trained = checkpoint.load_model(stage.checkpoints, torch.device("cpu"))
     tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")

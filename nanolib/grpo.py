@@ -44,9 +44,8 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 class PolicyGradient:
     """−Σ advantage · log p / tokens, or PPO's clipped objective where a rollout is used again.
 
-    A field "old_nll" (`nll` before the rollout's first update) makes it PPO's (arXiv:1707.06347):
-    the ratio of new to old probability, clipped to 1 ± `clip`. At a ratio of 1 the gradients are
-    the same.
+    A field "old_nll" (`nll` before the first update) makes it PPO's (arXiv:1707.06347): the ratio
+    of new to old probability, clipped to 1 ± `clip`. At a ratio of 1 the gradients are the same.
     """
 
     def __init__(self, clip: float = 0.2):

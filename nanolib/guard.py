@@ -1,8 +1,7 @@
 """The worker's side of the guard: stop when the launcher is gone.
 
-Standard input is a pipe that the launcher holds open and never writes to: however the launcher
-ends, every rank reads end-of-file. (torchrun puts each rank out of reach of a signal to the process
-group.)
+Standard input is a pipe that the launcher holds open and never writes to: however it ends, every
+rank reads end-of-file. (torchrun puts the ranks out of reach of a signal to the process group.)
 """
 
 from __future__ import annotations

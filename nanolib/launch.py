@@ -45,8 +45,7 @@ class WorkerError(RuntimeError):
 def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Finish a stage, and before it the stages it needs; returns the result in its done record.
 
-    An interrupted stage resumes from its last checkpoint. If another process is running it, follow
-    that one, and take over if it ends early.
+    If another process is running it, follow that one, and take over if it ends early.
 
     of: the stage whose model ``eval`` scores; None: the run's last one. watch: called with a
     stage's directory and its metric rows when there are new ones or it is done. Raises StageError

@@ -1,9 +1,8 @@
 """The chain: executing every chapter of the course, in order, is the training run.
 
 papermill executes ``notebooks/NN_topic.py``; the chapters launch the stages. What is finished is
-skipped, so the same command goes on where the last one ended. A stage that fails stops the chain. A
-chapter's own code that fails (its lesson: an assert, a plot) does not: the command ends with an
-error and executes it again next time.
+skipped. A stage that fails stops the chain. A chapter's own code that fails (its lesson: an assert,
+a plot) does not: the command ends with an error and executes it again next time.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ class ChapterError(RuntimeError):
 def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None) -> Run:
     """Execute all chapters for a run, making it if there is none, and say where its results are.
 
-    Raises ChapterError at once when a stage fails and at the end when a lesson failed,
-    KeyboardInterrupt once everything that was running has saved.
+    ChapterError: at once when a stage fails, at the end when a lesson did. Ctrl-C saves first.
     """
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
@@ -166,11 +164,9 @@ def _bring_to_end(
 
 
 def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | None:
-    """Execute one chapter with papermill in a kernel; returns what its lesson failed with, if it
-    did.
+    """Execute one chapter in a kernel; returns what its lesson failed with, if it did.
 
-    Raises ValueError for a user's mistake about a stage, ChapterError where a stage failed or the
-    kernel died.
+    Raises ValueError for a user's mistake about a stage, ChapterError for one that failed.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -257,10 +253,7 @@ def log_path(run: Run) -> Path:
 
 
 def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
-    """Start ``nanolib run`` in a session of its own, and say how to watch and stop it.
-
-    Returns once the run is under way; ChapterError where it ends before.
-    """
+    """Start ``nanolib run`` in a session of its own; returns once the run is under way."""
     this = Run.open(profile, run, overrides)
     with only_one(this):
         pass

@@ -38,10 +38,10 @@ def size(number: float) -> str:
 
 
 def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
-    """The rows of a micro-batch that should fit into `room` bytes, at most `share`.
+    """The rows of a micro-batch that should fit into `room` bytes, at most `share` or `ENOUGH`
+    tokens.
 
-    At most `ENOUGH` tokens too; a power of two where not all fit. ValueError where not even one
-    does.
+    A power of two where not all fit; ValueError where not even one does.
     """
     rows = min(share, max(1, ENOUGH // memory.model.sequence_len))
     while rows and memory.total(rows) > room:
@@ -67,9 +67,8 @@ def _next_smaller(rows: int) -> int:
 def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime) -> int:
     """The rows of `length` tokens that one micro-batch can have on this device, at most `share`.
 
-    All ranks must call it, before the optimizer is made and with no gradients. On CUDA the estimate
-    is tried and halved until it fits (training reuses what the trial compiles); elsewhere it is the
-    answer. ValueError where not even one row fits.
+    All ranks call it, before the optimizer is made. On CUDA the estimate is tried and halved until
+    it fits (training reuses what the trial compiles); elsewhere it is the answer.
     """
     runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL allocates before we measure
     cuda, ranks = runtime.device.type == "cuda", runtime.world_size

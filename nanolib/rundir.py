@@ -156,10 +156,10 @@ class Metrics:
 
 @contextlib.contextmanager
 def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, None, None]:
-    """Record the body as one attempt at the work in `folder`.
+    """Record the body as one attempt at the work in `folder`: a row when it begins, another at its
+    end.
 
-    It is a row when it begins and another when it ends; the last row with the same ``started``
-    counts. An attempt that was killed ended when a file in `folder` last changed.
+    An attempt that was killed ended when a file in `folder` last changed.
     """
     rows = Metrics(folder / ATTEMPTS)
     for attempt in _attempts(folder):
@@ -174,10 +174,7 @@ def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, No
 
 
 def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
-    """Attempts, seconds and dollars of the work in `folder`; dollars are None without a price.
-
-    now: the end of an attempt under way, in Unix seconds; None: the folder's last change.
-    """
+    """Of the work in `folder`, with an attempt under way until `now`, else the last change."""
     took = []  # (seconds, dollars an hour)
     for attempt in _attempts(folder):
         ended = attempt["ended"] or now or _last_change(folder)
@@ -263,8 +260,8 @@ class Run:
         """Open a run, creating it if there is none; the same call twice opens the same run.
 
         run: an id, or a path (relative to the repository) if it has a slash; None: the profile's
-        name, and a hash where `overrides` change the recipe. ValueError for an unknown profile,
-        path or value, and where the run was made with another recipe.
+        name, and a hash where `overrides` change the recipe. ValueError where it was made with
+        another recipe.
         """
         this = cls.peek(profile, run, overrides)
         if not this.exists() and not _create(this, overrides or {}):
@@ -298,8 +295,7 @@ class Run:
     def load(cls, run: str | None = None, machine: Mapping[str, Any] | None = None) -> Run:
         """An existing run, or the one opened last (None); the recipe is the manifest's.
 
-        machine: settings ("machine.ranks": 2) on top of the profile's. ValueError where there is no
-        such run, and for a recipe's setting that differs from the run's.
+        machine: settings ("machine.ranks": 2) on top of the profile's.
         """
         path = _locate(run or LATEST).resolve()
         if not (path / MANIFEST).exists() and run is None:
@@ -314,9 +310,8 @@ class Run:
 
     @classmethod
     def _read(cls, path: Path, manifest: dict, defaults: dict, given: dict) -> Run:
-        """The run of a manifest; ValueError where what is asked for now is another recipe.
-
-        A setting newer than the run has its default, whatever the profile says by now.
+        """The run of a manifest; a setting newer than the run has its default, whatever the
+        profile.
         """
         profile, recipe = manifest["profile"], manifest["recipe"]
         asked = settings.from_flat(profile, recipe | defaults | given)

@@ -17,10 +17,7 @@ LINKED = (".safetensors", ".npy")
 
 
 def take_over(run: Run, source: Run, watch: launch.Watch | None = None) -> list[str]:
-    """Copy the stages of `source` that `run` would compute again; what was done, in sentences.
-
-    A stage's directory appears whole or not at all. ValueError where `source` is the run itself.
-    """
+    """Copy the stages of `source` that `run` would compute again; what was done, in sentences."""
     if run.path.resolve() == source.path.resolve():
         raise ValueError(f"run {run.name} cannot take over its own stages: give --run or --from")
     launch.stage("data", run, watch=watch)

@@ -1,8 +1,6 @@
 """Tasks: data sets as conversations, and how to grade answers to them.
 
-Each class is one data set of the hub. `conversation(i)` is row i with its reference answer, as
-training shows it. A `ChoiceTask` also gives `question`, `choices` and `answer`; a `GradedTask`
-grades what a model wrote.
+Each class is a data set of the hub; `conversation(i)` is row i with its reference answer.
 """
 
 import re
@@ -211,8 +209,8 @@ class HumanEval(GradedTask):
 def program(row: Mapping[str, str], answer: str) -> str:
     """An answer's function with what the prompt defines before it, its tests and a call.
 
-    Fenced code counts alone, else everything from the first line that looks like code. An answer
-    may be the whole function, or only the body that continues the prompt.
+    Fenced code counts alone, else everything from the first line of code on. An answer may be the
+    whole function, or only the body that continues the prompt.
     """
     prompt, name = row["prompt"], row["entry_point"]
     code = _code(answer, name)

@@ -87,8 +87,7 @@ class ToolResult:
 
     @property
     def passed(self) -> bool | None:
-        """Whether there was no error; None for one of something that CPython has, or may have, and
-        the sandbox lacks."""
+        """Whether there was no error; None where the sandbox lacks what CPython has or may have."""
         found = _LACKING.match(self.error or "")
         if found and found["name"]:
             lacking = hasattr(builtins, found["name"])
@@ -100,10 +99,9 @@ class ToolResult:
 
 
 class Sandbox:
-    """A pool of sandbox workers for use from any thread: ``with Sandbox() as sandbox: …``.
+    """A pool of workers for any thread: ``with Sandbox() as sandbox: …``.
 
-    `seconds` limits each call, `workers` the calls that run at once (default: one per CPU). The
-    workers end with the sandbox or its host.
+    `seconds` limits each call, `workers` the calls that run at once (default: one per CPU).
     """
 
     def __init__(self, *, seconds: float = 2.0, workers: int | None = None) -> None:
@@ -141,14 +139,12 @@ class Sandbox:
         """Run the text between ``<|python_start|>`` and ``<|python_end|>``: "12*7" gives "84".
 
         An expression gives its repr (None gives nothing), statements give what they print. Plain
-        arithmetic may have commas (`without_commas`). Errors of the program are returned, not
-        raised.
+        arithmetic may have commas. Errors of the program are returned, not raised.
         """
         return self._feed(_RUN, source=without_commas(source.strip()))
 
     def check(self, program: str) -> ToolResult:
-        """Grade (`ToolResult.passed`) a program that ends with its own tests: HumanEval's prompt +
-        completion + tests + ``check(entry_point)``.
+        """Grade a program that ends with its own tests: HumanEval's prompt + completion + tests.
 
         It passes only if it reaches its last line: an early ``return`` or exit fails.
         """
@@ -201,8 +197,7 @@ class Sandbox:
 def without_commas(source: str) -> str:
     """Plain arithmetic without the commas between its digits: ``1,000*3`` becomes ``1000*3``.
 
-    As in nanochat's calculator, also in ``(1,2)``; any other source, such as ``max(12,300)``,
-    stays.
+    As in nanochat's calculator, also in ``(1,2)``; any other source (``max(12,300)``) stays.
     """
     plain = re.fullmatch(r"[0-9\s.,()+\-*/%]*", source)
     return re.sub(r"(?<=[0-9]),(?=[0-9])", "", source) if plain else source

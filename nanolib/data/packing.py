@@ -1,9 +1,8 @@
 """From documents and conversations to rows, and from rows to batches.
 
-A row holds T + 1 token ids: T inputs and, one to the right, T targets. Text is one long stream
-per shard (every document is BOS + tokens), and row i is the slice that starts at token i · T, so
-neighbouring rows overlap by one id and every token but a shard's first is a target exactly once.
-Conversations are never split: each row holds as many whole ones as fit, and padding.
+A row holds T + 1 token ids: T inputs and, one to the right, T targets. Text is one long stream per
+shard (every document is BOS + tokens), and row i starts at token i · T, so every token but a
+shard's first is a target exactly once. Conversations are never split: rows are padded.
 """
 
 from __future__ import annotations
@@ -44,10 +43,7 @@ class Source(Protocol):
 
 
 def batch_of_rows(rows: Sequence[Ids], masks: Sequence[Ids], length: int, bos: int) -> Batch:
-    """Rows of at most `length` + 1 ids, padded with BOS inputs and ignored targets.
-
-    `masks` (bool) say which ids are targets.
-    """
+    """Rows of at most `length` + 1 ids, padded; `masks` (bool) say which ids are targets."""
     longest = max(map(len, rows))
     if longest > length + 1:
         raise ValueError(f"a row of {longest} ids does not fit into {length} + 1")

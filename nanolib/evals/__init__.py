@@ -22,10 +22,9 @@ def score_all(
     runtime: Runtime,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """What `score` returns for each question, in order, on every rank.
+    """What `score` returns for each question, in order, on every rank; the ranks share them.
 
-    Each rank scores its share, `at_once` questions at a time; `progress` is called before each
-    time.
+    `progress` is called before each `at_once` questions.
     """
     mine = questions[runtime.rank :: runtime.world_size]
     scores: list[Result] = []

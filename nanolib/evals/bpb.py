@@ -1,8 +1,8 @@
 """Bits per byte: how well a model compresses text it has not seen, whatever its tokenizer.
 
-Each document starts with BOS and is read by itself in windows of T tokens that overlap by one id,
-so every token but BOS is predicted exactly once. The bits of all tokens are divided by the bytes
-that those tokens stand for.
+Each document starts with BOS and is read by itself in windows of T tokens that overlap by one id:
+every token but BOS is predicted exactly once. Bits are divided by the bytes that the tokens stand
+for.
 """
 
 import math

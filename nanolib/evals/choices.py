@@ -1,8 +1,7 @@
 """Multiple choice, asked of a chat model by letter and by text; and ChatCORE.
 
-By letter, as the original scores MMLU and ARC: the letters' probabilities after question and
-choices. By text: each choice's text (and ``<|assistant_end|>``) as the answer to the question
-alone.
+By letter, as the original scores MMLU and ARC: which letter follows question and choices. By text:
+which choice, with ``<|assistant_end|>``, is the likeliest answer to the question alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,9 +80,8 @@ CHATCORE_PARTS = {
 
 
 def chatcore(scores: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """ChatCORE (nanochat, October 2025): the mean centred accuracy over the five tasks of a chat.
-
-    None unless all five are there.
+    """The mean centred accuracy (nanochat, October 2025) over a chat's five tasks, if all are
+    there.
     """
     parts = [
         centred(scores[task][measure], chance)

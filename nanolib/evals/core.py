@@ -147,10 +147,7 @@ def question(kind: str, row: Any) -> Question:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a context and of the continuations to score after it.
-
-    To fit, a context may lose ids after its first `head` and before its last `tail`.
-    """
+    """Its context may lose ids after the first `head` and before the last `tail`."""
 
     context: list[int]
     continuations: list[list[int]]
@@ -162,7 +159,7 @@ class Prompt:
         return len(self.context) + sum(map(len, self.continuations))
 
     def cut_to(self, length: int) -> Prompt | None:
-        """Cut so that `length` inputs and a target hold the longest continuation; None if they
+        """Cut for `length` inputs and a target to hold the longest continuation; None if they
         cannot.
 
         A continuation is never cut: it would score better without its last tokens.
@@ -184,8 +181,8 @@ def examples(task: CoreTask, index: int) -> list[int]:
 def prompts(task: CoreTask, index: int, tokenizer: Tokenizer) -> list[Prompt]:
     """What to score for a question: one context with all choices, or one context per option.
 
-    Where a continuation begins is found by comparing ids, as in the reference: a token may straddle
-    the boundary.
+    Continuations are found by comparing ids, as in the reference: a token may straddle the
+    boundary.
     """
     solved = [task.questions[i] for i in examples(task, index)]
     before = "".join(f"{task.delimiter.join(one.options[one.gold])}\n\n" for one in solved)
@@ -223,10 +220,7 @@ class Score(NamedTuple):
 def score_questions(
     engine: Engine, questions: Sequence[Sequence[Prompt]]
 ) -> list[tuple[list[Score], str]]:
-    """Of each question the scores of its options in order, and the note of its `Grade`.
-
-    A question that is too long has no scores.
-    """
+    """The scores of each question's options and its note; none for one that is too long."""
     short = []
     for prompts in questions:
         fitting = [cut for p in prompts if (cut := p.cut_to(engine.context))]

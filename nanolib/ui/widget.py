@@ -23,10 +23,7 @@ STYLE = markup.CSS + Path(__file__).with_name("widget.css").read_text(encoding="
 
 
 class Chat:
-    """The view of a session: its messages, a text box, Send, Stop and Clear.
-
-    Text typed during an answer waits in the box. So does a refused message, with the reason below.
-    """
+    """The view of a session; text typed during an answer, or refused, waits in the box."""
 
     def __init__(self, session: Session, height: str = "24em"):
         self.session = session
