@@ -162,9 +162,8 @@ def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, No
     An attempt that was killed ended when a file in `folder` last changed.
     """
     rows = Metrics(folder / ATTEMPTS)
-    for attempt in _attempts(folder):
-        if attempt["ended"] is None:
-            rows.append(**attempt | {"ended": _last_change(folder)})
+    if (before := rows.rows()) and before[-1]["ended"] is None:  # it was killed
+        rows.append(**before[-1] | {"ended": _last_change(folder)})
     attempt = {"started": time.time(), "dollars_per_hour": dollars_per_hour}
     rows.append(**attempt, ended=None)
     try:
@@ -176,16 +175,13 @@ def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, No
 def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
     """Of the work in `folder`, with an attempt under way until `now`, else the last change."""
     took = []  # (seconds, dollars an hour)
-    for attempt in _attempts(folder):
+    attempts = {row["started"]: row for row in Metrics(folder / ATTEMPTS).rows()}
+    for attempt in attempts.values():
         ended = attempt["ended"] or now or _last_change(folder)
         took.append((max(0.0, ended - attempt["started"]), attempt["dollars_per_hour"]))
     dollars = [seconds * price / 3600 for seconds, price in took if price is not None]
     seconds, total = sum(seconds for seconds, _ in took), sum(dollars) if dollars else None
     return {"attempts": len(took), "seconds": seconds, "dollars": total}
-
-
-def _attempts(folder: Path) -> list[dict[str, Any]]:
-    return list({row["started"]: row for row in Metrics(folder / ATTEMPTS).rows()}.values())
 
 
 def _last_change(folder: Path) -> float:

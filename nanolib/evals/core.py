@@ -41,15 +41,8 @@ DELIMITER = " "  # between context and continuation where core.yaml names none
 SHUFFLE_SEED = 1337  # of a task's questions, as in nanochat
 EXAMPLES_SEED = 1234  # plus a question's index after shuffling: of the examples before it
 TOKENS_AT_ONCE = 16_384
-DAMAGED = (
-    OSError,
-    zipfile.BadZipFile,
-    zlib.error,
-    LookupError,
-    TypeError,
-    ValueError,
-    yaml.YAMLError,
-)
+DAMAGED = (OSError, zipfile.BadZipFile, zlib.error)  # what reading a bundle may raise
+MALFORMED = (LookupError, TypeError, ValueError, yaml.YAMLError)
 
 
 # ---------------------------------------------------------------------------- the bundle
@@ -94,11 +87,9 @@ def load(bundle: Path) -> list[CoreTask]:
             table = csv.DictReader(io.StringIO(read("eval_meta_data.csv")))
             chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
             return [_task(entry, chances, read) for entry in listed]
-    except DAMAGED as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{bundle} is no evaluation bundle of CORE ({why}); copy it again"
-        ) from error
+    except (*DAMAGED, *MALFORMED) as error:
+        no_bundle = f"{bundle} is no evaluation bundle of CORE ({type(error).__name__}: {error})"
+        raise ValueError(f"{no_bundle}; copy it again") from error
 
 
 def _task(

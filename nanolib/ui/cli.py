@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
+from tyro.conf import Positional, arg
 
 from nanolib import config, launch, pipeline, takeover
 from nanolib.progress import Line
@@ -27,18 +28,11 @@ from nanolib.ui import runs
 
 FAILED, USERS_MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
-ProfileName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROFILE")]
-RunName = Annotated[
-    str | None,
-    tyro.conf.arg(metavar="NAME", help="A run's name, or its path with a slash. [last opened]"),
-]
-SourceName = Annotated[
-    str | None,
-    tyro.conf.arg(name="from", metavar="RUN", help="Take over this run's equal, finished stages."),
-]
-ModelName = Annotated[
-    str | None, tyro.conf.arg(metavar="STAGE", help="The stage whose model is meant. [the last]")
-]
+ProfileName = Annotated[Positional[str], arg(metavar="PROFILE")]
+RunName = Annotated[str | None, arg(metavar="NAME", help="A run's name, or a path. [last opened]")]
+EQUAL_STAGES = "Take over this run's equal, finished stages."
+SourceName = Annotated[str | None, arg(name="from", metavar="RUN", help=EQUAL_STAGES)]
+ModelName = Annotated[str | None, arg(metavar="STAGE", help="Whose model is meant. [the last]")]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -90,7 +84,7 @@ class Commands:
         source: SourceName = None,
         detach: bool = False,
         dry_run: bool = False,
-        on: Annotated[str | None, tyro.conf.arg(metavar="MACHINE")] = None,
+        on: Annotated[str | None, arg(metavar="MACHINE")] = None,
     ) -> None:
         """Run all stages of a profile, from text to chat, chapter by chapter.
 
@@ -128,8 +122,8 @@ class Commands:
 
     def plan(
         self,
-        profile: Annotated[str, tyro.conf.arg(metavar="PROFILE")] = "speedrun",
-        on: Annotated[str, tyro.conf.arg(metavar="MACHINE")] = "8xH100",
+        profile: Annotated[str, arg(metavar="PROFILE")] = "speedrun",
+        on: Annotated[str, arg(metavar="MACHINE")] = "8xH100",
         dollars_per_hour: float | None = None,
     ) -> None:
         """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
@@ -149,11 +143,11 @@ class Commands:
 
     def stage(
         self,
-        name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")],
+        name: Annotated[Positional[str], arg(metavar="NAME")],
         run: RunName = None,
         of: ModelName = None,
         source: SourceName = None,
-        profile: Annotated[str | None, tyro.conf.arg(metavar="PROFILE")] = None,
+        profile: Annotated[str | None, arg(metavar="PROFILE")] = None,
     ) -> None:
         """Run one stage, and whatever it needs that is not finished, without notebooks.
 
@@ -175,7 +169,7 @@ class Commands:
         self,
         run: RunName = None,
         of: ModelName = None,
-        prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="QUESTION")] = None,
+        prompt: Annotated[str | None, arg(aliases=["-p"], metavar="QUESTION")] = None,
         temperature: float = 0.6,
     ) -> None:
         """Talk with a run's model: Ctrl-C stops an answer, Ctrl-D quits, /help lists commands.
@@ -270,7 +264,7 @@ class Commands:
         else:
             pairs.check()
 
-    def bench(self, name: tyro.conf.Positional[str] = "") -> None:
+    def bench(self, name: Positional[str] = "") -> None:
         """Run one of the measurements in runs/bench/; without a NAME, list them.
 
         Words after NAME are its own: nanolib bench NAME --help.
