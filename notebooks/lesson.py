@@ -409,7 +409,13 @@ def heatmap(
     from matplotlib.ticker import MaxNLocator
 
     low, high = limits or (None, None)
-    image = axes.imshow(_plain(values), cmap=colours, aspect="auto", vmin=low, vmax=high)
+    image = axes.imshow(
+        values.detach() if hasattr(values, "detach") else values,
+        cmap=colours,
+        aspect="auto",
+        vmin=low,
+        vmax=high,
+    )
     axes.grid(False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -537,64 +543,3 @@ def _size(path: Path) -> str:
             return f"{size:.0f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
-
-
-# ---------------------------------------------------------------------------- exercises
-
-
-def check(answer: Any, *cases: Any, tolerance: float = 1e-4) -> None:
-    """Check an exercise and print what came out; never raises, so that a chapter runs to its end.
-
-    A value is compared with one case, the right value. A function is called: each case is a tuple
-    of its arguments and, last, what it should return. Numbers, lists, arrays and tensors count as
-    right within `tolerance`.
-    """
-    right, text = _judge(answer, cases, tolerance)
-    print(f"{'○' if right is None else '✓' if right else '✗'} {text}")
-
-
-def _judge(answer: Any, cases: Sequence[Any], tolerance: float) -> tuple[bool | None, str]:
-    """Whether an answer is right (None: there is none yet), and what to say."""
-    if not callable(answer):
-        (expected,) = cases
-        if answer is ...:
-            return None, "not answered yet: put your answer in place of the ..."
-        if _same(answer, expected, tolerance):
-            return True, "right"
-        return False, f"{_brief(answer)} is not it, try again"
-    for *arguments, expected in cases:
-        call = f"{answer.__name__}({', '.join(map(_brief, arguments))})"
-        try:
-            got = answer(*arguments)
-        except Exception as error:
-            return False, f"{call} raises {type(error).__name__}: {error}"
-        if got is None or got is ...:
-            return None, f"not answered yet: {call} returns nothing"
-        if not _same(got, expected, tolerance):
-            return False, f"{call} should be {_brief(expected)}, but it is {_brief(got)}"
-    return True, f"right, in {len(cases)} of {len(cases)} cases"
-
-
-def _brief(value: Any) -> str:
-    text = str(_plain(value)) if hasattr(value, "tolist") else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and arrays as nested lists."""
-    if hasattr(value, "detach"):
-        value = value.detach()
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _same(got: Any, expected: Any, tolerance: float) -> bool:
-    got, expected = _plain(got), _plain(expected)
-    if isinstance(expected, list | tuple):
-        return (
-            isinstance(got, list | tuple)
-            and len(got) == len(expected)
-            and all(_same(g, e, tolerance) for g, e in zip(got, expected, strict=True))
-        )
-    if isinstance(expected, float) and isinstance(got, int | float):
-        return math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance)
-    return type(got) is type(expected) and got == expected

@@ -12,7 +12,6 @@ import nbformat
 import pytest
 
 import checks
-import lesson
 from nanolib import launch, pipeline
 from nanolib.rundir import Run
 from nanolib.stages import worker
@@ -27,12 +26,8 @@ LONGEST_LOOP = 25  # of an exercise, and of a training loop that is to be seen w
 EVIDENCE = r"\b(print|assert|assert_close)\b|plt\.show|lesson\.|launch\.stage|session\.ask|verify"
 CHAIN_WORKS = ("base", "eval/base", "report")  # the stages that the chain below starts workers for
 
-# Chapters whose exercises are checked by the package `checks`; the others by lesson.check.
-REBUILT = [path for path in CHAPTERS if "import checks" in path.read_text()]
-
 GLOSSARY = pipeline.NOTEBOOKS / "glossary.py"
 each_chapter = pytest.mark.parametrize("source", CHAPTERS, ids=[path.stem for path in CHAPTERS])
-each_rebuilt = pytest.mark.parametrize("source", REBUILT, ids=[path.stem for path in REBUILT])
 
 
 def code_cells(notebook) -> list:
@@ -115,8 +110,7 @@ def test_a_cell_is_short_and_ends_in_evidence(source):
 @each_chapter
 def test_a_chapter_says_what_how_long_and_what_to_read(source):
     text = "\n".join(c.source for c in jupytext.read(source).cells if c.cell_type == "markdown")
-    here = "**You need**" if source in REBUILT else "## Exercises"
-    for phrase in ("**You will learn**", here, "**Takes**", "## To read", "In the code:"):
+    for phrase in ("**You will learn**", "**You need**", "**Takes**", "## To read", "In the code:"):
         assert phrase in text, phrase
     assert re.search(r"arXiv:\d{4}\.\d{5}\]\(https://arxiv\.org/abs/\d{4}\.\d{5}\)", text)
 
@@ -125,10 +119,9 @@ def test_a_chapter_says_what_how_long_and_what_to_read(source):
 def test_a_chapter_asserts_its_small_version_and_draws(source):
     code = "\n".join(cell.source for cell in code_cells(jupytext.read(source)))
     assert re.search(r"assert_close\(|assert .* == ", code)
-    pictures = r'plt\.show\(\)|lesson\.(show|frames)\(|launch\.stage\("base"'
+    pictures = r'lesson\.(show|frames)\(|launch\.stage\("base"'
     assert len(re.findall(pictures, code)) >= 2
-    if source in REBUILT:
-        assert "plt.show()" not in code, "lesson.show(alt) shows a figure with its alt text"
+    assert "plt.show()" not in code, "lesson.show(alt) shows a figure with its alt text"
 
 
 @pytest.mark.parametrize("source", [*CHAPTERS, GLOSSARY], ids=lambda path: path.stem)
@@ -160,7 +153,7 @@ def exercises(source) -> list[re.Match]:
     return list(pairs.HEADING.finditer(source.read_text()))
 
 
-@each_rebuilt
+@each_chapter
 def test_a_chapter_has_four_to_six_exercises_and_half_of_them_build(source):
     found, chapter = exercises(source), source.stem[:2]
     assert [f"{int(chapter)}.{place + 1}" for place in range(len(found))] == [
@@ -172,7 +165,7 @@ def test_a_chapter_has_four_to_six_exercises_and_half_of_them_build(source):
     assert checked == set(checks.exercises(f"{int(chapter)}.1"))
 
 
-@each_rebuilt
+@each_chapter
 def test_two_hints_unfold_before_a_solution(source):
     cells = jupytext.read(source).cells
     for number, cell in enumerate(cells):
@@ -181,7 +174,7 @@ def test_two_hints_unfold_before_a_solution(source):
             assert folds[:3] == ["Hint 1", "Hint 2", "Solution"], cell.source
 
 
-@each_rebuilt
+@each_chapter
 def test_the_minutes_a_chapter_names_are_counted(source):
     """Words / 200 + 4 s a line of code, and the exercises' own minutes: to the next five."""
     head = next(c.source for c in jupytext.read(source).cells if "**Takes**" in c.source)
@@ -193,14 +186,14 @@ def test_the_minutes_a_chapter_names_are_counted(source):
     assert (int(told[1]), int(told[2])) == pairs.minutes(source)
 
 
-@each_rebuilt
+@each_chapter
 def test_readme_names_the_same_minutes(source):
     readme = (pipeline.NOTEBOOKS.parent / "README.md").read_text()
     row = next(line for line in readme.splitlines() if f"[{source.stem}](" in line)
     assert row.split("|")[-2].strip() == "{} + {}".format(*pairs.minutes(source)), row
 
 
-@each_rebuilt
+@each_chapter
 def test_a_committed_figure_has_words_for_who_cannot_see_it(source):
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
@@ -249,8 +242,7 @@ def test_an_executed_chapter_has_pictures_and_a_page(chain, source):
     assert not [output for output in outputs if output.output_type == "error"]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
     assert len(pictures) >= 2
-    if source in REBUILT:
-        assert all(len(o.metadata["image/png"]["alt"]) >= 30 for o in pictures)
+    assert all(len(o.metadata["image/png"]["alt"]) >= 30 for o in pictures)
     assert (chain.path / "chapters" / f"{source.stem}.html").stat().st_size > 100_000
 
 
@@ -290,10 +282,7 @@ def solved(notebook) -> list[str]:
             _, found, text = cells[number + 1].source.partition("<summary>Solution</summary>")
             assert found, source
             (answer,) = re.findall(r"```python\n(.*?)```", text.split("</details>")[0], re.DOTALL)
-            source = (
-                answer
-                + source[re.search(r"^(lesson\.check|checks\.verify)\(", source, re.M).start() :]
-            )
+            source = answer + source[re.search(r"^checks\.verify\(", source, re.M).start() :]
         sources.append(source)
     return sources
 
@@ -331,18 +320,14 @@ def test_a_chapter_runs_alone_in_plain_text_and_its_solutions_are_right(
     assert isinstance(names["run"], Run)
 
 
-def test_an_unsolved_exercise_says_so(capsys):
+def test_an_unsolved_exercise_has_a_place_to_write():
     """Each stub is told from a wrong answer, so that a reader knows where to write."""
     for source in CHAPTERS:
         for cell in jupytext.read(source).cells:
             if "exercise" in tags(cell):
-                stub, check = re.split(
-                    r"^(?:lesson\.check|checks\.verify)\(", cell.source, flags=re.M
-                )
+                stub, check = re.split(r"^checks\.verify\(", cell.source, flags=re.M)
                 assert re.search(r"^\s+\.\.\.$|return \.\.\.|= \.\.\.", stub, re.M), cell.source
                 assert check
-    lesson.check(..., 1)
-    assert capsys.readouterr().out.startswith("○ ")
 
 
 def test_committed_outputs_are_of_the_demo():
