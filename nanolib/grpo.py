@@ -125,6 +125,7 @@ class RolloutSource:
         seeds = [seed_of(self.seed, "rollout", draw) for draw in draws]
         sampling = {"temperature": config.temperature, "top_k": config.top_k}
         answers = self.questions.answers(questions, config.samples, seeds=seeds, **sampling)
+        self.engine.release()  # training needs the memory, and changes the weights
         return [self._graded(*pair) for pair in zip(questions, answers, strict=True)]
 
     def _graded(self, question: int, answers: list[Answer]) -> Rollout:

@@ -601,9 +601,9 @@ axes.set(yticks=[], title="twelve tokens and four darts")
 lesson.show("A bar from 0 to 1 cut into the stretches of twelve tokens, with four darts above it")
 
 # %% [markdown]
-# Where do the darts come from? From a generator of the row's **own**, seeded with the request's seed and the
-# sample's number. If all rows shared one, a row that ends early would shift the darts of all others, and
-# your answer would depend on who else is asking.
+# Where do the darts come from? Each is a hash of the request's seed, the sample's number and the position
+# in the row. If all rows drew from one generator, a row that ends early would shift the darts of all
+# others, and your answer would depend on who else is asking.
 
 # %%
 settings = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 50}
@@ -839,8 +839,9 @@ for row, question in enumerate(questions):
 
 # %% [markdown]
 # Now watch the six rows of nanolib's engine together. Each column is a step, in which every row that is not
-# over gets one token. No row waits for another: while a result is forced into one, the others write on. When
-# half of the rows are over, the engine moves the rest into a smaller batch.
+# over gets one token. No row waits for another: while a result is forced into one, the others write on. A
+# row that is over leaves its place at once, to a question that waits or to the last row. This is called
+# **continuous batching**; a server lives by it.
 
 # %%
 signs = {PYTHON: "▸", PYTHON_END: "◂", OUTPUT: "«", OUTPUT_END: "»", END: "■"}

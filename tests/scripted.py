@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from itertools import chain, count
+from itertools import chain, count, islice
 
 import torch
 from conftest import TINY
@@ -25,27 +25,45 @@ PACE = 0.01  # seconds per token: an answer without end lasts minutes
 
 
 class Script:
-    """Looks like a model to the engine; follows a script from one token to the next."""
+    """Looks like a model to the engine; says what a script has after the prompt.
+
+    It keeps the ids in the cache and knows a row by them alone, like a real model.
+    """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.rest: Iterator[int] = iter(())
-        self.next = 0
+        self.scripts: dict[tuple[int, ...], tuple[list[int], Iterator[int]]] = {}
 
-    def hidden(self, ids_BT, cache=None):
-        self.rest = self.script(ids_BT[0].tolist())
-        self.next = next(self.rest)
+    def hidden(self, ids_BT, cache):
+        for row, (ids, used) in enumerate(zip(ids_BT, cache.used, strict=True)):
+            room = cache.keys_LBGSK[0, row, 0, used : used + len(ids), 0]
+            room.copy_(ids[: len(room)])
         return ids_BT[..., None].float()
 
-    def logits(self, hidden):
+    def __call__(self, ids_B1, cache):
         time.sleep(PACE)
-        one_hot = torch.nn.functional.one_hot(torch.tensor([self.next]), self.tokenizer.vocab_size)
-        return one_hot * 1000.0
+        self.hidden(ids_B1, cache)
+        rows = cache.keys_LBGSK[0, :, 0, :, 0].long()
+        following = [
+            self.next(row[: n + 1].tolist()) for row, n in zip(rows, cache.used, strict=True)
+        ]
+        one_hot = torch.nn.functional.one_hot(torch.tensor(following), self.tokenizer.vocab_size)
+        return one_hot[:, None] * 1000.0
 
-    def __call__(self, ids_BT, cache=None):
-        if ids_BT.item() == self.next:  # else the tool's result is being forced into the answer
-            self.next = next(self.rest)
-        return self.logits(None)[None]
+    def next(self, ids: list[int]) -> int:
+        """What follows the tokens that are the script's, not forced by a tool."""
+        names = ("<|assistant_start|>", "<|output_start|>", "<|output_end|>")
+        start, *output = map(self.tokenizer.special, names)
+        begin = len(ids) - ids[::-1].index(start)
+        chosen, forced = 0, False
+        for id in ids[begin:]:
+            forced = forced or id == output[0]
+            chosen += not forced
+            forced = forced and id != output[1]
+        key = tuple(ids[:begin])
+        said, rest = self.scripts.setdefault(key, ([], self.script(ids[:begin])))
+        said += islice(rest, max(0, chosen + 1 - len(said)))
+        return said[min(chosen, len(said) - 1)]
 
     def script(self, prompt: list[int]) -> Iterator[int]:
         special, encode = self.tokenizer.special, self.tokenizer.encode

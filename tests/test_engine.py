@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import collections
+import gc
 import itertools
+import random
+import threading
+import weakref
+from itertools import chain
 
 import pytest
 import torch
@@ -22,9 +27,10 @@ from nanolib.engine import (
     inverse_cdf,
     probabilities,
     record_graph,
+    uniforms,
 )
 from nanolib.model import GPT
-from nanolib.runtime import Runtime
+from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolib.tools import Sandbox
 
@@ -89,6 +95,53 @@ def test_temperature_zero_is_greedy_and_top_1_is_too():
     assert choose(logits, [0.1, 0.3, 0.5, 0.7, 0.9], 1.0, top_k=1).equal(logits.argmax(-1))
 
 
+def test_top_p_keeps_the_fewest_that_have_the_share_together():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.3, 0.2]]))
+    want = [
+        ([0, 4, 0, 3], [1, 1, 1, 0]),
+        ([0, 1, 0, 0], [0, 0, 1, 0]),
+        ([1, 4, 2, 3], [5, 5, 6, 4]),
+    ]
+    for top_p, rows in zip((0.6, 0.0, 1.0), want, strict=True):
+        kept = probabilities(logits, 1.0, top_p=top_p)
+        assert ((kept > 0) == (torch.tensor(rows) > 0)).all(), "a tie with the last one stays"
+    cut = probabilities(logits, 1.0, top_k=2, top_p=0.5)[0]  # of what top_k leaves: 4/7 and 3/7
+    assert (cut > 0).tolist() == [False, True, False, False]
+
+
+def test_each_row_has_its_own_settings():
+    draw = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(60, 40, generator=draw) * 3, torch.rand(60, generator=draw)
+    temperature = torch.tensor([0.0, 0.3, 1.0, 2.0] * 15)
+    top_k, top_p = torch.tensor([0, 5, 50] * 20), torch.tensor([1.0, 0.9, 0.2, 0.0, 0.999] * 12)
+    together = choose(logits, uniform, temperature, top_k, top_p, most=50)
+    settings = zip(temperature.tolist(), top_k.tolist(), top_p.tolist(), strict=True)
+    for row, (t, k, p) in enumerate(settings):
+        one = logits[row : row + 1], uniform[row : row + 1], t, k or None, p if p < 1 else None
+        assert choose(*one).item() == together[row], (t, k, p)
+
+
+def splitmix(key: int, position: int) -> float:
+    """`uniforms` with whole numbers."""
+    x = (key + position * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return ((x ^ x >> 31) >> 40) / 2**24
+
+
+def test_draws_are_hashes_of_key_and_position():
+    keys = [seed_of(seed, "sample", s) for seed in range(40) for s in range(5)]
+    places = torch.arange(50).repeat(200)
+    draws = uniforms(torch.tensor(keys).repeat_interleave(50), places)
+    assert draws.tolist() == [splitmix(key, place) for key in keys for place in range(50)]
+    counts = (draws * 10).long().bincount(minlength=10)
+    assert counts.sum() == 10_000 and (counts - 1000).abs().max() < 120
+    both = draws.view(200, 50)
+    for apart in (both[:, 1:], both[:, :-1]), (both[1:], both[:-1]):
+        pair = torch.stack([part.flatten() for part in apart])
+        assert torch.corrcoef(pair)[0, 1].abs() < 0.04
+
+
 # ---------------------------------------------------------------------------- rows
 
 
@@ -101,7 +154,8 @@ def test_greedy_batch_equals_plain_loop(kv_heads, reach, monkeypatch):
     want = [plain_greedy(speaker, prompt, limit=20) for prompt in asked]
     assert len({len(said) for said in want}) > 2, "the rows should end at different times"
     assert speaker.complete(asked, max_new_tokens=20) == want
-    assert speaker.complete(asked, max_new_tokens=20, max_rows=3) == want
+    speaker.max_rows, speaker.chunk = 3, 7  # rows wait, and longer prompts are read in pieces
+    assert speaker.complete(asked, max_new_tokens=20) == want
 
 
 def test_seed_decides_a_row_whatever_else_is_in_the_batch():
@@ -122,6 +176,7 @@ def test_first_tokens_of_samples_are_drawn_apart():
     speaker, prompt = engine(), prompts(6)
     with torch.no_grad():
         expected = probabilities(speaker.model(torch.tensor(prompt))[:, -1], 1.0)[0]
+    speaker.max_rows = 2000
     steps = speaker.generate(prompt, samples=2000, max_new_tokens=1, temperature=1.0)
     drawn = collections.Counter(token for _, token, _ in next(steps))
     share = torch.tensor([drawn[token] / 2000 for token in range(VOCAB)])
@@ -173,22 +228,176 @@ def test_bad_settings_are_named_before_anything_runs(settings, message):
         engine().generate([[]], max_new_tokens=4)
 
 
-def test_batches_keep_to_max_rows_and_shrink_as_rows_end():
+def test_a_slot_is_filled_again_at_once_and_no_step_is_wasted_on_an_empty_one():
     speaker, asked, sizes = engine(sequence_len=64), prompts(5, 12, 3, 8), []
-    decode = speaker._decode
+    draw = speaker._draw
 
-    def recording(tokens, cache, counts):
-        sizes.append((len(tokens), sum(counts)))
-        return decode(tokens, cache, counts)
+    def counting(slots, requests):
+        sizes.append(len(requests))
+        assert len(slots.ids_B1) == len(requests)
+        return draw(slots, requests)
 
-    speaker._decode = recording
+    speaker._draw, speaker.max_rows = counting, 7
     settings = {"samples": 3, "max_new_tokens": 40, "temperature": 1.0}
-    speaker.complete(asked, max_rows=7, **settings)
-    assert max(rows for rows, _ in sizes) == 6, "two prompts at a time"
-    assert all(rows < 2 * speaking for rows, speaking in sizes)
+    said = speaker.complete(asked, **settings)
+    ends = [len(row) + (len(row) < 40) for row in said]
+    assert sum(sizes) == sum(ends)
+    assert sizes == sorted(sizes, reverse=True), "seven, until nobody waits"
+    assert sizes[: sum(ends) // 10] == [7] * (sum(ends) // 10)
+    speaker.max_rows = 1
     sizes.clear()
-    speaker.complete(asked, max_rows=1, **settings)
-    assert max(rows for rows, _ in sizes) == 3, "a prompt's samples stay together"
+    assert speaker.complete(asked, **settings) == said
+    assert sizes == [1] * sum(ends)
+
+
+def plain_sampled(engine: Engine, prompt: list[int], limit: int, seed: int, s: int, **how) -> list:
+    """No cache, no batch, no scheduler."""
+    ids, key = list(prompt), seed_of(seed, "sample", s)
+    for _ in range(min(limit, engine.context - len(prompt))):
+        with torch.no_grad():
+            logits = engine.model(torch.tensor([ids]))[:, -1]
+        ids.append(int(choose(logits, [splitmix(key, len(ids) - 1)], **how)))
+        if ids[-1] in engine.ends:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whoever_comes_and_goes_a_row_says_what_it_says_alone(seed):
+    """Requests at random times, some cancelled, with settings, prompts and kept rows of all kinds."""
+    draw, speaker = random.Random(seed), engine(sequence_len=72)
+    speaker.max_rows, speaker.chunk = draw.choice([3, 5, 16]), draw.choice([4, 30, 400])
+    asked, told, most = prompts(*range(1, 60, 7)), [], 0
+    for _ in range(160):
+        if draw.random() < 0.3 and len(told) < 24:
+            how = {"temperature": draw.choice([0.0, 0.7, 1.3]), "top_k": draw.choice([None, 3, 20])}
+            how["top_p"] = draw.choice([1.0, 0.8])
+            some = {"samples": draw.choice([1, 1, 4]), "seed": draw.randrange(3)}
+            prompt, limit = draw.choice(asked), draw.choice([1, 9, 30])
+            keep = {"keep": draw.random() < 0.5}
+            new = speaker.submit(prompt, max_new_tokens=limit, **some, **how, **keep)
+            told += [(request, prompt, limit, some["seed"], how) for request in new]
+        if told and draw.random() < 0.1:
+            speaker.cancel(draw.choice(told)[0])
+        speaker.step()
+        assert len(speaker._rows) <= speaker.max_rows
+        most = max(most, len(speaker._rows))
+    while speaker.busy:
+        speaker.step()
+    finished = 0
+    for request, prompt, limit, seed, how in told:
+        said = [token.id for token in request.tokens]
+        want = plain_sampled(speaker, prompt, limit, seed, request.row, **how)
+        assert said == want if request.left == 0 else said == want[: len(said)]
+        finished += request.left == 0
+    assert most > 2 and finished > 15 and any(row.cancelled for row, *_ in told)
+
+
+def reads(speaker: Engine) -> list[tuple[int, int]]:
+    """Rows and columns of everything that the model will be given, as a list that grows."""
+    seen, hidden = [], speaker.model.hidden
+    speaker.model.hidden = lambda ids, cache=None: (seen.append(tuple(ids.shape)), hidden(ids, cache))[1]  # fmt: skip
+    return seen
+
+
+def test_samples_share_one_reading_of_their_prompt_also_while_some_wait():
+    speaker = engine(sequence_len=64)
+    speaker.max_rows, speaker.ends, seen = 2, frozenset(), reads(speaker)
+    said = speaker.complete(prompts(20), samples=5, max_new_tokens=4, temperature=1.0)
+    assert len({tuple(row) for row in said}) == 5
+    assert seen == [(1, 19), *[(2, 1)] * 8, *[(1, 1)] * 4]
+
+
+def test_a_long_prompt_is_read_between_the_tokens_of_the_others():
+    speaker = engine(sequence_len=64)
+    speaker.chunk, speaker.ends = 10, frozenset()
+    (first,) = speaker.submit(prompts(5)[0], max_new_tokens=20)
+    speaker.step()
+    (long,) = speaker.submit(prompts(41)[0], max_new_tokens=2)
+    for step in range(1, 7):
+        speaker.step()
+        assert len(first.tokens) == 1 + step
+        assert len(long.tokens) == min(2, max(0, step - 3)), (
+            "four chunks, and the last is followed at once"
+        )
+
+
+def test_a_kept_beginning_is_not_read_again_and_memory_is_bounded(monkeypatch):
+    speaker, (asked,) = engine(sequence_len=128), prompts(40)
+    speaker.ends, seen = frozenset(), reads(speaker)
+    alone = speaker.complete([asked], max_new_tokens=8)[0]
+    assert [*chain(*speaker.generate([asked], max_new_tokens=8, keep=True))][-1].id == alone[-1]
+    longer = [*asked, *alone, *asked[:5]]
+    want = speaker.complete([longer], max_new_tokens=8)
+    seen.clear()
+    assert speaker.complete([longer], max_new_tokens=8, keep=True) == want
+    assert seen[0] == (1, 44 - 39 - 8 + 8), "all but the last token of the answer was known"
+    seen.clear()
+    speaker.complete([longer], max_new_tokens=8)
+    assert seen[0] == (1, 52), "who does not ask for it gets nothing kept"
+    each = speaker._kept.rows[0][1].nbytes * 2
+    assert len(speaker._kept.rows) == 1, "the longer row has all of the shorter"
+    monkeypatch.setattr("nanolib.engine.KEPT_BYTES", each * 3)
+    others = prompts(*range(41, 50))
+    for prompt in others:
+        speaker.complete([prompt], max_new_tokens=8, keep=True)
+    held = [row[0] for row in speaker._kept.rows]
+    assert 1 < len(held) < 5
+    assert [row[:40] for row in held] == [prompt[:40] for prompt in others[-len(held) :]]
+    speaker.release()
+    seen.clear()
+    speaker.complete([longer], max_new_tokens=1, keep=True)
+    assert seen[0] == (1, 52)
+
+
+def test_two_callers_share_the_steps_and_neither_waits_for_the_other():
+    speaker, (one, two) = engine(sequence_len=64), prompts(5, 9)
+    speaker.ends = frozenset()
+    want = [speaker.complete([prompt], max_new_tokens=20)[0] for prompt in (one, two)]
+    pair = [speaker.generate([prompt], max_new_tokens=20) for prompt in (one, two)]
+    both = [*zip(*pair, strict=True)]
+    assert [[step[0].id for step in steps] for steps in zip(*both, strict=True)] == want
+    said = {}
+    asks = [threading.Thread(target=lambda p=p: said.update({p: speaker.complete([(one, two)[p % 2]], max_new_tokens=20)[0]})) for p in range(6)]  # fmt: skip
+    for thread in asks:
+        thread.start()
+    for thread in asks:
+        thread.join()
+    assert said == {p: want[p % 2] for p in range(6)}
+    with pytest.raises(ValueError, match="leaves no room"):
+        speaker.answers(prompts(3, 64), max_new_tokens=2)
+    assert not speaker.busy
+
+
+def test_a_step_that_fails_ends_every_request_with_the_error():
+    speaker = engine(sequence_len=64)
+    speaker.ends, speaker.max_rows = frozenset(), 1
+    steps = speaker.generate(prompts(5), max_new_tokens=20)
+    next(steps)
+    (waiting,) = speaker.submit(prompts(9)[0], max_new_tokens=4)
+    model, speaker.model = speaker.model, None
+    with pytest.raises(TypeError):
+        next(steps)
+    speaker.model = model
+    with pytest.raises(TypeError):
+        waiting.take()
+    assert not speaker.busy and speaker.complete(prompts(5), max_new_tokens=4)
+
+
+def test_release_gives_the_memory_back_and_only_at_rest():
+    speaker = engine(sequence_len=64)
+    speaker.ends = frozenset()
+    steps = speaker.generate(prompts(5), max_new_tokens=20)
+    next(steps)
+    with pytest.raises(RuntimeError, match="rows are being written"):
+        speaker.release()
+    steps.close()
+    held = weakref.ref(speaker._slots.keys_LBGSK)
+    gc.disable()
+    speaker.release()
+    gc.enable()
+    assert held() is None
+    assert len(speaker.complete(prompts(5), max_new_tokens=20)[0]) == 20
 
 
 def traced(work):
@@ -204,24 +413,28 @@ def traced(work):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_recorded_steps_say_the_same(device, monkeypatch):
-    """Over four reaches, with rows that end, rows taken along and weights that change between."""
+    """Over three reaches, with rows that end, and weights that change between."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    monkeypatch.setattr("nanolib.model.REACH", 16)
-    speaker, recorded = engine(sequence_len=64), []
+    monkeypatch.setattr("nanolib.engine.REACH", 16)
+    plain, recorded = engine(sequence_len=48), []
+    plain.model.to(device)
+    plain.runtime, plain.record = Runtime(device=torch.device(device), dtype=torch.float32), None
+    speaker = Engine(plain.model, Specials(), plain.runtime)
     record = record_graph if device == "cuda" else traced
-    speaker.model.to(device)
-    speaker.runtime = Runtime(device=torch.device(device), dtype=torch.float32)
-    settings = {"samples": 3, "max_new_tokens": 50, "temperature": 1.0}
-    for _ in range(2):
-        speaker.record = None
-        plain = speaker.complete(prompts(5, 12, 3, 8), **settings)
-        speaker.record = lambda work: recorded.append(record(work)) or recorded[-1]
-        assert speaker.complete(prompts(5, 12, 3, 8), **settings) == plain
-        assert max(map(len, plain)) > 30
-        with torch.no_grad():
-            speaker.model.blocks[0].mlp.up.weight.neg_()
-    assert 8 <= len(recorded) <= 24, "each reach once in each cache"
+    speaker.record = lambda work: recorded.append(record(work)) or recorded[-1]
+    settings = {"samples": 2, "max_new_tokens": 36, "temperature": 1.0, "seeds": [4, 5]}
+    counts = []
+    for round in range(4):
+        said = plain.complete(prompts(5, 9), **settings)
+        assert speaker.complete(prompts(5, 9), **settings) == said
+        assert max(map(len, said)) > 24
+        counts.append(len(recorded))
+        if round == 2:
+            with torch.no_grad():
+                plain.model.head.weight.mul_(1.01)
+    assert 3 <= counts[1] <= 9, "each reach once for each number of rows"
+    assert counts[1] == counts[2] and counts[3] <= counts[1] + 2
 
 
 def test_where_steps_cannot_be_recorded_they_run_one_by_one():
@@ -297,7 +510,8 @@ def test_a_batch_with_tools_equals_the_plain_loop():
         for token in step:
             rows[token.row].append(token._replace(row=0))
     assert [rows[row] for row in range(8)] == want
-    answers = speaker.answers(asked, max_new_tokens=60, max_rows=3)
+    speaker.max_rows, speaker.chunk = 3, 7
+    answers = speaker.answers(asked, max_new_tokens=60)
     for answer, row in zip(answers, want, strict=True):
         assert answer.ids == [token.id for token in row if token.kind != "end"]
         assert answer.chosen == [token.kind == "chosen" for token in row if token.kind != "end"]
@@ -305,7 +519,7 @@ def test_a_batch_with_tools_equals_the_plain_loop():
 
 
 def test_seed_decides_a_row_with_tools_too():
-    speaker = tool_engine(seed=1)
+    speaker = tool_engine(seed=5)
     asked = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 9, 4)]
     settings = {"max_new_tokens": 60, "temperature": 1.0, "samples": 3}
     together = speaker.answers(asked, seeds=[7, 8, 9], **settings)
@@ -320,8 +534,8 @@ class Chain:
 
     def __init__(self, *chains: str | list[int | str]):
         self.config, self.table = tiny(sequence_len=400), {}
-        for chain in chains:
-            ids = [ord(item) if isinstance(item, str) else item for item in chain]
+        for links in chains:
+            ids = [ord(item) if isinstance(item, str) else item for item in links]
             self.table |= dict(itertools.pairwise(ids))
 
     def hidden(self, ids_BT, cache=None):

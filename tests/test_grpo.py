@@ -294,7 +294,7 @@ def share_of_e(question, texts):
 
 @pytest.mark.parametrize("updates_each", [1, 2])
 def test_it_learns_what_is_rewarded(updates_each, tmp_path):
-    asked = ask(max_new_tokens=8, tool=None)
+    asked = ask(max_new_tokens=8, tool=None, seed=0)
     rollouts = source(asked, questions=3, samples=8, reward=share_of_e, updates_each=updates_each)
     loop = trainer(tmp_path, rollouts, steps=25, lr=1.0, save_every=100)
     loop.fit()

@@ -10,7 +10,6 @@ from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, s
 from nanolib.runtime import seed_of
 from nanolib.tasks import GradedTask
 
-ROWS_AT_ONCE = 256  # sampled together
 SHOWN = 8  # answers kept in the results
 
 
@@ -40,8 +39,8 @@ class Questions:
     ) -> list[list[Answer]]:
         """Answers [questions][samples]; sampling: seeds, temperature, top_k (default: greedy)."""
         prompts = [self.prompt(question) for question in questions]
-        sampling |= {"max_new_tokens": self.max_new_tokens, "max_rows": ROWS_AT_ONCE}
-        answers = self.engine.answers(prompts, samples=samples, **sampling)
+        sampling |= {"samples": samples, "max_new_tokens": self.max_new_tokens}
+        answers = self.engine.answers(prompts, **sampling)
         return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
     def text(self, answer: Answer) -> str:
@@ -107,8 +106,7 @@ def evaluate_sampled(
         texts = [map(questions.text, answers) for answers in sampled]
         return [int(sum(questions.rewards(*pair))) for pair in zip(some, texts, strict=True)]
 
-    at_once = max(1, ROWS_AT_ONCE // samples)
-    counts = score_all(right, indices, at_once, questions.engine.runtime, progress)
+    counts = score_all(right, indices, QUESTIONS_AT_ONCE, questions.engine.runtime, progress)
     return {
         f"pass@{k}": sum(pass_at_k(samples, count, k) for count in counts) / len(counts)
         for k in range(1, samples + 1)

@@ -153,6 +153,7 @@ class Bench:
         prompts = [[tokenizer.bos, *range(60, 65 + i % 9)] for i in range(16)]
         recorded = engine.record
         for record, samples in itertools.product(dict.fromkeys((None, recorded)), (1, 16)):
+            engine.release()
             engine.record = record
             settings = {"samples": samples, "max_new_tokens": 48, "temperature": 1.0, "top_k": 50}
             engine.complete(prompts, **settings)
