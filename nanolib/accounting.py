@@ -66,9 +66,6 @@ class Machine:
         return cls(name=name, count=count, peak=peak, memory=memory, dollars_per_hour=price)
 
 
-# ---------------------------------------------------------------------------- size
-
-
 @dataclass(frozen=True)
 class TrainingMemory:
     """An estimate of the bytes that training takes on each of `ranks` devices, all but activations
@@ -119,9 +116,6 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, bytes_per_number: i
     """Bytes of the keys and values of `rows` sequences of `length` positions."""
     kv_width = config.num_kv_heads * config.head_dim
     return 2 * config.depth * rows * length * kv_width * bytes_per_number
-
-
-# ---------------------------------------------------------------------------- work
 
 
 def forward_flops(config: ModelConfig, vocab_size: int) -> int:

@@ -101,9 +101,6 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------- the tokenizer
-
-
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """In the format of the `tokenizers` library."""
     # A printable letter for each byte, as GPT-2 chose them: Latin-1 where that prints, others above.

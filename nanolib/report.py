@@ -166,7 +166,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------- sections
 
-
 # (task, what was measured) -> of each model its score, chance or count.
 Measures = dict[tuple[str, str], dict[str, Any]]
 
@@ -182,13 +181,8 @@ def _measures(stages: Iterable[Stage]) -> Measures:
 
 def _headlines(measures: Measures) -> list[tuple[str, str]]:
     """The scores among them, without CORE's single tasks."""
-    return [
-        (task, how)
-        for (task, how), of in measures.items()
-        if how != "chance"
-        and not task.startswith("core/")
-        and isinstance(_any(measures, task, how), float)
-    ]
+    scores = [key for key in measures if isinstance(_any(measures, *key), float)]
+    return [(task, how) for task, how in scores if how != "chance" and "core/" not in task]
 
 
 def _any(measures: Measures, task: str, how: str) -> Any:

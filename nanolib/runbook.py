@@ -48,14 +48,9 @@ def write(run: Run, names: Sequence[str]) -> Path:
     return folder / "index.html"
 
 
-def _write_page(
-    run: Run,
-    name: str,
-    exporter: HTMLExporter,
-    before: str | None = None,
-    after: str | None = None,
-) -> str:
-    """Write a notebook's page unless it is current; returns its title."""
+def _write_page(run: Run, name: str, exporter: HTMLExporter, *beside: str | None) -> str:
+    """Write a notebook's page, which links to those beside it, unless current; its title."""
+    before, after = beside or (None, None)
     links = exporter.environment.get_template("page.html.j2").module.links
     source = run.path / "chapters" / f"{name}.ipynb"
     page, title = source.with_suffix(".html"), _title(source) or name

@@ -38,11 +38,9 @@ class Tokenizer:
         ordinary = _token_bytes(self.merges)
         self._specials = {name: len(ordinary) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self._bytes = ordinary + [name.encode() for name in SPECIAL_TOKENS]
+        ranks, specials = {token: id for id, token in enumerate(ordinary)}, self._specials
         self._encoding = tiktoken.Encoding(
-            "nanolib",
-            pat_str=pattern,
-            mergeable_ranks={token: id for id, token in enumerate(ordinary)},
-            special_tokens=self._specials,
+            "nanolib", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
         )
         self.vocab_size = len(self._bytes)
         self.bos = self._specials["<|bos|>"]
@@ -82,12 +80,8 @@ class Tokenizer:
             raise ValueError(f"{path} is no tokenizer ({error}): {remedy}") from error
 
     def _to_json(self) -> str:
-        saved = {
-            "version": VERSION,
-            "pattern": self.pattern,
-            "specials": SPECIAL_TOKENS,
-            "merges": self.merges,
-        }
+        saved = {"version": VERSION, "pattern": self.pattern, "specials": SPECIAL_TOKENS}
+        saved["merges"] = self.merges
         return json.dumps(saved, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def save(self, path: Path | str) -> None:

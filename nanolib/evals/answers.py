@@ -51,9 +51,6 @@ class Questions:
         return [float(self.task.grade(question, text) or 0) for text in texts]
 
 
-# ---------------------------------------------------------------------------- scores
-
-
 def evaluate(
     questions: Questions, indices: Sequence[int], progress: Progress | None = None
 ) -> dict[str, Any]:

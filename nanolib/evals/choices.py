@@ -67,8 +67,6 @@ def _grades(
     ]
 
 
-# ---------------------------------------------------------------------------- ChatCORE
-
 # Task -> which of its scores counts, and a guesser's accuracy.
 CHATCORE_PARTS = {
     "arc_easy": ("letters", 0.25),

@@ -40,6 +40,11 @@ def answer_html(parts: Sequence[Part]) -> str:
     return f'<div class="nanolib-answer">{"".join(pieces)}</div>'
 
 
+def message_html(message: Message) -> str:
+    user = message.role == "user"
+    return user_html(message.text) if user else answer_html(message.parts)
+
+
 def user_html(text: str) -> str:
     """A user's message as typed, nothing rendered."""
     return f'<div class="nanolib-said">{html.escape(text)}</div>'

@@ -77,9 +77,6 @@ def talk(session: Session, folder: Path = Path()) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------- commands
-
-
 def command(session: Session, line: str, folder: Path) -> str:
     """Run a command; what to tell the user. folder: where /save writes by default."""
     name, _, rest = line.partition(" ")
@@ -93,20 +90,16 @@ def command(session: Session, line: str, folder: Path) -> str:
             session.system = text
             session.clear()
             return "(system message set, conversation cleared)"
-        case "/save", path:
-            return _save(session, path, folder)
+        case "/save", _ if not session.messages:
+            raise ValueError("nothing was said yet, so there is nothing to save")
+        case "/save", given:
+            unused = (path for n in count(1) if not (path := folder / f"chat-{n}.json").exists())
+            path = Path(given).expanduser().absolute() if given else next(unused).absolute()
+            if path.exists():
+                raise ValueError(f"{path} exists; give another name: /save PATH")
+            rundir.write_json(path, {"messages": session.transcript()})
+            return f"(saved to {path})"
         case "/help", _:
             return HELP
     there_are = "there are /clear, /system, /save, /help"
     raise ValueError(f"there is no command {name}; {there_are} (a space in front sends it as text)")
-
-
-def _save(session: Session, name: str, folder: Path) -> str:
-    if not session.messages:
-        raise ValueError("nothing was said yet, so there is nothing to save")
-    unused = (path for n in count(1) if not (path := folder / f"chat-{n}.json").exists())
-    path = Path(name).expanduser().absolute() if name else next(unused).absolute()
-    if path.exists():
-        raise ValueError(f"{path} exists; give another name: /save PATH")
-    rundir.write_json(path, {"messages": session.transcript()})
-    return f"(saved to {path})"

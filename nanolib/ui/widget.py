@@ -13,7 +13,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from nanolib.conversation import Message, Part
+from nanolib.conversation import Part
 from nanolib.session import Session
 from nanolib.ui import markup
 
@@ -51,8 +51,6 @@ class Chat:
         bundle = self.view._repr_mimebundle_(**kwargs)
         return bundle | {"text/plain": "A chat, to be used in a running notebook."}
 
-    # ------------------------------------------------------------------------ controls
-
     def send(self, text: str) -> None:
         """Send `text` and answer it in a thread; ignored during an answer."""
         if text.strip() and self._free.acquire(blocking=False):
@@ -79,8 +77,6 @@ class Chat:
     def _entered(self) -> None:
         self._typed.wait(GRACE)  # times out if the text had arrived before
         self.send(self.box.value)
-
-    # ------------------------------------------------------------------------ a turn
 
     def _turn(self, text: str) -> None:
         """Answer `text`; whatever happens, leave the widget in step with the session."""
@@ -115,7 +111,7 @@ class Chat:
 
     def _draw(self, *more: str) -> None:
         """Show the session's messages, then `more`, one line each; lines are reused."""
-        values = [*map(_message, self.session.messages), *more]
+        values = [markup.message_html(message) for message in self.session.messages] + [*more]
         lines = list(self.lines.children)
         for _ in range(len(lines), len(values)):
             lines.append(widgets.HTML().add_class("nanolib-line"))
@@ -128,9 +124,3 @@ class Chat:
     def _buttons(self, busy: bool) -> None:
         self.send_button.disabled = self.clear_button.disabled = busy
         self.stop_button.disabled = not busy
-
-
-def _message(message: Message) -> str:
-    if message.role == "user":
-        return markup.user_html(message.text)
-    return markup.answer_html(message.parts)
