@@ -50,11 +50,7 @@ class Machine:
 
     @classmethod
     def parse(cls, text: str, dollars_per_hour: float | None = None) -> Machine:
-        """ValueError for a device that is not in `DEVICES`.
-
-        >>> Machine.parse("8xH100").dollars_per_hour
-        24.0
-        """
+        """Such as "8xH100"; ValueError for a device that is not in `DEVICES`."""
         found = re.fullmatch(r"(?:([1-9]\d*)[x×])?(.+)", text.lower().replace(" ", ""))
         known = {name.lower().replace(" ", ""): name for name in DEVICES}
         if found is None or found[2] not in known:

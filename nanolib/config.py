@@ -324,11 +324,7 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as it is written on the command line.
-
-    >>> as_text(["mmlu", "facts"]), as_text(None), as_text(0.5)
-    ('mmlu,facts', 'none', '0.5')
-    """
+    """A setting's value as it is written on the command line: `mmlu,facts`, `none`, `0.5`."""
     if isinstance(value, list | tuple):
         return ",".join(value)
     return "none" if value is None else str(value)
@@ -348,12 +344,7 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separate ``--dotted.path VALUE`` from a command's own words; a mirror's path becomes
-    absolute.
-
-        >>> split_settings(["run", "demo", "--base.steps", "9", "--nproc=2", "--run", "x"])
-        (['run', 'demo', '--run', 'x'], {'base.steps': 9, 'machine.ranks': 2})
-    """
+    """Settings (``--base.steps 9``, ``--nproc=2``) apart from a command's own words."""
     words, given, rest = [], {}, iter(arguments)
     for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")

@@ -32,11 +32,7 @@ PADDING = 16  # a batch's length is a multiple of this: fewer shapes to compile 
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """How much better each of a question's answers is than their average.
-
-    >>> advantages([1, 0, 0, 1])
-    [0.5, -0.5, -0.5, 0.5]
-    """
+    """How much better each of a question's answers is than their average."""
     mean = sum(rewards) / len(rewards)
     return [reward - mean for reward in rewards]
 

@@ -26,11 +26,7 @@ Nll = Callable[[Batch], Tensor]  # what training will call, compiled if training
 
 
 def size(number: float) -> str:
-    """Bytes in MB or GB.
-
-    >>> size(12_300_000), size(71.54e9)
-    ('12.3 MB', '71.5 GB')
-    """
+    """71,540,000,000 bytes as 71.5 GB, 12,300,000 as 12.3 MB."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 

@@ -10,11 +10,7 @@ from nanolib.rundir import StageDir
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss.
-
-    >>> clock(65), clock(3725)
-    ('1:05', '1:02:05')
-    """
+    """3725 seconds as 1:02:05, 65 as 1:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

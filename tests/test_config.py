@@ -1,7 +1,6 @@
 """Settings: one name everywhere, checked on the way in, complete on the way out."""
 
 import dataclasses
-import doctest
 import json
 
 import pytest
@@ -175,8 +174,8 @@ def test_a_stage_depends_on_its_own_settings_and_on_those_before_it():
     assert sections["grpo"] == sections["base"] | {"mid", "sft", "grpo"}
 
 
-def test_doctests():
-    assert doctest.testmod(config).failed == 0
+def test_values_as_text():
+    assert [*map(config.as_text, (["mmlu", "facts"], None, 0.5))] == ["mmlu,facts", "none", "0.5"]
 
 
 def test_settings_are_told_apart_from_words(tmp_path, monkeypatch):

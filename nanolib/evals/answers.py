@@ -79,11 +79,7 @@ def evaluate(
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that one of k answers is right, given `right` of `samples` (arXiv:2107.03374).
-
-    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 4), pass_at_k(4, 2, 2)
-    (0.25, 1.0, 0.8333333333333334)
-    """
+    """The chance that one of k of them is right, if `right` of `samples` are (arXiv:2107.03374)."""
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
