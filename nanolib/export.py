@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from nanolib import checkpoint, model
-from nanolib.config import ModelConfig
 from nanolib.engine import end_tokens
 from nanolib.model import GPT
 from nanolib.rundir import Run, whole_file, write_json
@@ -57,9 +56,9 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     with whole_file(folder / "model.safetensors") as file:
         file.write(to_safetensors(weights, metadata={"format": "pt"}))
     ends = end_tokens(tokenizer)
-    write_json(config, model_config(trained.config, tokenizer))
-    generation = {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": ends[0]}
-    write_json(folder / "generation_config.json", generation)
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends[0], "pad_token_id": ends[0]}
+    write_json(config, model_config(trained) | ids)
+    write_json(folder / "generation_config.json", ids | {"eos_token_id": ends})
     write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
     about_tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -74,12 +73,12 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", about_tokenizer)
 
 
-def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    end = end_tokens(tokenizer)[0]
+def model_config(trained: GPT) -> dict[str, Any]:
+    config = trained.config
     return {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": trained.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": 4 * config.width,
         "num_hidden_layers": config.depth,
@@ -94,9 +93,6 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.ROTARY_BASE)},
         "final_logit_softcapping": model.SOFTCAP,
         "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": end,
-        "pad_token_id": end,
         "dtype": "float32",
     }
 

@@ -111,9 +111,8 @@ def read(source: Path) -> NotebookNode:
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     names = [parameter.name for cell in cells for parameter in PythonTranslator.inspect(cell)]
     if tuple(names) != PARAMETERS:
-        wanted, found = ", ".join(PARAMETERS), ", ".join(names) or "nothing"
-        cell = "one cell tagged 'parameters' that sets"
-        raise ValueError(f"{source} needs {cell} {wanted}, one a line; found {found}")
+        wanted = f"one cell tagged 'parameters' that sets {', '.join(PARAMETERS)}, one a line"
+        raise ValueError(f"{source} needs {wanted}; found {', '.join(names) or 'nothing'}")
     return notebook
 
 

@@ -265,7 +265,6 @@ def load(name: str, split: str, mirror: Path) -> Task:
 
 
 def load_graded(name: str, split: str, mirror: Path) -> GradedTask:
-    task = load(name, split, mirror)
-    if not isinstance(task, GradedTask):
-        raise ValueError(f"grpo.task must be one whose answers are graded, got {name!r}; try gsm8k")
-    return task
+    if isinstance(task := load(name, split, mirror), GradedTask):
+        return task
+    raise ValueError(f"grpo.task must be one whose answers are graded, got {name!r}; try gsm8k")

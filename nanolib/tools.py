@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import tempfile
@@ -217,15 +218,14 @@ def _write_launcher(folder: Path, seconds: float) -> Path:
     if sys.platform == "linux":  # macOS refuses to limit the address space
         limits["RLIMIT_AS"] = 512 * 1024 * 1024
     binary = str(find_monty_binary())
-    (folder / "launch.py").write_text(
+    program = (
         "import os, resource, sys\n"
         'os.closerange(3, os.sysconf("SC_OPEN_MAX"))\n'
         f"for name, value in {limits}.items():\n"
         "    resource.setrlimit(getattr(resource, name), (value, value))\n"
         f"os.execve({binary!r}, [{binary!r}, *sys.argv[1:]], {{}})\n"
     )
-    launcher = folder / "launch.sh"  # a worker's stderr would be taken for an error
-    run = f"exec '{sys.executable}' -IS '{folder}/launch.py' \"$@\" 2>/dev/null"
-    launcher.write_text(f"#!/bin/sh\n{run}\n")
+    launcher, run = folder / "launch.sh", shlex.join([sys.executable, "-IS", "-c", program])
+    launcher.write_text(f'#!/bin/sh\nexec {run} "$@" 2>/dev/null\n')  # or it would seem to fail
     launcher.chmod(0o700)
     return launcher

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
@@ -57,23 +56,19 @@ def work(name: str, run: Run, of: str | None = None) -> Result:
         spent = rundir.spent(stage.path, now=time.time())
         # The first edition recorded no attempts, only how long the training steps took.
         spent["seconds"] = max(spent["seconds"], result.get("seconds", 0.0))
-        hardware = asdict(machine) | _hardware(runtime)
+        cuda = runtime.device.type == "cuda"
+        hardware = asdict(machine) | {
+            "ranks": runtime.world_size,
+            "device": torch.cuda.get_device_name(runtime.device) if cuda else processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "dtype": str(runtime.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
         stage.finish(result, started=started, **spent, machine=hardware)
     runtime.close()  # not after an error: it waits for the other ranks, who may wait for us
     return result
-
-
-def _hardware(runtime: Runtime) -> dict[str, Any]:
-    cuda = runtime.device.type == "cuda"
-    return {
-        "ranks": runtime.world_size,
-        "device": torch.cuda.get_device_name(runtime.device) if cuda else processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "dtype": str(runtime.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
 
 
 def main() -> int:
