@@ -316,19 +316,14 @@ class _Kept:
 
     def find(self, ids: list[int]) -> tuple[Tensor, Tensor] | None:
         """Those of the longest beginning of `ids` that a row has, if any is worth it."""
-        common = [_common(ids, row[0]) for row in self.rows]
+        pairs = [zip(ids, row[0], strict=False) for row in self.rows]
+        common = [len([*takewhile(lambda pair: pair[0] == pair[1], each)]) for each in pairs]
         longest = max(common, default=0)
         if longest < KEPT_LEAST:
             return None
         found = self.rows.pop(common.index(longest))
         self.rows.append(found)
         return found[1][:, :, :longest], found[2][:, :, :longest]
-
-
-def _common(some: Sequence[int], others: Sequence[int]) -> int:
-    """How many ids two rows have in common from their beginning."""
-    pairs = enumerate(zip(some, others, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(some), len(others)))
 
 
 # ---------------------------------------------------------------------------- the engine
@@ -556,19 +551,15 @@ class Engine:
             self._reading = self._next_batch(list(unread))
         if not self._reading:
             return
-        left = [
-            len(p.ids) - 1 - used for p, used in zip(self._reading, self._read.used, strict=True)
-        ]
-        most = min(max(left), max(1, self.chunk // len(left)))
-        pieces = [
-            prompt.ids[used : min(used + most, len(prompt.ids) - 1)]
-            for prompt, used in zip(self._reading, self._read.used, strict=True)
-        ]
-        if most:
+        known = zip(self._reading, self._read.used, strict=True)
+        unread = [prompt.ids[used:-1] for prompt, used in known]
+        longest = max(map(len, unread))
+        pieces = [ids[: max(1, self.chunk // len(unread))] for ids in unread]
+        if longest:
             with self.runtime.autocast():
                 self.model.hidden(padded(pieces, 0).to(self.runtime.device), cache=self._read)
             self._read.advance([len(piece) for piece in pieces])
-        if most == max(left):
+        if longest == max(map(len, pieces)):
             for row, prompt in enumerate(self._reading):
                 prompt.cache, prompt.row = self._read, row
             self._reading = []
@@ -659,8 +650,9 @@ class Engine:
         """Give each row its token, and empty the slots of those that end."""
         written = [request for request in self._rows if request is not None]
         for slot, (request, id) in enumerate(zip(written, drawn, strict=True)):
-            token = self._token(request, id)
-            if token.kind == "forced":
+            token = Token(request.row, id, "end" if id in self.ends else "chosen")
+            if request.forced:
+                token = Token(request.row, request.forced.popleft(), "forced")
                 self._slots.ids_B1[slot] = token.id
             request.tokens.append(token)
             request.ids.append(token.id)
@@ -674,12 +666,6 @@ class Engine:
         self._rows[slot] = None
         if request.prompt.keep:
             self._kept.add(request.ids[: self._slots.used[slot]], *self._slots.read_row(slot))
-
-    def _token(self, request: Request, drawn: int) -> Token:
-        """A row's next token: forced by a tool's result, else the sampled one."""
-        if request.forced:
-            return Token(request.row, request.forced.popleft(), "forced")
-        return Token(request.row, drawn, "end" if drawn in self.ends else "chosen")
 
     def _advance(self, request: Request, token: Token) -> None:
         """Count the token, and run the tool if it closes a python part."""

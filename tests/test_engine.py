@@ -121,6 +121,12 @@ def test_each_row_has_its_own_settings():
         assert choose(*one).item() == together[row], (t, k, p)
 
 
+def test_a_row_without_top_p_keeps_its_tail_beside_one_that_has_it():
+    logits = torch.randn(40, 50_000, generator=torch.Generator().manual_seed(0)) * 3
+    both = probabilities(logits, 1.0, top_p=torch.tensor([1.0, 0.5] * 20))
+    assert both[::2].equal(probabilities(logits, 1.0)[::2]), "sums of shares are not exact"
+
+
 def splitmix(key: int, position: int) -> float:
     """`uniforms` with whole numbers."""
     x = (key + position * 0x9E3779B97F4A7C15) % 2**64
@@ -281,6 +287,8 @@ def test_whoever_comes_and_goes_a_row_says_what_it_says_alone(seed):
             speaker.cancel(draw.choice(told)[0])
         speaker.step()
         assert len(speaker._rows) <= speaker.max_rows
+        assert not any(row is not None and row.cancelled for row in speaker._rows)
+        assert not any(speaker._slots.used[len(speaker._rows) :]), "a row that left counts no more"
         most = max(most, len(speaker._rows))
     while speaker.busy:
         speaker.step()
@@ -313,6 +321,7 @@ def test_a_long_prompt_is_read_between_the_tokens_of_the_others():
     speaker.chunk, speaker.ends = 10, frozenset()
     (first,) = speaker.submit(prompts(5)[0], max_new_tokens=20)
     speaker.step()
+    assert first.prompt.cache is None, "its memory is needed no more"
     (long,) = speaker.submit(prompts(41)[0], max_new_tokens=2)
     for step in range(1, 7):
         speaker.step()
@@ -392,11 +401,11 @@ def test_release_gives_the_memory_back_and_only_at_rest():
     with pytest.raises(RuntimeError, match="rows are being written"):
         speaker.release()
     steps.close()
-    held = weakref.ref(speaker._slots.keys_LBGSK)
+    held = [weakref.ref(cache) for cache in (speaker._slots, speaker._slots.first(1))]
     gc.disable()
     speaker.release()
     gc.enable()
-    assert held() is None
+    assert [cache() for cache in held] == [None, None]
     assert len(speaker.complete(prompts(5), max_new_tokens=20)[0]) == 20
 
 
@@ -433,6 +442,7 @@ def test_recorded_steps_say_the_same(device, monkeypatch):
         if round == 2:
             with torch.no_grad():
                 plain.model.head.weight.mul_(1.01)
+    assert set(speaker._slots.views) <= {1, 2, 4}, "few kinds to record"
     assert 3 <= counts[1] <= 9, "each reach once for each number of rows"
     assert counts[1] == counts[2] and counts[3] <= counts[1] + 2
 
