@@ -64,9 +64,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """An estimate of the bytes that training takes on each of `ranks` devices, all but activations
-    float32.
-    """
+    """An estimate of the bytes that training takes on each of `ranks` devices."""
 
     model: ModelConfig
     vocab_size: int

@@ -169,8 +169,8 @@ class AnswerParser:
 
     `feed` and `finish` return pieces, each a part's kind and its next whole characters; an empty
     one opens a python or output part. `parts` is the answer so far. A model may write anything: a
-    marker that no answer contains ends it, an open part extends to the end, a stray closing marker
-    is ignored.
+    marker that no answer contains ends it, an open part extends to the end, stray closing markers
+    are ignored.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -53,7 +53,7 @@ def text_files(config: Config, mirror: Path) -> TextFiles:
 def _check_count(found: int, where: object, wanted: int | None) -> None:
     if found < 2:
         raise ValueError(f"{where}: {found} parquet files, text needs two; {LOOK_ELSEWHERE}")
-    if wanted is not None and not 1 <= wanted < found:
+    if (wanted or 1) >= found:
         most = f"{found - 1} (of {where})"
         raise ValueError(f"data.text_shards must be between 1 and {most}, got {wanted}")
 

@@ -1,8 +1,8 @@
 """Run a stage in processes of its own and follow it; the caller itself never trains.
 
 The launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard output. The
-lock belongs to the open file: it is held until the last rank has ended, even when launcher or
-torchrun is killed.
+lock belongs to the open file: the last rank holds it to its end, even when launcher or torchrun is
+killed.
 """
 
 import contextlib

@@ -34,8 +34,7 @@ def size(number: float) -> str:
 
 
 def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
-    """The rows of a micro-batch that should fit into `room` bytes, at most `share` or `ENOUGH`
-    tokens.
+    """The rows that should fit into `room` bytes: all of `share`, as far as `ENOUGH` tokens go.
 
     A power of two where not all fit; ValueError where not even one does.
     """

@@ -30,11 +30,9 @@ SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg
 
 
 def write(run: Run, names: Sequence[str]) -> Path:
-    """Bring the run book up to date with all chapters, in order ("00_tour"); returns its first
-    page.
+    """Bring the run book up to date with all chapters, in order; returns its first page.
 
-    A finished chapter's page is written where it is missing, older than the notebook, or has other
-    links.
+    A finished chapter's page is written where it is missing, outdated, or has other links.
     """
     folder, exporter = run.path / "chapters", _exporter()
     titles: dict[str, str | None] = dict.fromkeys(names)

@@ -156,7 +156,7 @@ class Metrics:
 
 @contextlib.contextmanager
 def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, None, None]:
-    """Record the body as one attempt at the work in `folder`: a row when it begins, another at its
+    """Record the body as one attempt at the work in `folder`: a row at its begin, another at its
     end.
 
     An attempt that was killed ended when a file in `folder` last changed.
@@ -257,7 +257,7 @@ class Run:
 
         run: an id, or a path (relative to the repository) if it has a slash; None: the profile's
         name, and a hash where `overrides` change the recipe. ValueError where it was made with
-        another recipe.
+        another.
         """
         this = cls.peek(profile, run, overrides)
         if not this.exists() and not _create(this, overrides or {}):
@@ -306,9 +306,7 @@ class Run:
 
     @classmethod
     def _read(cls, path: Path, manifest: dict, defaults: dict, given: dict) -> Run:
-        """The run of a manifest; a setting newer than the run has its default, whatever the
-        profile.
-        """
+        """The run of a manifest; a setting newer than the run has its default."""
         profile, recipe = manifest["profile"], manifest["recipe"]
         asked = settings.from_flat(profile, recipe | defaults | given)
         saved = settings.from_flat(profile, recipe).recipe

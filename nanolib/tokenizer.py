@@ -101,8 +101,8 @@ class Tokenizer:
     def encode_flat(
         self, texts: Iterable[str], threads: int = 1, bos: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`encode` all texts into one array, many times faster: (ids [N], offsets [texts + 1]
-        int64).
+        """`encode` all texts into one array, many times faster: (ids [N], int64 offsets [texts +
+        1]).
 
         Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if `bos`. ids: uint16 if the
         vocabulary fits, else uint32.

@@ -1,8 +1,8 @@
 """Bits per byte: how well a model compresses text it has not seen, whatever its tokenizer.
 
 Each document starts with BOS and is read by itself in windows of T tokens that overlap by one id:
-every token but BOS is predicted exactly once. Bits are divided by the bytes that the tokens stand
-for.
+all tokens but BOS are predicted exactly once. Bits are divided by the bytes of the predicted
+tokens.
 """
 
 import math

@@ -68,19 +68,12 @@ def _grades(
 
 
 # Task -> which of its scores counts, and a guesser's accuracy.
-CHATCORE_PARTS = {
-    "arc_easy": ("letters", 0.25),
-    "arc_challenge": ("letters", 0.25),
-    "mmlu": ("letters", 0.25),
-    "gsm8k": ("accuracy", 0.0),
-    "humaneval": ("accuracy", 0.0),
-}
+CHATCORE_PARTS = dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), ("letters", 0.25))
+CHATCORE_PARTS |= dict.fromkeys(("gsm8k", "humaneval"), ("accuracy", 0.0))
 
 
 def chatcore(scores: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The mean centred accuracy (nanochat, October 2025) over a chat's five tasks, if all are
-    there.
-    """
+    """The mean centred accuracy (nanochat, October 2025) over five tasks, if all are there."""
     parts = [
         centred(scores[task][measure], chance)
         for task, (measure, chance) in CHATCORE_PARTS.items()

@@ -150,8 +150,7 @@ class Prompt:
         return len(self.context) + sum(map(len, self.continuations))
 
     def cut_to(self, length: int) -> Prompt | None:
-        """Cut for `length` inputs and a target to hold the longest continuation; None if they
-        cannot.
+        """Cut so that a row of `length` inputs holds the longest continuation; None if it cannot.
 
         A continuation is never cut: it would score better without its last tokens.
         """
@@ -172,8 +171,7 @@ def examples(task: CoreTask, index: int) -> list[int]:
 def prompts(task: CoreTask, index: int, tokenizer: Tokenizer) -> list[Prompt]:
     """What to score for a question: one context with all choices, or one context per option.
 
-    Continuations are found by comparing ids, as in the reference: a token may straddle the
-    boundary.
+    Continuations are found by comparing ids, as in the reference: a token may straddle both.
     """
     solved = [task.questions[i] for i in examples(task, index)]
     before = "".join(f"{task.delimiter.join(one.options[one.gold])}\n\n" for one in solved)

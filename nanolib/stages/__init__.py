@@ -2,8 +2,7 @@
 
     data → tokenizer → shards → base → mid → sft → grpo → eval → report
 
-`worker` is the process that `nanolib.launch` starts. A stage killed at any instant goes on from
-what it had saved.
+`nanolib.launch` starts a `worker`. A stage killed at any instant goes on from what it had saved.
 """
 
 import time

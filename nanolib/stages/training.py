@@ -44,8 +44,8 @@ def base(context: Context) -> Result:
     documents = validation_documents(context)
 
     def score() -> dict[str, float]:
-        bpb = bits_per_byte(training.model, documents, context.tokenizer, context.runtime)
-        return {"bpb": bpb}
+        tokenizer, runtime = context.tokenizer, context.runtime
+        return {"bpb": bits_per_byte(training.model, documents, tokenizer, runtime)}
 
     return training.run(source, len(source), source.batch_rows, score, CrossEntropy())
 
