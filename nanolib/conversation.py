@@ -100,17 +100,15 @@ class Conversation:
 
     @classmethod
     def from_messages(cls, messages: Sequence[Mapping[str, Any]]) -> Conversation:
-        """From the hub's schema: ``[{"role": …, "content": text or a list of parts}]``.
-
-        A part is a `Part` or ``{"type": "text" | "python" | "output", "text": …}``.
-        """
-
-        def parts(content: Any) -> tuple[Part, ...]:
+        """From ``[{"role": …, "content": text or [{"type": kind of part, "text": …}]}]``."""
+        turns = []
+        for message in messages:
+            content: Any = message["content"]
             if isinstance(content, str):
-                return (Part("text", content),)
-            return tuple(p if isinstance(p, Part) else Part(p["type"], p["text"]) for p in content)
-
-        return cls(tuple(Message(m["role"], parts(m["content"])) for m in messages))
+                content = [{"type": "text", "text": content}]
+            parts = tuple(Part(part["type"], part["text"]) for part in content)
+            turns.append(Message(message["role"], parts))
+        return cls(tuple(turns))
 
     @classmethod
     def ask(cls, text: str, answer: str | None = None) -> Conversation:

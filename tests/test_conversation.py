@@ -36,11 +36,18 @@ def conversations(draw):
     return Conversation(tuple(messages))
 
 
+def plain(content):
+    """As it is written in files."""
+    return (
+        content if isinstance(content, str) else [{"type": p.kind, "text": p.text} for p in content]
+    )
+
+
 def say(*contents, system=None):
     messages = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
     return Conversation.from_messages(
-        messages + [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+        messages + [{"role": roles[i % 2], "content": plain(c)} for i, c in enumerate(contents)]
     )
 
 
@@ -246,7 +253,7 @@ def test_no_piece_of_a_text_has_half_a_character(parts):
         ([("user", "x"), ("user", "y")], "message 2 .* must come from the assistant, got 'user'"),
         ([("user", "x"), ("system", "y")], "message 2 .* got 'system'"),
         ([("tool", "x")], "role must be one of system, user, assistant, got 'tool'"),
-        ([("user", [Part("python", "1")])], "only the assistant has python parts"),
+        ([("user", [{"type": "python", "text": "1"}])], "only the assistant has python parts"),
         ([("user", [{"type": "image", "text": ""}])], "a part must be one of .*got 'image'"),
     ],
 )

@@ -37,7 +37,10 @@ class RowSource:
     device_batch: int | None = None  # rows of a micro-batch at most; None: all of this rank's
 
     def __post_init__(self) -> None:
-        self._order = lru_cache(maxsize=2)(self._draw_order)
+        def drawn(epoch: int) -> np.ndarray:
+            return np.random.default_rng(seed_of(self.seed, "rows", epoch)).permutation(len(self))
+
+        self._order = lru_cache(maxsize=2)(drawn)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -59,9 +62,6 @@ class RowSource:
     def batch(self, numbers: Sequence[int]) -> Batch:
         ids, masks = zip(*map(self.row, numbers), strict=True)
         return batch_of_rows(ids, masks, self.length, self.bos)
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(seed_of(self.seed, "rows", epoch)).permutation(len(self))
 
 
 class TextSource(RowSource):
@@ -114,10 +114,9 @@ class ConversationSource(RowSource):
 
     @classmethod
     def open(cls, folder: Path, **settings: Any) -> ConversationSource:
-        files = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "masks", "ends")
-        )
-        ids, masks, ends = map(np.asarray, files)  # views of arrays are lighter than of memmaps
+        paths = (folder / f"{name}.npy" for name in ("ids", "masks", "ends"))
+        # Views of arrays are lighter than of memmaps.
+        ids, masks, ends = (np.asarray(np.load(path, mmap_mode="r")) for path in paths)
         return cls(np.split(ids, ends[:-1]), np.split(masks, ends[:-1]), **settings)
 
     def __len__(self) -> int:
