@@ -101,14 +101,13 @@ class Conversation:
     @classmethod
     def from_messages(cls, messages: Sequence[Mapping[str, Any]]) -> Conversation:
         """From ``[{"role": …, "content": text or [{"type": kind of part, "text": …}]}]``."""
-        turns = []
-        for message in messages:
-            content: Any = message["content"]
+
+        def parts(content: Any) -> tuple[Part, ...]:
             if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            parts = tuple(Part(part["type"], part["text"]) for part in content)
-            turns.append(Message(message["role"], parts))
-        return cls(tuple(turns))
+                return (Part("text", content),)
+            return tuple(Part(part["type"], part["text"]) for part in content)
+
+        return cls(tuple(Message(m["role"], parts(m["content"])) for m in messages))
 
     @classmethod
     def ask(cls, text: str, answer: str | None = None) -> Conversation:
