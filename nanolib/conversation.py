@@ -12,10 +12,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-if TYPE_CHECKING:
-    from nanolib.tokenizer import Tokenizer
+from nanolib.tokenizer import Tokenizer
 
 PartKind = Literal["text", "python", "output"]
 Role = Literal["system", "user", "assistant"]

@@ -71,7 +71,7 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
     if cuda:
         free, _ = torch.cuda.mem_get_info(runtime.device)
         room = MARGIN * (free + torch.cuda.memory_reserved(runtime.device))
-    room = min(runtime.gather(room))  # with what the model's weights take already
+    room = min(runtime.gather(room))  # bytes that any rank may use, the weights included
     memory = TrainingMemory(model.config, model.vocab_size, ranks, cuda, runtime.dtype.itemsize)
     rows = estimated_rows(memory, share, room)
     if cuda:

@@ -145,10 +145,6 @@ class Prompt:
     head: int = 1  # BOS
     tail: int = 0
 
-    @property
-    def tokens(self) -> int:
-        return len(self.context) + sum(map(len, self.continuations))
-
     def cut_to(self, length: int) -> Prompt | None:
         """Cut so that a row of `length` inputs holds the longest continuation; None if it cannot.
 
@@ -231,7 +227,8 @@ def score(
     inputs are the context's last id and their own ids but the last.
     """
     scores: list[list[Score]] = [[] for _ in prompts]
-    for group in groups([prompt.tokens for prompt in prompts], tokens_at_once):
+    lengths = [len(prompt.context) + sum(map(len, prompt.continuations)) for prompt in prompts]
+    for group in groups(lengths, tokens_at_once):
         contexts = [prompts[i].context[:-1] for i in group]
         each = [(row, ids) for row, i in enumerate(group) for ids in prompts[i].continuations]
         owners, targets = zip(*each, strict=True)
