@@ -410,7 +410,7 @@ def heatmap(
 
     low, high = limits or (None, None)
     image = axes.imshow(
-        values.detach() if hasattr(values, "detach") else values,
+        values.tolist() if hasattr(values, "tolist") else values,
         cmap=colours,
         aspect="auto",
         vmin=low,
