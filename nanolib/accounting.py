@@ -30,13 +30,13 @@ DEVICES = {
     "RTX 4090": (165e12, 24),
 }
 
-# Model FLOPs utilisation by depth on one H100 in bfloat16 (2026-11-24, runs/bench/device.md): over
-# whole runs at depths 8 and 20, over forward, backward and update at the others.
-MEASURED_MFU = {8: 0.346, 12: 0.427, 20: 0.474, 26: 0.485, 32: 0.526}
+# Model FLOPs utilisation by depth on one H100 in bfloat16, update included (runs/bench/device.md):
+# 12 and 20 of whole steps on 2026-11-28, 32 put together from its parts, 8 of a run before that.
+MEASURED_MFU = {8: 0.346, 12: 0.522, 20: 0.554, 32: 0.578}
 
-# The share of the activations that a compiled bfloat16 program keeps: fitted so that the estimate
-# is within 10 % of the peaks measured on an H100 (runs/bench/device.md).
-KEPT_ON_CUDA = 0.82
+# The share of the layers' activations that a compiled bfloat16 program keeps: fitted so that the
+# estimate is within 10 % of the peaks measured on an H100 (runs/bench/device.md).
+KEPT_ON_CUDA = 0.71
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +93,15 @@ class TrainingMemory:
 
         A layer keeps, for each token: both norms' inputs and outputs, queries and keys before and
         after theirs, values, attention's output, and the MLP's 4 D before and after the square.
-        Logits are kept twice, in float32: after the soft cap, and as log-probabilities.
+        The head keeps the size of the logits twice: in float32 after the soft cap and as
+        exponentials, on CUDA in bfloat16 as scores and as their gradient.
         """
         model, width = self.model, self.model.width
         layer = 4 * width + 2 * width + 3 * model.num_kv_heads * model.head_dim + width + 8 * width
         hidden = model.depth * layer + 3 * width
-        token = hidden * self.bytes_per_number + 2 * self.vocab_size * 4
-        return int(rows * model.sequence_len * token * (KEPT_ON_CUDA if self.cuda else 1))
+        layers = hidden * self.bytes_per_number * (KEPT_ON_CUDA if self.cuda else 1)
+        token = layers + 2 * self.vocab_size * (self.bytes_per_number if self.cuda else 4)
+        return int(rows * model.sequence_len * token)
 
     def total(self, rows: int) -> int:
         """The peak: activations and the update's copies never exist at the same time."""

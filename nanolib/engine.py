@@ -32,6 +32,7 @@ from nanolib.runtime import Runtime, seed_of
 
 if TYPE_CHECKING:
     from nanolib.config import ModelConfig
+    from nanolib.decoding import Writer
     from nanolib.tokenizer import Tokenizer
 
 OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # only a tool's result has these
@@ -349,6 +350,11 @@ class Engine:
         own = () if tool is None else map(tokenizer.special, OUTPUT_NAMES)
         self.ends = frozenset([*end_tokens(tokenizer), *own])
         self.record: Record | None = record_graph if runtime.device.type == "cuda" else None
+        self.writer: Writer | None = None
+        if runtime.dtype == torch.bfloat16 and model.fast_kernels("writing"):
+            from nanolib.decoding import Writer
+
+            self.writer = Writer(model)
         self.max_rows, self.chunk = max_rows, CHUNK.get(runtime.device.type, CHUNK["cpu"])
         self._lock = threading.RLock()
         self._waiting: deque[Request] = deque()
@@ -468,6 +474,8 @@ class Engine:
             for s, key in enumerate(keys)
         ]
         with self._lock:
+            if self.writer is not None and not self.busy:
+                self.writer.refresh()  # the weights may have changed
             self._waiting += requests
         return requests
 
@@ -556,8 +564,10 @@ class Engine:
         longest = max(map(len, unread))
         pieces = [ids[: max(1, self.chunk // len(unread))] for ids in unread]
         if longest:
-            with self.runtime.autocast():
-                self.model.hidden(padded(pieces, 0).to(self.runtime.device), cache=self._read)
+            with self.runtime.autocast(self.writer is None):
+                (self.writer or self.model).hidden(
+                    padded(pieces, 0).to(self.runtime.device), cache=self._read
+                )
             self._read.advance([len(piece) for piece in pieces])
         if longest == max(map(len, pieces)):
             for row, prompt in enumerate(self._reading):
@@ -616,7 +626,9 @@ class Engine:
         top_k = max(request.top_k or 0 for request in requests)
         top_p = any(request.top_p < 1 for request in requests)
         greedy = not any(request.temperature for request in requests)
-        kind = slots.reach(1), any(slots.used), greedy, top_k, top_p
+        # The writer's kernel reads as much as each row has: one recording for every reach.
+        reach = (0, False) if self.writer else (slots.reach(1), any(slots.used))
+        kind = *reach, greedy, top_k, top_p
         work = partial(self._decode, slots, *kind[2:])
         if self.record is not None and kind in slots.replays and slots.replays[kind] is None:
             slots.replays[kind] = self._recorded(self.record, work)
@@ -629,8 +641,11 @@ class Engine:
         Whether all rows are `greedy`, the largest `top_k` (or 0) and whether any row has a `top_p`
         spare work that no row asks for; they change no row's token.
         """
-        with self.runtime.autocast():
-            logits_BV = self.model(slots.ids_B1, cache=slots)[:, -1]
+        if self.writer is not None:
+            logits_BV = self.writer.logits(self.writer.hidden(slots.ids_B1, slots)[:, -1])
+        else:
+            with self.runtime.autocast():
+                logits_BV = self.model(slots.ids_B1, cache=slots)[:, -1]
         if greedy:
             return logits_BV.argmax(dim=-1)
         uniform_B = uniforms(slots.key_B, slots.used_B)

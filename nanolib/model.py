@@ -10,9 +10,12 @@ L layers, S cached positions.
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +73,21 @@ def attend(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return mixed_BHTK.transpose(1, 2)
+
+
+@functools.cache
+def _proven_kernels(device: torch.device, use: Literal["training", "writing"]) -> ModuleType | None:
+    """`nanolib.kernels`, if this device runs those of this use and gets the right numbers."""
+    if device.type != "cuda":
+        return None
+    try:
+        from nanolib import kernels
+
+        getattr(kernels, f"prove_{use}")(device)
+    except Exception as error:  # no Triton, an older GPU, a wrong result: slower, not wrong
+        warnings.warn(f"{use} goes on without our kernels: {error!r}"[:300], stacklevel=2)
+        return None
+    return kernels
 
 
 class KVCache:
@@ -169,8 +187,10 @@ class Attention(nn.Module):
         positions_BT: Tensor | None = None,
     ) -> Tensor:
         heads = (-1, self.head_dim)
-        query_BTHK = norm(rotate(self.query(x_BTD).unflatten(-1, heads), cos_sin))
-        key_BTGK = norm(rotate(self.key(x_BTD).unflatten(-1, heads), cos_sin))
+        # A rotation keeps lengths, so the order of the two is free; this one saves a copy of the
+        # rotated queries and keys for the backward pass.
+        query_BTHK = rotate(norm(self.query(x_BTD).unflatten(-1, heads)), cos_sin)
+        key_BTGK = rotate(norm(self.key(x_BTD).unflatten(-1, heads)), cos_sin)
         value_BTGK = self.value(x_BTD).unflatten(-1, heads)
         if cache is not None:
             assert positions_BT is not None
@@ -190,7 +210,11 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, fused: Callable[..., Tensor] | None = None) -> Tensor:
+        """fused: a kernel for all three steps, (x [N, D], up, down) -> [N, D]."""
+        if fused is not None:
+            weights = self.up.weight, self.down.weight
+            return fused(x_BTD.flatten(0, 1), *weights).view_as(x_BTD)
         return self.down(F.relu(self.up(x_BTD)).square())
 
 
@@ -200,9 +224,15 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], *context) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        *context,
+        fused: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
         x_BTD = x_BTD + self.attention(norm(x_BTD), cos_sin, *context)
-        return x_BTD + self.mlp(norm(x_BTD))
+        return x_BTD + self.mlp(norm(x_BTD), fused)
 
 
 class GPT(nn.Module):
@@ -273,7 +303,7 @@ class GPT(nn.Module):
             mask_BTS = cache.mask(positions_BT)
         else:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        cos, sin = self._rotary_tables(ids_BT.device)
+        cos, sin = self.rotary_tables(ids_BT.device)
         known_BT = positions_BT.clamp(max=len(cos) - 1)  # a row's padding may lie further
         cos_sin = cos[known_BT], sin[known_BT]
         x_BTD = self.embedding(ids_BT)
@@ -286,7 +316,7 @@ class GPT(nn.Module):
             x_BTD = run(block, x_BTD, cos_sin, mask_BTS, cache, positions_BT)
         return norm(x_BTD)
 
-    def _rotary_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rotary_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, 1, K / 2] of every position of the context, computed once."""
         if self._rotary is None or self._rotary[0].device != device:
             with torch.inference_mode(False):  # a table made while generating serves training too
@@ -296,7 +326,12 @@ class GPT(nn.Module):
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """Float32 scores over the vocabulary for hidden states of any leading shape."""
-        return SOFTCAP * torch.tanh(self.head(hidden_D).float() / SOFTCAP)
+        return self.capped(self.head(hidden_D))
+
+    @staticmethod
+    def capped(scores: Tensor) -> Tensor:
+        """Scores of the head, softly kept within ±15, in float32."""
+        return SOFTCAP * torch.tanh(scores.float() / SOFTCAP)
 
     def forward(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [B, T, V] in float32; see `hidden` for the cache."""
@@ -306,6 +341,11 @@ class GPT(nn.Module):
         """Negative log-likelihood [B, T] of each target in nats; 0 where the target is ignored."""
         return self._nll(self.hidden(batch.inputs_BT), batch.targets_BT)
 
+    def fast_kernels(self, use: Literal["training", "writing"]) -> ModuleType | None:
+        """`nanolib.kernels` where they work and serve a model of these dimensions."""
+        aligned = self.config.width % 8 == 0 and self.config.head_dim.bit_count() == 1
+        return _proven_kernels(self.head.weight.device, use) if aligned else None
+
     def compiled_nll(self, cudnn: bool = False, **options: Any) -> Callable[[Batch], Tensor]:
         """`nll` through torch.compile (`options`): one program for every block, one for the loss.
 
@@ -313,7 +353,13 @@ class GPT(nn.Module):
         by cuDNN, faster than flash by a fifth to a half, but every new shape costs it 40 to 240 ms:
         for rows of one length.
         """
-        run, nll = torch.compile(Block.forward, **options), torch.compile(self._nll, **options)
+        fast = self.fast_kernels("training")
+        fused = None if fast is None else fast.SquaredReLUMLP.apply
+
+        def block(block: Block, *inputs) -> Tensor:
+            return block.forward(*inputs, fused=fused)
+
+        run, nll = torch.compile(block, **options), torch.compile(self._nll, **options)
         # A program keeps the kernel that was allowed when it was compiled, at its first call; the tag
         # tells torch's cache on disk, which does not know that, the two kinds of program apart.
         kernels = [FLASH, EFFICIENT, MATH, *([CUDNN] if cudnn else [])]
@@ -328,9 +374,13 @@ class GPT(nn.Module):
         return compiled
 
     def _nll(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        return F.cross_entropy(
-            self.logits(hidden_BTD).flatten(0, 1),
-            targets_BT.flatten(),
-            ignore_index=-1,
-            reduction="none",
-        ).view_as(targets_BT)
+        logits_BTV = self.logits(hidden_BTD)
+        if torch.compiler.is_compiling():
+            # Not gather: its gradient would be a tensor of zeros, as large as the logits.
+            ids_V = torch.arange(self.vocab_size, device=targets_BT.device)
+            own_BT = torch.where(ids_V == targets_BT[..., None], logits_BTV, 0).sum(dim=-1)
+        else:
+            own_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0)[..., None]).squeeze(-1)
+        # The softcap bounds the logits, so their exponentials need no maximum subtracted first.
+        nll_BT = logits_BTV.exp().sum(dim=-1).log() - own_BT
+        return nll_BT.masked_fill(targets_BT < 0, 0)

@@ -56,9 +56,9 @@ class Runtime:
         """Whether this rank writes what only one may write."""
         return self.rank == 0
 
-    def autocast(self) -> torch.autocast:
-        """Matrix products in `dtype`; a no-op in float32."""
-        enabled = self.dtype != torch.float32
+    def autocast(self, wanted: bool = True) -> torch.autocast:
+        """Matrix products in `dtype`; a no-op in float32, or where it is not wanted."""
+        enabled = wanted and self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
     def sum(self, value: Tensor) -> Tensor:

@@ -132,8 +132,8 @@ def test_an_unknown_machine_is_told_the_known_ones(text):
 def test_the_assumed_utilisation():
     for depth, share in accounting.MEASURED_MFU.items():
         assert accounting.assumed_mfu(depth) == share
-    assert accounting.assumed_mfu(16) == pytest.approx((0.427 + 0.474) / 2)
-    assert accounting.assumed_mfu(1) == 0.346 and accounting.assumed_mfu(64) == 0.526
+    assert accounting.assumed_mfu(16) == pytest.approx((0.522 + 0.554) / 2)
+    assert accounting.assumed_mfu(1) == 0.346 and accounting.assumed_mfu(64) == 0.578
 
 
 def test_flops_and_mfu_of_the_originals_d32():

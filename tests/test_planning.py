@@ -27,11 +27,10 @@ def test_sizes_in_words():
 
 
 PEAKS = [  # depth, vocabulary, rows, bytes: measured on an H100, runs/bench/device.md
-    (8, 16_384, 32, 15.3e9),
-    (12, 16_384, 32, 29.0e9),
-    (20, 65_536, 16, 46.5e9),
-    (26, 65_536, 8, 42.3e9),
-    (32, 65_536, 8, 64.1e9),
+    (12, 32_768, 32, 23.8e9),
+    (20, 32_768, 16, 33.1e9),
+    (20, 32_768, 32, 59.1e9),
+    (32, 32_768, 8, 56.5e9),
 ]
 
 
@@ -192,8 +191,8 @@ def plan(profile: str, machine: str, **overrides) -> str:
 def test_the_plan_of_the_originals_d20():
     text = plan("speedrun", "8xH100")
     assert "560,988,160" in text and "21,400 steps x 524,288 tokens = 11,220 M tokens" in text
-    assert "(20.0 a parameter), 3.92e+19 FLOPs" in text and "base         16 of 32 rows" in text
-    assert re.search(r"2:54:\d\d, \$69.\d\d \(projected\)", text)
+    assert "(20.0 a parameter), 3.92e+19 FLOPs" in text and "base         32 of 32 rows" in text
+    assert re.search(r"2:28:\d\d, \$59.\d\d \(projected\)", text)
     assert text.count("not projected") == 3  # mid, sft, grpo
 
 
@@ -213,7 +212,7 @@ def test_base_is_not_set_beside_all_stages_of_the_original():
 
 def test_the_plan_for_some_of_a_machines_devices():
     text = plan("speedrun", "8xH100", **{"machine.ranks": 4})
-    assert "on 4 x H100" in text and re.search(r"5:48:\d\d", text)
+    assert "on 4 x H100" in text and re.search(r"4:57:\d\d", text)
     with pytest.raises(ValueError, match=r"machine.ranks = 4 needs as many devices, .* are 2"):
         plan("speedrun", "2xH100", **{"machine.ranks": 4})
 

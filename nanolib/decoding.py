@@ -1,0 +1,65 @@
+"""The forward pass of `nanolib.model` for writing on CUDA: bfloat16 weights and fused kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanolib import kernels
+from nanolib.model import Block, attend, norm
+
+if TYPE_CHECKING:
+    from nanolib.model import GPT, KVCache
+
+
+class Writer:
+    """A copy of a model's weights in bfloat16 at fixed addresses. `hidden` and `logits` equal the
+    model's; `refresh` copies the weights again after training has changed them."""
+
+    def __init__(self, model: GPT, dtype: torch.dtype = torch.bfloat16):
+        self.model = model
+        self.copies = [weight.to(dtype) for weight in self._weights()]
+
+    def _weights(self) -> list[Tensor]:
+        """Embedding and head, then four matrices a layer: query, key and value as one."""
+        weights = [self.model.embedding.weight, self.model.head.weight]
+        for block in self.model.blocks:
+            assert isinstance(block, Block)
+            attention, mlp = block.attention, block.mlp
+            parts = attention.query, attention.key, attention.value
+            weights.append(torch.cat([part.weight for part in parts]))
+            weights += [attention.out.weight, mlp.up.weight, mlp.down.weight]
+        return [weight.detach() for weight in weights]
+
+    def refresh(self) -> None:
+        torch._foreach_copy_(self.copies, self._weights())
+
+    def hidden(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
+        """The normalised last hidden states [B, T, D]; see `GPT.hidden`."""
+        (B, T), K = ids_BT.shape, self.model.config.head_dim
+        mask_BTS = None if T == 1 else cache.mask(cache.positions(T))
+        reach = T if mask_BTS is None else mask_BTS.shape[-1]
+        cos_sin = self.model.rotary_tables(ids_BT.device)
+        x_ND = norm(F.embedding(ids_BT, self.copies[0])).flatten(0, 1)
+        for layer in range(self.model.config.depth):
+            qkv, out, up, down = self.copies[2 + 4 * layer : 6 + 4 * layer]
+            keys_BGSK, values_BGSK = cache.keys_LBGSK[layer], cache.values_LBGSK[layer]
+            qkv_ND = kernels.linear(x_ND, qkv, normed=True)
+            query_BTHK = kernels.place(
+                qkv_ND.view(B, T, -1, K), cos_sin, cache.used_B, keys_BGSK, values_BGSK
+            )
+            if T == 1:
+                mixed = kernels.read_cache(query_BTHK[:, 0], keys_BGSK, values_BGSK, cache.used_B)
+            else:
+                mixed = attend(query_BTHK, *cache.read(layer, reach), mask_BTS)
+            x_ND = kernels.linear(mixed.reshape(B * T, -1), out, residual_NF=x_ND)
+            inner_NF = kernels.linear(x_ND, up, normed=True, squared_relu=True)
+            x_ND = kernels.linear(inner_NF, down, residual_NF=x_ND)
+        return norm(x_ND).view(B, T, -1)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Float32 scores [N, V]."""
+        return self.model.capped(kernels.linear(hidden_ND, self.copies[1]))
