@@ -46,6 +46,30 @@ assert_close(fused, plain)
 for got, want in zip(*(torch.autograd.grad(y, (x, up, down), grad) for y in (fused, plain))):
     assert_close(got, want, rtol=1e-4, atol=1e-4)
 """
+COMPILED = """
+from torch.testing import assert_close
+from nanolib.config import ModelConfig
+from nanolib.data.packing import Batch
+from nanolib.model import GPT
+
+model = GPT.build(ModelConfig(depth=1, aspect=16, head_dim=8, sequence_len=16), 40, cpu, 1)
+with torch.no_grad():
+    for weight in model.parameters():
+        weight.normal_(std=0.3)
+GPT.fast_kernels = lambda model, use: kernels
+compiled = model.compiled_nll(backend="aot_eager")
+for rows, length in ((2, 6), (3, 4), (1, 9)):  # lengths vary, as GRPO's do
+    ids = torch.randint(40, (rows, length + 1))
+    batch = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:])
+    sides = []
+    for nll in (model.nll, compiled):
+        model.zero_grad()
+        nll(batch).square().sum().backward()
+        sides.append([weight.grad for weight in model.parameters()])
+    for plain, fused in zip(*sides):
+        assert_close(fused, plain, rtol=1e-3, atol=1e-3)
+print("relative error: none")
+"""
 WRITING = """
 from torch.testing import assert_close
 from nanolib.config import ModelConfig
@@ -82,7 +106,9 @@ with torch.inference_mode():
 """
 
 
-@pytest.mark.parametrize("code", [TRAINING, WRITING], ids=["training", "writing"])
+@pytest.mark.parametrize(
+    "code", [TRAINING, COMPILED, WRITING], ids=["training", "compiled", "writing"]
+)
 def test_kernels_give_the_right_numbers_and_the_proof_notices_wrong_ones(monkeypatch, code):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True)
