@@ -1,21 +1,24 @@
 """What one device does with a profile's model, in some minutes: memory, speed, sampling.
 
-    uv run nanolib bench device --profile h100 --model.depth 12
+    uv run nanolib bench device --profile h100 --model.depth 12 --nanochat ../nanochat
 
 Weights are random and nothing is read: run it first on a machine you have rented. Programs are what
-torch.compile has made since the model was built.
+torch.compile has made since the model was built. With a checkout of nanochat its training is
+measured beside ours: full attention, the same rows at once, vocabulary and tokens a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import itertools
 import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ import torch
 from nanolib import accounting, config, planning, report
 from nanolib.data.packing import Batch
 from nanolib.engine import Engine, inverse_cdf
-from nanolib.model import GPT
+from nanolib.model import GPT, KVCache
 from nanolib.optim import MuonAdamW
 from nanolib.runtime import Runtime, processor
 from nanolib.tokenizer import Tokenizer
@@ -35,8 +38,15 @@ LENGTHS = (0.15, 0.21, 0.19, 0.22, 0.13)  # of the context: the rows of five GRP
 class Bench:
     """A profile's model on this machine's device."""
 
-    def __init__(self, recipe: config.Recipe, machine: config.MachineConfig, repeats: int):
-        self.recipe, self.repeats = recipe, repeats
+    def __init__(
+        self,
+        recipe: config.Recipe,
+        machine: config.MachineConfig,
+        repeats: int,
+        peer: Path | None = None,
+    ):
+        self.recipe, self.repeats, self.peer = recipe, repeats, peer
+        self.found = 1  # rows at once
         self.runtime = Runtime.start(machine)
         self.device, self.cuda = self.runtime.device, self.runtime.device.type == "cuda"
         self.vocab = recipe.tokenizer.vocab_size
@@ -65,7 +75,7 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """Everything; a part that fails is a row of its own, and the next one follows."""
-        for part in (self.training, self.writing, self.drawing):
+        for part in (self.training, self.nanochat, self.writing, self.drawing):
             try:
                 yield from part()
             except Exception as error:
@@ -85,6 +95,7 @@ class Bench:
             "micro-batch",
             f"{found[0]} of base's {share} rows of {length:,}, found in {took:.1f} s",
         )
+        self.found = found[0]
         batch, tokens = self.batch(found[0], length), found[0] * length
         programs = _programs()
         if self.cuda:
@@ -95,6 +106,18 @@ class Bench:
         optimizer.step(0.1)  # the first one loads its kernels
         update = self.seconds(lambda: optimizer.step(0.1), self.repeats)
         yield "update", f"{1e3 * update:.1f} ms"
+        micro_batches = max(1, self.recipe.base.batch_tokens // tokens)
+        forward_backward = self.step(nll, batch)
+
+        def whole() -> None:
+            for _ in range(micro_batches):
+                forward_backward()
+            optimizer.step(0.1)
+            optimizer.zero_grad()
+
+        whole()
+        speed = micro_batches * tokens / self.seconds(whole, self.repeats)
+        yield f"whole steps of {micro_batches * tokens:,} tokens", self._speed(speed)
         memory = accounting.TrainingMemory(
             model.config, self.vocab, 1, self.cuda, self.runtime.dtype.itemsize
         )
@@ -105,6 +128,7 @@ class Bench:
                 "peak memory",
                 f"{planning.size(peak)}, estimated {planning.size(estimate)}",
             )
+            yield from self._kernels(forward_backward)
         yield "programs compiled for a shape that was tried", str(_programs() - programs)
         for part in LENGTHS:
             part_length = 16 * math.ceil(part * length / 16)
@@ -118,7 +142,52 @@ class Bench:
         )
 
     def compiled(self, model: GPT) -> Callable[[Batch], torch.Tensor]:
-        return model.compiled_nll() if self.cuda else model.nll
+        return model.compiled_nll(cudnn=True) if self.cuda else model.nll
+
+    def _kernels(self, work: Callable[[], None]) -> Iterator[Row]:
+        """Where the device's time goes, and how much of the time it waits."""
+        took = self.seconds(work, self.repeats)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.seconds(work)
+        kernels = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
+        busy = 1e-6 * sum(kernel.self_device_time_total for kernel in kernels)
+        yield (
+            "a micro-batch's kernels",
+            f"{1e3 * busy:.1f} ms, idle {max(0.0, 1 - busy / took):.0%}",
+        )
+        for kernel in kernels[:8]:
+            share = 1e-6 * kernel.self_device_time_total / busy
+            yield f"- {kernel.key[:60]}", f"{share:.1%} in {kernel.count}"
+
+    def nanochat(self) -> Iterator[Row]:
+        """Training of the peer in its checkout, as its own script does it."""
+        if self.peer is None:
+            return
+        sys.path.insert(0, str(self.peer))
+        nanochat = importlib.import_module("nanochat.gpt")
+        model, length = self.recipe.model, self.recipe.model.sequence_len
+        sizes = {"n_layer": model.depth, "n_head": model.heads, "n_kv_head": model.num_kv_heads}
+        sizes |= {"n_embd": model.width, "vocab_size": self.vocab, "sequence_len": length}
+        with torch.device("meta"):
+            peer = nanochat.GPT(nanochat.GPTConfig(**sizes, window_pattern="L"))
+        peer.to_empty(device=self.device)
+        peer.init_weights()
+        optimizer, compiled = peer.setup_optimizer(), torch.compile(peer, dynamic=False)
+        tokens = self.found * length
+        micro_batches = max(1, self.recipe.base.batch_tokens // tokens)
+        batch = self.batch(self.found, length)
+
+        def whole() -> None:
+            for _ in range(micro_batches):
+                (compiled(batch.inputs_BT, batch.targets_BT) / micro_batches).backward()
+            optimizer.step()
+            peer.zero_grad(set_to_none=True)
+
+        whole()
+        torch.cuda.reset_peak_memory_stats()
+        speed = micro_batches * tokens / self.seconds(whole, self.repeats)
+        peak = planning.size(torch.cuda.max_memory_allocated())
+        yield f"nanochat, {self.found} rows at once", f"{speed:,.0f} tokens/s, peak memory {peak}"
 
     def step(self, nll: Callable[[Batch], torch.Tensor], batch: Batch) -> Callable[[], None]:
         def forward_backward() -> None:
@@ -150,24 +219,43 @@ class Bench:
             model.head.weight.normal_(std=0.05)
             model.head.weight[tokenizer.bos :] = 0.0
         engine = Engine(model, tokenizer, self.runtime)
-        prompts = [[tokenizer.bos, *range(60, 65 + i % 9)] for i in range(16)]
-        recorded = engine.record
-        for record, samples in itertools.product(dict.fromkeys((None, recorded)), (1, 16)):
-            engine.release()
-            engine.record = record
-            settings = {"samples": samples, "max_new_tokens": 48, "temperature": 1.0, "top_k": 50}
-            engine.complete(prompts, **settings)
-            said: list[list[int]] = []
-            took = self.seconds(
-                lambda s=settings, to=said: to.extend(engine.complete(prompts, **s))
+        new = min(480, engine.context - 32)
+        for rows, sampled in itertools.product((1, 16, 256), (False, True)):
+            prompts = [[tokenizer.bos, *range(60, 91)] for _ in range(rows)]
+            settings = {"max_new_tokens": new} | (
+                {"temperature": 1.0, "top_k": 50} if sampled else {}
             )
-            steps, tokens = max(map(len, said)), sum(map(len, said))
-            speed = f"{1e3 * took / steps:.1f} ms a token of each, {tokens / took:,.0f} tokens/s"
-            yield f"writing {16 * samples} rows" + (", recorded" if record else ""), speed
+            engine.ends, ends = frozenset(), engine.ends  # rows of one length
+            engine.complete(prompts, **settings)
+            took = self.seconds(lambda p=prompts, s=settings: engine.complete(p, **s), 2)
+            engine.ends = ends
+            name = f"writing {rows} rows of {new}, {'top-k 50' if sampled else 'greedy'}"
+            yield name, f"{1e3 * took / new:.2f} ms a step, {rows * new / took:,.0f} tokens/s"
+        yield from self._reading(engine)
+        prompts = [[tokenizer.bos, *range(60, 65 + i % 9)] for i in range(16)]
         alone = [engine.complete([prompt], max_new_tokens=24)[0] for prompt in prompts]
         together = engine.complete(prompts, max_new_tokens=24)
         same = sum(a == b for a, b in zip(alone, together, strict=True))
         yield "greedy rows that are the same alone and together", f"{same} of {len(prompts)}"
+
+    def _reading(self, engine: Engine) -> Iterator[Row]:
+        """Prompts of a whole context into the cache; the head's work is not counted."""
+        config, rows = self.recipe.model, 8
+        cache = KVCache(config, rows, config.sequence_len, self.device, self.runtime.dtype)
+        ids_BT = torch.randint(256, (rows, config.sequence_len), device=self.device)
+
+        def read() -> None:
+            with torch.inference_mode(), self.runtime.autocast(engine.writer is None):
+                (engine.writer or engine.model).hidden(ids_BT, cache=cache)
+
+        read()
+        took = self.seconds(read, self.repeats)
+        tokens = ids_BT.numel()
+        name = torch.cuda.get_device_name() if self.cuda else processor()
+        flops = accounting.forward_flops(config, 0) * tokens / took
+        peak = accounting.peak_flops(name)
+        share = f", {flops / peak:.1%} of the peak" if peak else ""
+        yield f"reading {rows} x {config.sequence_len}", f"{1e3 * took:.2f} ms{share}"
 
     def drawing(self) -> Iterator[Row]:
         """Tokens of probability zero must never be drawn, however the device sums."""
@@ -196,9 +284,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--profile", default="h100")
     parser.add_argument("--repeats", type=int, default=5, help="steps that a figure is the mean of")
+    parser.add_argument("--nanochat", type=Path, help="a checkout of nanochat, to measure beside")
     given = parser.parse_args(words)
     settings = config.resolve(given.profile, {"machine.device": "auto"} | overrides)
-    bench = Bench(settings.recipe, settings.machine, given.repeats)
+    bench = Bench(settings.recipe, settings.machine, given.repeats, given.nanochat)
     name = torch.cuda.get_device_name() if bench.cuda else processor()
     today = datetime.datetime.now(datetime.UTC).date()
     what = " ".join([given.profile, *(f"{path}={value}" for path, value in overrides.items())])
