@@ -371,6 +371,11 @@ class Engine:
         """Whether a step has anything to do."""
         return bool(self._waiting or any(self._rows))
 
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
     def release(self) -> None:
         """Give the cache's memory back and forget the kept rows: the weights may change now."""
         if not all(request.cancelled for request in self._flight()):

@@ -10,7 +10,9 @@ Python that the model writes runs in the session's own sandbox.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import functools
 import weakref
 from collections.abc import Generator
 from itertools import chain
@@ -93,7 +95,7 @@ class Session:
         ValueError, before anything is generated, for a text that does not fit the context.
         """
         question = Message("user", (Part("text", text),))
-        return self._answer(question, self._prompt(question))
+        return self._answer(question, self.prompt(question))
 
     def ask(self, text: str) -> str:
         """Send `text`, print question and answer, return the answer."""
@@ -115,18 +117,23 @@ class Session:
 
     # ------------------------------------------------------------------------ how
 
-    def _prompt(self, question: Message) -> list[int]:
+    def prompt(self, question: Message) -> list[int]:
         """Ids of the question after as much history as leaves room for an answer."""
-        context = self.engine.context
+        tokenizer, context = self.engine.tokenizer, self.engine.context
         room = context - min(self.max_new_tokens, context // 4)
-        for left_out in range(0, len(self.messages) + 1, 2):
-            turns = [*self._system(), *self.messages[left_out:], question]
-            prompt = Conversation(tuple(turns)).prompt(self.engine.tokenizer)
-            if len(prompt) <= room:
-                break
-        else:
-            size = f"{len(prompt)} tokens where a context of {context} leaves {room}"
+        encode = functools.cache(tokenizer.encode)
+
+        def prompt(left_out: int) -> list[int]:
+            turns = (*self._system(), *self.messages[left_out:], question)
+            ids = Conversation(turns).render(tokenizer, encode=encode).ids
+            return [*ids, tokenizer.special("<|assistant_start|>")]
+
+        choices = range(0, len(self.messages) + 1, 2)
+        found = bisect.bisect_left(choices, True, key=lambda n: len(prompt(n)) <= room)
+        if found == len(choices):
+            size = f"{len(prompt(choices[-1]))} tokens where a context of {context} leaves {room}"
             raise ValueError(f"the message is too long: {size} beside an answer; shorten it")
+        left_out = choices[found]
         self.notice = None
         if left_out > self._left_out:
             unseen = f"the model does not see its first {left_out} messages"
@@ -134,7 +141,7 @@ class Session:
                 f"the conversation no longer fits the context of {context} tokens: {unseen}"
             )
         self._left_out = left_out
-        return prompt
+        return prompt(left_out)
 
     def _system(self) -> list[Message]:
         return [Message("system", (Part("text", self.system),))] if self.system else []
@@ -147,6 +154,7 @@ class Session:
             temperature=self.temperature,
             top_k=self.top_k,
             seeds=[seed_of(self.seed, "turn", len(self.messages))],
+            keep=True,
         )
         parser = AnswerParser(self.engine.tokenizer)
         self.answer = parser.parts

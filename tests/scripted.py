@@ -21,7 +21,7 @@ from nanolib.session import Session
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
-PACE = 0.01  # seconds per token: an answer without end lasts minutes
+PACE = 0.004  # seconds per token: an answer without end lasts minutes
 
 
 class Script:
@@ -32,6 +32,7 @@ class Script:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
+        self.fails = False
         self.scripts: dict[tuple[int, ...], tuple[list[int], Iterator[int]]] = {}
 
     def hidden(self, ids_BT, cache):
@@ -42,6 +43,8 @@ class Script:
 
     def __call__(self, ids_B1, cache):
         time.sleep(PACE)
+        if self.fails:
+            raise ArithmeticError("the engine broke")
         self.hidden(ids_B1, cache)
         rows = cache.keys_LBGSK[0, :, 0, :, 0].long()
         following = [

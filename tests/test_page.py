@@ -33,7 +33,7 @@ class Talk:
         self.box = self.page.get_by_label("Your message")
         self.users = self.page.get_by_label("You", exact=True)
         self.answers = self.page.get_by_label("Model", exact=True)
-        self.page.get_by_text("smoke · sft").wait_for()
+        self.page.get_by_text("smoke-sft").wait_for()
 
     def _on_console(self, message) -> None:
         if message.type == "error" and "Failed to load resource" not in message.text:
@@ -100,7 +100,7 @@ def test_a_talk(talk):
     said = talk.ask(EVIL)
     assert said == f"That prompt has 16 special tokens. You said: {EVIL} Copy"
     assert talk.users.last.inner_text() == EVIL
-    assert talk.page.title() == "smoke · nanolib"
+    assert talk.page.title() == "smoke-sft · nanolib"
     talk.shoot("4-typed-markup")
 
     # A reload keeps the talk, a new chat forgets it.
@@ -109,7 +109,7 @@ def test_a_talk(talk):
     assert not tool.locator("pre").first.is_visible()
     before = talk.page.locator("#log").inner_text()
     talk.page.reload()
-    talk.page.get_by_text("smoke · sft").wait_for()
+    talk.page.get_by_text("smoke-sft").wait_for()
     assert talk.page.locator("#log").inner_text() == before
     assert "has 20 special tokens" in talk.ask("and now?")
 
@@ -138,7 +138,7 @@ def test_an_answer_grows_until_it_is_stopped(talk, client, how):  # noqa: F811
     else:
         talk.page.keyboard.press("Escape")
     talk.button("Send").wait_for()
-    wait_for(lambda: not client.watch.now, "the model to stop")
+    wait_for(lambda: not client.writing, "the model to stop")
     assert talk.last().endswith("Copy stopped") and talk.users.count() == 1
     assert talk.box.input_value() == "typed meanwhile"
     talk.shoot(f"6-stopped-{how}")
@@ -151,7 +151,7 @@ def test_a_new_chat_stops_the_answer_of_the_old_one(talk, client):  # noqa: F811
     talk.say("count")
     wait_for(lambda: talk.last().startswith("1, 2"), "the answer to begin")
     talk.button("New chat").click()
-    wait_for(lambda: not client.watch.now, "the model to stop")
+    wait_for(lambda: not client.writing, "the model to stop")
     assert "has 4 special tokens" in talk.ask("hello")
     assert talk.answers.count() == talk.users.count() == 1
 
@@ -195,7 +195,7 @@ def test_keys_settings_and_mistakes(talk, client):  # noqa: F811
     talk.box.fill("")
     talk.ask("hello")
     assert client.watch.settings[-1]["temperature"] == 1.25
-    assert client.watch.settings[-1]["seeds"] != client.watch.settings[-2]["seeds"]
+    assert client.watch.settings[-1]["seed"] != client.watch.settings[-2]["seed"]
 
     long = "x" * 30_000
     talk.box.fill(long)
@@ -209,7 +209,7 @@ def test_keys_settings_and_mistakes(talk, client):  # noqa: F811
 
 
 def test_a_server_that_is_gone(talk):
-    talk.page.route("**/chat", lambda route: route.abort())
+    talk.page.route("**/completions", lambda route: route.abort())
     talk.say("hello")
     alarm = talk.page.get_by_role("alert")
     assert "the server cannot be reached; is nanolib serve running?" in alarm.inner_text()

@@ -195,17 +195,23 @@ class Commands:
         host: str = "127.0.0.1",
         port: int = 8000,
         temperature: float = 0.6,
+        api_key: str | None = None,
+        cors: str | None = None,
     ) -> None:
-        """Serve a web page to talk with a run's model, on this machine alone; Ctrl-C stops it.
+        """Serve a web page to talk with a run's model, and OpenAI's API under /v1; on this machine
+        alone; Ctrl-C stops it.
 
         Args:
             host: The address to listen on; 0.0.0.0 lets everyone on the network in.
             port: 0 takes any free one.
-            temperature: The page's initial setting.
+            temperature: Where a request gives none; the page's initial setting.
+            api_key: Answer only who sends this key.
+            cors: The origin of another web page that may use the API.
         """
         from nanolib.ui import server
 
-        server.serve(self._open(run), of, host=host, port=port, temperature=temperature)
+        where = {"host": host, "port": port, "api_key": api_key, "cors": cors}
+        server.serve(self._open(run), of, temperature=temperature, **where)
 
     def report(self, run: RunName = None, against: str | None = None) -> None:
         """Write a run's report card again from its directory.

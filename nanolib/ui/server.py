@@ -1,9 +1,12 @@
-"""The server of ``nanolib serve``: a web page that streams a chat, by default for this machine only.
+"""The server of ``nanolib serve``: a web page, and the chat completions that OpenAI's clients speak.
 
-The page holds the conversation and sends all of it with each question. The server keeps no state
-between requests, so each tab is a conversation of its own and a restart loses none. An answer is
-sent as lines of JSON (see `ChatQueue.lines`). Questions are answered one at a time, in order;
-closing the connection stops the answer.
+    POST /v1/chat/completions · GET /v1/models, /health, /metrics, and / for the page
+
+One thread steps the engine for all answers at once; an answer is a row of it (n of them, if asked)
+and ends at once when its client leaves. The server keeps no conversation: each request brings all
+of it. Special tokens that a user types are text, and none is ever sent. Beyond that API a request
+may have ``top_k`` and ``html``; an answer's ``content`` is its text alone, while ``parts`` has the
+programs that the model ran as well, and ``notice`` what else the reader should know.
 """
 
 from __future__ import annotations
@@ -12,29 +15,56 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import hmac
 import json
 import logging
+import queue
 import re
+import secrets
+import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Generator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanolib.conversation import Conversation, Part
+from nanolib import engine
+from nanolib.conversation import AnswerParser, Conversation, Part
+from nanolib.engine import Engine
 from nanolib.rundir import Run
+from nanolib.runtime import seed_of
 from nanolib.session import Session
 from nanolib.ui import markup
 
 BODY_BYTES = 1024 * 1024
+HEAD_SECONDS = 10  # for the lines before a body, and again for the body
+ANSWER_SECONDS = 600  # for everything from then on
+AT_ONCE = 1024  # answers; who asks for more is told to come again
 PAUSE = 0.05  # seconds between two updates of an answer
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds to the first token, for /metrics
+KINDS = {
+    "nanolib_requests_total": "counter",
+    "nanolib_tokens_total": "counter",
+    "nanolib_first_token_seconds": "histogram",
+}
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _log = logging.getLogger(__name__)
 
@@ -46,27 +76,50 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     temperature: float = 0.6,
+    api_key: str | None = None,
+    cors: str | None = None,
 ) -> None:
-    """Serve a chat with a run's model until Ctrl-C (KeyboardInterrupt); port 0 takes a free one.
+    """Serve a run's model until SIGTERM, or Ctrl-C (KeyboardInterrupt); port 0 takes a free one.
 
     Raises ValueError, before any model is loaded, if the port is not available.
     """
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
-            app.state.chats.stop()  # or the server would wait for the answers to end
-            super().handle_exit(sig, frame)
+            app.state.scribe.stop()  # or the server would wait for the answers to end
+            if sig == signal.SIGTERM:
+                self.should_exit = True  # and the process ends well
+            else:
+                super().handle_exit(sig, frame)
 
     with _listen(host, port) as listener, Session.open(run, of, temperature=temperature) as opened:
-        app = build(opened, {"run": run.name, "model": opened.of}, local=host in LOOPBACK)
+        name, local = f"{run.name}-{opened.of}", host in LOOPBACK
+        app = build(opened, name, local=local, api_key=api_key, cors=cors)
         address = f"http://{host}:{listener.getsockname()[1]}"
         print(f"{run.name}'s {opened.of} model is at {address} (Ctrl-C ends)", flush=True)
-        if host not in LOOPBACK:
-            print("everyone who reaches this machine can talk to it: there is no password")
-        config = uvicorn.Config(
-            app, log_level="warning", server_header=False, timeout_graceful_shutdown=2
-        )
-        Server(config).run(sockets=[listener])
+        if not local and api_key is None:
+            print("everyone who reaches this machine can talk to it; --api-key KEY asks for a key")
+        Server(config(app)).run(sockets=[listener])
+
+
+def config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=2, http=_Protocol
+    )
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection on which no whole request has come for `HEAD_SECONDS`."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_SECONDS, self._check)
+
+    def _check(self) -> None:
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(HEAD_SECONDS, self._check)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -81,24 +134,50 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class Question(BaseModel, strict=True, extra="forbid"):
-    """The body of a question; the defaults of its options are the session's.
+    """The body of a request. None, or nothing, takes the server's setting.
 
     A description is what the error says that a field must be.
     """
 
     messages: list[Any] = Field(max_length=1000)
-    temperature: float = Field(0, ge=0, le=5, description="a number from 0 to 5")
-    top_k: int | None = Field(0, ge=1, le=2**20, description=f"a whole number from 1 to {2**20}")
-    seed: int = Field(0, ge=0, le=2**53, description=f"a whole number from 0 to {2**53}")
+    model: str | None = None
+    stream: bool | None = Field(None, description="true or false")
+    stream_options: dict[str, bool] | None = Field(
+        None, description='an object such as {"include_usage": true}'
+    )
+    n: int | None = Field(None, ge=1, le=16, description="a whole number from 1 to 16")
+    max_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
+    max_completion_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
+    temperature: float | None = Field(None, ge=0, le=5, description="a number from 0 to 5")
+    top_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
+    top_k: int | None = Field(
+        None, ge=0, le=2**20, description="a whole number, or 0 for all tokens"
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits")
+    stop: str | list[str] | None = Field(None, description="a text or up to 4 texts, none empty")
+    html: bool | None = Field(None, description="true or false")
+    # What changes nothing here, since many clients send it.
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    frequency_penalty: float | None = Field(None, ge=0, le=0, description="0: there is no penalty")
+    presence_penalty: float | None = Field(None, ge=0, le=0, description="0: there is no penalty")
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-def read_question(body: bytes) -> tuple[Conversation, dict[str, Any]]:
-    """Read a `Question`: its conversation, which ends with the question, and the options given.
+def read_question(body: bytes) -> tuple[Question, Conversation]:
+    """A request and its conversation, which ends with the question.
 
     Raises ValueError that says what is wrong and what is expected.
     """
     try:
         question = Question.model_validate_json(body)
+        for message in question.messages:
+            if message["role"] == "developer":
+                message["role"] = "system"  # the API's newer name
         conversation = Conversation.from_messages(question.messages)
         "".join(part.text for message in conversation.messages for part in message.parts)
     except ValidationError as invalid:
@@ -113,7 +192,9 @@ def read_question(body: bytes) -> tuple[Conversation, dict[str, Any]]:
         raise ValueError("the last message must be the user's: there is nothing to answer")
     if not last.text.strip():
         raise ValueError("the last message is empty; say something")
-    return conversation, question.model_dump(exclude={"messages"}, exclude_unset=True)
+    if len(question.stops) > 4 or not all(question.stops):
+        raise ValueError(f"stop must be a text or up to 4 texts, none empty, got {question.stop!r}")
+    return question, conversation
 
 
 def _reason(invalid: ValidationError) -> str:
@@ -136,145 +217,431 @@ def _reason(invalid: ValidationError) -> str:
 # ---------------------------------------------------------------------------- answers
 
 
-class ChatQueue:
-    """Answers questions one at a time on a single thread, with a session's engine.
+class Scribe:
+    """The one thread that steps an engine, for any number of answers at once."""
 
-    The session's settings are the defaults of a question's options.
-    """
+    def __init__(self, served: Engine):
+        self.engine, self.stopped = served, False
+        self.rows: dict[engine.Request, asyncio.Event] = {}  # the event says that it has news
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="nanolib-engine", daemon=True)
 
-    def __init__(self, session: Session):
-        self.engine = session.engine
-        options = ("max_new_tokens", "temperature", "top_k", "seed")
-        self.defaults = {name: getattr(session, name) for name in options}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nanolib-engine")
-        self._stops: set[threading.Event] = set()  # one per answer not yet finished
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
 
     def stop(self) -> None:
-        """Stop every answer, also those that are waiting."""
-        for stop in tuple(self._stops):
-            stop.set()
+        """End every answer where it is."""
+        self.stopped = True
+        self.engine.cancel(*self.rows)
+        self._tell(list(self.rows))
 
     def close(self) -> None:
-        """Stop every answer and wait until the engine is idle."""
+        """Wait until the engine is at rest."""
         self.stop()
-        self._thread.shutdown()
+        self._jobs.put(None)
+        self._thread.join()
 
-    async def chat(self, request: Request) -> Response:
-        """Answer a question (`read_question`), or refuse it with a reason."""
+    async def submit(self, news: asyncio.Event, prompt: list[int], **settings) -> list:
+        """Requests of the engine, which set `news` with every token. As `Engine.submit`."""
+        found: asyncio.Future = self._loop.create_future()
+
+        def deliver(requests: list[engine.Request], error: BaseException | None) -> None:
+            if found.cancelled():  # the client has left
+                return self.engine.cancel(*requests)
+            if error is not None:
+                return found.set_exception(error)
+            self.rows |= dict.fromkeys(requests, news)
+            if self.stopped:
+                self.stop()
+            return found.set_result(requests)
+
+        def job() -> None:
+            try:
+                given = self.engine.submit(prompt, **settings), None
+            except Exception as error:
+                given = [], error
+            self._loop.call_soon_threadsafe(deliver, *given)
+
+        self._jobs.put(job)
+        return await found
+
+    def drop(self, requests: Sequence[engine.Request]) -> None:
+        self.engine.cancel(*requests)
+        for request in requests:
+            self.rows.pop(request, None)
+
+    def _work(self) -> None:
+        while True:
+            while self.engine.busy is False or not self._jobs.empty():
+                job = self._jobs.get()
+                if job is None:
+                    return
+                job()
+            try:
+                written = self.engine.step()
+            except Exception:
+                _log.exception("a step failed, and with it all answers")
+                written = None  # they all have its error
+            self._loop.call_soon_threadsafe(self._tell, written)
+
+    def _tell(self, written: Sequence[engine.Request] | None) -> None:
+        for request in list(self.rows) if written is None else written:
+            if request in self.rows:
+                self.rows[request].set()
+
+
+class Choice:
+    """One answer as it is read: its parts so far, and why it ended (`finish`), if it has.
+
+    Text that may become one of `stops` is held back; one that does ends the answer before it.
+    """
+
+    def __init__(self, index: int, request: engine.Request, parser: AnswerParser, stops: list[str]):
+        self.index, self.request, self.stops = index, request, stops
+        self.parts: list[Part] = []
+        self.finish: str | None = None
+        self.tokens = 0
+        self._parser, self._held, self._news = parser, "", list[Part]()
+
+    def read(self) -> list[Part]:
+        """The pieces that have come, each a part's kind and its next characters."""
+        self._news = []
+        while self.finish is None and (self.request.tokens or self.request.error):
+            token = self.request.take()
+            self.tokens += 1
+            if token.kind == "end":
+                self.finish = "stop"
+            else:
+                self._add(self._parser.feed(token.id))
+        stopped = self.request.cancelled and self.finish == "stop"
+        if self.finish is None and not self.request.live:
+            self.finish = "length"  # its limit, the end of the context, or of the server
+        if self.finish and not stopped:
+            self._add(self._parser.finish())
+            self._put(Part("text", self._held))
+        return self._news
+
+    def _add(self, pieces: list[Part]) -> None:
+        for piece in pieces:
+            if piece.kind != "text":
+                self._put(Part("text", self._held))
+                self._put(piece)
+                self._held = ""
+                continue
+            self._held += piece.text
+            found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
+            clear = min(
+                found, default=len(self._held) - max(map(self._begun, self.stops), default=0)
+            )
+            self._put(Part("text", self._held[:clear]))
+            self._held = self._held[clear:]
+            if found:
+                self.finish = "stop"
+                Engine.cancel(self.request)
+                return
+
+    def _begun(self, stop: str) -> int:
+        """How many characters at the end of the text are the beginning of `stop`."""
+        lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
+        return next((n for n in lengths if self._held.endswith(stop[:n])), 0)
+
+    def _put(self, piece: Part) -> None:
+        if piece.text and self.parts and self.parts[-1].kind == piece.kind:
+            self.parts[-1] = Part(piece.kind, self.parts[-1].text + piece.text)
+        elif piece.text or piece.kind != "text":
+            self.parts.append(piece)
+        if piece.text or piece.kind != "text":
+            self._news.append(piece)
+
+
+class Chats:
+    """Chat completions with a session's engine and settings."""
+
+    def __init__(self, session: Session, name: str):
+        self.session, self.name, self.scribe = session, name, Scribe(session.engine)
+        self.about: dict[str, Any] = {
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "nanolib",
+        }
+        self.about |= {"context": session.engine.context, "temperature": session.temperature}
+        limits = (f'nanolib_first_token_seconds_bucket{{le="{limit}"}}' for limit in BUCKETS)
+        self.counts = Counter(dict.fromkeys(limits, 0))  # by the name and labels that /metrics has
+
+    async def complete(self, request: Request) -> Response:
+        """Answer a `Question`, as a stream of events or as a whole."""
         # Cross-origin pages cannot send this type without a preflight, which is not granted.
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
-            return _refusal(415, "the content-type must be application/json")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > BODY_BYTES:
-                return _refusal(413, f"the body is over {BODY_BYTES} bytes; start a new chat")
+            raise HTTPException(415, "the content-type must be application/json")
+        body = await _body(request)
         try:
-            answer = await asyncio.to_thread(self.open, *read_question(bytes(body)))
+            question, prompt, settings, notice = await asyncio.to_thread(self.read, body)
         except ValueError as error:
-            return _refusal(400, error)
-        return StreamingResponse(self.lines(*answer), media_type="application/x-ndjson")
+            raise HTTPException(400, str(error)) from None
+        if question.model not in (None, self.name):
+            raise HTTPException(
+                404, f"there is no model {question.model!r}; there is {self.name!r}"
+            )
+        if self.scribe.stopped:
+            raise HTTPException(503, "the server is ending")
+        if len(self.scribe.rows) + settings["samples"] > AT_ONCE:
+            raise HTTPException(429, f"{AT_ONCE} answers are being written; come again")
+        reply = Reply(self, question, prompt, settings, notice)
+        if question.stream:
+            return StreamingResponse(reply.events(), media_type="text/event-stream")
+        return await reply.whole(request)
 
-    def open(
-        self, conversation: Conversation, options: dict[str, Any]
-    ) -> tuple[Session, Generator[Part]]:
-        """A session with the history, and the pieces of its answer to the question.
+    def read(self, body: bytes) -> tuple[Question, list[int], dict[str, Any], str | None]:
+        """A request, its prompt, the engine's settings, and what the reader should know.
 
-        Raises ValueError if the question does not fit the context.
+        Raises ValueError for what cannot be answered.
         """
+        question, conversation = read_question(body)
         system = next((m.text for m in conversation.messages if m.role == "system"), None)
-        session = Session(self.engine, system, **(self.defaults | options))
-        *history, last = conversation.turns
-        session.messages = history
-        return session, session.parts(last.text)
+        given, most = question, question.max_completion_tokens or question.max_tokens
+        most = most or self.session.max_new_tokens
+        session = Session(self.session.engine, system, max_new_tokens=most)
+        *session.messages, last = conversation.turns
+        prompt = session.prompt(last)
+        seed = secrets.randbits(63) if given.seed is None else given.seed
+        settings = {
+            "max_new_tokens": most,
+            "samples": given.n or 1,
+            "seed": seed_of(seed, "turn", len(session.messages)),
+            "temperature": _or(given.temperature, self.session.temperature),
+            "top_k": _or(given.top_k, self.session.top_k) or None,
+            "top_p": _or(given.top_p, 1.0),
+            "keep": True,
+        }
+        return question, prompt, settings, session.notice
 
-    async def lines(self, session: Session, pieces: Generator[Part]) -> AsyncIterator[str]:
-        """The answer as lines of JSON; closing the iterator stops it.
+    def observe(self, seconds: float) -> None:
+        """Count the seconds that an answer took to its first token."""
+        name = "nanolib_first_token_seconds"
+        for limit in BUCKETS:
+            self.counts[f'{name}_bucket{{le="{limit}"}}'] += seconds <= limit
+        for key, value in (('_bucket{le="+Inf"}', 1), ("_count", 1), ("_sum", seconds)):
+            self.counts[name + key] += value  # ty: ignore[invalid-assignment]
 
-        ``{"type": "wait"}``: another question is being answered. ``piece`` with "kind" and "text":
-        the next piece of the answer. ``html``: the answer so far, as "html". At the end ``done``
-        with "html", "parts" and "notice" (or null), or ``error`` with "error".
-        """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-        stop = threading.Event()
+    def metrics(self) -> str:
+        """What has happened so far, in Prometheus's text format."""
+        gauges = {
+            "nanolib_answers": len(self.scribe.rows),
+            "nanolib_waiting": self.scribe.engine.waiting,
+        }
+        lines = [f"# TYPE {name} gauge\n{name} {value}" for name, value in gauges.items()]
+        for name, kind in KINDS.items():
+            lines.append(f"# TYPE {name} {kind}")
+            lines += [
+                f"{key} {value:g}" for key, value in self.counts.items() if key.startswith(name)
+            ]
+        return "\n".join(lines) + "\n"
 
-        def write() -> None:
-            end: dict[str, Any] = {"type": "done"}
-            try:
-                with contextlib.closing(pieces):
-                    for piece in pieces if not stop.is_set() else ():
-                        event = {"type": "piece", "kind": piece.kind, "text": piece.text}
-                        loop.call_soon_threadsafe(queue.put_nowait, (event, tuple(session.answer)))
-                        if stop.is_set():
-                            break
-            except Exception as error:
-                _log.exception("an answer failed")
-                end = {"type": "error", "error": f"{type(error).__name__}: {error}"}
-            self._stops.discard(stop)
-            loop.call_soon_threadsafe(queue.put_nowait, (end, tuple(session.answer)))
 
-        waits = bool(self._stops)
-        self._stops.add(stop)  # before the first line is sent: from then on `stop` must work
-        self._thread.submit(write)
+def _or(given: Any, default: Any) -> Any:
+    return default if given is None else given
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(HEAD_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY_BYTES:
+                    raise HTTPException(
+                        413, f"the body is over {BODY_BYTES} bytes; start a new chat"
+                    )
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {HEAD_SECONDS} s") from None
+    return bytes(body)
+
+
+class Reply:
+    """What one request is answered with: its choices are read while they are written."""
+
+    def __init__(
+        self,
+        chats: Chats,
+        question: Question,
+        prompt: list[int],
+        settings: dict[str, Any],
+        notice: str | None,
+    ):
+        self.chats, self.question, self.prompt = chats, question, prompt
+        self.settings, self.notice = settings, notice
+        self.choices: list[Choice] = []
+        identity = f"chatcmpl-{secrets.token_hex(12)}"
+        self.head = {"id": identity, "created": int(time.time()), "model": chats.name}
+
+    async def steps(self) -> AsyncGenerator[list[tuple[Choice, list[Part]]]]:
+        """The choices that have news, with their pieces; closing the iterator ends all of them."""
+        scribe, counts = self.chats.scribe, self.chats.counts
+        begun, news = time.monotonic(), asyncio.Event()
+        requests = await scribe.submit(news, self.prompt, **self.settings)
         try:
-            if waits:
-                yield _line(type="wait")
-            async for line in _lines(queue, session):
-                yield line
+            for index, request in enumerate(requests):
+                parser = AnswerParser(scribe.engine.tokenizer)
+                self.choices.append(Choice(index, request, parser, self.question.stops))
+            while live := [choice for choice in self.choices if choice.finish is None]:
+                if any(choice.tokens for choice in self.choices):
+                    await asyncio.sleep(PAUSE)
+                await news.wait()
+                news.clear()
+                first = not any(choice.tokens for choice in self.choices)
+                yield [(choice, choice.read()) for choice in live]
+                if first and any(choice.tokens for choice in self.choices):
+                    self.chats.observe(time.monotonic() - begun)
         finally:
-            stop.set()
+            scribe.drop(requests)
+            counts['nanolib_tokens_total{kind="prompt"}'] += len(self.prompt)
+            counts['nanolib_tokens_total{kind="answer"}'] += sum(c.tokens for c in self.choices)
+
+    async def events(self) -> AsyncGenerator[str]:
+        """The stream, as server-sent events."""
+        chunk = {**self.head, "object": "chat.completion.chunk"}
+        wants_usage = (self.question.stream_options or {}).get("include_usage")
+        try:
+            async with contextlib.aclosing(self.steps()) as steps:
+                async for step in steps:
+                    for choice, pieces in step:
+                        if pieces or choice.finish:
+                            yield _event({**chunk, "choices": [self.delta(choice, pieces)]})
+            if wants_usage:
+                yield _event({**chunk, "choices": [], "usage": self.usage()})
+        except Exception as error:
+            _log.exception("an answer failed")
+            yield _event(_error(500, f"{type(error).__name__}: {error}"))
+        yield "data: [DONE]\n\n"
+
+    def delta(self, choice: Choice, pieces: list[Part]) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces if piece.kind == "text")
+        delta = {"role": "assistant", "content": text, "parts": _parts(pieces)}
+        if self.question.html:
+            delta["html"] = markup.answer_html(choice.parts)
+        return self.ended(choice) | {"delta": delta}
+
+    def ended(self, choice: Choice) -> dict[str, Any]:
+        """What a choice has in both forms."""
+        about = {"index": choice.index, "finish_reason": choice.finish, "logprobs": None}
+        notices = [self.notice]
+        if choice.finish == "length":
+            stopped = self.chats.scribe.stopped
+            limit = min(
+                self.settings["max_new_tokens"], self.chats.about["context"] - len(self.prompt)
+            )
+            reached = f"the answer reached its limit of {limit} tokens"
+            notices.append("the server ended before the answer" if stopped else reached)
+        notice = "; ".join(filter(None, notices)) or None
+        return about | ({"notice": notice} if choice.finish else {})
+
+    async def whole(self, request: Request) -> Response:
+        """The finished choices at once; if the client leaves before, they end."""
+
+        async def read() -> None:
+            async with contextlib.aclosing(self.steps()) as steps:
+                async for _ in steps:
+                    pass
+
+        work, gone = asyncio.ensure_future(read()), asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+        if not work.done():
+            return Response(status_code=499)  # nobody reads it
+        if error := work.exception():
+            _log.error("an answer failed", exc_info=error)
+            raise HTTPException(500, f"{type(error).__name__}: {error}")
+        choices = []
+        for choice in self.choices:
+            text = "".join(part.text for part in choice.parts if part.kind == "text")
+            message = {"role": "assistant", "content": text, "parts": _parts(choice.parts)}
+            choices.append(self.ended(choice) | {"message": message})
+        body = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage()}
+        return JSONResponse(body)
+
+    def usage(self) -> dict[str, int]:
+        prompt, answers = len(self.prompt), sum(choice.tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answers,
+            "total_tokens": prompt + answers,
+        }
 
 
-async def _lines(queue: asyncio.Queue, session: Session) -> AsyncIterator[str]:
-    """Lines for the (event, answer so far) pairs in the queue, in a batch every `PAUSE` seconds."""
-    while True:
-        batch = [await queue.get()]
-        while not queue.empty():
-            batch.append(queue.get_nowait())
-        for event, parts in batch:
-            if event["type"] == "done":
-                event["html"] = markup.answer_html(parts)
-                event["parts"] = [{"type": part.kind, "text": part.text} for part in parts]
-                event["notice"] = session.notice
-            yield _line(**event)
-            if event["type"] != "piece":
-                return
-        yield _line(type="html", html=markup.answer_html(batch[-1][1]))
-        await asyncio.sleep(PAUSE)
+def _parts(parts: Sequence[Part]) -> list[dict[str, str]]:
+    return [{"type": part.kind, "text": part.text} for part in parts]
 
 
-def _line(**event: Any) -> str:
-    return json.dumps(event, ensure_ascii=False) + "\n"
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _refusal(status: int, error: object) -> Response:
-    return JSONResponse({"error": str(error)}, status)
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 # ---------------------------------------------------------------------------- the server
 
 
-def build(session: Session, about: dict[str, Any], *, local: bool = True) -> FastAPI:
-    """The app for a session's engine and settings (`ChatQueue`).
+def _error(status: int, message: str) -> dict[str, Any]:
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    codes = {401: "invalid_api_key", 404: "not_found"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    error = {"message": message, "type": kind, "param": None, "code": codes.get(status)}
+    return {"error": error}
 
-    about: more for ``/info`` to return. local: serve only requests whose Host is a loopback name,
-    so that another site cannot reach the server through a name of its own (DNS rebinding).
+
+def _refusal(status: int, message: object) -> Response:
+    return JSONResponse(_error(status, str(message)), status)
+
+
+def build(
+    session: Session,
+    name: str,
+    *,
+    local: bool = True,
+    api_key: str | None = None,
+    cors: str | None = None,
+) -> FastAPI:
+    """The app for a session's engine and settings.
+
+    name: the model's. local: serve only requests whose Host is a loopback name, so that another
+    site cannot reach the server through a name of its own (DNS rebinding). api_key: asked of all
+    but the page and /health. cors: the origin of other pages that may use the API.
     """
-    chats = ChatQueue(session)
+    chats = Chats(session, name)
     page, policy = _page()
-    about = {**about, "context": session.engine.context, "temperature": session.temperature}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
+        chats.scribe.start()
         yield
-        await asyncio.to_thread(chats.close)
+        await asyncio.to_thread(chats.scribe.close)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _refusal(error.status_code, error.detail)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.chats = chats
-    app.add_middleware(_guard, local=local, policy=policy)
-    app.post("/chat")(chats.chat)
+    app.state.scribe, app.state.chats = chats.scribe, chats
+    app.exception_handler(HTTPException)(refused)
+    if cors is not None:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[cors], allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(_guard, local=local, policy=policy, api_key=api_key, counts=chats.counts)
+    app.post("/v1/chat/completions")(chats.complete)
     app.get("/")(lambda: HTMLResponse(page))
-    app.get("/info")(lambda: about)
+    app.get("/v1/models")(lambda: {"object": "list", "data": [chats.about]})
+    app.get("/health")(lambda: {"status": "ok"})
+    app.get("/metrics")(lambda: PlainTextResponse(chats.metrics()))
     return app
 
 
@@ -293,8 +660,9 @@ def _page() -> tuple[str, str]:
     return page, "; ".join(rules)
 
 
-def _guard(app: Any, *, local: bool, policy: str) -> Any:
-    """Refuse requests for another host (DNS rebinding) and add security headers.
+def _guard(app: Any, *, local: bool, policy: str, api_key: str | None, counts: Counter[str]) -> Any:
+    """Refuse requests for another host (DNS rebinding) or without the key, end those that take too
+    long, and add security headers.
 
     Plain ASGI, since FastAPI's middleware does not notice when the client of a stream disconnects.
     """
@@ -305,17 +673,31 @@ def _guard(app: Any, *, local: bool, policy: str) -> Any:
         "cache-control": "no-store",
     }
 
+    def refusal(given: Headers, path: str, method: str) -> Response | None:
+        hosts = given.getlist("host")
+        if local and (len(hosts) != 1 or re.sub(r":\d+$", "", hosts[0]).lower() not in LOOPBACK):
+            return _refusal(403, f"ask for {' or '.join(LOOPBACK)}, not for {hosts}")
+        if api_key is None or path in ("/", "/health") or method == "OPTIONS":
+            return None
+        token = given.get("authorization", "").removeprefix("Bearer ")
+        if hmac.compare_digest(token.encode(), api_key.encode()):
+            return None
+        return _refusal(401, "the API key is missing or wrong: Authorization: Bearer KEY")
+
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
+                counts[f'nanolib_requests_total{{status="{message["status"]}"}}'] += 1
                 MutableHeaders(scope=message).update(headers)
             await send(message)
 
-        answer = app
-        if scope["type"] == "http" and local:
-            hosts = Headers(scope=scope).getlist("host")
-            if len(hosts) != 1 or re.sub(r":\d+$", "", hosts[0]).lower() not in LOOPBACK:
-                answer = _refusal(403, f"ask for {' or '.join(LOOPBACK)}, not for {hosts}")
-        await answer(scope, receive, send_with_headers)
+        answer = refusal(Headers(scope=scope), scope["path"], scope["method"]) or app
+        with contextlib.suppress(TimeoutError):  # the connection is closed
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await answer(scope, receive, send_with_headers)
 
     return guarded

@@ -162,7 +162,7 @@ def ask(engine: Engine, made: Sequence[Case]) -> list[list[str]]:
         questions = [Message("user", (Part("text", made[i].turns[turn]),)) for i in open_ones]
         asked = [sessions[i] for i in open_ones]
         found = engine.answers(
-            [s._prompt(q) for s, q in zip(asked, questions, strict=True)],
+            [s.prompt(q) for s, q in zip(asked, questions, strict=True)],
             seeds=[seed_of(s.seed, "turn", len(s.messages)) for s in asked],
             max_new_tokens=asked[0].max_new_tokens,
             temperature=asked[0].temperature,
