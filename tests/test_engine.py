@@ -385,10 +385,10 @@ def test_a_step_that_fails_ends_every_request_with_the_error():
     next(steps)
     (waiting,) = speaker.submit(prompts(9)[0], max_new_tokens=4)
     model, speaker.model = speaker.model, None
-    with pytest.raises(AttributeError):
+    with pytest.raises((AttributeError, TypeError)):
         next(steps)
     speaker.model = model
-    with pytest.raises(AttributeError):
+    with pytest.raises((AttributeError, TypeError)):
         waiting.take()
     assert not speaker.busy and speaker.complete(prompts(5), max_new_tokens=4)
 
