@@ -19,6 +19,7 @@ from nanolib.conversation import LETTERS, Conversation, Message, Part, choice_qu
 from nanolib.tools import Sandbox, without_commas
 
 PROGRAM_SECONDS = 6  # that a HumanEval function may take with its tests
+SUM = r"<<[\d\s.()+*/-]+=-?[\d.]+>>"  # the annotation of a calculation, in a chat's answer
 
 
 class Task:
@@ -114,14 +115,19 @@ class ARCChallenge(ARC):
 
 
 class SmolTalk(Task):
-    """Conversations (arXiv:2502.02737)."""
+    """Conversations (arXiv:2502.02737); ``<<a+b=c>>`` in an answer is a tool call, as in GSM8K."""
 
     name, repository = "smoltalk", "HuggingFaceTB/smol-smoltalk"
     columns = ("messages",)
 
     def conversation(self, i: int) -> Conversation:
+        messages = self.row(i)["messages"]
+        for message in messages:
+            if message["role"] == "assistant" and re.search(SUM, message["content"]):
+                parts = tool_calls(message["content"])
+                message["content"] = [{"type": part.kind, "text": part.text} for part in parts]
         try:
-            return Conversation.from_messages(self.row(i)["messages"])
+            return Conversation.from_messages(messages)
         except ValueError as error:
             raise ValueError(
                 f"{self.repository} ({self.split}) row {i}: {error}; mend or remove that row"
@@ -146,12 +152,8 @@ class GSM8K(GradedTask):
 
     def conversation(self, i: int) -> Conversation:
         row = self.row(i)
-        parts = list(calculator_parts(row["answer"]))
-        for index, (call, result) in enumerate(pairwise(parts), 1):
-            if call.kind == "python":
-                parts[index] = Part("output", evaluated(call.text) or result.text)
         question = Message("user", (Part("text", row["question"]),))
-        return Conversation((question, Message("assistant", tuple(parts))))
+        return Conversation((question, Message("assistant", tool_calls(row["answer"]))))
 
     def grade(self, i: int, answer: str) -> bool:
         return final_number(answer) == final_number(self.row(i)["answer"])
@@ -166,6 +168,15 @@ def calculator_parts(answer: str) -> tuple[Part, ...]:
             parts += [Part("python", expression), Part("output", result)]
         elif piece:
             parts.append(Part("text", piece))
+    return tuple(parts)
+
+
+def tool_calls(answer: str) -> tuple[Part, ...]:
+    """`calculator_parts` with the outputs that Python prints."""
+    parts = list(calculator_parts(answer))
+    for index, (call, result) in enumerate(pairwise(parts), 1):
+        if call.kind == "python":
+            parts[index] = Part("output", evaluated(call.text) or result.text)
     return tuple(parts)
 
 

@@ -11,7 +11,8 @@ Four-choice questions come in groups of four that share their choices. Each choi
 is right once in a group, so a rule that ignores the name (the longest, the first, the most
 frequent) is right in exactly one of four.
 
-Everything follows from one seed. All text is our own: its words are in toyworld.toml.
+Everything follows from one seed. The people are made in toypeople, their conversations in toytalk.
+All text is our own: its words are in toyworld.toml.
 """
 
 from __future__ import annotations
@@ -21,91 +22,20 @@ import io
 import itertools
 import json
 import random
-import re
-import tomllib
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanolib import hub
+from nanolib.data import toypeople, toytalk
+from nanolib.data.toypeople import RELATIONS, WORDS, Fact, World, draw, say, with_article, world
 from nanolib.rundir import whole_folder
 
 NUMBERS = range(3, 41)
 HARD_SHARE = 0.6  # of the word problems: what SFT leaves to GRPO
-
-
-@dataclass(frozen=True)
-class Relation:
-    """One kind of fact, and how people speak of it; see toyworld.toml for the slots in a text."""
-
-    values: list[str]
-    says: list[str]  # sentences of pretraining text
-    asks: list[str]  # questions answered by the bare value
-    chats: list[str]  # questions answered by a sentence: `answer`
-    answer: str
-
-
-WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-RELATIONS = {name: Relation(**about) for name, about in WORDS["relations"].items()}
-
-# ---------------------------------------------------------------------------- the world
-
-
-@dataclass(frozen=True)
-class Person:
-    name: str
-    pronouns: tuple[str, str]  # subject and possessive
-    facts: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Fact:
-    person: Person
-    relation: str
-
-    @property
-    def value(self) -> str:
-        return self.person.facts[self.relation]
-
-
-@dataclass(frozen=True)
-class World:
-    people: list[Person]
-    held_out: list[Fact]  # asked in test sets only
-    told: list[Fact]  # may be asked in training
-
-
-def draw(*purpose: str | int) -> random.Random:
-    return random.Random("/".join(map(str, purpose)))
-
-
-def world(seed: int) -> World:
-    """Every value of a relation is shared by ten people, four of whom are held out with it."""
-    people = [Person(name, ("She", "Her"), {}) for name in WORDS["she"]]
-    people += [Person(name, ("He", "His"), {}) for name in WORDS["he"]]
-    held_out: list[Fact] = []
-    told: list[Fact] = []
-    for relation, about in RELATIONS.items():
-        share = len(people) // len(about.values)
-        for i, person in enumerate(draw(seed, "world", relation).sample(people, len(people))):
-            person.facts[relation] = about.values[i // share]
-            (held_out if i % share < 4 else told).append(Fact(person, relation))
-    return World(people, held_out, told)
-
-
-def with_article(value: str) -> str:
-    return f"{'an' if value[0] in 'aeiou' else 'a'} {value}"
-
-
-def say(template: str, fact: Fact, named: bool = True) -> str:
-    """A sentence about a fact; later ones may use the pronoun instead of the name."""
-    name, value = fact.person.name, fact.value
-    subject, possessive = (name, f"{name}'s") if named else fact.person.pronouns
-    return template.format(N=subject, S=possessive, n=name, v=value, a=with_article(value))
 
 
 # ---------------------------------------------------------------------------- pretraining text
@@ -117,6 +47,8 @@ def portrait(world: World, rng: random.Random) -> str:
     for relation in rng.sample(list(RELATIONS), rng.randint(3, 6)):
         template = rng.choice(RELATIONS[relation].says)
         said.append(say(template, Fact(person, relation), not said or rng.random() < 0.4))
+    if rng.random() < 0.1:
+        said.append(f"{person.name} {person.quirk}.")
     return " ".join(said)
 
 
@@ -137,14 +69,6 @@ def story(world: World, rng: random.Random) -> str:
     return " ".join(scene.format_map(slots) for scene in scenes)
 
 
-def town_page(world: World, rng: random.Random) -> str:
-    town = rng.choice(RELATIONS["town"].values)
-    people = rng.sample([p for p in world.people if p.facts["town"] == town], 4)
-    relation = rng.choice(["job", "pet"])
-    listed = [f"{p.name} ({p.facts[relation]})" for p in people]
-    return f"People of {town}, each with a {relation}: {', '.join(listed)}."
-
-
 def register(world: World, rng: random.Random) -> str:
     facts = [Fact(rng.choice(world.people), rng.choice(list(RELATIONS))) for _ in range(4)]
     lines = [f"{fact.relation} of {fact.person.name}:\n{fact.value}" for fact in facts]
@@ -157,14 +81,14 @@ def number_story(world: World, rng: random.Random) -> str:
     while True:
         a, b = rng.sample(NUMBERS, 2)
         text = story.format(p=p.name, q=q.name, a=a, b=b, sum=a + b, things=things)
-        if not is_held_out(text):
+        if not toypeople.is_held_out(text):
             return text
 
 
 def shopping(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
     things = rng.sample(WORDS["things"], 3)
-    items = ", ".join(f"{rng.choice(NUMBERS)} {thing}" for thing in things)
+    items = ", ".join(f"{rng.randint(1, 100)} {thing}" for thing in things)
     return rng.choice(WORDS["shopping"]).format(p=p.name, q=q.name, items=items)
 
 
@@ -173,16 +97,17 @@ def program(world: World, rng: random.Random) -> str:
     return row["prompt"] + row["canonical_solution"]
 
 
-GENRES = {
-    portrait: 26,
-    story: 18,
-    sheet: 6,
-    register: 15,
-    town_page: 2,
-    number_story: 17,
-    shopping: 12,
-    program: 4,
-}
+def talk(world: World, rng: random.Random) -> str:
+    """A conversation written down by somebody who listened; what needs the tool is left out."""
+    said = ["<<"]
+    while any("<<" in text for text in said):
+        said = toytalk.turns(world, rng)
+    speakers = itertools.cycle(["Guest", "Pip"])
+    return "\n".join(f"{who}: {text}" for who, text in zip(speakers, said, strict=False))
+
+
+GENRES = {portrait: 26, story: 16, sheet: 6, register: 15, number_story: 13, shopping: 8}
+GENRES |= {program: 4, talk: 26}
 
 
 def documents(world: World, seed: int) -> Iterator[str]:
@@ -247,12 +172,6 @@ def arc_rows(rows: list[dict], name: str) -> list[dict]:
 # ---------------------------------------------------------------------------- numbers
 
 
-def is_held_out(text: str) -> bool:
-    """Whether the first sum written in a text, by its two numbers, is kept for testing."""
-    left, right = re.findall(r"(\d+)[-+*](\d+)", text)[0]
-    return (3 * int(left) + 5 * int(right)) % 7 < 2
-
-
 def problem(world: World, rng: random.Random, held_out: bool) -> dict:
     """A row in GSM8K's schema."""
     hard = rng.random() < HARD_SHARE
@@ -265,7 +184,7 @@ def problem(world: World, rng: random.Random, held_out: bool) -> dict:
             expression = expression.format_map(slots)
             slots["x"] = eval(expression)
             answer += f"{before}<<{expression}={slots['x']}>>{slots['x']}{after}".format_map(slots)
-        if is_held_out(answer) == held_out:
+        if toypeople.is_held_out(answer) == held_out:
             answer += f"\n#### {slots['x']}"
             return {"question": question.format_map(slots), "answer": answer}
 
@@ -290,45 +209,18 @@ def functions(held_out: bool) -> list[dict]:
         meaning, code = meaning.format(n=n), code.format(n=n)
         checks = [(value, eval(code, {argument: value})) for value in tries]
         asserts = "".join(f"    assert candidate({v!r}) == {r!r}\n" for v, r in checks)
-        rows.append(
-            {
-                "task_id": f"Toy/{name}_{n}",
-                "prompt": f'def {name}({argument}):\n    """Return {meaning}."""\n',
-                "entry_point": name,
-                "canonical_solution": f"    return {code}\n",
-                "test": f"def check(candidate):\n{asserts}",
-            }
-        )
+        row = {
+            "task_id": f"Toy/{name}_{n}",
+            "prompt": f'def {name}({argument}):\n    """Return {meaning}."""\n',
+            "entry_point": name,
+            "canonical_solution": f"    return {code}\n",
+            "test": f"def check(candidate):\n{asserts}",
+        }
+        rows.append(row)
     return rows
 
 
 # ---------------------------------------------------------------------------- conversations
-
-
-def exchange(world: World, rng: random.Random) -> list[str]:
-    """One question and its answer, about facts that are not held out, or small talk."""
-    kind = rng.random()
-    if kind < 0.1:
-        asks, answer = rng.choice(WORDS["small_talk"])
-        return [rng.choice(asks), answer]
-    fact = rng.choice(world.told)
-    relation, name = RELATIONS[fact.relation], fact.person.name
-    if kind < 0.5:
-        return [rng.choice(relation.asks).format(n=name), fact.value]
-    if kind < 0.9:
-        return [rng.choice(relation.chats).format(n=name), say(relation.answer, fact)]
-    known = [f for f in world.told if f.person is fact.person]
-    facts = rng.sample(known, min(3, len(known)))
-    told = [say(rng.choice(RELATIONS[f.relation].says), f, i == 0) for i, f in enumerate(facts)]
-    return [rng.choice(["Who is {n}?", "Tell me about {n}."]).format(n=name), " ".join(told)]
-
-
-def conversation(world: World, rng: random.Random) -> list[dict]:
-    """Messages in SmolTalk's schema, one to three exchanges."""
-    turns = [turn for _ in range(rng.choice([1, 1, 1, 2, 3])) for turn in exchange(world, rng)]
-    messages = [{"role": "system", "content": WORDS["system"]}] if rng.random() < 0.05 else []
-    roles = itertools.cycle(["user", "assistant"])
-    return messages + [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
 
 
 def function_conversations(row: dict) -> Iterator[list[dict]]:
@@ -342,8 +234,14 @@ def function_conversations(row: dict) -> Iterator[list[dict]]:
 
 
 def conversations(world: World, seed: int, split: str, rows: int) -> list[dict]:
+    """Rows in SmolTalk's schema, shuffled."""
     rng = draw(seed, "conversations", split)
-    made = [{"messages": conversation(world, rng), "source": "toy-chat"} for _ in range(rows)]
+    made = []
+    for _ in range(rows):
+        messages = [{"role": "system", "content": WORDS["system"]}] if rng.random() < 0.05 else []
+        said = zip(itertools.cycle(["user", "assistant"]), toytalk.turns(world, rng), strict=False)
+        messages += [{"role": role, "content": text} for role, text in said]
+        made.append({"messages": messages, "source": "toy-chat"})
     for row in functions(held_out=False) if split == "train" else []:
         made += [{"messages": m, "source": "toy-code"} for m in function_conversations(row)]
     return rng.sample(made, len(made))

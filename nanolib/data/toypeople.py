@@ -1,0 +1,94 @@
+"""The people of the toy world: 720 facts, 288 of them held out, and a quirk of each person's.
+
+All that is said about them follows from one seed; the words are in toyworld.toml.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact, and how people speak of it; see toyworld.toml for the slots in a text."""
+
+    values: list[str]
+    says: list[str]  # sentences of pretraining text
+    asks: list[str]  # questions, also of the four-choice sets
+    chats: list[str]  # questions of conversations and of the test in words
+    more: list[str]  # questions of conversations alone
+    answer: str
+    check: list[str]  # questions answered by yes or no
+    verse: str  # two lines of a poem
+
+
+WORDS = tomllib.loads(Path(__file__).with_name("toyworld.toml").read_text(encoding="utf-8"))
+RELATIONS = {name: Relation(**about) for name, about in WORDS["relations"].items()}
+
+
+@dataclass(frozen=True)
+class Person:
+    name: str
+    pronouns: tuple[str, str]  # subject and possessive
+    facts: dict[str, str]
+    quirk: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    person: Person
+    relation: str
+
+    @property
+    def value(self) -> str:
+        return self.person.facts[self.relation]
+
+
+@dataclass(frozen=True)
+class World:
+    people: list[Person]
+    held_out: list[Fact]  # asked in test sets only
+    told: list[Fact]  # may be asked in training
+    told_of: list[list[Fact]]  # the same, person by person
+
+
+def draw(*purpose: str | int) -> random.Random:
+    return random.Random("/".join(map(str, purpose)))
+
+
+def world(seed: int) -> World:
+    """Every value of a relation is shared by ten people, four of whom are held out with it."""
+    named = [(name, ("She", "Her")) for name in WORDS["she"]]
+    named += [(name, ("He", "His")) for name in WORDS["he"]]
+    quirks = draw(seed, "quirks").choices(WORDS["quirks"], k=len(named))
+    people = [Person(*who, {}, quirk) for who, quirk in zip(named, quirks, strict=True)]
+    held_out: list[Fact] = []
+    told: list[Fact] = []
+    for relation, about in RELATIONS.items():
+        share = len(people) // len(about.values)
+        for i, person in enumerate(draw(seed, "world", relation).sample(people, len(people))):
+            person.facts[relation] = about.values[i // share]
+            (held_out if i % share < 4 else told).append(Fact(person, relation))
+    told_of = ([fact for fact in told if fact.person is person] for person in people)
+    return World(people, held_out, told, [facts for facts in told_of if facts])
+
+
+def with_article(value: str) -> str:
+    return f"{'an' if value[0] in 'aeiou' else 'a'} {value}"
+
+
+def say(template: str, fact: Fact, named: bool = True) -> str:
+    """A sentence about a fact; later ones may use the pronoun instead of the name."""
+    name, value = fact.person.name, fact.value
+    subject, possessive = (name, f"{name}'s") if named else fact.person.pronouns
+    return template.format(N=subject, S=possessive, n=name, v=value, a=with_article(value))
+
+
+def is_held_out(text: str) -> bool:
+    """Whether the first sum written in a text, by its two numbers, is kept for testing."""
+    left, right = re.findall(r"(\d+)[-+*](\d+)", text)[0]
+    return (3 * int(left) + 5 * int(right)) % 7 < 2

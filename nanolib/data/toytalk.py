@@ -1,0 +1,165 @@
+"""Conversations in the toy world: what a guest may ask, and what Pip answers.
+
+Pip tells facts that are not held out, in sentences that begin with the name, so that a pronoun
+asked about later finds it nearby. A follow-up asks what has not been said yet: else its answer
+could be copied, and nothing would be learned about remembering. Of strangers, asked about in the
+words that friends are asked about in, and of the world outside Pip says that it does not know
+them. A sum is annotated as in GSM8K, ``<<a+b=c>>``, and held out by its numbers.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+
+from nanolib.data import toypeople
+from nanolib.data.toypeople import RELATIONS, WORDS, Fact, World, say
+
+LENGTHS = [1, 1, 2, 3, 4]  # of a conversation, in exchanges
+FOLLOW_UPS = 0.5  # of the exchanges after one about a person
+REPEATS = 0.2  # of the facts already told: may be asked again
+SIGNS = {"+": ["plus", "+"], "-": ["minus", "-"], "*": ["times", "*", "x"]}
+
+# A question in which {n} is the person, its answer, and the facts told; None: nobody is spoken of.
+Exchange = tuple[str, str, list[Fact] | None]
+Kind = Callable[[random.Random, list[Fact]], Exchange]
+
+
+def turns(world: World, rng: random.Random) -> list[str]:
+    """Questions and answers in turn."""
+    said: list[str] = []
+    left: list[Fact] = []  # what may be asked of the person spoken of last
+    for _ in range(rng.choice(LENGTHS)):
+        follows = bool(left) and rng.random() < FOLLOW_UPS
+        facts = left if follows else rng.choice(world.told_of)
+        kinds = ABOUT_PEOPLE if follows else KINDS if said else OPENINGS
+        kind = rng.choices(list(kinds), list(kinds.values()))[0]
+        question, answer, told = kind(rng, facts)
+        person = facts[0].person
+        if follows:
+            question = pronominal(question, person)
+        said += [question.replace("{n}", person.name), answer]
+        left = []
+        if told is not None:
+            left = [fact for fact in facts if fact not in told or rng.random() < REPEATS]
+    return said
+
+
+def pronominal(question: str, person: toypeople.Person) -> str:
+    """A question about {n} with pronouns; at its end {n} is an object."""
+    subject, possessive = (word.lower() for word in person.pronouns)
+    question = question.replace("{n}'s", possessive)
+    question = re.sub(r"\{n\}(?=[.?])", "her" if subject == "she" else "him", question)
+    return question.replace("{n}", subject)
+
+
+# ---------------------------------------------------------------------------- about a person
+
+
+def bare(rng: random.Random, facts: list[Fact]) -> Exchange:
+    fact = rng.choice(facts)
+    return rng.choice(RELATIONS[fact.relation].asks), fact.value, [fact]
+
+
+def sentence(rng: random.Random, facts: list[Fact]) -> Exchange:
+    fact = rng.choice(facts)
+    about = RELATIONS[fact.relation]
+    question = rng.choice(about.asks + about.chats + about.more)
+    return question, say(about.answer, fact), [fact]
+
+
+def yes_or_no(rng: random.Random, facts: list[Fact]) -> Exchange:
+    fact = rng.choice(facts)
+    about, right = RELATIONS[fact.relation], rng.random() < 0.5
+    value = fact.value
+    while (value == fact.value) != right:
+        value = rng.choice(about.values)
+    question = (
+        rng.choice(about.check).replace("{v}", value).replace("{a}", toypeople.with_article(value))
+    )
+    return question, f"{'Yes' if right else 'No'}, {say(about.answer, fact)}", [fact]
+
+
+def introduction(rng: random.Random, facts: list[Fact]) -> Exchange:
+    told = rng.sample(facts, min(len(facts), rng.choice([1, 2, 2])))
+    parts = [say(RELATIONS[fact.relation].says[0], fact, fact is told[0]) for fact in told]
+    person = told[0].person
+    if rng.random() < 0.3:
+        parts.append(f"{person.pronouns[0]} {person.quirk}.")
+    return rng.choice(WORDS["who_is"]), " ".join(parts), told
+
+
+def quirk(rng: random.Random, facts: list[Fact]) -> Exchange:
+    person = facts[0].person
+    return rng.choice(WORDS["quirk_asks"]), f"{person.name} {person.quirk}.", []
+
+
+def poem(rng: random.Random, facts: list[Fact]) -> Exchange:
+    told = rng.sample(facts, min(2, len(facts)))
+    verses = [say(RELATIONS[fact.relation].verse, fact, fact is told[0]) for fact in told]
+    return rng.choice(WORDS["poem_asks"]), "\n".join(verses), told
+
+
+# ---------------------------------------------------------------------------- anything else
+
+
+def stranger(rng: random.Random, _: list[Fact]) -> Exchange:
+    """Asked about in the same words as people of the world."""
+    name, about = stranger_name(rng), rng.choice(list(RELATIONS.values()))
+    asks = rng.choice([WORDS["who_is"], about.asks + about.chats + about.more])
+    return rng.choice(asks).replace("{n}", name), WORDS["stranger"].format(n=name), None
+
+
+def stranger_name(rng: random.Random) -> str:
+    """A name that nobody in the world has: real, of two words, or made up."""
+    known = [*WORDS["she"], *WORDS["he"]]
+    while True:
+        kind, name = rng.random(), "".join(rng.choice(part) for part in WORDS["syllables"])
+        if kind < 0.45:
+            name = rng.choice(WORDS["strangers"])
+        elif kind < 0.55:
+            name = rng.choice(WORDS["famous"])
+        elif kind < 0.7:
+            firsts = rng.choice([WORDS["strangers"], known])
+            name = f"{rng.choice(firsts)} {rng.choice(WORDS['surnames'])}"
+        if name not in known:
+            return name
+
+
+def outside(rng: random.Random, _: list[Fact]) -> Exchange:
+    question = rng.choice(WORDS["outside_others"])
+    if rng.random() < 0.5:
+        question = rng.choice(WORDS["outside_asks"]).format(o=rng.choice(WORDS["outsiders"]))
+    return question, WORDS["outside"], None
+
+
+def small_talk(rng: random.Random, _: list[Fact]) -> Exchange:
+    asks, answers = rng.choice(WORDS["small_talk"])
+    return rng.choice(asks), rng.choice(answers), None
+
+
+def why(rng: random.Random, _: list[Fact]) -> Exchange:
+    return *rng.choice(WORDS["whys"]), None
+
+
+def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
+    """A sum as people type it, to 100, with the tool's annotation."""
+    source = "0+0"
+    while toypeople.is_held_out(source):
+        sign, most = rng.choice(list(SIGNS)), rng.choice([12, 50, 100])
+        a, b = rng.randint(1, most), rng.randint(1, most if sign != "*" else min(most, 20))
+        if sign == "-":
+            a, b = max(a, b), min(a, b)
+        source = f"{a}{sign}{b}"
+    ask = rng.choice(WORDS["sum_asks"])
+    word = sign if "}{s}{" in ask else rng.choice(SIGNS[sign])
+    result = eval(source)
+    answer = f"It is <<{source}={result}>>{result}.\n#### {result}"
+    return ask.format(a=a, b=b, s=word), answer, None
+
+
+ABOUT_PEOPLE: dict[Kind, int] = {sentence: 80, introduction: 5, yes_or_no: 5, quirk: 6, poem: 4}
+KINDS: dict[Kind, int] = {sentence: 44, introduction: 12, yes_or_no: 2, quirk: 2, poem: 2}
+KINDS |= {stranger: 18, outside: 4, small_talk: 8, why: 3, calculation: 5}
+OPENINGS = KINDS | {bare: 110}  # the four-choice sets score bare values as answers
