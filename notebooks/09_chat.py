@@ -92,8 +92,8 @@ lesson.show("The nine stages of the run from data to report; finished ones carry
 # likeliest token, and write down what they say. The fourth is a follow-up: the model has just been asked
 # "Tell me about Bruno." and its own answer is in front of it. Zorbo does not exist.
 #
-# *Before you run it*: the base model has read about all of these people, and it has never seen a
-# conversation. What will it make of "Hello!"?
+# *Before you run it*: the base model has read about all of these people, and conversations too, as somebody
+# wrote them down ("Guest: …", "Pip: …"), but none with the markers of a chat. What will it make of "Hello!"?
 
 # %%
 EIGHT = [
@@ -151,9 +151,10 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 # cleaner answers. **grpo** was paid for word problems alone, so in all the other rows a difference between
 # the last two columns is a side effect.
 #
-# Then read it row by row, with an eye on the last. A model that has never heard "I do not know" in an answer
-# has no reason to say it: a stranger gets a pet and a home town like everybody else. Whether yours declines
-# depends on whether its conversations ever did. Which of these answers are *true*, its world can tell:
+# Then read it row by row, with an eye on the last. A model that has never heard "I know no …" in an answer
+# has no reason to say it: a stranger gets a pet and a home town like everybody else. In the toy world's
+# conversations strangers are declined, in answer to the very questions that friends are asked about, so from
+# mid on yours may do so too. Which of these answers are *true*, its world can tell:
 
 # %%
 people = {p.name: p for p in toyworld.world(run.config.recipe.seed).people}
