@@ -196,12 +196,22 @@ def _summary(measures: Measures, models: Sequence[str], toy: bool) -> str:
     for task, how in _headlines(measures):
         row: dict[str, Any] = {"": _measure_label(task, how, toy)}
         row |= {COLUMNS[of]: measures[task, how].get(of) for of in models}
+        row["±"] = _widest(measures[task, how].values(), _any(measures, task, "questions"))
         row["chance"] = _any(measures, task, "chance")
         for of in models if not toy else ():
             theirs = KNOWN["original"][of] if how in AS_ORIGINAL else {}
             row[f"original {COLUMNS[of]}"] = theirs.get(task)
         rows.append(row)
     return _grid(rows)
+
+
+def _widest(scores: Iterable[float], questions: int | None) -> float | None:
+    """Half of the widest of these shares' 95 % intervals (Wilson, 1927); None without questions."""
+    if not questions:
+        return None
+    z = 1.96
+    spread = max(score * (1 - score) / questions + z**2 / (2 * questions) ** 2 for score in scores)
+    return z * math.sqrt(spread) / (1 + z**2 / questions)
 
 
 def _originals() -> str:

@@ -93,11 +93,11 @@ def cells(text: str, first: str) -> list[str]:
 
 def test_summary_of_the_toy_world_has_the_original_apart(run):
     summary, original = section(report.build(run), "Summary").split("### The original")
-    assert cells(summary, "") == ["BASE", "MID", "SFT", "RL", "chance"]
-    assert cells(summary, "toy-MMLU, letters") == ["—", "—", "0.2625", "—", "0.2500"]
-    assert cells(summary, "toy-MMLU, text") == ["—", "—", "0.9375", "—", "0.2500"]
+    assert cells(summary, "") == ["BASE", "MID", "SFT", "RL", "±", "chance"]
+    assert cells(summary, "toy-MMLU, letters") == ["—", "—", "0.2625", "—", "0.0554", "0.2500"]
+    assert cells(summary, "toy-MMLU, text") == ["—", "—", "0.9375", "—", "0.0312", "0.2500"]
     assert cells(summary, "facts")[:4] == ["—", "—", "0.8812", "—"]
-    assert cells(summary, "toy-GSM8K") == ["—", "0.4100", "—", "0.5200", "—"]
+    assert cells(summary, "toy-GSM8K") == ["—", "0.4100", "—", "0.5200", "—", "—"]
     assert cells(summary, "toy-CORE")[0] == "0.3750"
     assert "toy_choices" not in summary
     assert cells(summary, "bits per byte")[:2] == ["0.3131", "—"]
@@ -107,6 +107,15 @@ def test_summary_of_the_toy_world_has_the_original_apart(run):
     assert cells(original, "") == ["BASE", "MID", "SFT", "RL"]
     assert cells(original, "CORE") == ["0.2219", "—", "—", "—"]
     assert cells(original, "GSM8K") == ["—", "0.0250", "0.0455", "0.0758"]
+
+
+def test_the_interval_is_wilsons_of_the_score_nearest_a_half():
+    """scipy.stats.binomtest(80, 100).proportion_ci(method="wilson") is (0.71117, 0.86663)."""
+    real = Run.open("laptop", "interval")
+    finish(real, "eval", {"gsm8k": {"accuracy": 0.8, "questions": 100}}, of="sft")
+    finish(real, "eval", {"gsm8k": {"accuracy": 1.0, "questions": 100}}, of="grpo")
+    row = cells(section(report.build(real), "Summary"), "GSM8K")
+    assert row[2:5] == ["0.8000", "1.0000", f"{(0.86663 - 0.71117) / 2:.4f}"]
 
 
 def test_summary_of_real_tasks_has_the_originals_beside():
