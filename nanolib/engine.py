@@ -41,7 +41,7 @@ OUTPUT_TOKENS = 128  # per result; a longer one is truncated to leave room for t
 ROWS = 256  # written at once; further ones wait
 CHUNK = {"cpu": 512, "cuda": 8192}  # prompt tokens read between two tokens of the rows
 FINE_REACH = 16  # cached positions are read in multiples of this, where no step is recorded
-KEPT_BYTES = 2**29  # of finished rows' keys and values
+KEPT_BYTES = {"cpu": 2**27, "cuda": 2**31}  # of finished rows' keys and values
 KEPT_LEAST = 16  # a shorter common beginning is read again
 
 Tool = Callable[[str], str]  # a program's source -> its output or error
@@ -303,16 +303,17 @@ class _Cache(KVCache):
 
 
 class _Kept:
-    """Keys and values of finished rows, for prompts that begin alike: at most `KEPT_BYTES`, the
+    """At most so many bytes of finished rows' keys and values, for prompts that begin alike; the
     latest used last."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
         self.rows: list[tuple[list[int], Tensor, Tensor]] = []
 
     def add(self, ids: list[int], keys_LGSK: Tensor, values_LGSK: Tensor) -> None:
         self.rows = [row for row in self.rows if row[0] != ids[: len(row[0])]]
         self.rows.append((ids, keys_LGSK.clone(), values_LGSK.clone()))
-        while sum(row[1].nbytes + row[2].nbytes for row in self.rows) > KEPT_BYTES:
+        while sum(row[1].nbytes + row[2].nbytes for row in self.rows) > self.most_bytes:
             del self.rows[0]
 
     def find(self, ids: list[int]) -> tuple[Tensor, Tensor] | None:
@@ -380,7 +381,8 @@ class Engine:
         """Give the cache's memory back and forget the kept rows: the weights may change now."""
         if not all(request.cancelled for request in self._flight()):
             raise RuntimeError("rows are being written: cancel them, or step until they end")
-        self._waiting, self._rows, self._kept = deque(), [], _Kept()
+        kept = KEPT_BYTES.get(self.runtime.device.type, KEPT_BYTES["cpu"])
+        self._waiting, self._rows, self._kept = deque(), [], _Kept(kept)
         self._slots = self._read = self._cache(0, 0)
         self._reading: list[_Prompt] = []  # in the rows of `_read`
 

@@ -331,7 +331,7 @@ def test_a_long_prompt_is_read_between_the_tokens_of_the_others():
         )
 
 
-def test_a_kept_beginning_is_not_read_again_and_memory_is_bounded(monkeypatch):
+def test_a_kept_beginning_is_not_read_again_and_memory_is_bounded():
     speaker, (asked,) = engine(sequence_len=128), prompts(40)
     speaker.ends, seen = frozenset(), reads(speaker)
     alone = speaker.complete([asked], max_new_tokens=8)[0]
@@ -346,7 +346,7 @@ def test_a_kept_beginning_is_not_read_again_and_memory_is_bounded(monkeypatch):
     assert seen[0] == (1, 52), "who does not ask for it gets nothing kept"
     each = speaker._kept.rows[0][1].nbytes * 2
     assert len(speaker._kept.rows) == 1, "the longer row has all of the shorter"
-    monkeypatch.setattr("nanolib.engine.KEPT_BYTES", each * 3)
+    speaker._kept.most_bytes = each * 3
     others = prompts(*range(41, 50))
     for prompt in others:
         speaker.complete([prompt], max_new_tokens=8, keep=True)

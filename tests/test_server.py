@@ -607,10 +607,7 @@ def test_metrics_count_what_happened(client):
         changed['nanolib_requests_total{status="200"}'] == 3
     )  # two answers, and the first metrics
     name = "nanolib_first_token_seconds"
-    assert changed[f"{name}_count"] == changed[f'{name}_bucket{{le="+Inf"}}'] == 2
-    assert changed[f"{name}_sum"] > 0
-    buckets = [value for key, value in after.items() if key.startswith(f"{name}_bucket")]
-    assert buckets == sorted(buckets) and len(buckets) == len(server.BUCKETS) + 1
+    assert changed[f"{name}_count"] == 2 and changed[f"{name}_sum"] > 0
     assert (after["nanolib_answers"], after["nanolib_waiting"]) == (1, 0)
     leave(running)
 

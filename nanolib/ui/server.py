@@ -27,6 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,10 @@ HEAD_SECONDS = 10  # for the lines before a body, and again for the body
 ANSWER_SECONDS = 600  # for everything from then on
 AT_ONCE = 1024  # answers; who asks for more is told to come again
 PAUSE = 0.05  # seconds between two updates of an answer
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds to the first token, for /metrics
 KINDS = {
     "nanolib_requests_total": "counter",
     "nanolib_tokens_total": "counter",
-    "nanolib_first_token_seconds": "histogram",
+    "nanolib_first_token_seconds": "summary",
 }
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _log = logging.getLogger(__name__)
@@ -367,8 +367,7 @@ class Chats:
             "owned_by": "nanolib",
         }
         self.about |= {"context": session.engine.context, "temperature": session.temperature}
-        limits = (f'nanolib_first_token_seconds_bucket{{le="{limit}"}}' for limit in BUCKETS)
-        self.counts = Counter(dict.fromkeys(limits, 0))  # by the name and labels that /metrics has
+        self.counts: Counter[str] = Counter()  # by the name and labels that /metrics has
 
     async def complete(self, request: Request) -> Response:
         """Answer a `Question`, as a stream of events or as a whole."""
@@ -377,53 +376,39 @@ class Chats:
             raise HTTPException(415, "the content-type must be application/json")
         body = await _body(request)
         try:
-            question, prompt, settings, notice = await asyncio.to_thread(self.read, body)
+            reply = await asyncio.to_thread(self.read, body)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        if question.model not in (None, self.name):
-            raise HTTPException(
-                404, f"there is no model {question.model!r}; there is {self.name!r}"
-            )
+        if reply.question.model not in (None, self.name):
+            reason = f"there is no model {reply.question.model!r}; there is {self.name!r}"
+            raise HTTPException(404, reason)
         if self.scribe.stopped:
             raise HTTPException(503, "the server is ending")
-        if len(self.scribe.rows) + settings["samples"] > AT_ONCE:
+        if len(self.scribe.rows) + reply.settings["samples"] > AT_ONCE:
             raise HTTPException(429, f"{AT_ONCE} answers are being written; come again")
-        reply = Reply(self, question, prompt, settings, notice)
-        if question.stream:
+        if reply.question.stream:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
         return await reply.whole(request)
 
-    def read(self, body: bytes) -> tuple[Question, list[int], dict[str, Any], str | None]:
-        """A request, its prompt, the engine's settings, and what the reader should know.
-
-        Raises ValueError for what cannot be answered.
-        """
-        question, conversation = read_question(body)
+    def read(self, body: bytes) -> Reply:
+        """A reply to that body, still to be written; ValueError for what cannot be answered."""
+        given, conversation = read_question(body)
+        mine, most = self.session, given.max_completion_tokens or given.max_tokens
         system = next((m.text for m in conversation.messages if m.role == "system"), None)
-        given, most = question, question.max_completion_tokens or question.max_tokens
-        most = most or self.session.max_new_tokens
-        session = Session(self.session.engine, system, max_new_tokens=most)
+        session = Session(mine.engine, system, max_new_tokens=most or mine.max_new_tokens)
         *session.messages, last = conversation.turns
         prompt = session.prompt(last)
         seed = secrets.randbits(63) if given.seed is None else given.seed
         settings = {
-            "max_new_tokens": most,
+            "max_new_tokens": session.max_new_tokens,
             "samples": given.n or 1,
             "seed": seed_of(seed, "turn", len(session.messages)),
-            "temperature": _or(given.temperature, self.session.temperature),
-            "top_k": _or(given.top_k, self.session.top_k) or None,
-            "top_p": _or(given.top_p, 1.0),
+            "temperature": mine.temperature if given.temperature is None else given.temperature,
+            "top_k": (mine.top_k if given.top_k is None else given.top_k) or None,
+            "top_p": 1.0 if given.top_p is None else given.top_p,
             "keep": True,
         }
-        return question, prompt, settings, session.notice
-
-    def observe(self, seconds: float) -> None:
-        """Count the seconds that an answer took to its first token."""
-        name = "nanolib_first_token_seconds"
-        for limit in BUCKETS:
-            self.counts[f'{name}_bucket{{le="{limit}"}}'] += seconds <= limit
-        for key, value in (('_bucket{le="+Inf"}', 1), ("_count", 1), ("_sum", seconds)):
-            self.counts[name + key] += value  # ty: ignore[invalid-assignment]
+        return Reply(self, given, prompt, settings, session.notice)
 
     def metrics(self) -> str:
         """What has happened so far, in Prometheus's text format."""
@@ -438,10 +423,6 @@ class Chats:
                 f"{key} {value:g}" for key, value in self.counts.items() if key.startswith(name)
             ]
         return "\n".join(lines) + "\n"
-
-
-def _or(given: Any, default: Any) -> Any:
-    return default if given is None else given
 
 
 async def _body(request: Request) -> bytes:
@@ -459,41 +440,38 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
+@dataclass(eq=False)
 class Reply:
     """What one request is answered with: its choices are read while they are written."""
 
-    def __init__(
-        self,
-        chats: Chats,
-        question: Question,
-        prompt: list[int],
-        settings: dict[str, Any],
-        notice: str | None,
-    ):
-        self.chats, self.question, self.prompt = chats, question, prompt
-        self.settings, self.notice = settings, notice
-        self.choices: list[Choice] = []
+    chats: Chats
+    question: Question
+    prompt: list[int]
+    settings: dict[str, Any]  # the engine's
+    notice: str | None  # what the reader should know
+    choices: list[Choice] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         identity = f"chatcmpl-{secrets.token_hex(12)}"
-        self.head = {"id": identity, "created": int(time.time()), "model": chats.name}
+        self.head = {"id": identity, "created": int(time.time()), "model": self.chats.name}
 
     async def steps(self) -> AsyncGenerator[list[tuple[Choice, list[Part]]]]:
         """The choices that have news, with their pieces; closing the iterator ends all of them."""
         scribe, counts = self.chats.scribe, self.chats.counts
-        begun, news = time.monotonic(), asyncio.Event()
+        begun, news, wrote = time.monotonic(), asyncio.Event(), False
         requests = await scribe.submit(news, self.prompt, **self.settings)
         try:
             for index, request in enumerate(requests):
                 parser = AnswerParser(scribe.engine.tokenizer)
                 self.choices.append(Choice(index, request, parser, self.question.stops))
             while live := [choice for choice in self.choices if choice.finish is None]:
-                if any(choice.tokens for choice in self.choices):
-                    await asyncio.sleep(PAUSE)
+                await asyncio.sleep(PAUSE if wrote else 0)
                 await news.wait()
                 news.clear()
-                first = not any(choice.tokens for choice in self.choices)
                 yield [(choice, choice.read()) for choice in live]
-                if first and any(choice.tokens for choice in self.choices):
-                    self.chats.observe(time.monotonic() - begun)
+                if not wrote and (wrote := any(choice.tokens for choice in live)):
+                    counts["nanolib_first_token_seconds_sum"] += time.monotonic() - begun  # ty: ignore[invalid-assignment]
+                    counts["nanolib_first_token_seconds_count"] += 1
         finally:
             scribe.drop(requests)
             counts['nanolib_tokens_total{kind="prompt"}'] += len(self.prompt)
