@@ -374,7 +374,7 @@ HI = {"role": "user", "content": "hi"}
         ({"messages": [HI], "stop": ["a", ""]}, 400, "stop must be a text or up to 4 texts, none empty"),
         ({"messages": [HI], "stop": [*"abcde"]}, 400, "stop must be a text or up to 4 texts"),
         ({"messages": [HI], "stop": 5}, 400, "stop must be a text or up to 4 texts, none empty, got 5"),
-        ({"messages": [HI], "stream_options": []}, 400, "stream_options must be an object such as"),
+        ({"messages": [HI], "stream_options": []}, 400, 'stream_options must be such as'),
         ({"messages": [HI], "presence_penalty": 1}, 400, "presence_penalty must be 0: there is no penalty"),
         ({"messages": [HI], "model": "gpt-4"}, 404, "there is no model 'gpt-4'; there is 'smoke-sft'"),
         ({"messages": [HI | {"content": "x" * 30_000}]}, 400, "too long: .* shorten it"),

@@ -60,7 +60,9 @@ HEAD_SECONDS = 10  # for the lines before a body, and again for the body
 ANSWER_SECONDS = 600  # for everything from then on
 AT_ONCE = 1024  # answers; who asks for more is told to come again
 PAUSE = 0.05  # seconds between two updates of an answer
-KINDS = {
+KINDS = {  # of what /metrics has
+    "nanolib_answers": "gauge",
+    "nanolib_waiting": "gauge",
     "nanolib_requests_total": "counter",
     "nanolib_tokens_total": "counter",
     "nanolib_first_token_seconds": "summary",
@@ -143,16 +145,14 @@ class Question(BaseModel, strict=True, extra="forbid"):
     model: str | None = None
     stream: bool | None = Field(None, description="true or false")
     stream_options: dict[str, bool] | None = Field(
-        None, description='an object such as {"include_usage": true}'
+        None, description='such as {"include_usage": true}'
     )
     n: int | None = Field(None, ge=1, le=16, description="a whole number from 1 to 16")
     max_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
     max_completion_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
     temperature: float | None = Field(None, ge=0, le=5, description="a number from 0 to 5")
     top_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
-    top_k: int | None = Field(
-        None, ge=0, le=2**20, description="a whole number, or 0 for all tokens"
-    )
+    top_k: int | None = Field(None, ge=0, le=2**20, description="a whole number, 0 for all")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits")
     stop: str | list[str] | None = Field(None, description="a text or up to 4 texts, none empty")
     html: bool | None = Field(None, description="true or false")
@@ -225,6 +225,11 @@ class Scribe:
         self.rows: dict[engine.Request, asyncio.Event] = {}  # the event says that it has news
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="nanolib-engine", daemon=True)
+
+    @property
+    def open(self) -> int:
+        """Answers that are being written, or soon will be."""
+        return len(self.rows) + self._jobs.qsize()
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -331,9 +336,8 @@ class Choice:
                 continue
             self._held += piece.text
             found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
-            clear = min(
-                found, default=len(self._held) - max(map(self._begun, self.stops), default=0)
-            )
+            begun = max(map(self._begun, self.stops), default=0)
+            clear = min(found, default=len(self._held) - begun)
             self._put(Part("text", self._held[:clear]))
             self._held = self._held[clear:]
             if found:
@@ -360,13 +364,9 @@ class Chats:
 
     def __init__(self, session: Session, name: str):
         self.session, self.name, self.scribe = session, name, Scribe(session.engine)
-        self.about: dict[str, Any] = {
-            "id": name,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "nanolib",
-        }
-        self.about |= {"context": session.engine.context, "temperature": session.temperature}
+        self.about: dict[str, Any] = {"id": name, "object": "model", "owned_by": "nanolib"}
+        self.about |= {"created": int(time.time()), "context": session.engine.context}
+        self.about["temperature"] = session.temperature
         self.counts: Counter[str] = Counter()  # by the name and labels that /metrics has
 
     async def complete(self, request: Request) -> Response:
@@ -384,7 +384,7 @@ class Chats:
             raise HTTPException(404, reason)
         if self.scribe.stopped:
             raise HTTPException(503, "the server is ending")
-        if len(self.scribe.rows) + reply.settings["samples"] > AT_ONCE:
+        if self.scribe.open + reply.settings["samples"] > AT_ONCE:
             raise HTTPException(429, f"{AT_ONCE} answers are being written; come again")
         if reply.question.stream:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
@@ -412,16 +412,15 @@ class Chats:
 
     def metrics(self) -> str:
         """What has happened so far, in Prometheus's text format."""
-        gauges = {
+        now = {
             "nanolib_answers": len(self.scribe.rows),
             "nanolib_waiting": self.scribe.engine.waiting,
         }
-        lines = [f"# TYPE {name} gauge\n{name} {value}" for name, value in gauges.items()]
+        lines = []
         for name, kind in KINDS.items():
             lines.append(f"# TYPE {name} {kind}")
-            lines += [
-                f"{key} {value:g}" for key, value in self.counts.items() if key.startswith(name)
-            ]
+            found = {**now, **self.counts}.items()
+            lines += [f"{key} {value:g}" for key, value in found if key.startswith(name)]
         return "\n".join(lines) + "\n"
 
 
@@ -432,9 +431,8 @@ async def _body(request: Request) -> bytes:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > BODY_BYTES:
-                    raise HTTPException(
-                        413, f"the body is over {BODY_BYTES} bytes; start a new chat"
-                    )
+                    too_long = f"the body is over {BODY_BYTES} bytes; start a new chat"
+                    raise HTTPException(413, too_long)
     except TimeoutError:
         raise HTTPException(408, f"the body did not come within {HEAD_SECONDS} s") from None
     return bytes(body)
@@ -507,10 +505,9 @@ class Reply:
         notices = [self.notice]
         if choice.finish == "length":
             stopped = self.chats.scribe.stopped
-            limit = min(
-                self.settings["max_new_tokens"], self.chats.about["context"] - len(self.prompt)
-            )
-            reached = f"the answer reached its limit of {limit} tokens"
+            room = self.chats.about["context"] - len(self.prompt)
+            most = min(self.settings["max_new_tokens"], room)
+            reached = f"the answer reached its limit of {most} tokens"
             notices.append("the server ended before the answer" if stopped else reached)
         notice = "; ".join(filter(None, notices)) or None
         return about | ({"notice": notice} if choice.finish else {})
@@ -526,12 +523,11 @@ class Reply:
         work, gone = asyncio.ensure_future(read()), asyncio.ensure_future(_gone(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                return Response(status_code=499)  # nobody reads it
         finally:
             gone.cancel()
-            if not work.done():
-                work.cancel()
-        if not work.done():
-            return Response(status_code=499)  # nobody reads it
+            work.cancel()  # unless it is done
         if error := work.exception():
             _log.error("an answer failed", exc_info=error)
             raise HTTPException(500, f"{type(error).__name__}: {error}")
@@ -545,11 +541,8 @@ class Reply:
 
     def usage(self) -> dict[str, int]:
         prompt, answers = len(self.prompt), sum(choice.tokens for choice in self.choices)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answers,
-            "total_tokens": prompt + answers,
-        }
+        usage = {"prompt_tokens": prompt, "completion_tokens": answers}
+        return usage | {"total_tokens": prompt + answers}
 
 
 def _parts(parts: Sequence[Part]) -> list[dict[str, str]]:
@@ -608,12 +601,10 @@ def build(
         return _refusal(error.status_code, error.detail)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.scribe, app.state.chats = chats.scribe, chats
+    app.state.scribe = chats.scribe
     app.exception_handler(HTTPException)(refused)
     if cors is not None:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=[cors], allow_methods=["*"], allow_headers=["*"]
-        )
+        app.add_middleware(CORSMiddleware, allow_origins=[cors], allow_headers=["*"])
     app.add_middleware(_guard, local=local, policy=policy, api_key=api_key, counts=chats.counts)
     app.post("/v1/chat/completions")(chats.complete)
     app.get("/")(lambda: HTMLResponse(page))
