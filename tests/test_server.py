@@ -287,6 +287,21 @@ def test_who_leaves_stops_the_answer_and_the_others_go_on(client, stream):
     leave(stays)
 
 
+def test_who_leaves_before_the_engine_hears_of_it_is_never_answered(client):
+    loop = client.scribe._loop
+    rest = len(asyncio.all_tasks(loop))
+    with client.scribe.engine._lock:  # it is busy
+        leaves = socket.create_connection(("127.0.0.1", client.port))
+        body = json.dumps({"messages": messages("count")})
+        leaves.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        wait_for(lambda: len(asyncio.all_tasks(loop)) > rest + 2, "the question to arrive")
+        leaves.close()
+        wait_for(lambda: len(asyncio.all_tasks(loop)) <= rest, "the server to hear that it left")
+    assert client.ask("hello").choices
+    assert len(client.watch.asked) == 2 and not client.scribe.rows
+    wait_for(lambda: not client.writing, "its row to be free")
+
+
 def test_many_at_once_get_each_their_own(client):
     async def ask(number: int) -> str:
         answer = await asker.chat.completions.create(model="smoke-sft", messages=messages(f"I am {number}"), temperature=1)  # fmt: skip

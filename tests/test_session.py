@@ -263,6 +263,19 @@ def test_the_same_seed_gives_the_same_conversation(tokenizer):
     assert first[0] != first[1], "each turn draws anew"
 
 
+def test_a_turn_reads_only_what_is_new(tokenizer):
+    model = GPT.build(tiny(sequence_len=200), tokenizer.vocab_size, CPU, seed=0)
+    engine, read = Engine(model, tokenizer, Runtime(device=CPU, dtype=torch.float32)), []
+    hidden = model.hidden
+    model.hidden = lambda ids, cache=None: (read.append(ids.shape[1]), hidden(ids, cache))[1]
+    talk = Session(engine, "you are a cat and sit on the mat", max_new_tokens=9)
+    talk.ask("where is the rat?")
+    first, read[:] = read[0], []
+    talk.ask("and the hat?")
+    alone = len(tokenizer.encode("and the hat?"))
+    assert first > 20 and read[0] < alone + 8, "the markers, the last token of the answer"
+
+
 def test_open_finds_the_newest_model_of_a_run(run_with_models):
     run, models = run_with_models("base", "sft")
     for of, expected in ((None, "sft"), ("sft", "sft"), ("base", "base")):
