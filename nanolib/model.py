@@ -107,6 +107,7 @@ class KVCache:
         self.values_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.used_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.used = [0] * rows  # the same, known without asking the device
+        self.multiple = REACH  # of positions that are read
 
     @property
     def length(self) -> int:
@@ -114,7 +115,8 @@ class KVCache:
 
     def reach(self, new_tokens: int) -> int:
         """Positions to read for `new_tokens` more of every row: up to the end of the longest."""
-        return min(self.length, REACH * math.ceil((max(self.used) + new_tokens) / REACH))
+        reach = max(self.used) + new_tokens
+        return min(self.length, self.multiple * math.ceil(reach / self.multiple))
 
     def positions(self, new_tokens: int) -> Tensor:
         """Positions [B, T] of the next `new_tokens` tokens of every row."""

@@ -65,9 +65,10 @@ import lesson
 from nanolib import accounting, checkpoint, launch
 from nanolib.config import ModelConfig
 from nanolib.data.sources import split_documents
-from nanolib.engine import Engine, inverse_cdf, probabilities
+from nanolib.engine import Engine
 from nanolib.model import GPT, KVCache, attend, norm, rotate, rotation
 from nanolib.runtime import Runtime
+from nanolib.sampling import inverse_cdf, probabilities
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
@@ -939,7 +940,7 @@ print("bytes of keys by layer, to be halved:", [keys.nbytes for keys, _ in cache
 #   [arXiv:1904.09751](https://arxiv.org/abs/1904.09751)
 # - Schick et al., *Toolformer*, [arXiv:2302.04761](https://arxiv.org/abs/2302.04761)
 #
-# In the code: `nanolib/engine.py`, `KVCache` in `nanolib/model.py`, `nanolib/tools.py`,
-# `nanolib/accounting.py`.
+# In the code: `nanolib/engine.py`, `nanolib/sampling.py`, `KVCache` in `nanolib/model.py`,
+# `nanolib/tools.py`, `nanolib/accounting.py`.
 #
 # **Next:** [chapter 06](06_midtraining.ipynb), between reading and talking.

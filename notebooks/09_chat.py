@@ -69,8 +69,9 @@ from nanolib.accounting import Machine
 from nanolib.conversation import Conversation, answer_parts
 from nanolib.data import toyworld
 from nanolib.data.packing import batch_of_rows
-from nanolib.engine import Engine, choose
+from nanolib.engine import Engine
 from nanolib.optim import MuonAdamW
+from nanolib.sampling import choose
 from nanolib.session import Session
 from nanolib.ui import markup
 from nanolib.ui.widget import Chat

@@ -312,7 +312,7 @@ class Choice:
     def read(self) -> list[Part]:
         """The pieces that have come, each a part's kind and its next characters."""
         self._news = []
-        while self.finish is None and (self.request.tokens or self.request.error):
+        while self.finish is None and self.request.ready:
             token = self.request.take()
             self.tokens += 1
             if token.kind == "end":

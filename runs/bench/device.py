@@ -25,10 +25,11 @@ import torch
 
 from nanolib import accounting, config, planning, report
 from nanolib.data.packing import Batch
-from nanolib.engine import Engine, inverse_cdf
+from nanolib.engine import Engine
 from nanolib.model import GPT, KVCache
 from nanolib.optim import MuonAdamW
 from nanolib.runtime import Runtime, processor
+from nanolib.sampling import inverse_cdf
 from nanolib.tokenizer import Tokenizer
 
 Row = tuple[str, str]  # what was measured, and the figure

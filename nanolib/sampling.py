@@ -1,0 +1,96 @@
+"""How a next token is drawn: from a model's scores, a row's settings and a number from its own seed.
+
+Shapes: B rows, V vocabulary, K of its likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniforms(keys_B: Tensor, positions_B: Tensor) -> Tensor:
+    """A row's draw [B] from [0, 1) at a position: a hash of both (splitmix64), on any device.
+
+    Without a generator's state a draw depends on nothing that was drawn before.
+    """
+    mixed_B = keys_B + positions_B * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed_B = (mixed_B ^ _shifted(mixed_B, shift)) * factor
+    return _shifted(mixed_B ^ _shifted(mixed_B, 31), 40).float() * 2**-24
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """int64 shifted right as if unsigned."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def probabilities(
+    logits_BV: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    most: int | None = None,
+) -> Tensor:
+    """The distribution [B, V] that `choose` samples from; temperature must be positive.
+
+    top_k keeps each row's k most likely tokens; top_p (arXiv:1904.09751) then the fewest of the
+    most likely ones that have this share together; both keep all that tie with the last one kept.
+    A setting is the same for all rows or a tensor [B]; of a tensor of top_k, 0 keeps all, and
+    `most` is the largest.
+    """
+    logits_BV = logits_BV.float() / _column(temperature, logits_BV)
+    most = min(top_k if isinstance(top_k, int) else most or 0, logits_BV.shape[-1])
+    if top_k is not None and most:
+        k_B1 = _column(top_k, logits_BV, torch.long).clamp(max=most).expand(len(logits_BV), 1)
+        best_BK = logits_BV.topk(most, dim=-1).values
+        least_B1 = best_BK.gather(1, (k_B1 - 1).clamp(min=0)).masked_fill(k_B1 == 0, -torch.inf)
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    probabilities_BV = logits_BV.softmax(dim=-1)
+    if top_p is None:
+        return probabilities_BV
+    p_B1 = _column(top_p, logits_BV).clamp(min=1e-6)  # the likeliest always stays
+    falling_BV = probabilities_BV.sort(dim=-1, descending=True).values
+    before_BV = falling_BV.cumsum(dim=-1) - falling_BV
+    least_B1 = falling_BV.masked_fill(before_BV >= p_B1, torch.inf).amin(dim=-1, keepdim=True)
+    return probabilities_BV.masked_fill((probabilities_BV < least_B1) & (p_B1 < 1), 0)
+
+
+def _column(setting: float | Tensor, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A setting of all rows, or of each, as [1, 1] or [B, 1]."""
+    return torch.as_tensor(setting, device=like.device, dtype=dtype).reshape(-1, 1)
+
+
+def inverse_cdf(probabilities_BV: Tensor, uniform_B: Sequence[float] | Tensor) -> Tensor:
+    """Inverse-CDF sampling: for each row, the first token [B] whose cumulative probability exceeds
+    the row's uniform draw. Never a token of probability zero."""
+    # GPU prefix sums are not monotone in float32, so a zero-probability token could be drawn.
+    exact = torch.float64 if probabilities_BV.is_cuda else probabilities_BV.dtype
+    cdf_BV = probabilities_BV.cumsum(dim=-1, dtype=exact)
+    below_one = torch.as_tensor(uniform_B, device=cdf_BV.device, dtype=exact).clamp(max=1 - 2**-24)
+    target_B1 = below_one[:, None] * cdf_BV[:, -1:]  # the total is 1 only up to rounding
+    return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(-1)
+
+
+def choose(
+    logits_BV: Tensor,
+    uniform_B: Sequence[float] | Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    most: int | None = None,
+) -> Tensor:
+    """The next token [B] of each row: the most likely one at temperature 0, else a sample.
+
+    Settings as for `probabilities`.
+    """
+    best_B = logits_BV.argmax(dim=-1)
+    if isinstance(temperature, Tensor):
+        warm_B = torch.where(temperature > 0, temperature, 1.0)
+        drawn_B = inverse_cdf(probabilities(logits_BV, warm_B, top_k, top_p, most), uniform_B)
+        return torch.where(temperature > 0, drawn_B, best_B)
+    if temperature == 0:
+        return best_B
+    return inverse_cdf(probabilities(logits_BV, temperature, top_k, top_p), uniform_B)

@@ -1,0 +1,108 @@
+"""The engine's memory: slots that rows are written in, and what finished rows leave behind.
+
+Shapes: B rows, L layers, G key/value heads, S cached positions, T a row's own, K head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from nanolib.model import KVCache
+
+KEPT_LEAST = 16  # a shorter common beginning is read again
+
+KeysValues = tuple[Tensor, Tensor]  # of one row, [L, G, T, K] each
+Replay = Callable[[], Tensor]
+
+
+class Slots(KVCache):
+    """A KV cache with what a decoding step reads of each row, and recordings of that step."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.ids_B1 = torch.zeros_like(self.used_B)[:, None]  # each row's latest token
+        self.key_B, self.top_k_B = torch.zeros_like(self.used_B), torch.zeros_like(self.used_B)
+        self.temperature_B = torch.zeros_like(self.used_B, dtype=torch.float32)
+        self.top_p_B = torch.ones_like(self.temperature_B)
+        self.views: dict[int, Slots] = {}
+        self.replays: dict[tuple, Replay | None] = {}  # None: ran once, not recorded
+
+    def settings(self) -> tuple[Tensor, ...]:
+        """What a step reads of each row beside keys and values, [B] each."""
+        return self.ids_B1[:, 0], self.key_B, self.temperature_B, self.top_k_B, self.top_p_B
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def first(self, rows: int) -> Slots:
+        """The first rows alone, in the same memory."""
+        if rows not in self.views:
+            view = self.views[rows] = copy.copy(self)
+            view.views, view.replays = {}, {}
+            for name, value in self.tensors().items():
+                setattr(view, name, value[:, :rows] if value.dim() == 5 else value[:rows])
+        self.views[rows].used = self.used[:rows]
+        return self.views[rows]
+
+    def fill(self, other: Slots) -> None:
+        """Begin with all that a smaller one holds."""
+        mine = self.tensors()
+        for name, theirs in other.tensors().items():
+            mine[name][tuple(map(slice, theirs.shape))] = theirs
+        self.used[: len(other.used)] = other.used
+
+    def read_row(self, row: int) -> KeysValues:
+        used = self.used[row]
+        return self.keys_LBGSK[:, row, :, :used], self.values_LBGSK[:, row, :, :used]
+
+    def write_row(self, row: int, read: KeysValues) -> None:
+        used = self.used[row] = self.used_B[row] = read[0].shape[2]
+        self.keys_LBGSK[:, row, :, :used], self.values_LBGSK[:, row, :, :used] = read
+
+    def begin(self, rows: Sequence[int], settings: Sequence[tuple]) -> None:
+        """Give these rows their `settings`, a tuple for each row."""
+        rows_N = torch.tensor(rows, device=self.used_B.device)
+        for mine_B, values in zip(self.settings(), zip(*settings, strict=True), strict=True):
+            mine_B[rows_N] = torch.tensor(values, dtype=mine_B.dtype, device=mine_B.device)
+
+    def move(self, row: int, to: int) -> None:
+        """Let a row go on in another's place."""
+        self.write_row(to, self.read_row(row))
+        for mine_B in self.settings():
+            mine_B[to] = mine_B[row]
+
+    def trim(self, rows: int) -> None:
+        """Forget what further rows hold: it must not count in `reach`."""
+        self.used_B[rows:] = 0
+        self.used[rows:] = [0] * (len(self.used) - rows)
+
+
+class Kept:
+    """At most so many bytes of finished rows' keys and values, for prompts that begin alike; the
+    latest used last."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.rows: list[tuple[list[int], Tensor, Tensor]] = []
+
+    def add(self, ids: list[int], read: KeysValues) -> None:
+        self.rows = [row for row in self.rows if row[0] != ids[: len(row[0])]]
+        self.rows.append((ids, read[0].clone(), read[1].clone()))
+        while sum(row[1].nbytes + row[2].nbytes for row in self.rows) > self.most_bytes:
+            del self.rows[0]
+
+    def find(self, ids: list[int]) -> KeysValues | None:
+        """Those of the longest beginning of `ids` that a row has, if any is worth it."""
+        pairs = [zip(ids, row[0], strict=False) for row in self.rows]
+        common = [len([*takewhile(lambda pair: pair[0] == pair[1], each)]) for each in pairs]
+        longest = max(common, default=0)
+        if longest < KEPT_LEAST:
+            return None
+        found = self.rows.pop(common.index(longest))
+        self.rows.append(found)
+        return found[1][:, :, :longest], found[2][:, :, :longest]
