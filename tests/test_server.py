@@ -339,6 +339,11 @@ def test_the_end_of_the_server_ends_answers_with_what_was_said(client):
         assert choice["notice"] == "the server ended before the answer"
     with pytest.raises(openai.InternalServerError, match="the server is ending"):
         client.ask("hello")
+    client.scribe.stopped = False
+    with client.scribe.engine._lock:  # a question that the engine has not heard of ends as well
+        waiting = client.post("count", stream=True)
+        client.scribe.stop()
+    assert events(waiting)[-1]["choices"][0]["finish_reason"] == "length"
 
 
 # ---------------------------------------------------------------------------- bad input
