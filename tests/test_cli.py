@@ -77,7 +77,15 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
     assert "bench" in nanolib("--help")[1]
     code, out, _ = nanolib("bench")
     names = [line.split()[0] for line in out.splitlines()]
-    assert code == 0 and names == ["demo", "device", "faults", "guest", "ranks", "tokenizer"]
+    assert code == 0 and names == [
+        "demo",
+        "device",
+        "faults",
+        "guest",
+        "ranks",
+        "serve",
+        "tokenizer",
+    ]
     code, out, _ = nanolib("bench", "ranks", "--help")
     assert code == 0 and "--steps" in out
     code, _, errors = nanolib("bench", "ranks", "--model.dept", "3")
@@ -128,7 +136,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         ("notebooks", r"needs one of --refresh and --check"),
         (
             "bench dmeo",
-            r"no measurement 'dmeo'; there are demo, device, faults, guest, ranks, tokenizer",
+            r"no measurement 'dmeo'; there are demo, device, faults, guest, ranks, serve, tokenizer",
         ),
     ],
 )
