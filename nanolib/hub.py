@@ -2,10 +2,12 @@
 
 It has ``text/*.parquet`` (pretraining text; the last name is the validation shard),
 ``hub/REPOSITORY/[CONFIG/]SPLIT.parquet`` and ``eval_bundle.zip``, whether it is the user's own, the
-toy world, or filled by `fetch` from the Hugging Face hub. Only `fetch` uses the network.
+toy world, or filled from the Hugging Face hub by `nanolib.mirror`.
 """
 
 import contextlib
+import fnmatch
+import functools
 import hashlib
 import math
 import shutil
@@ -28,7 +30,7 @@ BYTES_PER_TOKEN = 5.0  # of a 65,536-token vocabulary on English, rounded up: 4.
 EVAL_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's
 DOCUMENTS_AT_ONCE = 1024  # read from a shard together
 LOOK_ELSEWHERE = "give --mirror DIR with a complete mirror, or leave --mirror out to use the hub"
-OFFLINE = "give --mirror DIR, or data.source = toyworld to work offline"
+OFFLINE = "run it again, give --mirror DIR, or data.source = toyworld to work offline"
 
 Split = tuple[str, str | None, str]  # repository, configuration, split
 Progress = Callable[[int, int, str], object]  # done, total, what is next; may raise to stop
@@ -102,16 +104,16 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def table(split: Split, mirror: Path) -> pa.Table:
-    file = _open(path := _table_path(split, mirror))
+    file = _open(path := mirror / table_path(split))
     with _reading(path):
         rows = file.read()
         rows.validate(full=True)
     return rows
 
 
-def _table_path(split: Split, mirror: Path) -> Path:
+def table_path(split: Split) -> str:
     repository, name, part = split
-    return mirror / "hub" / repository / (name or "") / f"{part}.parquet"
+    return "/".join(filter(None, ["hub", repository, name, f"{part}.parquet"]))
 
 
 def eval_bundle(mirror: Path) -> Path:
@@ -125,21 +127,79 @@ def eval_bundle(mirror: Path) -> Path:
 # ---------------------------------------------------------------------------- the network
 
 
-def fetch(
-    config: Config, splits: Sequence[Split], folder: Path, progress: Progress
-) -> dict[str, str]:
-    """Fill `folder` as a mirror from the hub; returns each repository's revision (commit hash).
+class Remote(NamedTuple):
+    """A file of the hub, with what the hub says of it."""
 
-    Text is as much as ``data.text_shards`` says or pretraining will read; cached files are linked.
+    repository: str
+    revision: str
+    name: str
+    length: int | None
+    sha256: str | None
+
+
+Wanted = dict[str, list[Remote]]  # a mirror's path -> the hub's files, whose rows it has in order
+
+
+def wanted(
+    config: Config, splits: Sequence[Split], folder: Path, revisions: dict[str, str]
+) -> Iterator[Wanted]:
+    """What a run reads of the hub, in groups; ask for the next when one is in `folder`.
+
+    Text is as much as ``data.text_shards`` says, or as pretraining will read of shards like those
+    that are there. `revisions` has, or is given, each repository's commit hash.
     """
-    revisions = {config.recipe.data.repository: _fetch_text(config, folder / "text", progress)}
-    if config.recipe.eval.core_problems != 0:
-        progress(0, 1, "the evaluation bundle")
-        (folder / "eval_bundle.zip").symlink_to(_fetch_bundle())
-    for number, split in enumerate(splits):
-        progress(number, len(splits), " ".join(filter(None, split)))
-        _fetch_table(split, folder, revisions)
-    return revisions
+    listed = functools.cache(partial(_listing, revisions=revisions))
+    repository = config.recipe.data.repository
+    files = sorted(listed(repository), key=lambda file: Path(file.name).name)
+    _check_count(len(files), repository, config.recipe.data.text_shards)
+    *train, validation = [(f"text/{Path(file.name).name}", [file]) for file in files]
+    group = dict([validation]) | {table_path(it): _parts(it, listed(it[0])) for it in splits}
+    sizes: list[int] = []  # of the training text that is there
+    while (total := _shards_wanted(config, sizes, len(train))) > len(sizes):
+        added = train[len(sizes) : total]
+        yield group | dict(added)
+        sizes += [_text_bytes(folder / path) for path, _ in added]
+        group = {}
+
+
+def _shards_wanted(config: Config, sizes: Sequence[int], most: int) -> int:
+    base, shards = config.recipe.base, config.recipe.data.text_shards
+    if shards is not None or not sizes:
+        return shards or 1
+    missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens - sum(sizes)
+    return min(most, len(sizes) + max(0, math.ceil(missing / sizes[-1])))
+
+
+def _listing(repository: str, revisions: dict[str, str]) -> list[Remote]:
+    """A data set's parquet files."""
+    from huggingface_hub import HfApi
+
+    with _network(repository):
+        revision = revisions.get(repository)
+        info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
+    revisions[repository] = sha = info.sha or "main"
+    files = [file for file in info.siblings or [] if file.rfilename.endswith(".parquet")]
+    return [
+        Remote(repository, sha, it.rfilename, it.size, getattr(it.lfs, "sha256", None))
+        for it in files
+    ]
+
+
+def _parts(split: Split, listed: Sequence[Remote]) -> list[Remote]:
+    """The files of one split: the hub cuts large ones, as in data/train-00000-of-00004.parquet."""
+    repository, name, part = split
+    pattern = f"{name or '*'}/{part}[-.]*parquet"
+    if not (found := [file for file in listed if fnmatch.fnmatch(file.name, pattern)]):
+        raise ValueError(f"{repository} has no {pattern} on the hub; {OFFLINE}")
+    return sorted(found, key=lambda file: file.name)
+
+
+def join(parts: Sequence[Path], target: Path) -> None:
+    """Write the rows of several parquet files as one."""
+    with whole_file(target) as file, pq.ParquetWriter(file, pq.read_schema(parts[0])) as writer:
+        for part in parts:
+            for batch in pq.ParquetFile(part).iter_batches():
+                writer.write_batch(batch)
 
 
 @contextlib.contextmanager
@@ -147,90 +207,51 @@ def _network(what: str, remedy: str = OFFLINE) -> Generator[None, None, None]:
     """Turn network errors into a ValueError with a remedy. Wrap library calls only."""
     try:
         yield
-    except Exception as error:  # httpx2, hf_xet, fsspec and datasets have no common base
+    except Exception as error:  # httpx2, hf_xet and huggingface_hub have no common base
         kind = type(error).__name__
         raise ValueError(f"cannot fetch {what} ({kind}: {error}); {remedy}") from error
 
 
-def _fetch_text(config: Config, folder: Path, progress: Progress) -> str:
-    """Link the text's parquet files into `folder`, the validation shard first."""
-    from huggingface_hub import HfApi
-
-    repository, wanted = config.recipe.data.repository, config.recipe.data.text_shards
-    with _network(repository):
-        info = HfApi().dataset_info(repository, files_metadata=True)
-    assert info.sha is not None
-    files = [file for file in info.siblings or [] if file.rfilename.endswith(".parquet")]
-    files.sort(key=lambda file: Path(file.rfilename).name)
-    _check_count(len(files), repository, wanted)
-    folder.mkdir()
-    base = config.recipe.base
-    missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens
-    total = 1 + (wanted or 1)
-    for number, file in enumerate([files[-1], *files[:-1]]):
-        if number == total:
-            break
-        name = Path(file.rfilename).name
-        progress(number, total, name)
-        path = _fetch_file(repository, file, info.sha)
-        _check_text(path)
-        (folder / name).symlink_to(path)
-        if number and wanted is None:
-            size = _text_bytes(path)
-            missing -= size
-            total = number + 1 + max(0, math.ceil(missing / size))
-    return info.sha
-
-
-def _fetch_file(repository: str, file, revision: str) -> Path:
-    """One cached file, its size and hash checked; a damaged one is fetched again."""
+def fetch_file(file: Remote, folder: Path | None, meter: type) -> Path:
+    """One file in `folder` or the user's cache, length and hash checked; a damaged one is fetched again."""
     from huggingface_hub import hf_hub_download
 
-    problem, asked = "", partial(hf_hub_download, repo_type="dataset", revision=revision)
+    options = {"repo_type": "dataset", "local_dir": folder, "tqdm_class": meter}
+    asked: Callable[..., str] = partial(
+        hf_hub_download, file.repository, file.name, revision=file.revision, **options
+    )
+    problem = ""
     for again in (False, True):
-        with _network(repository):
-            found = asked(repository, file.rfilename, force_download=again)
-        if not (problem := _difference(path := Path(found).resolve(), file)):
+        with _network(file.repository):
+            found = asked(force_download=again)
+        if not (problem := difference(path := Path(found).resolve(), file.length, file.sha256)):
             return path
         print(f"{path} {problem}: fetching it again", flush=True)
-    raise ValueError(f"{repository} gave {file.rfilename} damaged twice ({problem}); {OFFLINE}")
+    raise ValueError(f"{file.repository} gave {file.name} damaged twice ({problem}); {OFFLINE}")
 
 
-def _difference(path: Path, listed) -> str:
-    size = path.stat().st_size
-    if listed.size not in (None, size):
-        return f"has {size} of {listed.size} bytes"
+def difference(path: Path, length: int | None, sha256: str | None) -> str:
+    """Between a file and what is recorded of it; empty if there is none."""
+    found = path.stat().st_size
+    if length not in (None, found):
+        return f"has {found} of {length} bytes"
     with path.open("rb") as file:
-        if listed.lfs and hashlib.file_digest(file, "sha256").hexdigest() != listed.lfs.sha256:
-            return "has another SHA-256 than the hub lists"
+        if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return "has another SHA-256 than is recorded"
     return ""
 
 
 def _text_bytes(path: Path) -> int:
     """Of a shard, estimated from its footer."""
+    _check_text(path)
     shard = pq.read_metadata(path)
     column, groups = shard.schema.names.index("text"), range(shard.num_row_groups)
     return sum(shard.row_group(i).column(column).total_uncompressed_size for i in groups)
 
 
-def _fetch_table(split: Split, folder: Path, revisions: dict[str, str]) -> None:
-    """One split as the mirror's parquet file, at the revision that `revisions` has or gets."""
-    import datasets
-    from huggingface_hub import HfApi
-
-    repository, name, part = split
-    target = _table_path(split, folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _network(f"{repository} ({name or 'no config'}, {part})"):
-        if repository not in revisions:
-            revisions[repository] = HfApi().dataset_info(repository).sha or "main"
-        rows = datasets.load_dataset(repository, name, split=part, revision=revisions[repository])
-        rows.to_parquet(target)
-
-
-def _fetch_bundle() -> Path:
-    """CORE's evaluation bundle in the user's cache; a damaged one is fetched again."""
-    target = Path.home() / ".cache/nanolib/eval_bundle.zip"
+def fetch_bundle(target: Path | None = None) -> Path:
+    """CORE's evaluation bundle, if not elsewhere in the user's cache; a damaged one is fetched again."""
+    target = target or Path.home() / ".cache/nanolib/eval_bundle.zip"
     if target.is_file():
         if not (problem := _zip_problem(target)):
             return target

@@ -57,18 +57,22 @@ class Line:
     def __call__(self, stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows and stage.done() is None:
             return
-        text, is_other = describe(stage, rows), stage != self._stage
-        due = is_other or stage.done() or time.monotonic() - self._printed_at >= self.every
+        is_other = stage != self._stage
+        if is_other:
+            self.close()
+        self._stage = stage
+        self.show(describe(stage, rows), bool(is_other or stage.done()))
+
+    def show(self, text: str, now: bool = False) -> None:
+        """`now` prints it even where a line was printed a moment ago."""
         if self._terminal:
-            if is_other:
-                self.close()
             self.stream.write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K")
-        elif text != self._text and due:
+        elif text != self._text and (now or time.monotonic() - self._printed_at >= self.every):
             self.stream.write(text + "\n")
             self._printed_at = time.monotonic()
         else:
             return
-        self._stage, self._text = stage, text
+        self._text = text
         self.stream.flush()
 
     def say(self, text: str) -> None:
@@ -77,6 +81,6 @@ class Line:
 
     def close(self) -> None:
         """End the line that is being rewritten."""
-        if self._terminal and self._stage:
+        if self._terminal and self._text:
             self.stream.write("\n")
         self._stage, self._text = None, ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -400,7 +401,7 @@ def hub_run(run, tmp_path, monkeypatch):
     shutil.copytree(run.mirror(), tmp_path / "mirror")
     hub = FakeHub(tmp_path / "mirror", monkeypatch)
     bundle = tmp_path / "mirror/eval_bundle.zip"
-    monkeypatch.setattr(text.hub, "_fetch_bundle", lambda: hub.call("bundle") or bundle)
+    monkeypatch.setattr(text.hub, "fetch_bundle", lambda _: hub.call("bundle") or bundle)
     return Run.open("smoke", str(tmp_path / "hubbed"), SMALL | {"data.source": "hub"}), hub
 
 
@@ -446,8 +447,26 @@ def test_data_stops_between_files_and_leaves_no_mirror(source, hub_run, tmp_path
         context.guard.request_stop()
 
     monkeypatch.setattr(text.toyworld, "_write_table", write)
-    monkeypatch.setattr(text.hub, "_check_text", lambda path: context.guard.request_stop())
-    with pytest.raises(Stopped, match="shard_"):
+    told, report, fetch_file = threading.Event(), context.progress, text.hub.fetch_file
+
+    def progress(*now):
+        try:
+            report(*now)
+        except Stopped:
+            told.set()
+            raise
+
+    def fetch(*asked):
+        if hub.downloads:
+            told.wait()
+            raise KeyboardInterrupt  # as a download does that is told to stop
+        context.guard.request_stop()
+        return fetch_file(*asked)
+
+    monkeypatch.setattr(context, "progress", progress)
+    monkeypatch.setattr(text.hub, "fetch_file", fetch)
+    monkeypatch.setattr(text.mirror, "AT_ONCE", 1)
+    with pytest.raises(Stopped, match={"hub": "MB/s", "toyworld": "shard_"}[source]):
         text.data(context)
     assert len(written) + len(hub.downloads) == 1
     assert [row["message"] for row in context.stage.metrics.rows()][:1]

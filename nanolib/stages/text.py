@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanolib import hub, report, tasks
+from nanolib import hub, mirror, report, tasks
 from nanolib.config import ConversationConfig, Recipe, flatten
 from nanolib.data import toyworld
 from nanolib.data.sources import split_documents
@@ -44,9 +44,8 @@ def _gather(context: Context) -> dict[str, str]:
     if config.recipe.data.source == "toyworld":
         toyworld.write(folder, config.recipe.seed, progress=context.progress)
         return {}
-    splits = [tasks.find(name).source(split) for name, split in _splits(config.recipe)]
     with whole_folder(folder) as draft:
-        return hub.fetch(config, splits, draft, context.progress)
+        return mirror.fill(config, tables(config.recipe), draft, context.progress, link=True)
 
 
 def gather_if_gone(context: Context) -> None:
@@ -72,6 +71,11 @@ def _splits(recipe: Recipe) -> list[tuple[str, str]]:
     if set(recipe.models) - {"base"}:
         found |= {(name, "test") for name in recipe.eval.tasks}
     return sorted(found)
+
+
+def tables(recipe: Recipe) -> list[hub.Split]:
+    """Where on the hub, and in a mirror, those are."""
+    return [tasks.find(name).source(split) for name, split in _splits(recipe)]
 
 
 def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:

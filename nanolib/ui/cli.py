@@ -141,6 +141,32 @@ class Commands:
         machine = Machine.parse(on, dollars_per_hour)
         print("\n".join(planning.plan(config.resolve(profile, self.overrides), machine)))
 
+    def mirror(
+        self,
+        profile: ProfileName,
+        folder: Annotated[Positional[Path], arg(metavar="DIR")],
+        check: bool = False,
+    ) -> None:
+        """Fetch what a profile reads into a folder for --mirror; the same command goes on after a stop.
+
+        Args:
+            check: Fetch nothing, compare the folder with its manifest.json; exit code 1 for a bad file.
+        """
+        from nanolib import mirror
+        from nanolib.stages import text
+
+        resolved = config.resolve(profile, self.overrides)
+        if resolved.recipe.data.source == "toyworld":
+            raise ValueError(f"profile {profile} writes its own data and needs no mirror")
+        asked = (resolved, text.tables(resolved.recipe), folder)
+        if check:
+            problems = mirror.check(*asked)
+            print("\n".join(problems) or f"{folder} is complete and whole")
+            sys.exit(FAILED if problems else 0)
+        with contextlib.closing(Line()) as line:
+            mirror.fill(*asked, lambda *now: line.show(f"mirror  {now[-1]}"), link=False)
+            line.say(f"{folder} is complete: give --mirror {folder} (it has no encodings/)")
+
     def stage(
         self,
         name: Annotated[Positional[str], arg(metavar="NAME")],

@@ -1,0 +1,141 @@
+"""Fills a mirror from the hub: for `nanolib mirror`, and for a run that was given none.
+
+Its ``manifest.json`` has each repository's revision and each file's length and SHA-256, and is
+written after each file. A file is moved, or linked, into its place once both are checked.
+"""
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from nanolib import hub
+from nanolib.config import Config
+from nanolib.progress import clock
+from nanolib.rundir import write_json
+
+MANIFEST, BUNDLE = "manifest.json", "eval_bundle.zip"
+AT_ONCE = 8  # downloads
+PAUSES = 2, 8, 30  # seconds before a download that failed is tried again
+
+Splits = Sequence[hub.Split]  # the tables that a run reads
+
+
+def fill(config: Config, splits: Splits, folder: Path, progress: hub.Progress, link: bool) -> dict:
+    """Fetch what is not there as recorded; returns each repository's revision (commit hash).
+
+    `link` links to files of the user's cache, which runs share.
+    """
+    mirror = Mirror(folder, progress, link)
+    for group in hub.wanted(config, splits, folder, mirror.manifest["revisions"]):
+        mirror.get(group)
+    if config.recipe.eval.core_problems != 0:
+        progress(0, 1, "the evaluation bundle")
+        mirror.put(BUNDLE, [hub.fetch_bundle(None if link else folder / BUNDLE)])
+    write_json(folder / MANIFEST, mirror.manifest | {"finished": True})
+    shutil.rmtree(folder / ".parts", ignore_errors=True)
+    return mirror.manifest["revisions"]
+
+
+def check(config: Config, splits: Splits, folder: Path) -> list[str]:
+    """What is wrong with a mirror, a line a file, found without the network."""
+    manifest = _read(folder)
+    names = {*manifest["files"], *map(hub.table_path, splits)}
+    names |= {BUNDLE} if config.recipe.eval.core_problems != 0 else set()
+    found = {folder / name: _problem(folder, manifest, name) for name in sorted(names)}
+    unfinished = {} if manifest["finished"] else {folder: "is not finished: fetch again to go on"}
+    return [f"{path} {problem}" for path, problem in (found | unfinished).items() if problem]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path, empty = folder / MANIFEST, {"revisions": {}, "files": {}, "finished": False}
+    return json.loads(path.read_text()) if path.exists() else empty
+
+
+def _problem(folder: Path, manifest: dict[str, Any], name: str) -> str:
+    """Why a file of a mirror cannot be used; empty if it is as recorded."""
+    if not (folder / name).is_file():
+        return "is missing"
+    if name not in manifest["files"]:
+        return f"is not in {MANIFEST}"
+    return hub.difference(folder / name, **manifest["files"][name])
+
+
+class Mirror:
+    """A folder that a pool of threads fills."""
+
+    def __init__(self, folder: Path, progress: hub.Progress, link: bool):
+        self.folder, self.progress, self.link = folder, progress, link
+        self.manifest: dict[str, Any] = _read(folder) | {"finished": False}
+        self.lock, self.stop, self.received = threading.Lock(), threading.Event(), 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, group: hub.Wanted) -> None:
+        """Fetch a group of files; the first error, or Ctrl-C, stops all that are on their way."""
+        missing = [it for name in group if not (self.folder / name).exists() for it in group[name]]
+        total, free = sum(it.length or 0 for it in missing), shutil.disk_usage(self.folder).free
+        if total > free and not self.link:
+            lacks = f"{self.folder} needs {total:,} bytes more and has {free:,} free"
+            raise ValueError(f"{lacks}: free some space or choose another folder")
+        self.received, began = 0, time.monotonic()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            left = {pool.submit(self._fetch, *item) for item in group.items()}
+            try:
+                while left:
+                    self.progress(self.received, total, self._describe(total, began))
+                    done, left = wait(left, 0.2, FIRST_EXCEPTION)
+                    for job in done:
+                        job.result()
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _describe(self, total: int, began: float) -> str:
+        speed = self.received / max(time.monotonic() - began, 0.001)
+        size = f"{self.received / 1e6:,.0f}/{total / 1e6:,.0f} MB  {speed / 1e6:.1f} MB/s"
+        return f"{size}  {clock(max(0, total - self.received) / speed)} left" if speed else size
+
+    def _fetch(self, name: str, files: Sequence[hub.Remote]) -> None:
+        folder = None if self.link else self.folder / ".parts" / files[0].repository
+        for pause in (*PAUSES, None):
+            try:
+                if _problem(self.folder, self.manifest, name):
+                    self.put(name, [hub.fetch_file(it, folder, self._meter()) for it in files])
+                return
+            except ValueError:
+                if pause is None or self.stop.wait(pause):
+                    raise
+
+    def _meter(self) -> type:
+        """A progress bar that draws nothing: huggingface_hub tells it of each piece that has come."""
+        from huggingface_hub.utils import disable_progress_bars, tqdm
+
+        def update(_: Any, n: float | None = 1) -> None:
+            self.received += int(n or 0)
+            if self.stop.is_set():
+                raise KeyboardInterrupt
+
+        disable_progress_bars()
+        return type("Meter", (tqdm,), {"update": update})
+
+    def put(self, name: str, parts: Sequence[Path]) -> None:
+        """Put a file into its place and on record."""
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if len(parts) > 1:
+            hub.join(parts, target)
+        elif self.link:
+            target.symlink_to(parts[0])
+        else:
+            parts[0].replace(target)
+        with target.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with self.lock:
+            self.manifest["files"][name] = {"length": target.stat().st_size, "sha256": digest}
+            write_json(self.folder / MANIFEST, self.manifest)
