@@ -447,11 +447,13 @@ def test_data_stops_between_files_and_leaves_no_mirror(source, hub_run, tmp_path
         context.guard.request_stop()
 
     monkeypatch.setattr(text.toyworld, "_write_table", write)
-    told, report, fetch_file = threading.Event(), context.progress, text.hub.fetch_file
+    begun, told, report = threading.Event(), threading.Event(), context.progress
+    fetch_file = text.hub.fetch_file
 
     def progress(*now):
         try:
             report(*now)
+            begun.set()
         except Stopped:
             told.set()
             raise
@@ -460,6 +462,7 @@ def test_data_stops_between_files_and_leaves_no_mirror(source, hub_run, tmp_path
         if hub.downloads:
             told.wait()
             raise KeyboardInterrupt  # as a download does that is told to stop
+        begun.wait()
         context.guard.request_stop()
         return fetch_file(*asked)
 
