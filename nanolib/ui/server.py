@@ -67,6 +67,11 @@ KINDS = {  # of what /metrics has
     "nanolib_tokens_total": "counter",
     "nanolib_first_token_seconds": "summary",
 }
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _log = logging.getLogger(__name__)
 
@@ -635,12 +640,7 @@ def _guard(app: Any, *, local: bool, policy: str, api_key: str | None, counts: C
 
     Plain ASGI, since FastAPI's middleware does not notice when the client of a stream disconnects.
     """
-    headers = {
-        "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-store",
-    }
+    headers = {"content-security-policy": policy, **HEADERS}
 
     def refusal(given: Headers, path: str, method: str) -> Response | None:
         hosts = given.getlist("host")
