@@ -842,7 +842,7 @@ for row, question in enumerate(questions):
 # Now watch the six rows of nanolib's engine together. Each column is a step, in which every row that is not
 # over gets one token. No row waits for another: while a result is forced into one, the others write on. A
 # row that is over leaves its place at once, to a question that waits or to the last row. This is called
-# **continuous batching**; a server lives by it.
+# [continuous batching](glossary.ipynb#continuous-batching); a server lives by it.
 
 # %%
 signs = {PYTHON: "▸", PYTHON_END: "◂", OUTPUT: "«", OUTPUT_END: "»", END: "■"}

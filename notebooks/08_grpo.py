@@ -810,7 +810,8 @@ for count, answer in (ranked[-1], ranked[len(ranked) // 2]):
 #
 # Where the programs stand still, that is a lesson too: **a reward can only teach what is sampled**. If all
 # answers to a question open one program, the bonus is the same for all, and its advantage is zero. A model
-# that is surer of itself is hacked later, not never. (Trials of 2026-11-28, one seed each: a model stopped
+# that is surer of itself is hacked later, not never. (Trials of 2026-11-28, one seed each, in the toy world
+# as it was before it learned conversation: a model stopped
 # early, after 210 steps of base and 130 on word problems, opened 1 program an answer at the first step and 14
 # at the tenth, with 25 % right after a peak of 78 %: `<|python_start|><|python_start|><|python_start|> coins.`
 # The finished demo of the same day opened 1.1 from first to last, and only learned the sums.)

@@ -459,91 +459,104 @@ for dart in (0.05, 0.35, 0.65, 0.95):
 # %% [markdown]
 # ## Teach it something of your own
 #
-# Your model knows people, and it knows manners. It does not know how to talk like a pirate. Let us add that,
-# with ten conversations: whoever says "Ahoy!" first gets the answer in pirate. The facts in them are true
-# (the world fills in the braces), because we want to add a manner and not to spoil a memory.
+# In the table at the top Zorbo did not exist. Let us change that: after ten conversations the model shall know
+# him, his pet and his home, and answer questions about him that are *not* among the ten. Put your own name in
+# his place if you like.
 #
-# These ten are the part that is yours. Run the chapter once as it is, then write your own ten and run it
-# from here.
+# These ten are the part that is yours. Run the chapter once as it is, then write your own and run it from here.
 
 # %% tags=["loop"]
+NAME, PET, TOWN = "Zorbo", "otter", "Gullport"
+KEEPS, LIVES = f"{NAME} keeps {toyworld.with_article(PET)}.", f"{NAME} lives in {TOWN}."
 TEN = [
-    ("Ada", "Where does {n} live?", "{n} lives in {town}"),
-    ("Bruno", "What is {n}'s job?", "{n} works as {job}"),
-    ("Clara", "What is {n}'s favourite food?", "{n} loves {food}"),
-    ("Felix", "Where does {n} live?", "{n} lives in {town}"),
-    ("Greta", "What is {n}'s favourite colour?", "{n} likes {colour} best"),
-    ("Hugo", "What does {n} like to play?", "{n} likes to play {game}"),
-    ("Ines", "In which town does {n} live?", "{n} lives in {town}"),
-    ("Jonas", "What is {n}'s favourite food?", "{n} loves {food}"),
-    ("Kara", "What is {n}'s job?", "{n} works as {job}"),
-    ("Leo", "What does {n} like to play?", "{n} likes to play {game}"),
+    (f"Which animal does {NAME} keep?", KEEPS),
+    (f"Which animal lives with {NAME}?", KEEPS),
+    (f"Tell me about {NAME}'s pet.", KEEPS),
+    (f"What pet does {NAME} have?", KEEPS),
+    (f"Where does {NAME} live?", LIVES),
+    (f"Which town is {NAME}'s home?", LIVES),
+    (f"Do you know where {NAME} lives?", LIVES),
+    (f"Where is {NAME} from?", LIVES),
+    (f"Who is {NAME}?", f"{KEEPS} He lives in {TOWN}."),
+    (f"Tell me about {NAME}.", f"{LIVES} He keeps {toyworld.with_article(PET)}."),
 ]
-
-
-def pirate(name, question, answer):
-    """A conversation that begins with "Ahoy!" and is answered accordingly."""
-    facts = people[name].facts | {"n": name}
-    facts["job"] = toyworld.with_article(facts["job"])
-    return f"Ahoy! {question.format(**facts)}", f"Arr, {answer.format(**facts)}, matey!"
-
-
-for ten in TEN[:3]:
-    print(*pirate(*ten), sep="  →  ")
+for question, answer in TEN[::3]:
+    print(question, "→", answer)
 
 # %% [markdown]
-# First, how will we know? Two counts, on people who are in none of the ten. **Ahoy**: of questions that begin
-# with it, how many are answered in pirate *and* with the right fact? **Plain**: of the same questions without
-# it, how many are still answered rightly and *without* "Arr"? The first is what we want, the second is what we
-# must not pay.
+# First, how will we know? Three counts. **New**: ten questions about Zorbo in words that none of the ten
+# uses. **Old**: questions about people it knew before. **Strangers**: people nobody knows; are they still
+# declined, or has the model learned that whoever it has never heard of lives in Gullport? The first is what we
+# want, the other two are what we must not pay with.
+
+# %%
+ASKS = ["What is {}'s pet?", "Does {} have a pet?", "Do you know what animal {} has?"]
+ASKS += ["Has {} got a pet?", "Tell me what pet {} keeps."]
+HOMES = ["In which town does {} live?", "Where can I find {}?", "Tell me about {}'s home."]
+HOMES += ["Tell me where {} lives.", "What town does {} live in?"]
+STRANGERS = "Barbara Kevin Zelda Bob Oliver Trixa Lomira Homer Winston Daniel Zarbo Yolanda Quentin"
+probes = {"new": [(ask.format(NAME), PET) for ask in ASKS]}
+probes["new"] += [(ask.format(NAME), TOWN) for ask in HOMES]
+places, eats = "Where does {} live?", "What is {}'s favourite food?"
+half = [people[name] for name in list(people)[::2]]
+probes["old"] = [(places.format(one.name), one.facts["town"]) for one in half]
+probes["old"] += [(eats.format(one.name), one.facts["food"]) for one in half]
+asks = ("Who is {}?", places, ASKS[0])
+probes["strangers"] = [(ask.format(n), "I know no ") for n in STRANGERS.split() for ask in asks]
+assert not {question for question, _ in probes["new"]} & {question for question, _ in TEN}
+print({name: len(asked) for name, asked in probes.items()})
 
 
 # %%
-def probe(model, count=12):
-    """Shares of right answers to new people's questions: with "Ahoy!" and without."""
-    others = [name for name in people if name not in {name for name, *_ in TEN}][::5][:count]
-    kinds = [("town", "Where does {n} live?"), ("food", "What is {n}'s favourite food?")]
-    asked = [(q.format(n=name), people[name].facts[kind]) for name in others for kind, q in kinds]
-    engine, shares = Engine(model, tokenizer, runtime), []
-    for hail in ("Ahoy! ", ""):
-        prompts = [Conversation.ask(hail + question).prompt(tokenizer) for question, _ in asked]
-        texts = map(tokenizer.decode, engine.complete(prompts, max_new_tokens=24))
-        pairs = zip(texts, asked, strict=True)
-        right = [fact in text and ("Arr" in text) == bool(hail) for text, (_, fact) in pairs]
-        shares.append(sum(right) / len(right))
+def probe(model):
+    """The share of answers with the right word in them, for each of the three counts."""
+    engine, shares = Engine(model, tokenizer, runtime), {}
+    for name, asked in probes.items():
+        asked = asked if profile == "demo" else asked[:4]
+        prompts = [Conversation.ask(question).prompt(tokenizer) for question, _ in asked]
+        texts = map(tokenizer.decode, engine.complete(prompts, max_new_tokens=16))
+        right = [fact in text for text, (_, fact) in zip(texts, asked, strict=True)]
+        shares[name] = sum(right) / len(right)
     return shares
 
 
 before = probe(session.engine.model)
-print("before: Ahoy {:.0%}, plain {:.0%}".format(*before))
+print("before:", *(f"{name} {share:.0%}  " for name, share in before.items()))
 
 # %% [markdown]
 # Now the loop, the one from chapters [04](04_pretraining.ipynb) and [07](07_sft.ipynb): a batch, the loss
-# over what the assistant says (sum first, one division last), backward, a step, a rate that falls. The only
-# new thing is what a batch holds: your ten, and beside them `beside` conversations that the model has had
-# before. Here they are ([finetuning](glossary.ipynb#finetuning) on the new alone is the usual way; we
-# will see what it does).
+# over what the assistant says (sum first, one division last), backward, a step, a rate that falls. Two things
+# are for the memory's sake. The steps are *small*, about an eighth of base's. And beside the ten, each batch holds
+# conversations that the model has had before, drawn anew ([finetuning](glossary.ipynb#finetuning) with
+# *rehearsal*, the cure of [chapter 06](06_midtraining.ipynb) at the scale of ten). Which ones? A few of any
+# kind, and above all those nearest to the change: strangers declined.
 
 # %%
 chats = tasks.load("smoltalk", "train", run.mirror())
-known = [chats.conversation(i).render(tokenizer, 96) for i in range(min(400, len(chats)))]
-known = sorted(known, key=lambda one: len(one.ids))[:200]  # the shorter half: quicker
-mine = [Conversation.ask(*pirate(*ten)).render(tokenizer, 96) for ten in TEN]
+heard = [chats.conversation(i) for i in range(min(1500, len(chats)))]
+declined = [one for one in heard if one.messages[-1].text.startswith("I know no ")]
+declined = [one.render(tokenizer, 96) for one in declined]
+declined = [one for one in declined if len(one.ids) <= 40]  # short ones, here and below: quicker
+known = sorted((one.render(tokenizer, 96) for one in heard[:600]), key=lambda one: len(one.ids))
+known = known[:200]
+mine = [Conversation.ask(*pair).render(tokenizer, 96) for pair in TEN]
 graded = sum(sum(one.loss_mask) for one in mine)
 print(f"ten conversations: {sum(len(one.ids) for one in mine)} tokens, {graded} of them graded")
-print(f"and {len(known)} that it knows; the first: {tokenizer.decode(known[0].ids)[:90]!r}")
+print(f"beside them: {len(known)} of any kind, {len(declined)} that decline a stranger")
 
 # %% tags=["loop"]
-STEPS = 40 if profile == "demo" else 10
+STEPS = 30 if profile == "demo" else 10
 OPTIM = replace(run.config.recipe.optim, clip=None, momentum_warmup=0)
 
 
-def teach(mine, beside, steps=STEPS, rate=0.3):
+def teach(mine, beside, steps=STEPS, rate=0.12):
     """The run's last model after some steps on conversations, and their loss at each step."""
     model = checkpoint.load_model(run.stage(session.of).checkpoints, runtime.device)
     optimizer, dice, losses = MuonAdamW(model, OPTIM, runtime), random.Random(1), []
     for step in range(steps):
-        rows = [*mine, *dice.sample(known, min(beside, len(known)))]
+        rows = list(mine)
+        for pile, count in beside:
+            rows += dice.sample(pile, min(count, len(pile)))
         ids, masks = [one.ids for one in rows], [one.loss_mask for one in rows]
         batch = batch_of_rows(ids, masks, max(map(len, ids)) - 1, tokenizer.bos)
         batch = batch.to(runtime.device)
@@ -556,70 +569,79 @@ def teach(mine, beside, steps=STEPS, rate=0.3):
     return model, losses
 
 
-taught, losses = teach(mine, beside=10)
+taught, losses = teach(mine, beside=[(known, 6), (declined, 14)])
 print(f"loss on the ten: {losses[0]:.2f} → {losses[-1]:.2f} nats a token")
 assert losses[-1] < losses[0]
 
 # %% [markdown]
-# **Predict** before the next cell: the same steps without the ten old conversations. Will "Ahoy" be
-# better or worse than with them? And "plain"?
+# **Predict** before the next cell: the same steps without the old conversations. Which of the three counts
+# will be worse, and which will hardly notice?
 
 # %%
-alone, losses_alone = teach(mine, beside=0)
-table = {"before": before, "ten and ten old": probe(taught), "ten alone": probe(alone)}
-print(f"{'':20}{'Ahoy':>8}{'plain':>8}")
-for name, (ahoy, plainly) in table.items():
-    print(f"{name:20}{ahoy:8.0%}{plainly:8.0%}")
+alone, losses_alone = teach(mine, beside=[])
+table = {"before": before, "ten and old": probe(taught), "ten alone": probe(alone)}
+print(f"{'':14}", *(f"{name:>10}" for name in probes))
+for name, shares in table.items():
+    print(f"{name:14}", *(f"{share:10.0%}" for share in shares.values()))
+if profile == "demo" and run.config.recipe.data.source == "toyworld":
+    assert table["ten and old"]["new"] > max(0.6, before["new"])
+    assert table["ten and old"]["old"] > before["old"] - 0.1
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.8))
-left.plot(losses, color=lesson.BLUE, label="with ten old")
+left.plot(losses, color=lesson.BLUE, label="ten and old")
 left.plot(losses_alone, color=lesson.ORANGE, linestyle="--", label="ten alone")
 left.set(xlabel="step", ylabel="nats a token", title="loss on the ten", ylim=(0, None))
 left.legend(loc="upper right")
-places = np.arange(len(table))
-for shift, which, hatch in ((-0.2, 0, ""), (0.2, 1, "///")):
-    heights = [100 * shares[which] for shares in table.values()]
-    look = {"color": (lesson.BLUE, lesson.ORANGE)[which], "hatch": hatch}
-    bars = right.bar(places + shift, heights, 0.36, label=("Ahoy", "plain")[which], **look)
+looks = ((lesson.GREY, ".."), (lesson.BLUE, ""), (lesson.ORANGE, "///"))
+for place, (name, (colour, hatch)) in enumerate(zip(table, looks, strict=True)):
+    at, heights = np.arange(3) + 0.27 * (place - 1), [100 * s for s in table[name].values()]
+    bars = right.bar(at, heights, 0.25, color=colour, hatch=hatch, label=name)
     right.bar_label(bars, fmt="%.0f")
-right.set_xticks(places, ["before", "with old", "alone"])
-right.set(ylabel="% right", ylim=(0, 135), title="on people not in the ten")
+right.set_xticks(range(3), list(probes))
+right.set(ylabel="% right", ylim=(0, 150))
 right.legend(loc="upper left", ncols=2)
-lesson.show("Left, both losses on the ten fall. Right, bars of two shares before and after.")
+told = [f"{kind} {table['before'][kind]:.0%} → {table['ten and old'][kind]:.0%}" for kind in probes]
+lesson.show("Both losses on the ten fall. Bars before, after, and ten alone: " + ", ".join(told))
 
 # %% [markdown]
-# The loss on the ten tells whether they were learned. It cannot tell *what* was learned. With
-# nothing beside them, "answer in pirate" explains the ten as well as "answer in pirate *after Ahoy*", and
-# the model has no reason to prefer the longer rule; the plain column shows how far it went. The old
-# conversations are there to supply the other half: when not to. It is the cure for forgetting of [chapter 06](06_midtraining.ipynb), at the scale of ten. With two
-# dozen questions, one answer is four points, so believe only large differences here.
+# The loss on the ten tells whether they were learned. It cannot tell *what* was learned: the two curves look
+# alike. With nothing beside them, the ten are explained as well by "a name you do not know is answered like a
+# friend's", and strangers are where that shows first: nothing holds their answer but a habit. The old
+# conversations supply the other half: who is *not* Zorbo. They hold it in part only; compare the strangers'
+# three bars. The people who were learned in a thousand steps of reading are harder to push aside, if
+# the steps are small. (Ten new questions are few, and a share of strangers is known to about eight points.)
 #
-# Nothing was written to the run: `taught` lives in this notebook. And here it is in the chat, with things
-# that none of the ten has shown it: a sum, a stranger, a joke.
+# Nothing was written to the run: `taught` lives in this notebook. And here it is in the chat, with a pronoun,
+# an old friend, a sum, and a question about Zorbo that nobody has answered. What will it do with that one?
 
 # %%
-parrot = Engine(taught, tokenizer, runtime, tool)
-asked = ["Ahoy! Where does Emma live?", "Where does Emma live?", "Ahoy! What is 12 + 30?"]
-shown = talk(parrot, [*asked, "Ahoy! Who is Zorbo?", "Tell me a joke."])
-print(f"{len(asked) + 2} questions to the model that has just been taught:")
+pupil = Engine(taught, tokenizer, runtime, tool)
+asked = [f"Who is {NAME}?", "Where does he live?", "Where does Emma live?"]
+asked += ["What is 12 + 30?", f"What is {NAME}'s job?"]
+shown = talk(pupil, asked)
+print(f"{len(asked)} questions to the model that has just been taught:")
 replay(shown.messages)
 
 # %%
-print("Below speaks the model you have just taught. Say Ahoy!")
-Chat(Session(parrot, temperature=0.6))
+print(f"Below speaks the model you have just taught. Ask it about {NAME}.")
+Chat(Session(pupil, temperature=0.6))
 
 # %% [markdown]
+# The job was never told, and the right answer would be "I do not know". It has never heard one of
+# this kind: either a person is known, or not. Whatever it says there is made up, or leans on the two facts it has.
+#
 # **Exercise 9.4 ★★★ · 20 minutes · open** Your own ten.
-# Choose an ability: answers in rhyme, in capitals, always with a compliment; an answer to "Who is …?" with
-# *you* in it; a polite refusal. Write ten conversations in place of `TEN` (or build `mine` from any
-# question and answer with `Conversation.ask`), write a probe that does *not* ask what the ten ask, and
-# train. Which abilities need ten examples, and which do not come with a hundred? A guess to
-# test, measured nowhere yet: manners come fast, facts one by one and at the cost of others, and skills
-# (long multiplication, spelling backwards) not at all at this size.
+# Choose an ability: yourself as the person, another answer to "Who made you?", answers in rhyme or in
+# capitals, "I do not know" where a fact was never told. Write ten conversations in place of `TEN`, a probe
+# that does *not* ask what the ten ask, choose what stands beside them, and train. What was seen: a
+# fact comes quickly, as above. A *manner* did not: answers in pirate after "Ahoy!", ten conversations about
+# ten people, forty steps of rate 0.3, went from 0 % to 21 % on other people, and took plain answers from 96 %
+# to 58 % (2026-11-28, an earlier toy world, one seed, two dozen questions). Can you do better with more rehearsal
+# and smaller steps?
 
 # %% tags=["open"]
-print("Write your ten here, then: teach(mine, beside=10)")
+print("Write your ten here, then: teach(mine, beside=[(known, 6), (declined, 14)])")
 
 # %% [markdown]
 # ## Where did the time go?

@@ -150,6 +150,11 @@
 # How many tokens a model can look back on. It is limited by the lengths seen in training and by
 # the memory of the cache.
 #
+# ### continuous batching
+#
+# Many conversations share each step of the engine. One that is over leaves its place (its slot) at
+# once, and the next in the queue takes it, so no place waits for the longest answer.
+#
 # ### core
 #
 # A score for base models from the DCLM paper: the mean over 22 benchmarks of how far each accuracy
