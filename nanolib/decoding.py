@@ -1,4 +1,7 @@
-"""The forward pass of `nanolib.model` for writing on CUDA: bfloat16 weights and fused kernels."""
+"""The forward pass of `nanolib.model` for writing on CUDA: bfloat16 weights and fused kernels.
+
+Shapes as in `nanolib.model`, and N = B · T.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ class Writer:
     def hidden(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
         """The normalised last hidden states [B, T, D]; see `GPT.hidden`."""
         (B, T), K = ids_BT.shape, self.model.config.head_dim
+        # One token a row: `read_cache` knows from used_B what it sees. More: as the model does.
         mask_BTS = None if T == 1 else cache.mask(cache.positions(T))
         reach = T if mask_BTS is None else mask_BTS.shape[-1]
         cos_sin = self.model.rotary_tables(ids_BT.device)

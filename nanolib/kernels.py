@@ -13,14 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# ---------------------------------------------------------------------------- the MLP in training
-# Two matrix products write and read an activation four times as wide as the residual stream. Here
-# the elementwise work happens in the product's own tile: ReLU² after the first, its derivative
-# 2 √h after the backward pass of the second, for which h = ReLU(u)² is all that must be kept.
-
 EPS = 1e-6  # of RMS norm, as in the model
-PROGRAMS = 2048  # small ones that fill a GPU
-FEW_ROWS = 4  # tokens at once for which `linear` reads the weights itself
+PROGRAMS = 2048  # so many small ones keep a whole GPU busy (`read_cache`)
+FEW_ROWS = 4  # up to so many rows, `linear` uses its own kernel instead of torch's product
+
+# ---------------------------------------------------------------------------- the MLP in training
+# Between its two matrix products is an activation four times as wide as the residual stream, which
+# an elementwise step would read and write once more. Here that step happens in the product's own
+# tile: ReLU² after the first product u = x upᵀ, and in the backward pass its derivative. With
+# h = ReLU(u)² that is 2 ReLU(u) = 2 √h, so h is kept for it and u is not.
 
 TILE = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "GROUP": 8}
 
@@ -66,7 +67,7 @@ def _product(
 
 
 def _launch(a_MK: Tensor, b: Tensor, h_MN: Tensor | None) -> Tensor:
-    """ReLU(a bᵀ)², or 2 √h (a b) if h is given; bfloat16."""
+    """ReLU(a bᵀ)² [M, N], or, backward, (a b) · 2 √h elementwise, if h is given; in bfloat16."""
     backward = h_MN is not None
     (M, K), N = a_MK.shape, b.shape[1 if backward else 0]
     out_MN = a_MK.new_empty(M, N)
@@ -98,7 +99,7 @@ def up_squared_relu(x_ND: Tensor, up_FD: Tensor) -> Tensor:
 
 @torch.library.custom_op("nanolib::squared_relu_backward", mutates_args=())
 def squared_relu_backward(grad_ND: Tensor, down_DF: Tensor, h_NF: Tensor) -> Tensor:
-    """The gradient [N, F] of what ReLU² was applied to, from that of h downᵀ."""
+    """The gradient [N, F] of ReLU²'s input, from that of the MLP's output h downᵀ [N, D]."""
     return _launch(grad_ND, down_DF, h_NF)
 
 
@@ -176,9 +177,10 @@ def linear(
     squared_relu: bool = False,
     residual_NF: Tensor | None = None,
 ) -> Tensor:
-    """act(norm(x) weightᵀ) + residual [N, F]: each part where asked for.
+    """act(norm(x) weightᵀ) + residual [N, F], each part where asked for. May overwrite the residual.
 
-    Few rows read every weight for little work, so all happens in one pass over the weights.
+    With few rows, reading the weights takes nearly all the time: one kernel does everything while
+    it passes over them.
     """
     (N, D), F_ = x_ND.shape, len(weight_FD)
     if N > FEW_ROWS:
@@ -187,7 +189,7 @@ def linear(
         if squared_relu:
             return up_squared_relu(x_ND, weight_FD)
         if residual_NF is not None:
-            return residual_NF.addmm_(x_ND, weight_FD.mT)  # in place, if it may be
+            return residual_NF.addmm_(x_ND, weight_FD.mT)
         return x_ND @ weight_FD.mT
     out_NF = x_ND.new_empty(N, F_)
     outputs = 4 if D <= 1024 else 1
@@ -354,7 +356,7 @@ def read_cache(query_BHK: Tensor, keys_BGSK: Tensor, values_BGSK: Tensor, used_B
 
 
 def prove_training(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Run the kernels on small random inputs; AssertionError where one is wrong."""
+    """Run both kernels of the MLP on small random inputs; AssertionError where one is wrong."""
     x, up, down = (_normal(device, dtype, *shape) for shape in ((130, 64), (264, 64), (64, 264)))
     h = F.relu(x.float() @ up.float().mT).square()
     _same(up_squared_relu(x, up), h)
@@ -363,7 +365,7 @@ def prove_training(device: torch.device, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def prove_writing(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-    """As `prove_training`."""
+    """The same for `linear`, `place` and `read_cache`."""
     x, weight = _normal(device, dtype, FEW_ROWS, 64), _normal(device, dtype, 100, 64)
     for rows in (1, FEW_ROWS):
         few, more = x[:rows], weight[:rows].repeat(1, 2)[:, :100].contiguous()

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 ROTARY_BASE = 10_000
 REACH = 64  # cached positions are read in multiples of this, so that shapes seldom change
-SOFTCAP = 15.0
+SOFTCAP = 15.0  # no logit is further from 0
 FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 CUDNN, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH
-EPS = 1e-6
+EPS = 1e-6  # of RMS norm
 
 
 def norm(x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def attend(
 
 @functools.cache
 def _proven_kernels(device: torch.device, use: Literal["training", "writing"]) -> ModuleType | None:
-    """`nanolib.kernels`, if this device runs those of this use and gets the right numbers."""
+    """`nanolib.kernels`, if those for this use run on this device and give the right numbers."""
     if device.type != "cuda":
         return None
     try:
@@ -351,9 +351,9 @@ class GPT(nn.Module):
     def compiled_nll(self, cudnn: bool = False, **options: Any) -> Callable[[Batch], Tensor]:
         """`nll` through torch.compile (`options`): one program for every block, one for the loss.
 
-        The blocks are alike, so compiling takes as long for 32 of them as for one. cudnn: attention
-        by cuDNN, faster than flash by a fifth to a half, but every new shape costs it 40 to 240 ms:
-        for rows of one length.
+        The blocks are alike, so compiling takes as long for 32 of them as for one. cudnn: allow
+        cuDNN's attention, a fifth to a half faster than flash attention, but planning takes 40 to
+        240 ms for every new shape: worth it only where all rows have one length.
         """
         fast = self.fast_kernels("training")
         fused = None if fast is None else fast.SquaredReLUMLP.apply
@@ -362,8 +362,8 @@ class GPT(nn.Module):
             return block.forward(*inputs, fused=fused)
 
         run, nll = torch.compile(block, **options), torch.compile(self._nll, **options)
-        # A program keeps the kernel that was allowed when it was compiled, at its first call; the tag
-        # tells torch's cache on disk, which does not know that, the two kinds of program apart.
+        # A program keeps the attention kernel that was allowed at its first call, when it was
+        # compiled. Torch's cache on disk does not look at that: a tag keeps the two kinds apart.
         kernels = [FLASH, EFFICIENT, MATH, *([CUDNN] if cudnn else [])]
         tag = "cudnn" if cudnn else "flash"
 

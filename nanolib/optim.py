@@ -26,7 +26,7 @@ from nanolib.runtime import Runtime
 # so singular values end near, not at, 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-SLOTS = {"muon": ("momentum",), "adamw": ("moment1", "moment2")}  # optimizer state by rule
+SLOTS = {"muon": ("momentum",), "adamw": ("moment1", "moment2")}  # names of each rule's state
 
 
 def adamw_step(
@@ -154,7 +154,7 @@ class MuonAdamW:
 
     def _groups(self, model: nn.Module) -> list[Group]:
         width = model.get_parameter("embedding.weight").shape[1]
-        scale = (width / 768) ** -0.5
+        scale = (width / 768) ** -0.5  # the settings hold for width 768; wider: smaller steps
         lrs = {
             "embedding.weight": self.config.embedding_lr * scale,
             "head.weight": self.config.head_lr * scale,
@@ -163,12 +163,12 @@ class MuonAdamW:
         matrices: dict[torch.Size, dict[str, Tensor]] = {}
         for name, param in model.named_parameters():
             if name in lrs:
-                share = -(-param.shape[0] // self.runtime.world_size)
+                share = math.ceil(param.shape[0] / self.runtime.world_size)
                 groups.append(Group("adamw", [name], [param], lrs[name], share))
             else:
                 matrices.setdefault(param.shape, {})[name] = param
         for named in matrices.values():
-            share = -(-len(named) // self.runtime.world_size)
+            share = math.ceil(len(named) / self.runtime.world_size)
             lr = self.config.matrix_lr
             groups.append(Group("muon", list(named), list(named.values()), lr, share))
         return groups

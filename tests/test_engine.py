@@ -357,6 +357,15 @@ def test_a_kept_beginning_is_not_read_again_and_memory_is_bounded():
     assert seen[0] == (1, 52)
 
 
+def test_a_prompt_that_is_known_and_one_that_is_not_are_read_together():
+    speaker, asked = engine(sequence_len=128), prompts(30, 60)
+    want = speaker.complete(asked, max_new_tokens=4)
+    speaker.complete(asked[1:], max_new_tokens=1, keep=True)
+    seen = reads(speaker)
+    assert speaker.complete(asked, max_new_tokens=4, keep=True) == want
+    assert seen[0] == (2, 29), "the other's padding is as long"
+
+
 def test_two_callers_share_the_steps_and_neither_waits_for_the_other():
     speaker, (one, two) = engine(sequence_len=64), prompts(5, 9)
     speaker.ends = frozenset()
