@@ -111,7 +111,7 @@ def serve(
 
 def config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
-        app, log_level="warning", server_header=False, timeout_graceful_shutdown=2, http=_Protocol
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=10, http=_Protocol
     )
 
 
