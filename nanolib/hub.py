@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import shutil
+import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -196,10 +197,11 @@ def _parts(split: Split, listed: Sequence[Remote]) -> list[Remote]:
 
 def join(parts: Sequence[Path], target: Path) -> None:
     """Write the rows of several parquet files as one."""
-    with whole_file(target) as file, pq.ParquetWriter(file, pq.read_schema(parts[0])) as writer:
-        for part in parts:
-            for batch in pq.ParquetFile(part).iter_batches():
-                writer.write_batch(batch)
+    from datasets import Dataset
+
+    with tempfile.TemporaryDirectory(dir=target.parent) as cache, whole_file(target) as file:
+        rows = Dataset.from_parquet([*map(str, parts)], cache_dir=cache)
+        rows.to_parquet(file)  # ty: ignore[invalid-argument-type]
 
 
 @contextlib.contextmanager
