@@ -14,7 +14,7 @@ from fake_hub import FakeHub
 
 from nanolib import stages, tasks
 from nanolib.config import MODELS, flatten
-from nanolib.conversation import Conversation
+from nanolib.conversation import Conversation, Message
 from nanolib.data.sources import ConversationSource, first_tokens, render, save_conversations
 from nanolib.guard import Guard
 from nanolib.rundir import Run
@@ -100,6 +100,13 @@ def _sft_settings(run: Run) -> dict:
     return training.Training(context).row_settings()
 
 
+def _targets(message: Message) -> str:
+    """What the assistant itself writes: programs too, and not what they print."""
+    program = "<|python_start|>{}<|python_end|>"
+    forms = {"text": "{}", "python": program, "output": ""}
+    return "".join(forms[part.kind].format(part.text) for part in message.parts)
+
+
 def test_sft_targets_are_what_the_assistant_says(run, tmp_path):
     """Decoded targets of every row, in the order of the packed conversations."""
     context = _context(run, "sft")
@@ -112,7 +119,8 @@ def test_sft_targets_are_what_the_assistant_says(run, tmp_path):
     for number in range(len(source)):
         ids = source.batch([number]).targets_BT[0]
         found += [tokenizer.decode(ids[ids >= 0].tolist())]
-    said = sorted(m.text for talk in talks for m in talk.messages if m.role == "assistant")
+    said = sorted(_targets(m) for talk in talks for m in talk.messages if m.role == "assistant")
+    assert any("<|python_start|>" in text for text in said)
     assert sorted("".join(found).replace("<|assistant_end|>", "\0").split("\0")[:-1]) == said
 
 
