@@ -162,6 +162,20 @@ def _bring_to_end(
     line.say(f"chapter {chapter.stem}: {ended}")
 
 
+def _execute_notebook(*given: Any, **settings: Any) -> None:
+    """papermill's. A kernel that dies as it starts is started again: another may have taken one of
+    its ports, which Jupyter chooses before the kernel binds them, and no cell has run yet."""
+    import papermill
+
+    for last in (False, False, True):
+        try:
+            papermill.execute_notebook(*given, **settings)
+            return
+        except RuntimeError as error:
+            if last or "died before replying" not in str(error):
+                raise
+
+
 def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | None:
     """Execute one chapter in a kernel; returns what its lesson failed with, if it did.
 
@@ -177,7 +191,7 @@ def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | N
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(helper, copy)
     try:
-        papermill.execute_notebook(
+        _execute_notebook(
             read(chapter),
             target,
             parameters=parameters,

@@ -3,6 +3,7 @@
 Chapters here are two small files, and stages count instead of training (`fake_stages`).
 """
 
+import contextlib
 import json
 import os
 import re
@@ -373,3 +374,32 @@ def test_settings_survive_the_command_line():
     }
     words = [f"--{key}={config.as_text(value)}" for key, value in given.items()]
     assert config.split_settings(words) == ([], config.check_overrides(given))
+
+
+@pytest.mark.parametrize("deaths, starts", [(0, 1), (2, 3), (3, 3)])
+def test_a_kernel_that_dies_as_it_starts_is_started_again(monkeypatch, deaths, starts):
+    tried = []
+
+    def execute(*given):
+        tried.append(given)
+        if len(tried) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    fails = pytest.raises(RuntimeError) if deaths == starts else contextlib.nullcontext()
+    with fails:
+        pipeline._execute_notebook("chapter")
+    assert tried == [("chapter",)] * starts
+
+
+def test_a_kernel_that_dies_later_is_not_started_again(monkeypatch):
+    tried = []
+
+    def execute():
+        tried.append(1)
+        raise RuntimeError("Kernel died")
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    with pytest.raises(RuntimeError):
+        pipeline._execute_notebook()
+    assert tried == [1]
