@@ -637,7 +637,7 @@ Chat(Session(pupil, temperature=0.6))
 # that does *not* ask what the ten ask, choose what stands beside them, and train. What was seen: a
 # fact comes quickly, as above. A *manner* did not: answers in pirate after "Ahoy!", ten conversations about
 # ten people, forty steps of rate 0.3, went from 0 % to 21 % on other people, and took plain answers from 96 %
-# to 58 % (2026-11-28, an earlier toy world, one seed, two dozen questions). Can you do better with more rehearsal
+# to 58 % (2026-11-28, an earlier toy world, one seed). Can you do better with more rehearsal
 # and smaller steps?
 
 # %% tags=["open"]

@@ -131,19 +131,24 @@ class Bench:
             )
             yield from self._kernels(forward_backward)
         yield "programs compiled for a shape that was tried", str(_programs() - programs)
-        for part in LENGTHS:
-            part_length = 16 * math.ceil(part * length / 16)
-            step = self.step(nll, self.batch(max(1, tokens // part_length), part_length))
-            first, then = self.seconds(step), self.seconds(step, self.repeats)
-            yield f"rows of {part_length}", f"{first:.2f} s, then {then:.3f} s"
-        yield "programs compiled for rows of GRPO", str(_programs() - programs)
+        yield from self._lengths(model, tokens)
         yield (
             "loss, as it is trained and in float32",
             f"{self._rounding(model, nll):.1e} nats apart",
         )
 
-    def compiled(self, model: GPT) -> Callable[[Batch], torch.Tensor]:
-        return model.compiled_nll(cudnn=True) if self.cuda else model.nll
+    def _lengths(self, model: GPT, tokens: int) -> Iterator[Row]:
+        """Rows of several lengths, with the program that GRPO compiles for them."""
+        programs, nll = _programs(), self.compiled(model, cudnn=False)
+        for part in LENGTHS:
+            length = 16 * math.ceil(part * self.recipe.model.sequence_len / 16)
+            step = self.step(nll, self.batch(max(1, tokens // length), length))
+            first, then = self.seconds(step), self.seconds(step, self.repeats)
+            yield f"rows of {length}", f"{first:.2f} s, then {then:.3f} s"
+        yield "programs compiled for rows of GRPO", str(_programs() - programs)
+
+    def compiled(self, model: GPT, cudnn: bool = True) -> Callable[[Batch], torch.Tensor]:
+        return model.compiled_nll(cudnn) if self.cuda else model.nll
 
     def _kernels(self, work: Callable[[], None]) -> Iterator[Row]:
         """Where the device's time goes, and how much of the time it waits."""
