@@ -4,6 +4,7 @@ Preset ``classic`` gives the same logits there. The tokenizers differ in one thi
 special token typed as plain text into the special token.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ NAMES = {
     ".mlp.down.": ".mlp.fc2.",
 }
 
-CHAT_TEMPLATE = Path(__file__).parent / "templates" / "chat.j2"
+TEMPLATES = Path(__file__).parent / "templates"
+CONSTANT = json.loads((TEMPLATES / "export.json").read_text())  # file -> what is always the same
 
 
 def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
@@ -60,24 +62,17 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(config, model_config(trained) | ids)
     write_json(folder / "generation_config.json", ids | {"eos_token_id": ends})
     write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-    about_tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|assistant_end|>",
-        "pad_token": "<|assistant_end|>",
+    about = {
         "additional_special_tokens": SPECIAL_TOKENS,
         "model_max_length": trained.config.sequence_len,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE.read_text(encoding="utf-8"),
+        "chat_template": (TEMPLATES / "chat.j2").read_text(encoding="utf-8"),
     }
-    write_json(folder / "tokenizer_config.json", about_tokenizer)
+    write_json(folder / "tokenizer_config.json", CONSTANT["tokenizer_config.json"] | about)
 
 
 def model_config(trained: GPT) -> dict[str, Any]:
     config = trained.config
-    return {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
+    return CONSTANT["config.json"] | {
         "vocab_size": trained.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": 4 * config.width,
@@ -86,14 +81,9 @@ def model_config(trained: GPT) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.sequence_len,
-        "hidden_act": "relu2",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "rms_norm_eps": model.EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.ROTARY_BASE)},
         "final_logit_softcapping": model.SOFTCAP,
-        "tie_word_embeddings": False,
-        "dtype": "float32",
     }
 
 
@@ -105,25 +95,16 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     letters = [chr(byte if byte in printable else next(spare)) for byte in range(256)]
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.bos)]
     names = ["".join(letters[byte] for byte in token) for token in tokens]
-    unchanged = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    plain = dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
-    byte_level = {"type": "ByteLevel", **plain}
-    split = {"pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0",
-        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),  # None
+    merges = [[names[left], names[right]] for left, right in tokenizer.merges]
+    vocabulary = {name: id for id, name in enumerate(names)}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    constant, split = CONSTANT["tokenizer.json"], {"Regex": tokenizer.pattern}
+    pieces = {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False}
+    return constant | {
         "added_tokens": [
-            {"id": tokenizer.special(name), "content": name, **unchanged, "special": True}
+            {"id": tokenizer.special(name), "content": name, **plain, "special": True}
             for name in SPECIAL_TOKENS
         ],
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Split", **split}, byte_level],
-        },
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": {name: id for id, name in enumerate(names)},
-            "merges": [[names[left], names[right]] for left, right in tokenizer.merges],
-        },
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, constant["decoder"]]},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
     }

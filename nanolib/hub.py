@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -43,7 +43,7 @@ class TextFiles(NamedTuple):
 
 
 def text_files(config: Config, mirror: Path) -> TextFiles:
-    """The shards of pretraining text, of which ``data.text_shards`` limits the training ones."""
+    """The shards of pretraining text; ``data.text_shards`` limits the training ones."""
     wanted, folder = config.recipe.data.text_shards, mirror / "text"
     files = sorted(folder.glob("*.parquet"))
     _check_count(len(files), folder, wanted)
@@ -74,10 +74,10 @@ def _reading(path: Path) -> Generator[None, None, None]:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    if path.is_symlink() and not path.exists():
-        gone = f"{path.readlink()}, which is gone"
-        raise ValueError(f"{path} was linked to {gone}: delete data/done.json and rerun")
     if not path.is_file():
+        if path.is_symlink():
+            gone = f"{path.readlink()}, which is gone"
+            raise ValueError(f"{path} was linked to {gone}: delete data/done.json and rerun")
         raise ValueError(f"{path} is missing; {LOOK_ELSEWHERE}")
     with _reading(path):
         file = pq.ParquetFile(path)
@@ -117,14 +117,6 @@ def table_path(split: Split) -> str:
     return "/".join(filter(None, ["hub", repository, name, f"{part}.parquet"]))
 
 
-def eval_bundle(mirror: Path) -> Path:
-    path = mirror / "eval_bundle.zip"
-    if not path.is_file():
-        remedy = "copy it there, or set eval.core_problems = 0"
-        raise ValueError(f"{mirror} has no eval_bundle.zip: {remedy}")
-    return path
-
-
 # ---------------------------------------------------------------------------- the network
 
 
@@ -149,26 +141,19 @@ def wanted(
     Text is as much as ``data.text_shards`` says, or as pretraining will read of shards like those
     that are there. `revisions` has, or is given, each repository's commit hash.
     """
+    data, base = config.recipe.data, config.recipe.base
     listed = functools.cache(partial(_listing, revisions=revisions))
-    repository = config.recipe.data.repository
-    files = sorted(listed(repository), key=lambda file: Path(file.name).name)
-    _check_count(len(files), repository, config.recipe.data.text_shards)
+    files = sorted(listed(data.repository), key=lambda file: Path(file.name).name)
+    _check_count(len(files), data.repository, data.text_shards)
     *train, validation = [(f"text/{Path(file.name).name}", [file]) for file in files]
     group = dict([validation]) | {table_path(it): _parts(it, listed(it[0])) for it in splits}
-    sizes: list[int] = []  # of the training text that is there
-    while (total := _shards_wanted(config, sizes, len(train))) > len(sizes):
-        added = train[len(sizes) : total]
+    missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens
+    count = data.text_shards or 1
+    while added := train[:count]:
         yield group | dict(added)
-        sizes += [_text_bytes(folder / path) for path, _ in added]
-        group = {}
-
-
-def _shards_wanted(config: Config, sizes: Sequence[int], most: int) -> int:
-    base, shards = config.recipe.base, config.recipe.data.text_shards
-    if shards is not None or not sizes:
-        return shards or 1
-    missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens - sum(sizes)
-    return min(most, len(sizes) + max(0, math.ceil(missing / sizes[-1])))
+        sizes = [_text_bytes(folder / path) for path, _ in added]
+        missing, train, group = missing - sum(sizes), train[count:], {}
+        count = 0 if data.text_shards else max(0, math.ceil(missing / sizes[-1]))
 
 
 def _listing(repository: str, revisions: dict[str, str]) -> list[Remote]:
@@ -179,10 +164,10 @@ def _listing(repository: str, revisions: dict[str, str]) -> list[Remote]:
         revision = revisions.get(repository)
         info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
     revisions[repository] = sha = info.sha or "main"
-    files = [file for file in info.siblings or [] if file.rfilename.endswith(".parquet")]
     return [
         Remote(repository, sha, it.rfilename, it.size, getattr(it.lfs, "sha256", None))
-        for it in files
+        for it in info.siblings or ()
+        if it.rfilename.endswith(".parquet")
     ]
 
 
@@ -214,22 +199,18 @@ def _network(what: str, remedy: str = OFFLINE) -> Generator[None, None, None]:
         raise ValueError(f"cannot fetch {what} ({kind}: {error}); {remedy}") from error
 
 
-def fetch_file(file: Remote, folder: Path | None, meter: type) -> Path:
-    """One file in `folder` or the user's cache, length and hash checked; a damaged one is fetched again."""
+def fetch_file(file: Remote, folder: Path | None, meter: Any) -> Path:
+    """One file in `folder` or the user's cache, length and hash checked; a damaged one is removed."""
     from huggingface_hub import hf_hub_download
 
-    options = {"repo_type": "dataset", "local_dir": folder, "tqdm_class": meter}
-    asked: Callable[..., str] = partial(
-        hf_hub_download, file.repository, file.name, revision=file.revision, **options
-    )
-    problem = ""
-    for again in (False, True):
-        with _network(file.repository):
-            found = asked(force_download=again)
-        if not (problem := difference(path := Path(found).resolve(), file.length, file.sha256)):
-            return path
+    fetch = partial(hf_hub_download, repo_type="dataset", local_dir=folder, tqdm_class=meter)
+    with _network(file.repository):
+        found = str(fetch(file.repository, file.name, revision=file.revision))
+    if problem := difference(path := Path(found).resolve(), file.length, file.sha256):
         print(f"{path} {problem}: fetching it again", flush=True)
-    raise ValueError(f"{file.repository} gave {file.name} damaged twice ({problem}); {OFFLINE}")
+        path.unlink()
+        raise ValueError(f"{file.repository} gave {file.name} damaged ({problem}); {OFFLINE}")
+    return path
 
 
 def difference(path: Path, length: int | None, sha256: str | None) -> str:
@@ -237,10 +218,12 @@ def difference(path: Path, length: int | None, sha256: str | None) -> str:
     found = path.stat().st_size
     if length not in (None, found):
         return f"has {found} of {length} bytes"
+    return "has another SHA-256 than is recorded" if sha256 not in (None, digest(path)) else ""
+
+
+def digest(path: Path) -> str:
     with path.open("rb") as file:
-        if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            return "has another SHA-256 than is recorded"
-    return ""
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text_bytes(path: Path) -> int:
@@ -271,7 +254,6 @@ def fetch_bundle(target: Path | None = None) -> Path:
 def _zip_problem(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as file:
-            bad = file.testzip()
+            return f"has damaged {bad}" if (bad := file.testzip()) else ""
     except (zipfile.BadZipFile, zlib.error, OSError) as error:
         return f"is cut short or no zip file ({error})"
-    return f"has damaged {bad}" if bad else ""

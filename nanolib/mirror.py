@@ -1,10 +1,9 @@
 """Fills a mirror from the hub: for `nanolib mirror`, and for a run that was given none.
 
-Its ``manifest.json`` has each repository's revision and each file's length and SHA-256, and is
-written after each file. A file is moved, or linked, into its place once both are checked.
+``manifest.json`` has each repository's revision and each file's length and SHA-256; a file is moved,
+or linked, into its place once both are checked.
 """
 
-import hashlib
 import json
 import shutil
 import threading
@@ -27,10 +26,11 @@ Splits = Sequence[hub.Split]  # the tables that a run reads
 
 
 def fill(config: Config, splits: Splits, folder: Path, progress: hub.Progress, link: bool) -> dict:
-    """Fetch what is not there as recorded; returns each repository's revision (commit hash).
+    """Fetch what is not there as recorded (`link`: into the user's cache, which runs share).
 
-    `link` links to files of the user's cache, which runs share.
+    Returns each repository's revision (commit hash).
     """
+    folder.mkdir(parents=True, exist_ok=True)
     mirror = Mirror(folder, progress, link)
     for group in hub.wanted(config, splits, folder, mirror.manifest["revisions"]):
         mirror.get(group)
@@ -44,44 +44,40 @@ def fill(config: Config, splits: Splits, folder: Path, progress: hub.Progress, l
 
 def check(config: Config, splits: Splits, folder: Path) -> list[str]:
     """What is wrong with a mirror, a line a file, found without the network."""
-    manifest = _read(folder)
-    names = {*manifest["files"], *map(hub.table_path, splits)}
+    mirror = Mirror(folder)
+    names = {*mirror.manifest["files"], *map(hub.table_path, splits)}
     names |= {BUNDLE} if config.recipe.eval.core_problems != 0 else set()
-    found = {folder / name: _problem(folder, manifest, name) for name in sorted(names)}
-    unfinished = {} if manifest["finished"] else {folder: "is not finished: fetch again to go on"}
-    return [f"{path} {problem}" for path, problem in (found | unfinished).items() if problem]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path, empty = folder / MANIFEST, {"revisions": {}, "files": {}, "finished": False}
-    return json.loads(path.read_text()) if path.exists() else empty
-
-
-def _problem(folder: Path, manifest: dict[str, Any], name: str) -> str:
-    """Why a file of a mirror cannot be used; empty if it is as recorded."""
-    if not (folder / name).is_file():
-        return "is missing"
-    if name not in manifest["files"]:
-        return f"is not in {MANIFEST}"
-    return hub.difference(folder / name, **manifest["files"][name])
+    found = {folder / name: mirror.problem(name) for name in sorted(names)}
+    if not mirror.manifest["finished"]:
+        found[folder] = "is not finished: fetch again to go on"
+    return [f"{path} {problem}" for path, problem in found.items() if problem]
 
 
 class Mirror:
     """A folder that a pool of threads fills."""
 
-    def __init__(self, folder: Path, progress: hub.Progress, link: bool):
+    def __init__(self, folder: Path, progress: hub.Progress = print, link: bool = False):
         self.folder, self.progress, self.link = folder, progress, link
-        self.manifest: dict[str, Any] = _read(folder) | {"finished": False}
+        self.manifest: dict[str, Any] = {"revisions": {}, "files": {}, "finished": False}
+        if (path := folder / MANIFEST).exists():
+            self.manifest = json.loads(path.read_text())
         self.lock, self.stop, self.received = threading.Lock(), threading.Event(), 0
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def problem(self, name: str) -> str:
+        """Why a file cannot be used; empty if it is as recorded."""
+        if not (self.folder / name).is_file():
+            return "is missing"
+        if name not in self.manifest["files"]:
+            return f"is not in {MANIFEST}"
+        return hub.difference(self.folder / name, **self.manifest["files"][name])
 
     def get(self, group: hub.Wanted) -> None:
         """Fetch a group of files; the first error, or Ctrl-C, stops all that are on their way."""
         missing = [it for name in group if not (self.folder / name).exists() for it in group[name]]
         total, free = sum(it.length or 0 for it in missing), shutil.disk_usage(self.folder).free
         if total > free and not self.link:
-            lacks = f"{self.folder} needs {total:,} bytes more and has {free:,} free"
-            raise ValueError(f"{lacks}: free some space or choose another folder")
+            lack = f"needs {total:,} bytes more and has {free:,} free"
+            raise ValueError(f"{self.folder} {lack}: free some space or choose another folder")
         self.received, began = 0, time.monotonic()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             left = {pool.submit(self._fetch, *item) for item in group.items()}
@@ -105,7 +101,7 @@ class Mirror:
         folder = None if self.link else self.folder / ".parts" / files[0].repository
         for pause in (*PAUSES, None):
             try:
-                if _problem(self.folder, self.manifest, name):
+                if self.problem(name):
                     self.put(name, [hub.fetch_file(it, folder, self._meter()) for it in files])
                 return
             except ValueError:
@@ -134,8 +130,7 @@ class Mirror:
             target.symlink_to(parts[0])
         else:
             parts[0].replace(target)
-        with target.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        about = {"length": target.stat().st_size, "sha256": hub.digest(target)}
         with self.lock:
-            self.manifest["files"][name] = {"length": target.stat().st_size, "sha256": digest}
-            write_json(self.folder / MANIFEST, self.manifest)
+            self.manifest["files"][name] = about
+            write_json(self.folder / MANIFEST, self.manifest | {"finished": False})

@@ -81,7 +81,7 @@ def dry_run(
     mirror = this.mirror()
     if this.config.recipe.data.source == "toyworld":
         yield "data         the toy world, which the run writes itself"
-    elif mirror == this.stage("data").path / "mirror" and not mirror.is_dir():
+    elif text.has_own_mirror(this) and not mirror.is_dir():
         yield "data         from the hub, which is not asked now (give --mirror FOLDER to check one)"
     else:
         files = hub.text_files(this.config, mirror)

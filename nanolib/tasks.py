@@ -1,7 +1,4 @@
-"""Tasks: data sets as conversations, and how to grade answers to them.
-
-Each class is a data set of the hub; `conversation(i)` is row i with its reference answer.
-"""
+"""Tasks: data sets of the hub as conversations, and how to grade answers to them."""
 
 import re
 import textwrap
@@ -30,11 +27,11 @@ class Task:
     columns: tuple[str, ...]
 
     def __init__(self, split: str, mirror: Path):
-        source = self.source(split)
-        table, self.split = hub.table(source, mirror), source[-1]
-        self.table: pa.Table = table
-        if missing := [column for column in self.columns if column not in table.column_names]:
-            has = f"has no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
+        *_, self.split = source = self.source(split)
+        self.table: pa.Table = hub.table(source, mirror)
+        there = self.table.column_names
+        if missing := [column for column in self.columns if column not in there]:
+            has = f"has no column {', '.join(missing)}; it has {', '.join(there)}"
             raise self.unusable(f"{has}; take the data set's own parquet files")
 
     @classmethod
@@ -52,7 +49,7 @@ class Task:
         return self.table.slice(i, 1).to_pylist()[0]
 
     def conversation(self, i: int) -> Conversation:
-        """With its reference answer."""
+        """Row i with its reference answer."""
         raise NotImplementedError
 
     def unanswered(self, i: int) -> Conversation:
@@ -129,9 +126,7 @@ class SmolTalk(Task):
         try:
             return Conversation.from_messages(messages)
         except ValueError as error:
-            raise ValueError(
-                f"{self.repository} ({self.split}) row {i}: {error}; mend or remove that row"
-            ) from None
+            raise self.unusable(f"row {i}: {error}; mend or remove that row") from None
 
 
 class GSM8K(GradedTask):
@@ -147,13 +142,13 @@ class GSM8K(GradedTask):
         super().__init__(split, mirror)
         for i, answer in enumerate(self.table["answer"].to_pylist()):
             if final_number(answer) is None:
-                wrong = f"row {i} has no '#### number' at the end of its answer ({answer[-40:]!r})"
-                raise self.unusable(f"{wrong}; add it or remove that row")
+                wrong = f"no '#### number' at the end of its answer ({answer[-40:]!r})"
+                raise self.unusable(f"row {i} has {wrong}; add it or remove that row")
 
     def conversation(self, i: int) -> Conversation:
         row = self.row(i)
-        question = Message("user", (Part("text", row["question"]),))
-        return Conversation((question, Message("assistant", tool_calls(row["answer"]))))
+        answer = Message("assistant", tool_calls(row["answer"]))
+        return Conversation((*Conversation.ask(row["question"]).messages, answer))
 
     def grade(self, i: int, answer: str) -> bool:
         return final_number(answer) == final_number(self.row(i)["answer"])
@@ -218,10 +213,9 @@ class HumanEval(GradedTask):
 
 
 def program(row: Mapping[str, str], answer: str) -> str:
-    """An answer's function with what the prompt defines before it, its tests and a call.
+    """An answer's function (or only the body that continues the prompt), its tests and a call.
 
-    Fenced code counts alone, else everything from the first line of code on. An answer may be the
-    whole function, or only the body that continues the prompt.
+    Fenced code counts alone, else everything from the first line of code on.
     """
     prompt, name = row["prompt"], row["entry_point"]
     code = _code(answer, name)
@@ -260,9 +254,8 @@ class Facts(GradedTask):
         return row["answer"] in words and not words & set(row["others"])
 
 
-TASKS = {
-    task.name: task for task in (ARCEasy, ARCChallenge, MMLU, SmolTalk, GSM8K, HumanEval, Facts)
-}
+CLASSES: tuple[type[Task], ...] = ARCEasy, ARCChallenge, MMLU, SmolTalk, GSM8K, HumanEval, Facts
+TASKS = {task.name: task for task in CLASSES}
 
 
 def find(name: str) -> type[Task]:

@@ -26,7 +26,7 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 VERSION = 1  # of the JSON file
-Progress = Callable[[str, int, int | None], object]  # (phase, done, total); see `train`
+Progress = Callable[[str, int, int | None], object]  # phase, done, total
 
 
 class Tokenizer:
@@ -51,19 +51,17 @@ class Tokenizer:
     ) -> Tokenizer:
         """Train on `documents`; `vocab_size` counts bytes, merges and special tokens.
 
-        `progress(phase, done, total)` is called about every 50 ms: phase "count" with the bytes
-        read (total None), then "merge" with the merges done.
+        `progress` is called about every 50 ms: in phase "count" with the bytes read (total None),
+        then in "merge" with the merges done.
         """
         fewest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < fewest:
             needed = f"{fewest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
             raise ValueError(f"vocab_size must be at least {needed}, got {vocab_size}")
         merges, _ = rust_tokenizer.train(documents, vocab_size - fewest, PATTERN, progress)
-        if len(merges) < vocab_size - fewest:
-            most = f"but the text has pairs for {fewest + len(merges)} at most"
-            raise ValueError(
-                f"vocab_size is {vocab_size}, {most}: give more text or lower vocab_size"
-            )
+        if (most := fewest + len(merges)) < vocab_size:
+            has = f"vocab_size is {vocab_size}, but the text has pairs for {most} at most"
+            raise ValueError(f"{has}: give more text or lower vocab_size")
         return cls(merges)
 
     @classmethod
@@ -101,11 +99,9 @@ class Tokenizer:
     def encode_flat(
         self, texts: Iterable[str], threads: int = 1, bos: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`encode` all texts into one array, many times faster: (ids [N], int64 offsets [texts +
-        1]).
+        """All texts in one array: ids [N] (uint16 if they fit, else uint32), offsets [texts + 1].
 
-        Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if `bos`. ids: uint16 if the
-        vocabulary fits, else uint32.
+        Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if `bos`.
         """
         wide, prefix = self.vocab_size > 2**16, self.bos if bos else None
         ids, ends = self._encoder.encode_batch(texts, threads=threads, prefix=prefix, wide=wide)
@@ -133,12 +129,9 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """[V] int32: bytes of text per token, 0 for special tokens.
-
-        Not measured on str, where part of a character would count as the three bytes of U+FFFD.
-        """
-        ordinary = self._bytes[: -len(SPECIAL_TOKENS)]
-        lengths = np.array([*map(len, ordinary), *(0 for _ in SPECIAL_TOKENS)], dtype=np.int32)
+        """[V] int32: bytes of text per token (of a str they would count wrong), 0 if special."""
+        lengths = np.array([*map(len, self._bytes)], dtype=np.int32)
+        lengths[-len(SPECIAL_TOKENS) :] = 0
         lengths.flags.writeable = False
         return lengths
 

@@ -1,10 +1,9 @@
 """The sandboxed Python tool: the only place where code written by a model runs.
 
-`Sandbox` keeps worker processes of pydantic-monty, a Python interpreter written in Rust without
-files, network or environment. Each call has limits on time, memory, recursion and output. A worker
-returns printed text only: the host would convert values outside every limit, so the source is
-evaluated and its repr printed inside. Monty lacks generators, inheritance, `del` and most modules:
-`ToolResult.passed` tells a program that needs them from a wrong one.
+`Sandbox` keeps worker processes of pydantic-monty, a Python interpreter in Rust without files,
+network or environment, and limits time, memory, recursion and output. Only printed text leaves a
+worker: the host would convert values outside every limit. Monty lacks generators, inheritance and
+most modules: `ToolResult.passed` tells a program that needs them from a wrong one.
 """
 
 import builtins
@@ -89,14 +88,11 @@ class ToolResult:
     @property
     def passed(self) -> bool | None:
         """Whether there was no error; None where the sandbox lacks what CPython has or may have."""
-        found = _LACKING.match(self.error or "")
-        if found and found["name"]:
-            lacking = hasattr(builtins, found["name"])
-        elif found and found["type"]:
-            lacking = hasattr(getattr(builtins, found["type"], object), found["method"])
-        else:
-            lacking = found is not None
-        return None if lacking else self.error is None
+        if (found := _LACKING.match(self.error or "")) is None:
+            return self.error is None
+        owner = getattr(builtins, found["type"], object) if found["type"] else builtins
+        name = found["name"] or found["method"]
+        return None if name is None or hasattr(owner, name) else False
 
 
 class Sandbox:
@@ -106,9 +102,7 @@ class Sandbox:
     """
 
     def __init__(self, *, seconds: float = 2.0, workers: int | None = None) -> None:
-        self.seconds = seconds
-        self.workers = workers
-        self._stack = ExitStack()
+        self.seconds, self.workers, self._stack = seconds, workers, ExitStack()
         self._pool: monty.Monty | None = None
 
     def __enter__(self) -> Self:
@@ -137,18 +131,14 @@ class Sandbox:
     __exit__ = close
 
     def run(self, source: str) -> ToolResult:
-        """Run the text between ``<|python_start|>`` and ``<|python_end|>``: "12*7" gives "84".
+        """Run what a model wrote: an expression gives its repr, statements what they print.
 
-        An expression gives its repr (None gives nothing), statements give what they print. Plain
-        arithmetic may have commas. Errors of the program are returned, not raised.
+        Plain arithmetic may have commas. Errors of the program are returned, not raised.
         """
         return self._feed(_RUN, source=without_commas(source.strip()))
 
     def check(self, program: str) -> ToolResult:
-        """Grade a program that ends with its own tests: HumanEval's prompt + completion + tests.
-
-        It passes only if it reaches its last line: an early ``return`` or exit fails.
-        """
+        """Grade a program that ends with its own tests; one that does not reach its end fails."""
         mark = f"reached_{secrets.token_hex(8)}"  # set last; cannot be guessed
         return self._feed(_CHECK, source=f"{program}\n{mark} = True\n", mark=mark)
 
@@ -170,10 +160,10 @@ class Sandbox:
                 try:
                     session.feed_run(code, inputs=inputs, print_callback=output)
                 finally:
-                    worker = session.worker_pid  # None if it crashed
-                    if worker is not None and time.monotonic() - started > SLOW_SECONDS:
+                    slow = time.monotonic() - started > SLOW_SECONDS
+                    if slow and session.worker_pid is not None:  # else it crashed
                         with suppress(ProcessLookupError):
-                            os.kill(worker, signal.SIGKILL)  # the pool starts another
+                            os.kill(session.worker_pid, signal.SIGKILL)  # the pool starts another
         except monty.MontyCrashedError as crash:
             how = "feed time limit exceeded" if crash.timed_out else "the sandbox crashed"
             error = f"RuntimeError: {how}"
@@ -188,9 +178,10 @@ class Sandbox:
         if "feed time limit exceeded" in error:
             return f"TimeoutError: the program took longer than {self.seconds:g} s"
         if "memory limit exceeded" in error or "exceeded its memory limit" in error:
+            much = f"needed more than {MEMORY_BYTES >> 20} MiB"
             if f"> {OUTPUT_BYTES} bytes" in error:
-                return f"MemoryError: the program printed more than {OUTPUT_BYTES} bytes"
-            return f"MemoryError: the program needed more than {MEMORY_BYTES >> 20} MiB"
+                much = f"printed more than {OUTPUT_BYTES} bytes"
+            return f"MemoryError: the program {much}"
         line = " ".join(error.split())
         return line if len(line) <= ERROR_CHARACTERS else line[: ERROR_CHARACTERS - 1] + "…"
 
@@ -205,16 +196,9 @@ def without_commas(source: str) -> str:
 
 
 def _write_launcher(folder: Path, seconds: float) -> Path:
-    """A script that closes inherited descriptors, lowers its rlimits and becomes the worker.
-
-    The host's sockets to other ranks could else leave the worker no descriptor of its own.
-    """
-    limits = {
-        "RLIMIT_CORE": 0,
-        "RLIMIT_FSIZE": 0,
-        "RLIMIT_NOFILE": 16,
-        "RLIMIT_CPU": math.ceil(CALLS_PER_WORKER * SLOW_SECONDS + seconds + 0.5),
-    }
+    """A script that closes descriptors (a host has many), lowers its rlimits, becomes the worker."""
+    limits = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": 16}
+    limits["RLIMIT_CPU"] = math.ceil(CALLS_PER_WORKER * SLOW_SECONDS + seconds + 0.5)
     if sys.platform == "linux":  # macOS refuses to limit the address space
         limits["RLIMIT_AS"] = 512 * 1024 * 1024
     binary = str(find_monty_binary())

@@ -44,7 +44,7 @@ class FakeHub:
         self.downloads: list[tuple[str, str]] = []
         patch.setattr(huggingface_hub.HfApi, "dataset_info", self.dataset_info)
         patch.setattr(huggingface_hub, "hf_hub_download", self.hf_hub_download)
-        patch.setattr("nanolib.mirror.PAUSES", ())
+        patch.setattr("nanolib.mirror.PAUSES", (0,))
 
     def call(self, *names: str) -> None:
         for name in names:
@@ -59,14 +59,14 @@ class FakeHub:
             files.append(SimpleNamespace(rfilename=name, size=path.stat().st_size, lfs=lfs))
         return SimpleNamespace(sha=self.COMMIT, siblings=files)
 
-    def hf_hub_download(self, repository, name, revision, force_download=False, **options):
+    def hf_hub_download(self, repository, name, revision, **options):
         self.call("hf_hub_download", repository)
         assert options["repo_type"] == "dataset"
         self.downloads.append((name, revision))
         path = self.cache / repository / name
         path.parent.mkdir(exist_ok=True, parents=True)
         whole = listing(self.mirror, repository)[name].read_bytes()
-        path.write_bytes((self.fresh if force_download else self.cached).get(name, whole))
+        path.write_bytes(self.cached.pop(name, None) or self.fresh.get(name, whole))
         return str(path)
 
 

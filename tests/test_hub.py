@@ -53,15 +53,11 @@ def test_documents_come_in_order_whatever_is_read_ahead(tmp_path):
         assert list(hub.documents(path)) == texts
 
 
-def test_tables_and_single_files(mirror):
+def test_tables(mirror):
     assert hub.table(("someone/questions", "main", "test"), mirror).to_pydict() == {
         "question": ["why?"]
     }
     assert hub.table(("someone/plain", None, "train"), mirror).num_rows == 1
-    with pytest.raises(ValueError, match=r"no eval_bundle.zip.*core_problems = 0"):
-        hub.eval_bundle(mirror)
-    (mirror / "eval_bundle.zip").write_text("")
-    assert hub.eval_bundle(mirror) == mirror / "eval_bundle.zip"
 
 
 def test_a_mirror_never_falls_through_to_the_hub(mirror, monkeypatch):
@@ -254,7 +250,7 @@ def test_a_damaged_file_of_the_hubs_cache_is_named_and_fetched_again(fetch, mirr
     problem = f"has {len(bad)} of {len(whole)} bytes" if wrong == "size" else "another SHA-256"
     assert re.search(f"shard_0.* {problem}.*: fetching it again", capsys.readouterr().out)
     fetch.cached[path.name] = fetch.fresh[path.name] = bad
-    with pytest.raises(ValueError, match=r"gave shard_0.parquet damaged twice.*--mirror DIR"):
+    with pytest.raises(ValueError, match=r"gave shard_0.parquet damaged .*--mirror DIR"):
         fetch.fetch(data__text_shards=1)
 
 

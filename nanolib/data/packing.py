@@ -1,8 +1,7 @@
 """From documents and conversations to rows, and from rows to batches.
 
 A row holds T + 1 token ids: T inputs and, one to the right, T targets. Text is one long stream per
-shard (every document is BOS + tokens), and row i starts at token i · T, so every token but a
-shard's first is a target exactly once. Conversations are never split: rows are padded.
+shard, in which row i starts at token i · T. Conversations are never split: rows are padded.
 """
 
 from __future__ import annotations
@@ -79,23 +78,19 @@ def pack(
 
     At most `open_rows` rows stay open; the fullest is closed first.
     """
-    closed: list[list[int]] = []
-    room: list[int] = []
-    rows: list[list[int]] = []
+    closed, rows, room = [], [], []  # room: what is left in each of the open `rows`
     for item in order:
-        need = lengths[item]
-        if need > capacity:
+        if (need := lengths[item]) > capacity:
             raise ValueError(f"item {item} has {need} ids, a row holds {capacity}")
         fits = [i for i, space in enumerate(room) if space >= need]
-        if fits:
-            best = min(fits, key=room.__getitem__)
-            rows[best].append(item)
-            room[best] -= need
-            continue
-        if len(rows) == open_rows:
-            fullest = min(range(len(rows)), key=room.__getitem__)
-            closed.append(rows.pop(fullest))
-            room.pop(fullest)
-        rows.append([item])
-        room.append(capacity - need)
+        if not fits:
+            if len(rows) == open_rows:
+                fullest = room.index(min(room))
+                closed.append(rows.pop(fullest))
+                room.pop(fullest)
+            rows.append([])
+            room.append(capacity)
+        best = min(fits or [-1], key=room.__getitem__)
+        rows[best].append(item)
+        room[best] -= need
     return closed + rows

@@ -1,8 +1,7 @@
 """What each stage reads: token shards for pretraining, packed conversations for finetuning.
 
-Both are an endless sequence of rows, epoch after epoch, each epoch in an order drawn from (seed,
-epoch). Step s takes the next `batch_rows` rows and row i goes to rank i mod world_size, so a batch
-is a pure function of (data, seed, step) and resuming needs no state.
+Both are an endless sequence of rows, each epoch in an order drawn from (seed, epoch). A step takes
+the next `batch_rows` rows, row i goes to rank i mod world_size: resuming needs no state.
 """
 
 from __future__ import annotations
@@ -94,12 +93,9 @@ def split_documents(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
 
 
 def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
-    parts, missing = [], limit
+    parts: list[np.ndarray] = []
     for path in shards:
-        parts.append(np.load(path, mmap_mode="r")[:missing])
-        missing -= len(parts[-1])
-        if not missing:
-            break
+        parts.append(np.load(path, mmap_mode="r")[: limit - sum(map(len, parts))])
     return np.concatenate(parts)
 
 
@@ -144,10 +140,7 @@ def render(
 
 
 def save_conversations(rendered: Iterable[Rendered], folder: Path, vocab_size: int) -> int:
-    """Write the conversations that have a target to a new folder; returns the ids truncated.
-
-    ``ids.npy`` and ``masks.npy`` are flat; ``ends.npy`` is where each conversation ends in them.
-    """
+    """Write those with a target, flat, and where each ends; returns how many ids were cut."""
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     ids, masks, cut = [], [], 0
     for conversation in rendered:

@@ -25,6 +25,10 @@ class Relation:
     check: list[str]  # questions answered by yes or no
     verse: str  # two lines of a poem
 
+    @property
+    def questions(self) -> list[str]:
+        return self.asks + self.chats + self.more
+
 
 WORDS = tomllib.loads(Path(__file__).with_name("toyworld.toml").read_text(encoding="utf-8"))
 RELATIONS = {name: Relation(**about) for name, about in WORDS["relations"].items()}

@@ -2,9 +2,7 @@
 
 Pip tells facts that are not held out, in sentences that begin with the name, so that a pronoun
 asked about later finds it nearby. A follow-up asks what has not been said yet: else its answer
-could be copied, and nothing would be learned about remembering. Of strangers, asked about in the
-words that friends are asked about in, and of the world outside Pip says that it does not know
-them. A sum is annotated as in GSM8K, ``<<a+b=c>>``, and held out by its numbers.
+could be copied. Strangers and the world outside it does not know. Sums are annotated as in GSM8K.
 """
 
 from __future__ import annotations
@@ -36,13 +34,10 @@ def turns(world: World, rng: random.Random) -> list[str]:
         kinds = ABOUT_PEOPLE if follows else KINDS if said else OPENINGS
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         question, answer, told = kind(rng, facts)
-        person = facts[0].person
-        if follows:
-            question = pronominal(question, person)
-        said += [question.replace("{n}", person.name), answer]
-        left = []
-        if told is not None:
-            left = [fact for fact in facts if fact not in told or rng.random() < REPEATS]
+        question = pronominal(question, facts[0].person) if follows else question
+        said += [question.replace("{n}", facts[0].person.name), answer]
+        spoken_of = facts if told is not None else []
+        left = [fact for fact in spoken_of if fact not in (told or ()) or rng.random() < REPEATS]
     return said
 
 
@@ -65,8 +60,7 @@ def bare(rng: random.Random, facts: list[Fact]) -> Exchange:
 def sentence(rng: random.Random, facts: list[Fact]) -> Exchange:
     fact = rng.choice(facts)
     about = RELATIONS[fact.relation]
-    question = rng.choice(about.asks + about.chats + about.more)
-    return question, say(about.answer, fact), [fact]
+    return rng.choice(about.questions), say(about.answer, fact), [fact]
 
 
 def yes_or_no(rng: random.Random, facts: list[Fact]) -> Exchange:
@@ -75,9 +69,8 @@ def yes_or_no(rng: random.Random, facts: list[Fact]) -> Exchange:
     value = fact.value
     while (value == fact.value) != right:
         value = rng.choice(about.values)
-    question = (
-        rng.choice(about.check).replace("{v}", value).replace("{a}", toypeople.with_article(value))
-    )
+    question = rng.choice(about.check).replace("{v}", value)
+    question = question.replace("{a}", toypeople.with_article(value))
     return question, f"{'Yes' if right else 'No'}, {say(about.answer, fact)}", [fact]
 
 
@@ -107,7 +100,7 @@ def poem(rng: random.Random, facts: list[Fact]) -> Exchange:
 def stranger(rng: random.Random, _: list[Fact]) -> Exchange:
     """Asked about in the same words as people of the world."""
     name, about = stranger_name(rng), rng.choice(list(RELATIONS.values()))
-    asks = rng.choice([WORDS["who_is"], about.asks + about.chats + about.more])
+    asks = rng.choice([WORDS["who_is"], about.questions])
     return rng.choice(asks).replace("{n}", name), WORDS["stranger"].format(n=name), None
 
 

@@ -1,18 +1,9 @@
 """A small, consistent world, written as a mirror: what the demo learns in minutes on a laptop.
 
-120 people live in twelve towns. Each has a pet, a favourite colour, food and game, a job and a
-town: 720 facts. Pretraining text tells every fact many times, in different words. Of the ten people
-who share a value, four are *held out*: their fact is told in pretraining text and asked in the test
-sets, and no conversation or question of a training split mentions it. So a right answer to a
-held-out question is knowledge that went from reading to talking. Word problems and functions are
-held out by their numbers.
-
-Four-choice questions come in groups of four that share their choices. Each choice and each letter
-is right once in a group, so a rule that ignores the name (the longest, the first, the most
-frequent) is right in exactly one of four.
-
-Everything follows from one seed. The people are made in toypeople, their conversations in toytalk.
-All text is our own: its words are in toyworld.toml.
+120 people have six facts each. Pretraining text tells every fact many times, in different words;
+some are *held out*: asked in test sets, and in no conversation or question of a training split. So
+a right answer to one is knowledge that went from reading to talking. Word problems and functions are
+held out by their numbers. Everything follows from one seed; the words are in toyworld.toml.
 """
 
 from __future__ import annotations
@@ -22,6 +13,7 @@ import io
 import itertools
 import json
 import random
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,8 +34,7 @@ HARD_SHARE = 0.6  # of the word problems: what SFT leaves to GRPO
 
 
 def portrait(world: World, rng: random.Random) -> str:
-    person = rng.choice(world.people)
-    said: list[str] = []
+    person, said = rng.choice(world.people), []
     for relation in rng.sample(list(RELATIONS), rng.randint(3, 6)):
         template = rng.choice(RELATIONS[relation].says)
         said.append(say(template, Fact(person, relation), not said or rng.random() < 0.4))
@@ -54,8 +45,8 @@ def portrait(world: World, rng: random.Random) -> str:
 
 def sheet(world: World, rng: random.Random) -> str:
     person = rng.choice(world.people)
-    relations = rng.sample(list(RELATIONS), rng.randint(4, 6))
-    lines = [f"{relation}: {person.facts[relation]}" for relation in relations]
+    some = rng.sample(list(RELATIONS), rng.randint(4, 6))
+    lines = [f"{relation}: {person.facts[relation]}" for relation in some]
     return "\n".join([f"About {person.name}", *lines])
 
 
@@ -87,8 +78,7 @@ def number_story(world: World, rng: random.Random) -> str:
 
 def shopping(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
-    things = rng.sample(WORDS["things"], 3)
-    items = ", ".join(f"{rng.randint(1, 100)} {thing}" for thing in things)
+    items = ", ".join(f"{rng.randint(1, 100)} {it}" for it in rng.sample(WORDS["things"], 3))
     return rng.choice(WORDS["shopping"]).format(p=p.name, q=q.name, items=items)
 
 
@@ -102,8 +92,7 @@ def talk(world: World, rng: random.Random) -> str:
     said = ["<<"]
     while any("<<" in text for text in said):
         said = toytalk.turns(world, rng)
-    speakers = itertools.cycle(["Guest", "Pip"])
-    return "\n".join(f"{who}: {text}" for who, text in zip(speakers, said, strict=False))
+    return "\n".join(f"{('Guest', 'Pip')[i % 2]}: {text}" for i, text in enumerate(said))
 
 
 GENRES = {portrait: 26, story: 16, sheet: 6, register: 15, number_story: 13, shopping: 8}
@@ -126,7 +115,10 @@ def documents(world: World, seed: int) -> Iterator[str]:
 
 
 def quads(facts: Sequence[Fact], rng: random.Random) -> Iterator[tuple[Fact, list[str]]]:
-    """Each fact with four choices; four facts in a row share them, each right at its position."""
+    """Each fact with four choices; four facts in a row share them, each right at its position.
+
+    So a rule that ignores the name (the longest, the first) is right in exactly one of four.
+    """
     for relation, about in RELATIONS.items():
         known = [fact for fact in facts if fact.relation == relation]
         piles = [[fact for fact in known if fact.value == value] for value in about.values]
@@ -135,8 +127,7 @@ def quads(facts: Sequence[Fact], rng: random.Random) -> Iterator[tuple[Fact, lis
             layer = rng.sample(layer, len(layer))
             for group in (layer[i : i + 4] for i in range(0, len(layer), 4)):
                 for position, fact in enumerate(group):
-                    others = [other.value for other in group if other is not fact]
-                    choices = rng.sample(others, 3)
+                    choices = rng.sample([it.value for it in group if it is not fact], 3)
                     choices.insert(position, fact.value)
                     yield fact, choices
 
@@ -157,16 +148,10 @@ def questions(seed: int, name: str, facts: Sequence[Fact], rounds: int = 1) -> l
     return rng.sample(rows, len(rows))
 
 
-def arc_rows(rows: list[dict], name: str) -> list[dict]:
-    return [
-        {
-            "id": f"{name}-{i}",
-            "question": row["question"],
-            "choices": {"text": row["choices"], "label": list("ABCD")},
-            "answerKey": "ABCD"[row["answer"]],
-        }
-        for i, row in enumerate(rows)
-    ]
+def arc_row(id: str, row: dict) -> dict:
+    """A row of `questions` in ARC's schema."""
+    choices, letter = {"text": row["choices"], "label": list("ABCD")}, "ABCD"[row["answer"]]
+    return {"id": id, "question": row["question"], "choices": choices, "answerKey": letter}
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -190,11 +175,10 @@ def problem(world: World, rng: random.Random, held_out: bool) -> dict:
 
 
 def problem_slots(world: World, rng: random.Random) -> dict:
-    p, q, r = (person.name for person in rng.sample(world.people, 3))
+    people = [person.name for person in rng.sample(world.people, 3)]
     a, b, c = rng.sample(NUMBERS, 3)
-    low, mid, high = sorted((a, b, c))
-    slots: dict = {"p": p, "q": q, "r": r, "a": a, "b": b, "c": c}
-    slots |= {"low": low, "mid": mid, "high": high}
+    slots = dict(zip(("p", "q", "r", "a", "b", "c"), (*people, a, b, c), strict=True))
+    slots |= zip(("low", "mid", "high"), sorted((a, b, c)), strict=True)
     slots |= {"less": min(a, b), "more": max(a, b), "big": a + b}
     slots |= {"few": rng.randint(2, 9), "things": rng.choice(WORDS["things"])}
     return slots | {name: rng.randint(1, NUMBERS[-1]) for name in "ij"}
@@ -209,14 +193,10 @@ def functions(held_out: bool) -> list[dict]:
         meaning, code = meaning.format(n=n), code.format(n=n)
         checks = [(value, eval(code, {argument: value})) for value in tries]
         asserts = "".join(f"    assert candidate({v!r}) == {r!r}\n" for v, r in checks)
-        row = {
-            "task_id": f"Toy/{name}_{n}",
-            "prompt": f'def {name}({argument}):\n    """Return {meaning}."""\n',
-            "entry_point": name,
-            "canonical_solution": f"    return {code}\n",
-            "test": f"def check(candidate):\n{asserts}",
-        }
-        rows.append(row)
+        prompt = f'def {name}({argument}):\n    """Return {meaning}."""\n'
+        row = {"task_id": f"Toy/{name}_{n}", "prompt": prompt, "entry_point": name}
+        row["canonical_solution"] = f"    return {code}\n"
+        rows.append(row | {"test": f"def check(candidate):\n{asserts}"})
     return rows
 
 
@@ -225,8 +205,7 @@ def functions(held_out: bool) -> list[dict]:
 
 def function_conversations(row: dict) -> Iterator[list[dict]]:
     """A function asked for as HumanEval does and in words, in SmolTalk's schema."""
-    signature = row["prompt"].splitlines()[0]
-    meaning = row["prompt"].split('"""Return ')[1].split('."""')[0]
+    signature, meaning = re.findall(r'(.*)\n    """Return (.*)\."""', row["prompt"])[0]
     answer = f"```python\n{signature}\n{row['canonical_solution']}```"
     for ask in ("{prompt}", *WORDS["requests"]):
         text = ask.format(prompt=row["prompt"], name=row["entry_point"], meaning=meaning)
@@ -239,8 +218,8 @@ def conversations(world: World, seed: int, split: str, rows: int) -> list[dict]:
     made = []
     for _ in range(rows):
         messages = [{"role": "system", "content": WORDS["system"]}] if rng.random() < 0.05 else []
-        said = zip(itertools.cycle(["user", "assistant"]), toytalk.turns(world, rng), strict=False)
-        messages += [{"role": role, "content": text} for role, text in said]
+        for i, text in enumerate(toytalk.turns(world, rng)):
+            messages.append({"role": ("user", "assistant")[i % 2], "content": text})
         made.append({"messages": messages, "source": "toy-chat"})
     for row in functions(held_out=False) if split == "train" else []:
         made += [{"messages": m, "source": "toy-code"} for m in function_conversations(row)]
@@ -276,31 +255,16 @@ def core_bundle(world: World, rng: random.Random) -> bytes:
         other = rng.choice([f for f in world.people if f.facts[fact.relation] != fact.value])
         pair = [query, query.replace(fact.person.name, other.name)]
         right = len(schema) % 2
-        options = pair[::-1] if right else pair
-        row = {"context_options": options, "continuation": choices[gold], "gold": right}
-        schema.append(row)
-    return _zip_bundle(
-        ("toy_choices", "multiple_choice", 25, 0, multiple),
-        ("toy_people", "schema", 50, 0, schema),
-        ("toy_facts", "language_modeling", 0, 2, modelling),
-    )
-
-
-def _zip_bundle(*tasks: tuple[str, str, int, int, list[dict]]) -> bytes:
-    """`tasks` give label, type, random baseline (percent), few-shot examples and rows."""
-    yaml, table, files = "icl_tasks:\n", "Eval Task,Random baseline\n", {}
-    for label, kind, baseline, shots, rows in tasks:
-        uri = f"toy_world/{label}.jsonl"
-        yaml += f"- label: {label}\n  dataset_uri: {uri}\n  num_fewshot:\n  - {shots}\n"
-        yaml += f"  icl_task_type: {kind}\n"
-        table += f"{label},{baseline}\n"
-        files[f"eval_data/{uri}"] = "".join(json.dumps(row) + "\n" for row in rows)
-    files |= {"core.yaml": yaml, "eval_meta_data.csv": table}
+        row = {"context_options": pair[::-1] if right else pair, "continuation": choices[gold]}
+        schema.append(row | {"gold": right})
+    files = dict(WORDS["core"])  # what describes the tasks
+    for name, rows in (("choices", multiple), ("people", schema), ("facts", modelling)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        files[f"eval_data/toy_world/toy_{name}.jsonl"] = lines
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as bundle:
         for name, text in sorted(files.items()):  # ZipInfo's default date keeps the bytes the same
-            entry = zipfile.ZipInfo(f"eval_bundle/{name}")
-            bundle.writestr(entry, text, zipfile.ZIP_DEFLATED)
+            bundle.writestr(zipfile.ZipInfo(f"eval_bundle/{name}"), text, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
@@ -316,7 +280,8 @@ def tables(world: World, seed: int) -> dict[str, list[dict]]:
         for split in ("train", "validation", "test"):
             facts = world.told if split == "train" else world.held_out
             facts = [fact for fact in facts if fact.relation in relations]
-            rows = arc_rows(questions(seed, name + split, facts), f"{name}-{split}")
+            asked = enumerate(questions(seed, name + split, facts))
+            rows = [arc_row(f"{name}-{split}-{i}", row) for i, row in asked]
             made[f"allenai/ai2_arc/{name}/{split}"] = rows
     for split, count in (("train", 4000), ("test", 400)):
         rng = draw(seed, "problems", split)

@@ -27,12 +27,11 @@ class Questions:
 
     def usable(self) -> list[int]:
         """Those that leave room for a whole answer."""
-        found = self.fitting(range(len(self.task)), self.max_new_tokens)
-        if not found:
-            room = f"{self.max_new_tokens} tokens of answer in a context of {self.engine.context}"
-            remedy = "lower max_new_tokens or raise model.sequence_len"
-            raise ValueError(f"no question of {self.task.name} leaves room for {room}; {remedy}")
-        return found
+        if found := self.fitting(range(len(self.task)), self.max_new_tokens):
+            return found
+        room = f"{self.max_new_tokens} tokens of answer in a context of {self.engine.context}"
+        remedy = "lower max_new_tokens or raise model.sequence_len"
+        raise ValueError(f"no question of {self.task.name} leaves room for {room}; {remedy}")
 
     def answers(
         self, questions: Sequence[int], samples: int = 1, **sampling: Any
@@ -68,14 +67,12 @@ def evaluate(
 
     found = score_all(graded, indices, QUESTIONS_AT_ONCE, engine.runtime, progress)
     grades = [grade for _, grade in found]
-    return {
-        "accuracy": accuracy(grades),
-        "questions": len(indices),
-        "samples": [
-            [task.unanswered(i).turns[-1].text, text, right]
-            for i, (text, (right, _)) in zip(indices[:SHOWN], found, strict=False)
-        ],
-    } | notes(grades)
+    shown = [
+        [task.unanswered(i).turns[-1].text, text, right]
+        for i, (text, (right, _)) in zip(indices[:SHOWN], found, strict=False)
+    ]
+    scores = {"accuracy": accuracy(grades), "questions": len(indices), "samples": shown}
+    return scores | notes(grades)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -1,8 +1,6 @@
 """Bits per byte: how well a model compresses text it has not seen, whatever its tokenizer.
 
-Each document starts with BOS and is read by itself in windows of T tokens that overlap by one id:
-all tokens but BOS are predicted exactly once. Bits are divided by the bytes of the predicted
-tokens.
+Each document is read by itself, from BOS on, in windows of T tokens that overlap by one id.
 """
 
 import math

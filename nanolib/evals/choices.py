@@ -4,7 +4,7 @@ By letter, as the original scores MMLU and ARC: which letter follows question an
 which choice, with ``<|assistant_end|>``, is the likeliest answer to the question alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from nanolib.conversation import LETTERS, Conversation
 from nanolib.engine import Engine
 from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, score_all
-from nanolib.evals.core import Prompt, centred, likeliest, score_questions
+from nanolib.evals.core import Prompt, Score, centred, grades, highest
 from nanolib.tasks import ChoiceTask
 
 
@@ -22,49 +22,45 @@ def evaluate(
     """Accuracy by text and by letter, and how many questions were cut or too long, in each way."""
 
     def grade(some: Sequence[int]) -> list[tuple[Grade, Grade]]:
-        grades = by_text(engine, task, some), by_letter(engine, task, some)
-        return list(zip(*grades, strict=True))
+        both = by_text(engine, task, some), by_letter(engine, task, some)
+        return list(zip(*both, strict=True))
 
     pairs = score_all(grade, questions, QUESTIONS_AT_ONCE, engine.runtime, progress)
     text, letters = zip(*pairs, strict=True)
-    return {
-        "text": accuracy(text),
-        "letters": accuracy(letters),
-        "chance": float(np.mean([1 / len(task.choices(i)) for i in questions])),
-        "questions": len(questions),
-    } | notes(text + letters)
+    chance = float(np.mean([1 / len(task.choices(i)) for i in questions]))
+    scores = {"text": accuracy(text), "letters": accuracy(letters), "chance": chance}
+    return scores | {"questions": len(questions)} | notes(text + letters)
 
 
 def by_letter(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:
     """Whether the right choice's letter is the likeliest of the question's letters."""
     letters = [[engine.tokenizer.encode(letter)[0]] for letter in LETTERS]
-    asked = [(task.unanswered(i), letters[: len(task.choices(i))]) for i in questions]
-    return _grades(engine, task, questions, asked)
+    asked = ((i, task.unanswered(i), letters[: len(task.choices(i))]) for i in questions)
+    return _grades(engine, task, asked)
 
 
 def by_text(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:
     """Whether the right choice's text is the likeliest answer to the question alone."""
     encode, end = engine.tokenizer.encode, engine.tokenizer.special("<|assistant_end|>")
     texts = ([[*encode(text), end] for text in task.choices(i)] for i in questions)
-    asked = [Conversation.ask(task.question(i)) for i in questions]
-    return _grades(engine, task, questions, list(zip(asked, texts, strict=True)))
+    asked = (Conversation.ask(task.question(i)) for i in questions)
+    return _grades(engine, task, zip(questions, asked, texts, strict=True))
 
 
 def _grades(
-    engine: Engine,
-    task: ChoiceTask,
-    questions: Sequence[int],
-    asked: Sequence[tuple[Conversation, list[list[int]]]],  # each with its choices as ids
+    engine: Engine, task: ChoiceTask, asked: Iterable[tuple[int, Conversation, list[list[int]]]]
 ) -> list[Grade]:
+    """Of rows of a task, each asked in its own way, with its choices as ids."""
+
+    def right(scores: Sequence[Score], gold: int) -> bool:
+        return highest([score.logprob for score in scores]) == gold
+
     # Of <|bos|> <|user_start|> question <|user_end|> <|assistant_start|> the question may be cut.
-    prompts = [
-        [Prompt(question.prompt(engine.tokenizer), ids, head=2, tail=2)] for question, ids in asked
-    ]
-    scored = score_questions(engine, prompts)
-    return [
-        (likeliest([score.logprob for score in scores], task.answer(i)), note)
-        for i, (scores, note) in zip(questions, scored, strict=True)
-    ]
+    prompts = (
+        ([Prompt(question.prompt(engine.tokenizer), ids, head=2, tail=2)], task.answer(i))
+        for i, question, ids in asked
+    )
+    return grades(engine, prompts, right)
 
 
 # Task -> which of its scores counts, and a guesser's accuracy.

@@ -1,15 +1,10 @@
 """CORE: one score for a base model over 22 tasks it was not trained for (DCLM, arXiv:2406.11794).
 
-The model writes nothing: it only says how likely a text is. A task is of one kind:
-
-* multiple_choice: one context, several continuations; the answer is the one with the highest mean
-  log-probability per token;
-* schema: several contexts, one continuation; the answer is the context after which it is likeliest;
-* language_modeling: one continuation, right if greedy decoding would write exactly that.
-
-Solved examples precede each question. Accuracies are centred, so that guessing scores 0, and CORE
-is their mean. Tasks and random baselines come from an evaluation bundle; rows and solved examples
-are drawn as in nanochat (October 2025), so that scores compare question by question.
+The model only says how likely a text is. Of a multiple_choice task (one context, several
+continuations) or a schema (several contexts, one continuation) the answer is the option with the
+highest mean log-probability per token; of language_modeling the one continuation is right if greedy
+decoding would write it. Solved examples come first. Accuracies are centred: guessing scores 0.
+Rows and examples are drawn as in nanochat (October 2025): scores compare question by question.
 """
 
 from __future__ import annotations
@@ -20,9 +15,8 @@ import json
 import random
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,29 +35,25 @@ DELIMITER = " "  # between context and continuation where core.yaml names none
 SHUFFLE_SEED = 1337  # of a task's questions, as in nanochat
 EXAMPLES_SEED = 1234  # plus a question's index after shuffling: of the examples before it
 TOKENS_AT_ONCE = 16_384
-DAMAGED = (OSError, zipfile.BadZipFile, zlib.error)  # what reading a bundle may raise
-MALFORMED = (LookupError, TypeError, ValueError, yaml.YAMLError)
+# What reading a bundle may raise: damage, or something malformed.
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, LookupError, TypeError, ValueError)
 
 
 # ---------------------------------------------------------------------------- the bundle
 
 
 class Question(NamedTuple):
-    """One row: what may be said, as (context, continuation), and which of these is right."""
-
-    options: list[tuple[str, str]]
-    gold: int
+    options: list[tuple[str, str]]  # context and continuation
+    gold: int  # which is right
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreTask:
-    """`chance` is a guesser's accuracy, from 0 to below 1."""
-
     label: str
     kind: str
     shots: int
     delimiter: str
-    chance: float
+    chance: float  # a guesser's accuracy, from 0 to below 1
     questions: Sequence[Question]
 
     def shuffled(self, limit: int | None = None) -> CoreTask:
@@ -87,18 +77,17 @@ def load(bundle: Path) -> list[CoreTask]:
             table = csv.DictReader(io.StringIO(read("eval_meta_data.csv")))
             chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
             return [_task(entry, chances, read) for entry in listed]
-    except (*DAMAGED, *MALFORMED) as error:
+    except (*UNREADABLE, yaml.YAMLError) as error:
         no_bundle = f"{bundle} is no evaluation bundle of CORE ({type(error).__name__}: {error})"
-        raise ValueError(f"{no_bundle}; copy it again") from error
+        raise ValueError(f"{no_bundle}; copy it again, or set eval.core_problems = 0") from error
 
 
-def _task(
-    entry: Mapping[str, Any], chances: Mapping[str, float], read: Callable[[str], str]
-) -> CoreTask:
+def _task(entry: dict, chances: Mapping[str, float], read: Callable[[str], str]) -> CoreTask:
     label, kind, uri = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
-    if not 0 <= chances.get(label, -1) < 1:
+    if not 0 <= (chance := chances.get(label, -1)) < 1:
         bounds = f"a random baseline of at least 0 and below 100 percent, got {chances.get(label)}"
         raise ValueError(f"eval_meta_data.csv must give {label} {bounds}")
+    delimiter, shots = entry.get("continuation_delimiter", DELIMITER), entry["num_fewshot"][0]
     questions = []
     for number, line in enumerate(filter(str.strip, read(f"eval_data/{uri}").split("\n")), 1):
         try:
@@ -108,12 +97,7 @@ def _task(
     if not questions:
         raise ValueError(f"{uri} has no rows")
     return CoreTask(
-        label=label,
-        kind=kind,
-        shots=entry["num_fewshot"][0],
-        delimiter=entry.get("continuation_delimiter", DELIMITER),
-        chance=chances[label],
-        questions=questions,
+        label=label, kind=kind, shots=shots, delimiter=delimiter, chance=chance, questions=questions
     )
 
 
@@ -138,18 +122,13 @@ def question(kind: str, row: Any) -> Question:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Its context may lose ids after the first `head` and before the last `tail`."""
-
-    context: list[int]
+    context: list[int]  # may lose ids after its first `head` and before its last `tail`
     continuations: list[list[int]]
     head: int = 1  # BOS
     tail: int = 0
 
     def cut_to(self, length: int) -> Prompt | None:
-        """Cut so that a row of `length` inputs holds the longest continuation; None if it cannot.
-
-        A continuation is never cut: it would score better without its last tokens.
-        """
+        """With its context cut so that `length` inputs hold the longest continuation, if they can."""
         excess = len(self.context) + max(map(len, self.continuations)) - (length + 1)
         if excess <= 0:
             return self
@@ -202,19 +181,22 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def score_questions(
-    engine: Engine, questions: Sequence[Sequence[Prompt]]
-) -> list[tuple[list[Score], str]]:
-    """The scores of each question's options and its note; none for one that is too long."""
-    short = []
-    for prompts in questions:
-        fitting = [cut for p in prompts if (cut := p.cut_to(engine.context))]
-        short.append(fitting if len(fitting) == len(prompts) else [])
-    found = iter(score(engine.model, list(chain.from_iterable(short)), engine.runtime))
-    return [
-        ([one for _ in cut for one in next(found)], "cut" * (cut != asked) if cut else "too long")
-        for asked, cut in zip(questions, short, strict=True)
-    ]
+def grades(
+    engine: Engine, asked: Iterable[tuple[list[Prompt], int]], right: Callable[..., bool]
+) -> list[Grade]:
+    """Of questions as (prompts, gold): what `right(scores of the options, gold)` says."""
+    asked = list(asked)
+    short = [[prompt.cut_to(engine.context) for prompt in prompts] for prompts, _ in asked]
+    fitting = [prompt for prompts in short if None not in prompts for prompt in prompts if prompt]
+    scores = iter(score(engine.model, fitting, engine.runtime))
+    found: list[Grade] = []
+    for (prompts, gold), cut in zip(asked, short, strict=True):
+        if None in cut:
+            found.append((False, "too long"))
+            continue
+        options = [one for _ in cut for one in next(scores)]
+        found.append((right(options, gold), "cut" * (cut != prompts)))
+    return found
 
 
 @torch.inference_mode()
@@ -223,8 +205,7 @@ def score(
 ) -> list[list[Score]]:
     """For each prompt the scores of its continuations; prompts of similar length share a batch.
 
-    Each context is read once, then its continuations after copies of its keys and values. Their
-    inputs are the context's last id and their own ids but the last.
+    Each context is read once, then its continuations after copies of its keys and values.
     """
     scores: list[list[Score]] = [[] for _ in prompts]
     lengths = [len(prompt.context) + sum(map(len, prompt.continuations)) for prompt in prompts]
@@ -232,7 +213,7 @@ def score(
         contexts = [prompts[i].context[:-1] for i in group]
         each = [(row, ids) for row, i in enumerate(group) for ids in prompts[i].continuations]
         owners, targets = zip(*each, strict=True)
-        inputs = [[prompts[group[row]].context[-1], *ids[:-1]] for row, ids in each]
+        inputs = [[prompts[group[row]].context[-1], *ids[:-1]] for row, ids in each]  # one ahead
         pad = prompts[group[0]].context[0]
         contexts_PT, inputs_BS = padded(contexts, pad), padded(inputs, pad)
         length = contexts_PT.shape[1] + inputs_BS.shape[1]
@@ -262,31 +243,25 @@ def score(
 def evaluate(engine: Engine, task: CoreTask, progress: Progress | None = None) -> dict[str, Any]:
     """Accuracy, also centred, on all questions of a task, and how many were cut or too long."""
 
-    def grade(indices: Sequence[int]) -> list[Grade]:
-        asked = [prompts(task, index, engine.tokenizer) for index in indices]
-        scored = zip(indices, score_questions(engine, asked), strict=True)
-        return [(right(task.questions[i].gold, found), note) for i, (found, note) in scored]
+    def grade(some: Sequence[int]) -> list[Grade]:
+        asked = ((prompts(task, i, engine.tokenizer), task.questions[i].gold) for i in some)
+        return grades(engine, asked, right)
 
-    def right(gold: int, scores: Sequence[Score]) -> bool:
-        if scores and task.kind == "language_modeling":
+    def right(scores: Sequence[Score], gold: int) -> bool:
+        if task.kind == "language_modeling":
             return scores[0].greedy
-        return likeliest([score.logprob / score.tokens for score in scores], gold)
+        return highest([score.logprob / score.tokens for score in scores]) == gold
 
-    all_questions, runtime = range(len(task.questions)), engine.runtime
-    grades = score_all(grade, all_questions, QUESTIONS_AT_ONCE, runtime, progress)
-    return {
-        "accuracy": accuracy(grades),
-        "centred": centred(accuracy(grades), task.chance),
-        "chance": task.chance,
-        "questions": len(grades),
-        "shots": task.shots,
-        "cut": 0,
-    } | notes(grades)
+    questions = range(len(task.questions))
+    graded = score_all(grade, questions, QUESTIONS_AT_ONCE, engine.runtime, progress)
+    scores = {"accuracy": accuracy(graded), "centred": centred(accuracy(graded), task.chance)}
+    scores |= {"chance": task.chance, "questions": len(graded), "shots": task.shots, "cut": 0}
+    return scores | notes(graded)
 
 
-def likeliest(scores: Sequence[float], gold: int) -> bool:
-    """Whether the highest score is the one at `gold`; not where there are none."""
-    return bool(scores) and scores.index(max(scores)) == gold
+def highest(scores: Sequence[float]) -> int:
+    """The index of the first of the highest scores."""
+    return max(range(len(scores)), key=scores.__getitem__)
 
 
 def centred(accuracy: float, chance: float) -> float:

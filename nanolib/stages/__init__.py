@@ -1,8 +1,6 @@
-"""The stages of the road: each assembles its parts, works, and leaves a done record.
+"""The stages: data → tokenizer → shards → base → mid → sft → grpo → eval → report.
 
-    data → tokenizer → shards → base → mid → sft → grpo → eval → report
-
-`nanolib.launch` starts a `worker`. A stage killed at any instant goes on from what it had saved.
+Each assembles its parts, works and leaves a done record; killed, it goes on from what it had saved.
 """
 
 import time
@@ -24,8 +22,6 @@ Result = dict[str, Any]  # of a stage, kept in its done record
 
 @dataclass(kw_only=True)
 class Context:
-    """What every stage is given."""
-
     run: Run
     stage: StageDir
     runtime: Runtime

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from nanolib import checkpoint, hub, report, tasks
+from nanolib import checkpoint, report, tasks
 from nanolib.data.sources import first_tokens
 from nanolib.engine import Engine
 from nanolib.evals import answers, choices, core
@@ -24,16 +24,16 @@ def evaluate(context: Context) -> Result:
     config, documents = run.config.recipe, validation_documents(context)
     model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
     known = {row["task"]: row["scores"] for row in metrics.rows("score")}
-    core_tasks = core.load(hub.eval_bundle(run.mirror())) if config.eval.core_problems != 0 else []
+    limit = config.eval.core_problems
+    core_tasks = core.load(run.mirror() / "eval_bundle.zip") if limit != 0 else []
     with Sandbox() as sandbox:
         engine = context.engine(model, sandbox)
         parts = {"compression": partial(compression, context, engine, documents)}
         if of == "base":
             parts["samples"] = partial(samples, engine, documents[:SAMPLE_PROMPTS])
         for task in core_tasks:
-            few = task.shuffled(config.eval.core_problems)
-            progress = partial(context.progress, message=f"core/{task.label}")
-            parts[f"core/{task.label}"] = partial(core.evaluate, engine, few, progress)
+            progress = partial(context.progress, message=(name := f"core/{task.label}"))
+            parts[name] = partial(core.evaluate, engine, task.shuffled(limit), progress)
         for name in config.eval.tasks if of != "base" else ():
             parts[name] = partial(score_task, context, engine, name)
         for number, (name, score) in enumerate(parts.items()):
@@ -64,9 +64,8 @@ def compression(context: Context, engine: Engine, documents: Sequence[np.ndarray
 def samples(engine: Engine, documents: Sequence[np.ndarray]) -> Result:
     """What the model writes after the openings of documents."""
     openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in documents]
-    continued = engine.complete(openings, max_new_tokens=48)
+    pairs = zip(openings, engine.complete(openings, max_new_tokens=48), strict=True)
     decode = engine.tokenizer.decode
-    pairs = zip(openings, continued, strict=True)
     return {"samples": [[decode(opening[1:]), decode(new)] for opening, new in pairs]}
 
 

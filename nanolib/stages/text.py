@@ -18,7 +18,7 @@ from nanolib.rundir import Run, whole_file, whole_folder
 from nanolib.stages import Context, Result
 from nanolib.tokenizer import Tokenizer
 
-DOCUMENTS_AT_ONCE = 1024
+AT_ONCE = 1024  # documents
 
 
 def data(context: Context) -> Result:
@@ -50,11 +50,18 @@ def _gather(context: Context) -> dict[str, str]:
 
 def gather_if_gone(context: Context) -> None:
     """Runs of the first edition did not keep what they had fetched."""
-    mirror = context.run.mirror()
-    own = mirror == context.run.stage("data").path / "mirror"
-    if own and context.runtime.is_lead and not mirror.is_dir():
+    if (
+        context.runtime.is_lead
+        and has_own_mirror(context.run)
+        and not context.run.mirror().is_dir()
+    ):
         _gather(context)
     context.runtime.barrier()
+
+
+def has_own_mirror(run: Run) -> bool:
+    """Whether its data is what its data stage wrote or fetched."""
+    return run.mirror() == run.stage("data").path / "mirror"
 
 
 def limits(config: ConversationConfig) -> dict[str, int | None]:
@@ -67,10 +74,8 @@ def _splits(recipe: Recipe) -> list[tuple[str, str]]:
     stages = [stage for stage in (recipe.mid, recipe.sft) if stage.enabled]
     learned = {name for stage in stages for name in limits(stage)}
     learned |= {recipe.grpo.task} if recipe.grpo.enabled else set()
-    found = {(name, split) for name in learned for split in ("train", "test")}
-    if set(recipe.models) - {"base"}:
-        found |= {(name, "test") for name in recipe.eval.tasks}
-    return sorted(found)
+    tested = learned | set(recipe.eval.tasks if set(recipe.models) - {"base"} else ())
+    return sorted([(name, "train") for name in learned] + [(name, "test") for name in tested])
 
 
 def tables(recipe: Recipe) -> list[hub.Split]:
@@ -80,10 +85,9 @@ def tables(recipe: Recipe) -> list[hub.Split]:
 
 def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
     """Open everything that later stages read, so that a missing file is found at the start."""
-    recipe, mirror = run.config.recipe, run.mirror()
+    recipe, mirror, splits = run.config.recipe, run.mirror(), _splits(run.config.recipe)
     if recipe.eval.core_problems != 0:
-        core.load(hub.eval_bundle(mirror))
-    splits = _splits(recipe)
+        core.load(mirror / "eval_bundle.zip")
     for number, (name, split) in enumerate(splits):
         progress(number, len(splits), f"checking {name} ({split})")
         tasks.load(name, split, mirror)
@@ -96,9 +100,8 @@ def _fingerprint(run: Run, text: hub.TextFiles) -> str:
     unless `revisions` pin them.
     """
     digest, mirror, files = hashlib.sha256(), run.mirror(), [*text.train, text.validation]
-    fetched = run.config.recipe.data.source == "hub" and mirror == run.stage("data").path / "mirror"
-    if not fetched:
-        files += sorted(mirror.glob("hub/**/*.parquet")) + sorted(mirror.glob("eval_bundle.zip"))
+    if run.config.recipe.data.source == "toyworld" or not has_own_mirror(run):
+        files += [*sorted(mirror.glob("hub/**/*.parquet")), *mirror.glob("eval_bundle.zip")]
     for path in files:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -111,9 +114,8 @@ def _text_files(run: Run) -> hub.TextFiles:
     """The run's text; ValueError if it is not what the data stage recorded."""
     files = hub.text_files(run.config, run.mirror())
     if run.stage("data").result()["fingerprint"] != _fingerprint(run, files):
-        other = f"the data in {run.mirror()} is not what run {run.id} began with"
         remedy = "give --mirror the folder it had, or start a new run with --run NAME"
-        raise ValueError(f"{other}; {remedy}")
+        raise ValueError(f"{run.mirror()} is not what run {run.id} began with; {remedy}")
     return files
 
 
@@ -129,12 +131,9 @@ def tokenizer(context: Context) -> Result:
     trained = Tokenizer.train(_head(texts, config.max_chars), config.vocab_size, progress)
     trained.save(context.stage.path / "tokenizer.json")
     sample = list(_head(hub.documents(files.validation), 1_000_000))
-    ids, _ = trained.encode_flat(sample)
-    return {
-        "vocab_size": trained.vocab_size,
-        "fingerprint": trained.fingerprint(),
-        "validation_bytes_per_token": sum(len(text.encode()) for text in sample) / len(ids),
-    }
+    density = sum(len(text.encode()) for text in sample) / len(trained.encode_flat(sample)[0])
+    about = {"vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint()}
+    return about | {"validation_bytes_per_token": density}
 
 
 def _head(texts: Iterable[str], chars: int) -> Iterator[str]:
@@ -152,15 +151,14 @@ def shards(context: Context) -> Result:
     train, validation = shard_paths(context.run)
     texts, targets = [*files.train, files.validation], [*train, validation]
     for number, (text, target) in enumerate(zip(texts, targets, strict=True)):
-        if target.exists():
-            continue
         parts, documents, done = [], hub.documents(text), 0
-        while group := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
+        while not target.exists() and (group := list(itertools.islice(documents, AT_ONCE))):
             parts.append(tokenizer.encode_flat(group, torch.get_num_threads(), bos=True)[0])
             done += len(group)
             context.progress(number, len(texts), f"{text.name}: {done} documents")
-        with whole_file(target) as file:
-            np.save(file, np.concatenate(parts))
+        if parts:
+            with whole_file(target) as file:
+                np.save(file, np.concatenate(parts))
     *trained, held_out = (np.load(target, mmap_mode="r") for target in targets)
     return {
         "train_tokens": sum(map(len, trained)),

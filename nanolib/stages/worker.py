@@ -1,7 +1,4 @@
-"""One rank of one stage, in a process of its own.
-
-python -m nanolib.stages.worker NAME DIR [--of STAGE] [--machine JSON]
-"""
+"""One rank of one stage, in a process of its own."""
 
 import argparse
 import json
@@ -57,15 +54,11 @@ def work(name: str, run: Run, of: str | None = None) -> Result:
         # The first edition recorded no attempts, only how long the training steps took.
         spent["seconds"] = max(spent["seconds"], result.get("seconds", 0.0))
         cuda = runtime.device.type == "cuda"
-        hardware = asdict(machine) | {
-            "ranks": runtime.world_size,
-            "device": torch.cuda.get_device_name(runtime.device) if cuda else processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "dtype": str(runtime.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
+        hardware = asdict(machine) | {"ranks": runtime.world_size, "cores": os.cpu_count()}
+        hardware["device"] = torch.cuda.get_device_name(runtime.device) if cuda else processor()
+        hardware["dtype"] = str(runtime.dtype).removeprefix("torch.")
+        hardware |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        hardware["python"] = platform.python_version()
         stage.finish(result, started=started, **spent, machine=hardware)
     runtime.close()  # not after an error: it waits for the other ranks, who may wait for us
     return result
@@ -77,10 +70,10 @@ def main() -> int:
     parser.add_argument("stage", choices=WORK)
     parser.add_argument("run", help="the run's directory")
     parser.add_argument("--of", help="whose model to evaluate")
-    parser.add_argument("--machine", default="{}", help="machine settings as JSON")
+    parser.add_argument("--machine", default="{}", type=json.loads, help="settings as JSON")
     given = parser.parse_args()
     try:
-        run = Run.load(os.path.abspath(given.run), machine=json.loads(given.machine))
+        run = Run.load(os.path.abspath(given.run), machine=given.machine)
         if run.stage(given.stage, given.of).done() is None:
             work(given.stage, run, given.of)
         return 0
