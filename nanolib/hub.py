@@ -94,7 +94,6 @@ def _check_text(path: Path) -> None:
 
 
 def documents(path: Path) -> Iterator[str]:
-    _check_text(path)
     with _reading(path):
         shard = pyarrow.dataset.dataset(path, format="parquet")
         for batch in shard.to_batches(["text"], batch_size=DOCUMENTS_AT_ONCE, batch_readahead=4):

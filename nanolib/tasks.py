@@ -5,7 +5,6 @@ import textwrap
 import weakref
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ class SmolTalk(Task):
         messages = self.row(i)["messages"]
         for message in messages:
             if message["role"] == "assistant" and re.search(SUM, message["content"]):
-                parts = tool_calls(message["content"])
+                parts = calculator_parts(message["content"], run=True)
                 message["content"] = [{"type": part.kind, "text": part.text} for part in parts]
         try:
             return Conversation.from_messages(messages)
@@ -130,10 +129,7 @@ class SmolTalk(Task):
 
 
 class GSM8K(GradedTask):
-    """Grade-school word problems (arXiv:2110.14168); ``<<a+b=c>>`` becomes a tool call.
-
-    Its output is what Python prints: 24.0 for 48/2, where GSM8K writes 24.
-    """
+    """Grade-school word problems (arXiv:2110.14168); ``<<48/2=24>>`` is a tool call, giving 24.0."""
 
     name, repository, config = "gsm8k", "openai/gsm8k", "main"
     columns = ("question", "answer")
@@ -147,31 +143,26 @@ class GSM8K(GradedTask):
 
     def conversation(self, i: int) -> Conversation:
         row = self.row(i)
-        answer = Message("assistant", tool_calls(row["answer"]))
+        answer = Message("assistant", calculator_parts(row["answer"], run=True))
         return Conversation((*Conversation.ask(row["question"]).messages, answer))
 
     def grade(self, i: int, answer: str) -> bool:
         return final_number(answer) == final_number(self.row(i)["answer"])
 
 
-def calculator_parts(answer: str) -> tuple[Part, ...]:
-    """GSM8K's annotations as parts: text, a python expression, its output, text, …"""
+def calculator_parts(answer: str, run: bool = False) -> tuple[Part, ...]:
+    """GSM8K's annotations as parts: text, a python expression, its output, text, …
+
+    run: with the outputs that Python prints.
+    """
     parts: list[Part] = []
     for number, piece in enumerate(re.split(r"<<([^<>]*)>>", answer)):
         if number % 2:
             expression, _, result = piece.rpartition("=")
-            parts += [Part("python", expression), Part("output", result)]
+            printed = evaluated(expression) if run else None
+            parts += [Part("python", expression), Part("output", printed or result)]
         elif piece:
             parts.append(Part("text", piece))
-    return tuple(parts)
-
-
-def tool_calls(answer: str) -> tuple[Part, ...]:
-    """`calculator_parts` with the outputs that Python prints."""
-    parts = list(calculator_parts(answer))
-    for index, (call, result) in enumerate(pairwise(parts), 1):
-        if call.kind == "python":
-            parts[index] = Part("output", evaluated(call.text) or result.text)
     return tuple(parts)
 
 

@@ -35,12 +35,6 @@ class RowSource:
     world_size: int = 1
     device_batch: int | None = None  # rows of a micro-batch at most; None: all of this rank's
 
-    def __post_init__(self) -> None:
-        def drawn(epoch: int) -> np.ndarray:
-            return np.random.default_rng(seed_of(self.seed, "rows", epoch)).permutation(len(self))
-
-        self._order = lru_cache(maxsize=2)(drawn)
-
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -51,7 +45,8 @@ class RowSource:
     def row_numbers(self, step: int) -> list[int]:
         first = step * self.batch_rows
         mine = range(first + self.rank, first + self.batch_rows, self.world_size)
-        return [int(self._order(i // len(self))[i % len(self)]) for i in mine]
+        size = len(self)
+        return [int(_order(self.seed, i // size, size)[i % size]) for i in mine]
 
     def updates(self, step: int) -> list[list[Batch]]:
         numbers = self.row_numbers(step)
@@ -61,6 +56,11 @@ class RowSource:
     def batch(self, numbers: Sequence[int]) -> Batch:
         ids, masks = zip(*map(self.row, numbers), strict=True)
         return batch_of_rows(ids, masks, self.length, self.bos)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng(seed_of(seed, "rows", epoch)).permutation(rows)
 
 
 class TextSource(RowSource):
@@ -96,6 +96,8 @@ def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
     parts: list[np.ndarray] = []
     for path in shards:
         parts.append(np.load(path, mmap_mode="r")[: limit - sum(map(len, parts))])
+        if sum(map(len, parts)) == limit:
+            break
     return np.concatenate(parts)
 
 

@@ -109,10 +109,8 @@ def stranger_name(rng: random.Random) -> str:
     known = [*WORDS["she"], *WORDS["he"]]
     while True:
         kind, name = rng.random(), "".join(rng.choice(part) for part in WORDS["syllables"])
-        if kind < 0.45:
-            name = rng.choice(WORDS["strangers"])
-        elif kind < 0.55:
-            name = rng.choice(WORDS["famous"])
+        if kind < 0.55:
+            name = rng.choice(WORDS["strangers" if kind < 0.45 else "famous"])
         elif kind < 0.7:
             firsts = rng.choice([WORDS["strangers"], known])
             name = f"{rng.choice(firsts)} {rng.choice(WORDS['surnames'])}"

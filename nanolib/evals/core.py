@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,10 +165,8 @@ def prompts(task: CoreTask, index: int, tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    for count, ids in enumerate(zip(*rows, strict=False)):
-        if len(set(ids)) > 1:
-            return count
-    return min(map(len, rows))
+    same = (len(set(ids)) == 1 for ids in zip(*rows, strict=False))
+    return sum(takewhile(bool, same))
 
 
 # ---------------------------------------------------------------------------- scoring
@@ -213,7 +212,7 @@ def score(
         contexts = [prompts[i].context[:-1] for i in group]
         each = [(row, ids) for row, i in enumerate(group) for ids in prompts[i].continuations]
         owners, targets = zip(*each, strict=True)
-        inputs = [[prompts[group[row]].context[-1], *ids[:-1]] for row, ids in each]  # one ahead
+        inputs = [[prompts[group[row]].context[-1], *ids[:-1]] for row, ids in each]
         pad = prompts[group[0]].context[0]
         contexts_PT, inputs_BS = padded(contexts, pad), padded(inputs, pad)
         length = contexts_PT.shape[1] + inputs_BS.shape[1]

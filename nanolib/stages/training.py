@@ -116,15 +116,11 @@ class Training:
 
     def row_settings(self) -> dict[str, Any]:
         recipe, runtime = self.context.run.config.recipe, self.context.runtime
-        return {
-            "length": recipe.model.sequence_len,
-            "batch_rows": self.schedule.batch_tokens // recipe.model.sequence_len,
-            "bos": self.context.tokenizer.bos,
-            "seed": seed_of(recipe.seed, self.context.stage.name),
-            "rank": runtime.rank,
-            "world_size": runtime.world_size,
-            "device_batch": self.device_batch,
-        }
+        length, bos = recipe.model.sequence_len, self.context.tokenizer.bos
+        rows = {"length": length, "batch_rows": self.schedule.batch_tokens // length, "bos": bos}
+        rows |= {"rank": runtime.rank, "world_size": runtime.world_size}
+        rows |= {"device_batch": self.device_batch}
+        return rows | {"seed": seed_of(recipe.seed, self.context.stage.name)}
 
     def run(self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss) -> Result:
         """Train to the last step; returns the stage's result.
@@ -210,15 +206,10 @@ def _result(stage: StageDir, model: GPT) -> Result:
     """A finished stage's result, from its metrics: the same however often it was resumed."""
     steps, scores = stage.metrics.rows("train"), stage.metrics.rows("eval")[-1]
     seconds, tokens = (sum(row[key] for row in steps) for key in ("seconds", "tokens"))
-    return {
-        "steps": len(steps),
-        "tokens": tokens,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_loss": steps[-1]["loss"],
-        **{f"validation_{k}": v for k, v in scores.items() if k not in ("kind", "step")},
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-    }
+    found = {f"validation_{k}": v for k, v in scores.items() if k not in ("kind", "step")}
+    found |= {"steps": len(steps), "train_loss": steps[-1]["loss"], "tokens": tokens}
+    found |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    return found | {"parameters": sum(p.numel() for p in model.parameters())}
 
 
 # ---------------------------------------------------------------------------- the mixture
