@@ -14,20 +14,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from nanolib.tokenizer import Tokenizer
+from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PartKind = Literal["text", "python", "output"]
 Role = Literal["system", "user", "assistant"]
 PART_KINDS, ROLES = get_args(PartKind), get_args(Role)
 LETTERS = "ABCDEFGH"
 # An answer never contains these: any of them ends the assistant's turn.
-END_NAMES = (
-    "<|assistant_end|>",
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-)
+END_NAMES = ("<|assistant_end|>", *SPECIAL_TOKENS[:4])
+# The kind of part that begins after each marker.
+MARKERS: dict[str, PartKind] = {
+    "<|python_start|>": "python",
+    "<|python_end|>": "text",
+    "<|output_start|>": "output",
+    "<|output_end|>": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,8 @@ class Conversation:
             expected = ("user", "assistant")[i % 2]
             if message.role != expected:
                 where = f"message {i + 1} of a conversation must come from the {expected}"
-                got = f"got {message.role!r} ({message.text[:40]!r})"
-                rule = "after a system message, if any, user and assistant alternate"
-                raise ValueError(f"{where}, {got}: {rule}")
+                got = f"{message.role!r} ({message.text[:40]!r})"
+                raise ValueError(f"{where}, got {got}: user and assistant alternate")
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -166,29 +166,23 @@ class AnswerParser:
     `feed` and `finish` return pieces, each a part's kind and its next whole characters; an empty
     one opens a python or output part. `parts` is the answer so far. A model may write anything: a
     marker that no answer contains ends it, an open part extends to the end, stray closing markers
-    are ignored.
+    are ignored. Any of `stops` in a text ends it too; what may become one is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        special = tokenizer.special
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self.parts: list[Part] = []
-        self._tokenizer = tokenizer
-        self._ends = {special(name) for name in END_NAMES}
-        # The kind of part that begins after each marker.
-        self._markers: dict[int, PartKind] = {}
-        for kind in ("python", "output"):
-            self._markers |= {
-                special(f"<|{kind}_start|>"): kind,
-                special(f"<|{kind}_end|>"): "text",
-            }
+        self.ended = False
+        self._tokenizer, self._stops = tokenizer, stops
+        self._ends = {tokenizer.special(name) for name in END_NAMES}
+        self._markers = {tokenizer.special(name): kind for name, kind in MARKERS.items()}
         self._kind: PartKind = "text"
-        self._ended = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
 
     def feed(self, id: int) -> list[Part]:
         """The pieces that one more token completes; none after the end."""
-        self._ended = self._ended or id in self._ends
-        if self._ended:
+        self.ended = self.ended or id in self._ends
+        if self.ended:
             return []
         if id not in self._markers:
             return self._add(self._decoder.decode(self._tokenizer.token_bytes(id)))
@@ -200,18 +194,31 @@ class AnswerParser:
         return pieces
 
     def finish(self) -> list[Part]:
-        """The last piece: U+FFFD if the ids end inside a character."""
-        return self._add(self._decoder.decode(b"", final=True))
+        """The last piece: what was held back, and U+FFFD if the ids end inside a character."""
+        return self._add(self._decoder.decode(b"", final=True), last=True)
 
-    def _add(self, text: str) -> list[Part]:
+    def _add(self, text: str, last: bool = False) -> list[Part]:
+        text, self._held = self._held + text, ""
+        if self._kind == "text" and self._stops:
+            text = self._before_stops(text, last)
         if not text:
             return []
-        piece = Part(self._kind, text)
         if self.parts and self.parts[-1].kind == self._kind:
             self.parts[-1] = Part(self._kind, self.parts[-1].text + text)
         else:
-            self.parts.append(piece)
-        return [piece]
+            self.parts.append(Part(self._kind, text))
+        return [Part(self._kind, text)]
+
+    def _before_stops(self, text: str, last: bool) -> str:
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.ended = True
+            self._decoder.reset()
+            return text[: min(found)]
+        begun = (at for at in range(len(text)) if any(s.startswith(text[at:]) for s in self._stops))
+        clear = len(text) if last else next(begun, len(text))
+        self._held = text[clear:]
+        return text[:clear]
 
 
 def answer_parts(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[Part, ...]:

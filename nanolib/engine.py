@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, count, islice, takewhile
+from itertools import accumulate, chain, count, islice, takewhile
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -132,12 +132,11 @@ class Request:
     row: int
     key: int  # of its draws
     settings: Settings
+    ids: list[int]  # the prompt's
     prompt: _Prompt | None  # until it has a slot: its memory is needed no more
-    ids: list[int]  # the prompt's and its own
-    start: int  # of its own
-    taken: int  # ids up to here are the prompt's, or `take` returned them
     left: int  # tokens it may still produce; 0: finished
-    kinds: list[Kind] = field(default_factory=list)  # of its own ids
+    tokens: list[tuple[int, Kind]] = field(default_factory=list)  # its own ids
+    taken: int = 0  # tokens that `take` returned
     error: BaseException | None = None  # what ended it, if the engine failed
     cancelled: bool = False
     source: list[int] | None = None  # ids of the open python part
@@ -147,38 +146,27 @@ class Request:
     @property
     def ready(self) -> bool:
         """Whether `take` has a token, or an error."""
-        return self.taken < len(self.ids) or self.error is not None
+        return self.taken < len(self.tokens) or self.error is not None
 
     @property
     def live(self) -> bool:
         """Whether there is anything to be taken, now or later."""
         return self.ready or (self.left > 0 and not self.cancelled)
 
-    @property
-    def tokens(self) -> list[Token]:
-        """What was written and not yet taken."""
-        kinds = self.kinds[self.taken - self.start :]
-        return [Token(self.row, *pair) for pair in zip(self.ids[self.taken :], kinds, strict=False)]
-
     def take(self) -> Token:
         """The next token; raises `error` if there is none because the engine failed."""
-        if self.error is not None and self.taken == len(self.ids):
+        if self.error is not None and self.taken == len(self.tokens):
             raise self.error
-        token = Token(self.row, self.ids[self.taken], self.kinds[self.taken - self.start])
         self.taken += 1
-        return token
+        return Token(self.row, *self.tokens[self.taken - 1])
 
     def answer(self) -> Answer:
         """The whole row; raises `error` if the engine failed."""
         if self.error is not None:
             raise self.error
-        own, chosen = self.ids[self.start :], [k == "chosen" for k in self.kinds if k != "end"]
-        return Answer(own[: len(chosen)], chosen, *own[len(chosen) :])
-
-    def add(self, id: int, kind: Kind) -> None:
-        self.kinds.append(kind)  # before the id, which is what another thread looks at
-        self.ids.append(id)
-        self.left = 0 if kind == "end" else self.left - 1
+        own = [(id, kind == "chosen") for id, kind in self.tokens if kind != "end"]
+        end = self.tokens[-1][0] if len(own) < len(self.tokens) else None
+        return Answer([id for id, _ in own], [chosen for _, chosen in own], end)
 
 
 # ---------------------------------------------------------------------------- the engine
@@ -212,7 +200,7 @@ class Engine:
             self.writer = Writer(model)
         self.max_rows, self.chunk = max_rows, CHUNK.get(runtime.device.type, CHUNK["cpu"])
         self._lock = threading.RLock()
-        self._waiting: deque[Request] = deque()
+        self._waiting = deque[Request]()  # any thread may append, only a step removes
         self._rows: list[Request] = []  # by slot; who ended or was cancelled leaves with a step
         self.release()
 
@@ -228,15 +216,15 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that have no slot yet."""
-        return len(self._waiting)
+        return len(self._waiting)  # for a slot
 
     def release(self) -> None:
         """Give the cache's memory back and forget the kept rows: the weights may change now."""
         if not all(request.cancelled for request in self._flight()):
             raise RuntimeError("rows are being written: cancel them, or step until they end")
         kept = KEPT_BYTES.get(self.runtime.device.type, KEPT_BYTES["cpu"])
-        self._waiting, self._rows, self._kept = deque(), [], Kept(kept)
+        self._rows, self._kept = [], Kept(kept)
+        self._waiting.clear()
         self._slots = self._read = self._cache(0, 0)
         self._reading: list[_Prompt] = []  # in the rows of `_read`
         self._sampling = False, 0, False  # of all rows together: see `_decode`
@@ -259,7 +247,7 @@ class Engine:
 
         def steps(going: list[Request]) -> Iterator[list[Token]]:
             try:
-                self._queue(going)
+                self._waiting.extend(going)
                 while going := [request for request in going if request.live]:
                     if step := [request.take() for request in going if request.ready]:
                         yield step
@@ -274,7 +262,7 @@ class Engine:
         """All rows of `generate`, finished; shorter prompts first."""
         requests = self._requests(prompts, **settings)
         try:
-            self._queue(sorted(requests, key=lambda request: request.start))
+            self._waiting.extend(sorted(requests, key=lambda request: len(request.ids)))
             while any(request.left for request in requests):
                 self.step()
         finally:
@@ -286,12 +274,10 @@ class Engine:
         return [answer.ids for answer in self.answers(prompts, **settings)]
 
     def submit(self, prompt: Sequence[int], *, seed: int = 0, **settings) -> list[Request]:
-        """Queue samples of a prompt (see `Settings`), whose tokens come with the next steps.
-
-        Raises ValueError for a prompt that is empty or leaves no room, and for bad settings.
-        """
+        """Queue samples of a prompt (see `Settings`), whose tokens come with the next steps; waits
+        for none. Raises ValueError for a prompt that leaves no room, and for bad settings."""
         requests = self._requests([prompt], seeds=[seed], **settings)
-        self._queue(requests)
+        self._waiting.extend(requests)
         return requests
 
     @staticmethod
@@ -309,23 +295,16 @@ class Engine:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
         for prompt, seed in zip(prompts, seeds, strict=True):
-            if not prompt:
-                raise ValueError("a prompt must have at least one token (<|bos|>), got none")
-            size, room = len(prompt), self.context - len(prompt)
-            if room < 1:
-                where = f"leaves no room for an answer in a context of {self.context}"
-                raise ValueError(f"a prompt of {size} tokens {where}; shorten it")
-            shared, left = _Prompt(list(prompt), given.keep), min(given.max_new_tokens, room)
+            if not 1 <= len(prompt) < self.context:
+                room = f"so that the context of {self.context} has room for an answer"
+                size = f"must have 1 to {self.context - 1} tokens, {room}; got {len(prompt)}"
+                raise ValueError(f"a prompt {size}")
+            shared = _Prompt(list(prompt), given.keep)
+            left = min(given.max_new_tokens, self.context - len(prompt))
             for s in range(given.samples):
-                own = seed_of(seed, "sample", s), given, shared, list(prompt), size, size, left
-                requests.append(Request(len(requests), *own))
+                key = seed_of(seed, "sample", s)
+                requests.append(Request(len(requests), key, given, shared.ids, shared, left))
         return requests
-
-    def _queue(self, requests: list[Request]) -> None:
-        with self._lock:
-            if self.writer is not None and not self.busy:
-                self.writer.refresh()  # the weights may have changed
-            self._waiting += requests
 
     # ------------------------------------------------------------------------ a step
 
@@ -343,15 +322,17 @@ class Engine:
             except BaseException as error:
                 for request in self._flight():
                     request.left, request.error = 0, error
-                self._waiting, self._rows, self._reading = deque(), [], []
+                self._rows, self._reading = [], []
+                while self._waiting and not self._waiting[0].left:
+                    self._waiting.popleft()
                 raise
 
     def _schedule(self) -> None:
         """Let rows leave, read a chunk of what the free slots wait for, and close the gaps."""
         gaps = [slot for slot, row in enumerate(self._rows) if row.cancelled or not row.left]
         for slot in gaps:
-            if self._rows[slot].settings.keep:
-                ids = self._rows[slot].ids[: self._slots.used[slot]]
+            if (row := self._rows[slot]).settings.keep:
+                ids = [*row.ids, *(id for id, _ in row.tokens)][: self._slots.used[slot]]
                 self._kept.add(ids, self._slots.read_row(slot))
         free = self.max_rows - len(self._rows) + len(gaps)
         ready = self._read_chunk(free) if self._waiting and free > 0 else []
@@ -372,7 +353,9 @@ class Engine:
     def _read_chunk(self, free: int) -> list[Request]:
         """Go on with the prompts that are being read, or begin with the next; the requests that
         may take the free slots, first come, first served."""
-        self._waiting = deque(request for request in self._waiting if not request.cancelled)
+        for request in self._waiting.copy():
+            if request.cancelled:
+                self._waiting.remove(request)
         nexts = [*islice(self._waiting, free)]
         prompts = dict.fromkeys(request.prompt for request in nexts if request.prompt)
         if not any(prompt in prompts for prompt in self._reading):  # none, or all were cancelled
@@ -395,14 +378,13 @@ class Engine:
     def _begin(self, unread: Sequence[_Prompt]) -> None:
         """Take the first prompts that are a chunk together to be read, in a cache of their own; of
         a kept row's beginning it has the keys and values."""
-        self._reading, longest = [], 0
-        for prompt in unread:
-            longest = max(longest, len(prompt.ids))
-            if self._reading and longest * (len(self._reading) + 1) > self.chunk:
-                break
-            self._reading.append(prompt)
+        longest = [*accumulate((len(prompt.ids) for prompt in unread), max)]
+        fitting = sum(n * (i + 1) <= self.chunk for i, n in enumerate(longest))
+        self._reading = [*unread[: max(1, fitting)]]
         if not unread:
             return
+        if self.writer is not None and not any(row.left for row in self._rows):
+            self.writer.refresh()  # the weights may have changed
         found = [self._kept.find(p.ids[:-1]) if p.keep else None for p in self._reading]
         known = [0 if read is None else read[0].shape[2] for read in found]
         rest = [len(p.ids) - 1 - k for p, k in zip(self._reading, known, strict=True)]
@@ -416,7 +398,7 @@ class Engine:
         """Let the queue's first requests take free slots, in larger memory if need be."""
         old, flight = self._slots, [r for r in self._flight() if not r.cancelled]
         rows = min(self.max_rows, 1 << (len(flight) - 1).bit_length())
-        length = max(len(request.ids) + request.left for request in flight)
+        length = max(len(row.ids) + len(row.tokens) + row.left for row in flight)
         length = min(self.context, REACH * math.ceil(length / REACH))
         if rows > len(old.used) or length > old.length:
             self._slots = self._cache(max(rows, len(old.used)), max(length, old.length))
@@ -427,8 +409,11 @@ class Engine:
             self._slots.write_row(slot, request.prompt.read)
             self._rows[slot : slot + 1] = [request]
             self._waiting.popleft().prompt = None
-        own = [(r.ids[-1], r.key, r.settings) for r in requests]
-        self._slots.begin(slots, [(*of, s.temperature, s.top_k or 0, s.top_p) for *of, s in own])
+        given = [
+            (r.settings.temperature, r.settings.top_k or 0, r.settings.top_p) for r in requests
+        ]
+        own = [(r.ids[-1], r.key) for r in requests]
+        self._slots.begin(slots, [a + b for a, b in zip(own, given, strict=True)])
 
     def _cache(self, rows: int, length: int) -> Slots:
         runtime = self.runtime
@@ -459,17 +444,12 @@ class Engine:
         if kind not in slots.replays:
             slots.replays[kind] = None
             return work()
-        replay = slots.replays[kind] = slots.replays[kind] or self._recorded(self.record, work)
-        return work() if replay is None else replay()
-
-    def _recorded(self, record: Record, work: Replay) -> Replay | None:
-        """A recording of the step; None if recording fails."""
         try:
-            return record(work)
+            replay = slots.replays[kind] = slots.replays[kind] or self.record(work)
         except RuntimeError as error:
             warnings.warn(f"decoding steps cannot be recorded here ({error}): slower", stacklevel=2)
-            self.record = None
-            return None
+            self.record, replay = None, work
+        return replay()
 
     def _decode(self, slots: Slots, greedy: bool, top_k: int, top_p: bool) -> Tensor:
         """The next token [B] of every row, from tensors of fixed address and shape alone.
@@ -495,7 +475,8 @@ class Engine:
             if request.forced:
                 id, kind = request.forced.popleft(), "forced"
                 self._slots.ids_B1[slot] = id
-            request.add(id, kind)
+            request.tokens.append((id, kind))
+            request.left = 0 if kind == "end" else request.left - 1
             if request.left and (request.source is not None or id == self.program):
                 self._follow(request, id)
         return list(self._rows)

@@ -288,15 +288,13 @@ def test_who_leaves_stops_the_answer_and_the_others_go_on(client, stream):
 
 
 def test_who_leaves_before_the_engine_hears_of_it_is_never_answered(client):
-    loop = client.scribe._loop
-    rest = len(asyncio.all_tasks(loop))
     with client.scribe.engine._lock:  # it is busy
         leaves = socket.create_connection(("127.0.0.1", client.port))
         body = json.dumps({"messages": messages("count")})
         leaves.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        wait_for(lambda: len(asyncio.all_tasks(loop)) > rest + 2, "the question to arrive")
+        wait_for(lambda: client.scribe.rows, "the question to arrive")
         leaves.close()
-        wait_for(lambda: len(asyncio.all_tasks(loop)) <= rest, "the server to hear that it left")
+        wait_for(lambda: not client.scribe.rows, "the server to hear that it left")
     assert client.ask("hello").choices
     assert len(client.watch.asked) == 2 and not client.scribe.rows
     wait_for(lambda: not client.writing, "its row to be free")

@@ -18,7 +18,6 @@ import hashlib
 import hmac
 import json
 import logging
-import queue
 import re
 import secrets
 import signal
@@ -26,21 +25,15 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import h11
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import (
-    HTMLResponse,
-    JSONResponse,
-    PlainTextResponse,
-    Response,
-    StreamingResponse,
-)
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -140,6 +133,10 @@ def _listen(host: str, port: int) -> socket.socket:
 # ---------------------------------------------------------------------------- requests
 
 
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(max_length=4)]
+
+
 class Question(BaseModel, strict=True, extra="forbid"):
     """The body of a request. None, or nothing, takes the server's setting.
 
@@ -159,7 +156,7 @@ class Question(BaseModel, strict=True, extra="forbid"):
     top_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
     top_k: int | None = Field(None, ge=0, le=2**20, description="a whole number, 0 for all")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits")
-    stop: str | list[str] | None = Field(None, description="a text or up to 4 texts, none empty")
+    stop: Text | Texts | None = Field(None, description="a text or up to 4 texts, none empty")
     html: bool | None = Field(None, description="true or false")
     # What changes nothing here, since many clients send it.
     user: str | None = None
@@ -197,8 +194,6 @@ def read_question(body: bytes) -> tuple[Question, Conversation]:
         raise ValueError("the last message must be the user's: there is nothing to answer")
     if not last.text.strip():
         raise ValueError("the last message is empty; say something")
-    if len(question.stops) > 4 or not all(question.stops):
-        raise ValueError(f"stop must be a text or up to 4 texts, none empty, got {question.stop!r}")
     return question, conversation
 
 
@@ -212,7 +207,7 @@ def _reason(invalid: ValidationError) -> str:
             return f"a message has half a character (a lone surrogate): {message}"
         case {"type": "json_invalid", "msg": message}:
             return f"the body must be JSON: {message}"
-        case {"type": "too_long", "ctx": {"max_length": most, "actual_length": got}}:
+        case {"loc": ("messages",), "ctx": {"max_length": most, "actual_length": got}}:
             return f"at most {most} messages, got {got}; start a new chat"
         case {"loc": (str(name), *_), "input": value} if name != "messages":
             return f"{name} must be {fields[name].description}, got {value!r}"
@@ -223,18 +218,18 @@ def _reason(invalid: ValidationError) -> str:
 
 
 class Scribe:
-    """The one thread that steps an engine, for any number of answers at once."""
+    """Chat completions with a session's engine and settings; one thread steps it for all of them."""
 
-    def __init__(self, served: Engine):
-        self.engine, self.stopped = served, False
+    def __init__(self, session: Session, name: str):
+        self.session, self.engine, self.name = session, session.engine, name
+        self.about: dict[str, Any] = {"id": name, "object": "model", "owned_by": "nanolib"}
+        self.about |= {"created": int(time.time()), "context": session.engine.context}
+        self.about["temperature"] = session.temperature
+        self.counts: Counter[str] = Counter()  # by the name and labels that /metrics has
         self.rows: dict[engine.Request, asyncio.Event] = {}  # the event says that it has news
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.stopped = self._closed = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._work, name="nanolib-engine", daemon=True)
-
-    @property
-    def open(self) -> int:
-        """Answers that are being written, or soon will be."""
-        return len(self.rows) + self._jobs.qsize()
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -249,32 +244,18 @@ class Scribe:
     def close(self) -> None:
         """Wait until the engine is at rest."""
         self.stop()
-        self._jobs.put(None)
+        self._closed = True
+        self._wake.set()
         self._thread.join()
 
-    async def submit(self, news: asyncio.Event, prompt: list[int], **settings) -> list:
-        """Requests of the engine, which set `news` with every token. As `Engine.submit`."""
-        found: asyncio.Future = self._loop.create_future()
-
-        def deliver(requests: list[engine.Request], error: BaseException | None) -> None:
-            if found.cancelled():  # the client has left
-                return self.engine.cancel(*requests)
-            if error is not None:
-                return found.set_exception(error)
-            self.rows |= dict.fromkeys(requests, news)
-            if self.stopped:
-                self.stop()
-            return found.set_result(requests)
-
-        def job() -> None:
-            try:
-                given = self.engine.submit(prompt, **settings), None
-            except Exception as error:
-                given = [], error
-            self._loop.call_soon_threadsafe(deliver, *given)
-
-        self._jobs.put(job)
-        return await found
+    def submit(self, news: asyncio.Event, prompt: list[int], **settings) -> list[engine.Request]:
+        """As `Engine.submit`; each token sets `news`."""
+        requests = self.engine.submit(prompt, **settings)
+        self.rows |= dict.fromkeys(requests, news)
+        if self.stopped:
+            self.engine.cancel(*requests)
+        self._wake.set()
+        return requests
 
     def drop(self, requests: Sequence[engine.Request]) -> None:
         self.engine.cancel(*requests)
@@ -282,97 +263,21 @@ class Scribe:
             self.rows.pop(request, None)
 
     def _work(self) -> None:
-        while True:
-            while self.engine.busy is False or not self._jobs.empty():
-                job = self._jobs.get()
-                if job is None:
-                    return
-                job()
-            try:
-                written = self.engine.step()
-            except Exception:
-                _log.exception("a step failed, and with it all answers")
-                written = None  # they all have its error
-            self._loop.call_soon_threadsafe(self._tell, written)
+        while not self._closed:
+            self._wake.wait()
+            self._wake.clear()
+            while self.engine.busy:
+                try:
+                    written = self.engine.step()
+                except Exception:
+                    _log.exception("a step failed, and with it all answers")
+                    written = list(self.rows)  # they all have its error
+                self._loop.call_soon_threadsafe(self._tell, written)
 
-    def _tell(self, written: Sequence[engine.Request] | None) -> None:
-        for request in list(self.rows) if written is None else written:
+    def _tell(self, written: Sequence[engine.Request]) -> None:
+        for request in written:
             if request in self.rows:
                 self.rows[request].set()
-
-
-class Choice:
-    """One answer as it is read: its parts so far, and why it ended (`finish`), if it has.
-
-    Text that may become one of `stops` is held back; one that does ends the answer before it.
-    """
-
-    def __init__(self, index: int, request: engine.Request, parser: AnswerParser, stops: list[str]):
-        self.index, self.request, self.stops = index, request, stops
-        self.parts: list[Part] = []
-        self.finish: str | None = None
-        self.tokens = 0
-        self._parser, self._held, self._news = parser, "", list[Part]()
-
-    def read(self) -> list[Part]:
-        """The pieces that have come, each a part's kind and its next characters."""
-        self._news = []
-        while self.finish is None and self.request.ready:
-            token = self.request.take()
-            self.tokens += 1
-            if token.kind == "end":
-                self.finish = "stop"
-            else:
-                self._add(self._parser.feed(token.id))
-        stopped = self.request.cancelled and self.finish == "stop"
-        if self.finish is None and not self.request.live:
-            self.finish = "length"  # its limit, the end of the context, or of the server
-        if self.finish and not stopped:
-            self._add(self._parser.finish())
-            self._put(Part("text", self._held))
-        return self._news
-
-    def _add(self, pieces: list[Part]) -> None:
-        for piece in pieces:
-            if piece.kind != "text":
-                self._put(Part("text", self._held))
-                self._put(piece)
-                self._held = ""
-                continue
-            self._held += piece.text
-            found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
-            begun = max(map(self._begun, self.stops), default=0)
-            clear = min(found, default=len(self._held) - begun)
-            self._put(Part("text", self._held[:clear]))
-            self._held = self._held[clear:]
-            if found:
-                self.finish = "stop"
-                Engine.cancel(self.request)
-                return
-
-    def _begun(self, stop: str) -> int:
-        """How many characters at the end of the text are the beginning of `stop`."""
-        lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
-        return next((n for n in lengths if self._held.endswith(stop[:n])), 0)
-
-    def _put(self, piece: Part) -> None:
-        if piece.text and self.parts and self.parts[-1].kind == piece.kind:
-            self.parts[-1] = Part(piece.kind, self.parts[-1].text + piece.text)
-        elif piece.text or piece.kind != "text":
-            self.parts.append(piece)
-        if piece.text or piece.kind != "text":
-            self._news.append(piece)
-
-
-class Chats:
-    """Chat completions with a session's engine and settings."""
-
-    def __init__(self, session: Session, name: str):
-        self.session, self.name, self.scribe = session, name, Scribe(session.engine)
-        self.about: dict[str, Any] = {"id": name, "object": "model", "owned_by": "nanolib"}
-        self.about |= {"created": int(time.time()), "context": session.engine.context}
-        self.about["temperature"] = session.temperature
-        self.counts: Counter[str] = Counter()  # by the name and labels that /metrics has
 
     async def complete(self, request: Request) -> Response:
         """Answer a `Question`, as a stream of events or as a whole."""
@@ -387,9 +292,9 @@ class Chats:
         if reply.question.model not in (None, self.name):
             reason = f"there is no model {reply.question.model!r}; there is {self.name!r}"
             raise HTTPException(404, reason)
-        if self.scribe.stopped:
+        if self.stopped:
             raise HTTPException(503, "the server is ending")
-        if self.scribe.open + reply.settings["samples"] > AT_ONCE:
+        if len(self.rows) + reply.settings["samples"] > AT_ONCE:
             raise HTTPException(429, f"{AT_ONCE} answers are being written; come again")
         if reply.question.stream:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
@@ -400,7 +305,7 @@ class Chats:
         given, conversation = read_question(body)
         mine, most = self.session, given.max_completion_tokens or given.max_tokens
         system = next((m.text for m in conversation.messages if m.role == "system"), None)
-        session = Session(mine.engine, system, max_new_tokens=most or mine.max_new_tokens)
+        session = Session(self.engine, system, max_new_tokens=most or mine.max_new_tokens)
         *session.messages, last = conversation.turns
         prompt = session.prompt(last)
         seed = secrets.randbits(63) if given.seed is None else given.seed
@@ -417,14 +322,12 @@ class Chats:
 
     def metrics(self) -> str:
         """What has happened so far, in Prometheus's text format."""
-        now = {
-            "nanolib_answers": len(self.scribe.rows),
-            "nanolib_waiting": self.scribe.engine.waiting,
-        }
+        self.counts["nanolib_answers"] = len(self.rows)
+        self.counts["nanolib_waiting"] = self.engine.waiting
         lines = []
         for name, kind in KINDS.items():
-            lines.append(f"# TYPE {name} {kind}")
-            found = {**now, **self.counts}.items()
+            found = self.counts.items()
+            lines += [f"# TYPE {name} {kind}"]
             lines += [f"{key} {value:g}" for key, value in found if key.startswith(name)]
         return "\n".join(lines) + "\n"
 
@@ -444,10 +347,36 @@ async def _body(request: Request) -> bytes:
 
 
 @dataclass(eq=False)
+class Choice:
+    """One answer as it is read, and why it ended (`finish`), if it has."""
+
+    index: int
+    request: engine.Request
+    parser: AnswerParser
+    finish: str | None = None
+
+    def read(self) -> list[Part]:
+        """The pieces that have come, each a part's kind and its next characters."""
+        pieces: list[Part] = []
+        while self.finish is None and self.request.ready:
+            token = self.request.take()
+            if token.kind != "end":
+                pieces += self.parser.feed(token.id)
+            if token.kind == "end" or self.parser.ended:
+                self.finish = "stop"
+        if self.finish is None and not self.request.live:
+            self.finish = "length"  # its limit, the end of the context, or of the server
+        if self.finish:
+            Engine.cancel(self.request)
+            pieces += self.parser.finish()
+        return pieces
+
+
+@dataclass(eq=False)
 class Reply:
     """What one request is answered with: its choices are read while they are written."""
 
-    chats: Chats
+    scribe: Scribe
     question: Question
     prompt: list[int]
     settings: dict[str, Any]  # the engine's
@@ -456,111 +385,93 @@ class Reply:
 
     def __post_init__(self) -> None:
         identity = f"chatcmpl-{secrets.token_hex(12)}"
-        self.head = {"id": identity, "created": int(time.time()), "model": self.chats.name}
+        self.head = {"id": identity, "created": int(time.time()), "model": self.scribe.name}
 
     async def steps(self) -> AsyncGenerator[list[tuple[Choice, list[Part]]]]:
-        """The choices that have news, with their pieces; closing the iterator ends all of them."""
-        scribe, counts = self.chats.scribe, self.chats.counts
-        begun, news, wrote = time.monotonic(), asyncio.Event(), False
-        requests = await scribe.submit(news, self.prompt, **self.settings)
+        """The news of every choice, also if there are none; closing the iterator ends them all."""
+        counts, news, begun, wrote = self.scribe.counts, asyncio.Event(), time.monotonic(), False
+        requests = self.scribe.submit(news, self.prompt, **self.settings)
         try:
             for index, request in enumerate(requests):
-                parser = AnswerParser(scribe.engine.tokenizer)
-                self.choices.append(Choice(index, request, parser, self.question.stops))
+                parser = AnswerParser(self.scribe.engine.tokenizer, self.question.stops)
+                self.choices.append(Choice(index, request, parser))
             while live := [choice for choice in self.choices if choice.finish is None]:
-                await asyncio.sleep(PAUSE if wrote else 0)
-                await news.wait()
-                news.clear()
                 yield [(choice, choice.read()) for choice in live]
-                if not wrote and (wrote := any(choice.tokens for choice in live)):
+                if not wrote and (wrote := any(choice.request.taken for choice in live)):
                     counts["nanolib_first_token_seconds_sum"] += time.monotonic() - begun  # ty: ignore[invalid-assignment]
                     counts["nanolib_first_token_seconds_count"] += 1
+                await asyncio.sleep(PAUSE if wrote else 0)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), 1)
+                news.clear()
         finally:
-            scribe.drop(requests)
-            counts['nanolib_tokens_total{kind="prompt"}'] += len(self.prompt)
-            counts['nanolib_tokens_total{kind="answer"}'] += sum(c.tokens for c in self.choices)
+            self.scribe.drop(requests)
+            for kind, tokens in self.tokens().items():
+                counts[f'nanolib_tokens_total{{kind="{kind}"}}'] += tokens
 
     async def events(self) -> AsyncGenerator[str]:
         """The stream, as server-sent events."""
         chunk = {**self.head, "object": "chat.completion.chunk"}
-        wants_usage = (self.question.stream_options or {}).get("include_usage")
         try:
             async with contextlib.aclosing(self.steps()) as steps:
                 async for step in steps:
                     for choice, pieces in step:
                         if pieces or choice.finish:
-                            yield _event({**chunk, "choices": [self.delta(choice, pieces)]})
-            if wants_usage:
-                yield _event({**chunk, "choices": [], "usage": self.usage()})
+                            yield _event(chunk | {"choices": [self.said(choice, "delta", pieces)]})
+            if (self.question.stream_options or {}).get("include_usage"):
+                yield _event(chunk | {"choices": [], "usage": self.usage()})
         except Exception as error:
             _log.exception("an answer failed")
             yield _event(_error(500, f"{type(error).__name__}: {error}"))
         yield "data: [DONE]\n\n"
 
-    def delta(self, choice: Choice, pieces: list[Part]) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces if piece.kind == "text")
-        delta = {"role": "assistant", "content": text, "parts": _parts(pieces)}
-        if self.question.html:
-            delta["html"] = markup.answer_html(choice.parts)
-        return self.ended(choice) | {"delta": delta}
-
-    def ended(self, choice: Choice) -> dict[str, Any]:
-        """What a choice has in both forms."""
-        about = {"index": choice.index, "finish_reason": choice.finish, "logprobs": None}
-        notices = [self.notice]
-        if choice.finish == "length":
-            stopped = self.chats.scribe.stopped
-            room = self.chats.about["context"] - len(self.prompt)
-            most = min(self.settings["max_new_tokens"], room)
-            reached = f"the answer reached its limit of {most} tokens"
-            notices.append("the server ended before the answer" if stopped else reached)
-        notice = "; ".join(filter(None, notices)) or None
-        return about | ({"notice": notice} if choice.finish else {})
-
     async def whole(self, request: Request) -> Response:
         """The finished choices at once; if the client leaves before, they end."""
-
-        async def read() -> None:
+        try:
             async with contextlib.aclosing(self.steps()) as steps:
                 async for _ in steps:
-                    pass
-
-        work, gone = asyncio.ensure_future(read()), asyncio.ensure_future(_gone(request))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return Response(status_code=499)  # nobody reads it
-        finally:
-            gone.cancel()
-            work.cancel()  # unless it is done
-        if error := work.exception():
-            _log.error("an answer failed", exc_info=error)
-            raise HTTPException(500, f"{type(error).__name__}: {error}")
-        choices = []
-        for choice in self.choices:
-            text = "".join(part.text for part in choice.parts if part.kind == "text")
-            message = {"role": "assistant", "content": text, "parts": _parts(choice.parts)}
-            choices.append(self.ended(choice) | {"message": message})
+                    if await request.is_disconnected():
+                        return Response(status_code=499)  # nobody reads it
+        except Exception as error:
+            _log.exception("an answer failed")
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from None
+        choices = [self.said(choice, "message", choice.parser.parts) for choice in self.choices]
         body = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage()}
         return JSONResponse(body)
 
+    def said(self, choice: Choice, name: str, parts: Sequence[Part]) -> dict[str, Any]:
+        """A choice in the API's form; name: of what has its parts."""
+        text = "".join(part.text for part in parts if part.kind == "text")
+        listed = [{"type": part.kind, "text": part.text} for part in parts]
+        said = {"role": "assistant", "content": text, "parts": listed}
+        if self.question.html:
+            said["html"] = markup.answer_html(choice.parser.parts)
+        found = {
+            "index": choice.index,
+            "finish_reason": choice.finish,
+            "logprobs": None,
+            name: said,
+        }
+        if choice.finish is None:
+            return found
+        reached = f"the answer reached its limit of {choice.request.taken} tokens"
+        if self.scribe.stopped:
+            reached = "the server ended before the answer"
+        notices = [self.notice, reached if choice.finish == "length" else None]
+        return found | {"notice": "; ".join(filter(None, notices)) or None}
+
+    def tokens(self) -> dict[str, int]:
+        answers = sum(choice.request.taken for choice in self.choices)
+        return {"prompt": len(self.prompt), "answer": answers}
+
     def usage(self) -> dict[str, int]:
-        prompt, answers = len(self.prompt), sum(choice.tokens for choice in self.choices)
+        prompt, answers = self.tokens().values()
         usage = {"prompt_tokens": prompt, "completion_tokens": answers}
         return usage | {"total_tokens": prompt + answers}
 
 
-def _parts(parts: Sequence[Part]) -> list[dict[str, str]]:
-    return [{"type": part.kind, "text": part.text} for part in parts]
-
-
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 # ---------------------------------------------------------------------------- the server
@@ -592,30 +503,29 @@ def build(
     site cannot reach the server through a name of its own (DNS rebinding). api_key: asked of all
     but the page and /health. cors: the origin of other pages that may use the API.
     """
-    chats = Chats(session, name)
+    scribe = Scribe(session, name)
     page, policy = _page()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
-        chats.scribe.start()
+        scribe.start()
         yield
-        await asyncio.to_thread(chats.scribe.close)
+        await asyncio.to_thread(scribe.close)
 
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    async def refused(request: Request, error: Any) -> Response:
         return _refusal(error.status_code, error.detail)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.scribe = chats.scribe
+    app.state.scribe = scribe
     app.exception_handler(HTTPException)(refused)
     if cors is not None:
         app.add_middleware(CORSMiddleware, allow_origins=[cors], allow_headers=["*"])
-    app.add_middleware(_guard, local=local, policy=policy, api_key=api_key, counts=chats.counts)
-    app.post("/v1/chat/completions")(chats.complete)
+    app.add_middleware(_guard, local=local, policy=policy, api_key=api_key, counts=scribe.counts)
+    app.post("/v1/chat/completions")(scribe.complete)
     app.get("/")(lambda: HTMLResponse(page))
-    app.get("/v1/models")(lambda: {"object": "list", "data": [chats.about]})
+    app.get("/v1/models")(lambda: {"object": "list", "data": [scribe.about]})
     app.get("/health")(lambda: {"status": "ok"})
-    app.get("/metrics")(lambda: PlainTextResponse(chats.metrics()))
+    app.get("/metrics")(lambda: PlainTextResponse(scribe.metrics()))
     return app
 
 
