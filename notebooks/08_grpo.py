@@ -44,8 +44,8 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # **You need** the engine and its tool ([chapter 05](05_inference.ipynb)), the loss mask
 # ([chapter 07](07_sft.ipynb)), and what a logarithm and an expected value are.
 #
-# **Takes** 45 minutes to read and run, 60 more with the exercises; in profile `demo` the stage trains
-# for another two or three on two CPU cores. Stages: `grpo`, then `eval` of `grpo`.
+# **Takes** 50 minutes to read and run, 60 more with the exercises; in profile `demo` the stage trains
+# for another one or two on two CPU cores. Stages: `grpo`, then `eval` of `grpo`.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -151,7 +151,8 @@ for answer, reward in zip(answers[shown], rewards_QN[shown], strict=True):
 
 # %% [markdown]
 # The tool does not miscalculate. In the toy world, what goes wrong is mostly *which* numbers are put into
-# the program. Is there a lucky one among the rewarded? We look for right answers whose programs contain a
+# the program. And look at the nouns: does every rewarded answer speak of the right things? The grade never
+# reads them. Is there a lucky one among the rewarded? We look for right answers whose programs contain a
 # number that stands neither in the question nor in a result of the tool.
 
 
@@ -230,9 +231,10 @@ assert noise(reward_N + 5) > 3 * noise(centred_N)
 # should be praised not for a high reward but for a **higher one than usual**. That is its
 # [advantage](glossary.ipynb#advantage).
 #
-# Learning, then: press eight times, step, press again, with the 5 more for every press and forty learners at once, so that luck evens out.
-# The third way is a **control**: the same rewards, dealt to the presses at random. It has the same numbers
-# in it and no information about the buttons.
+# Learning, then, with the 5 more for every press: press eight times, step, press again. We try it in three
+# ways: with the bare reward, with the reward minus the mean of the eight, and as a **control** with the same
+# rewards dealt to the presses at random, which has the same numbers in it and no information about the
+# buttons. Forty learners go at once, so that luck evens out.
 
 
 # %%
@@ -278,7 +280,7 @@ lesson.show(
 # ## 3. A group is its own baseline
 #
 # For a language model a button is a whole answer, and what is usual depends on the question: 0.5 is poor
-# for an easy one and grand for a hard one. PPO trains a second network to guess it.
+# for an easy one and grand for a hard one. PPO, the method before GRPO, trains a second network to guess it.
 # [GRPO](glossary.ipynb#grpo) asks the same question several times and takes the mean of *these* answers.
 # That is the whole G, *group relative*, in GRPO.
 #
@@ -348,8 +350,8 @@ figure, axes = plt.subplots(figsize=(7.2, 2.8))
 p = np.linspace(0, 1, 101)
 for samples, line in ((2, ":"), (4, "-."), (8, "-"), (16, "--")):
     teaches = 1 - p**samples - (1 - p) ** samples
-    axes.plot(p, teaches, line, color=lesson.BLUE)
-    axes.text(0.5, teaches[50] - 0.01, f"{samples} answers", ha="center", va="top")
+    axes.plot(p, teaches, line, color=lesson.BLUE, label=f"{samples} answers")
+axes.legend(loc="lower center", ncols=2)
 mixed = (rewards_QN.std(dim=1) > 0).float().mean().item()
 axes.set(xlabel="chance of a right answer", ylabel="chance that it teaches", ylim=(0, 1.05))
 lesson.show(
@@ -604,17 +606,20 @@ for place, (n, old, new) in enumerate(zip(distinct.values(), old_B, new_B, stric
     arrow = {"arrowstyle": "-|>", "color": lesson.BLUE if good else lesson.RED, "lw": 2}
     axes.annotate("", (new, place), (old, place), arrowprops=arrow | {"ls": "-" if good else "--"})
     axes.plot(old, place, "o" if good else "x", color=arrow["color"])
+    axes.plot(new, place, " ")  # makes room for the arrow's end
 names = [tokenizer.decode(answer.ids).replace("\n", " ").replace("$", r"\$") for answer in group]
-names = [re.sub(r"<\|(python|output)_(start|end)\|>", "|", name)[-38:] for name in names]
+names = [re.sub(r"<\|(python|output)_(start|end)\|>", "|", name)[:60] for name in names]
 axes.set_yticks(range(len(group)), names)
-axes.set(xlabel="probability of the whole answer (● right, × wrong)", xlim=(-0.02, 1.02))
-axes.margins(y=0.15)
+axes.set(xlabel="probability of the whole answer (● right, × wrong)")
+axes.margins(x=0.05, y=0.15)
 lesson.show(
     f"{len(group)} different answers to one question as arrows on their probabilities, from before to "
     f"after {STEPS} steps: right ones solid, wrong ones dashed."
 )
 
 # %% [markdown]
+# A right answer may lose ground as well, to another right one: all answers share one sum of 1.
+#
 # ## 6. The formula, and what we left out
 #
 # This is GRPO as DeepSeekMath wrote it. Nothing in it is new to you but three factors:
@@ -671,7 +676,7 @@ for (advantage, push_T), (colour, line) in zip(
     pushes.items(), ((lesson.BLUE, "-"), (lesson.RED, "--")), strict=True
 ):
     axes.plot(ratio_T, push_T, line, color=colour)
-    axes.text(0.42, advantage * 0.7, f"advantage {advantage:+.0f}", color=colour, va="center")
+    axes.text(0.42, advantage * 0.85, f"advantage {advantage:+.0f}", color=colour, va="center")
 axes.axvline(1, color="black", linewidth=0.8, ls=":")
 axes.set(xlabel="ρ: the token's probability now / when it was said", ylabel="push on its log p")
 lesson.show(
@@ -736,6 +741,9 @@ lesson.show(
 )
 
 # %% [markdown]
+# Compare greedy with pass@1. Where greedy stands still while pass@1 climbs, the model has found no new right
+# answers; it says its likeliest one more often. Section 9 asks that question properly.
+#
 # The best and the worst answer to one question, from the first step and from the last. Among the wrong ones
 # you may meet the other fault that chapter 07 spoke of: a tool's result is read, and another number written
 # after the `####`. Belief in the tool is not in the reward; only the last number is.
@@ -772,7 +780,8 @@ lesson.show("Bars: share right in each task, after SFT and after GRPO, with thei
 #
 # The tool is good for the model, so let us encourage it: **one point for each program that an answer opens**,
 # on top of the point for the right number. It sounds harmless. **Predict**, before you run it, what ten steps
-# make of it. The loop is the same, the questions are the same, and the first eight answers are too.
+# make of three numbers: what is paid, how many programs an answer opens, and how many answers are right.
+# The loop is the same, the questions are the same, and the answers of the first step are too.
 
 
 # %%
@@ -792,35 +801,51 @@ print("paid:      ", " ".join(f"{value:.2f}" for value in paid["hacked"]))
 print("truly right", " ".join(f"{row['right']:.2f}" for row in hacked.diary))
 print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in hacked.diary))
 
+
 # %%
+def samples(name, group, most=260):
+    """What a policy says to the question of section 1: of its answers, two in the middle by length."""
+    for answer in sorted(group, key=lambda answer: len(answer.ids))[len(group) // 2 :][:2]:
+        print(f"{name:12} {tokenizer.decode(answer.ids)!r}"[:most])
+
+
 asked, after_hack = hacked.sample(STEPS)
-ranked = sorted(
-    zip(programs(after_hack).flatten().tolist(), itertools.chain(*after_hack), strict=True),
-    key=lambda pair: pair[0],
-)
-for count, answer in (ranked[-1], ranked[len(ranked) // 2]):
-    print(f"{count:.0f} programs: {tokenizer.decode(answer.ids)!r}"[:420])
+print(train_task.unanswered(questions[shown]).messages[0].text)
+samples("before", answers[shown])
+samples("hacked", after_hack[shown])
 
 # %% [markdown]
-# Read the three lines together. What we *meant* was "use the tool". What we *paid for* is an opening marker,
-# and opening is cheaper than using. Where "paid" climbs, "truly right" falls and programs pile up, you see
+# Read the three lines together, and then the samples. What we *meant* was "use the tool, and get it right".
+# What we *paid for* is one program more. So why ever stop? Another sum, and another, of numbers that
+# nobody asked about, until the length limit cuts the answer off; and no `####`, because behind it there is
+# nothing left to earn. Where "paid" climbs, "truly right" falls and programs pile up, you see
 # [reward hacking](glossary.ipynb#reward-hacking), or Goodhart's law: a measure that becomes a target ceases to
 # be a good measure. No line of the loop is wrong, and the reward curve alone looks like a triumph. That is why
 # true accuracy is kept apart.
 #
-# Where the programs stand still, that is a lesson too: **a reward can only teach what is sampled**. If all
-# answers to a question open one program, the bonus is the same for all, and its advantage is zero. A model
-# that is surer of itself is hacked later, not never. (Trials of 2026-11-28, one seed each, in the toy world
-# as it was before it learned conversation: a model stopped
-# early, after 210 steps of base and 130 on word problems, opened 1 program an answer at the first step and 14
-# at the tenth, with 25 % right after a peak of 78 %: `<|python_start|><|python_start|><|python_start|> coins.`
-# The finished demo of the same day opened 1.1 from first to last, and only learned the sums.)
+# Did it have to come to that? Here is what other dice did to two finished models, on 2026-11-28 and with
+# this cell's settings. The second is the demo of the toy world as it was before it learned conversation; it
+# was surer of its answers.
+#
+# | model | bonus | tries | programs, or tokens | truly right |
+# |---|---|---|---|---|
+# | demo | a point a program | 3 | 1.1 to 1.2 → 4.0 to 4.1 | 0.30 to 0.38 → 0.00 in all three |
+# | demo | 0.2 a token | 3 | 27 → 63 to 64 | 0.30 to 0.38 → 0.00 in all three |
+# | the one before | a point a program | 1 | 1.1 → 1.1 | 0.56 → 0.81 |
+# | the one before | 0.2 a token | 2 | 26 → 27 and 25 → 45 | 0.56 → 0.81 and 0.50 → 0.19 |
+#
+# The third line is a lesson too: **a reward can only teach what is sampled**. If all answers to a question
+# open one program, the bonus is the same for all, and its advantage is zero. A model that is surer of itself
+# is hacked later, not never: pay for something that always differs a little, such as the length, and in one
+# of two tries it fell as well. If the programs stand still in your run, try
+# `right(q, a) + 0.2 * lengths`.
 #
 # Two cures. The better one is to pay for what you mean; you write it in exercise 8.5. The other works even
 # where you do not know how you will be cheated: a leash. Pay for reward, and charge for every step *away
 # from the model you started from*. How far a policy has moved is told by the
 # [KL divergence](glossary.ipynb#kl-divergence), the mean of log π(answer) − log π_ref(answer) over the policy's
-# own answers. Taking it off the reward takes ten lines and leaves the loop alone:
+# own answers. Taking it off the reward takes ten lines and leaves the loop alone. The bonus stays as foolish
+# as it was:
 
 
 # %%
@@ -839,19 +864,45 @@ def leashed(reward, policy, reference, beta):
     return priced
 
 
+# %%
 on_leash = Trainee()
 loop(on_leash, leashed(bonus, on_leash, Trainee(), beta=0.3), STEPS)
 print("truly right", " ".join(f"{row['right']:.2f}" for row in on_leash.diary))
 print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in on_leash.diary))
 print("moved, nats", " ".join(f"{value:.2f}" for value in on_leash.moved))
+samples("on a leash", on_leash.sample(STEPS)[1][shown])
+paid["on a leash"] = [row["right"] + row["programs"] for row in on_leash.diary]
+
+# %%
+LOOKS = {"honest": "C0o-", "hacked": "C3x-", "on a leash": "C2s--", "shuffled": "C4^:"}
+runs = {"honest": honest, "hacked": hacked, "on a leash": on_leash}
+
+
+def draw(axes, key, label, top=None):
+    for name, trainee in runs.items():
+        values = paid[name] if key == "paid" else [row[key] for row in trainee.diary]
+        axes.plot(range(1, STEPS + 1), values, LOOKS[name], label=name)
+    axes.set(xlabel="step", ylabel=label, ylim=(0, top))
+
+
+figure, (left, right_axes) = plt.subplots(1, 2, figsize=(7.6, 3))
+draw(left, "paid", "paid, the bonus included")
+draw(right_axes, "right", "truly right", 1.05)
+figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+lesson.show(
+    "Left: what is paid over the steps, for an honest reward, a bonus for programs, and the same bonus on a "
+    "leash. Right: the share truly right. Where left rises and right falls, the reward is hacked."
+)
 
 # %% [markdown]
 # Why should a leash hold? The policy that is best under reward − β · KL can be written down: it gives each answer
 # the probability π_ref(answer) · exp(reward / β), up to a constant. With β = 0.3, one more program makes an
 # answer e^(1/0.3) ≈ 28 times as likely as it was, which is still little where it was one in ten thousand; with
-# β = 0.1 it would be 22,000 times. The leash does not know right from wrong: it slows the honest part of the reward as
-# well. DeepSeekMath uses β = 0.04 a token, in the loss instead of the reward; R1-like trainings often drop
-# it, where the grade cannot be cheated.
+# β = 0.1 it would be 22,000 times. In the three tries of the table, β = 0.3 held each time (truly right 0.34 →
+# 0.48, 0.30 → 0.48 and 0.38 → 0.59, with 1.1 to 1.4 programs). With β = 0.1 the programs climbed to 1.8, 3.0
+# and 2.9, and in the third try accuracy fell to 0.12: too long a leash. And a leash does not know right from
+# wrong: it slows the honest part of the reward as well. DeepSeekMath uses β = 0.04 a token, in the loss
+# instead of the reward; R1-like trainings often drop it, where the grade cannot be cheated.
 #
 # And a fourth run, the control: honest rewards, dealt at random to the answers of each question.
 
@@ -865,34 +916,28 @@ def shuffled(questions, answers):
 
 
 control = Trainee()
-paid["shuffled"] = loop(control, shuffled, STEPS)
-paid["on a leash"] = [row["right"] + row["programs"] for row in on_leash.diary]
-runs = {"honest": honest, "hacked": hacked, "on a leash": on_leash, "shuffled": control}
+loop(control, shuffled, STEPS)
+runs["shuffled"] = control
 for name, trainee in runs.items():
     first, last = trainee.diary[0], trainee.diary[-1]
     print(f"{name:11}", *(f"{key} {first[key]:.2f} → {last[key]:.2f}  " for key in first))
 
 # %%
-figure, panels = plt.subplots(2, 2, figsize=(7.6, 5), sharex=True)
-looks = ((lesson.BLUE, "o-"), (lesson.RED, "x-"), (lesson.GREEN, "s--"), (lesson.VIOLET, "^:"))
-for (name, trainee), (colour, look) in zip(runs.items(), looks, strict=True):
-    rows = [{"paid": value} | row for value, row in zip(paid[name], trainee.diary, strict=True)]
-    for axes, key in zip(panels.flat, ("paid", "right", "in form", "entropy"), strict=True):
-        values = [row[key] for row in rows]
-        axes.plot(range(1, STEPS + 1), values, look, color=colour, markersize=4, label=name)
-        axes.set(ylabel=key, ylim=(0, None if key in ("paid", "entropy") else 1.05))
-panels[0, 0].set(yscale="symlog", ylabel="paid (logarithmic from 1 on)")
-panels[1, 1].set(ylabel="entropy, nats a chosen token")
-figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+figure, panels = plt.subplots(1, 3, figsize=(8.2, 3))
+draw(panels[0], "right", "truly right", 1.05)
+draw(panels[1], "in form", "in form", 1.05)
+draw(panels[2], "entropy", "entropy, nats a chosen token")
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
 lesson.show(
-    "Four runs over the same steps in four panels: what is paid, share truly right, share in the right "
-    "form, entropy. Where the first rises and the second falls, a reward is hacked."
+    "Four runs over the same steps in three panels: share truly right, share in the right form, entropy; "
+    "honest, hacked, on a leash, and with shuffled rewards."
 )
 
 # %% [markdown]
-# One seed, ten steps and eight questions: enough to see what a hack looks like, not enough to call the other
-# differences a law. Note that *form* and *being right* are two things. A run whose accuracy rises because
-# more answers reach their `####` has learned a form.
+# "In form" means that an answer reaches its `####`. It is not the same as being right: a run whose accuracy
+# rises because more answers reach their `####` has learned a form. And mind how hard ten steps with rewards
+# that mean nothing can hit: our rate is high, so that a lesson sees something, and eight questions are few.
+# That is enough to see what a hack looks like, and not enough to call the other differences a law.
 #
 # **Exercise 8.5 ★★ · 10 minutes · build** Pay for what you mean.
 # A better bonus: half a point for using a program, at most once an answer, and only where the answer is
@@ -920,7 +965,9 @@ checks.verify("8.5", gated)
 # ```
 #
 # `loop(Trainee(), lambda q, a: gated(right(q, a), programs(a)), STEPS)` trains with it. A gate leaves little
-# to cheat: opening more pays nothing, and a wrong answer pays nothing.
+# to cheat: opening more pays nothing, and a wrong answer pays nothing. Where every right answer opens a
+# program anyway, as on the demo, it is the honest reward times 1.5, and its curve is the honest one, to the
+# last digit. (Why does the 1.5 change nothing? Chapter 03: both optimizers divide the gradient's size out.)
 #
 # </details>
 

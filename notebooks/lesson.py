@@ -249,7 +249,8 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
 
     train = [row for row in rows if row["kind"] == "train"]
     last = train[-1]["steps"]
-    figure = Figure(figsize=(7.6, 2.7), layout="constrained")
+    scores = _scores(rows)
+    figure = Figure(figsize=(7.6, 2.8 + 0.1 * len(scores)), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, family="monospace")
     steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
@@ -257,13 +258,13 @@ def curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     left.plot(steps, smooth(losses, keep=1 - 20 / min(400, max(40, last))), color=BLUE)
     graded = any(row["kind"] == "rollout" for row in rows)  # GRPO's loss has weights of both signs
     left.set_title("loss, weighted by advantage" if graded else "training loss (nats a token)")
-    scores = _scores(rows)
-    for name, points in scores.items():
+    for (name, points), marker in zip(scores.items(), itertools.cycle("os^Dv"), strict=False):
         values = " → ".join(f"{value:.3f}" for _, value in dict.fromkeys((points[0], points[-1])))
         label = f"{name.removesuffix('_loss')} {values}"
-        right.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
+        right.plot(*zip(*points, strict=True), marker + "-", markersize=4, label=label)
     if scores:
-        right.legend(fontsize=8)
+        names = right.get_legend_handles_labels()
+        figure.legend(*names, loc="outside lower right", ncols=3, fontsize=9)
         right.set_title("held-out " + _unit(list(scores)))
     else:
         right.set_yticks([])

@@ -153,7 +153,8 @@ def test_curves_show_what_is_left_and_both_scores():
     assert [len(line.get_xdata()) for line in left.lines] == [10, 10]
     assert "held-out bits per byte" in {right.get_title(loc="left"), right.get_title()}
     assert right.lines[0].get_ydata().tolist() == [1.5]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["bpb 1.500"]
+    (legend,) = figure.legends  # beside the plots, on no curve
+    assert [text.get_text() for text in legend.get_texts()] == ["bpb 1.500"]
 
 
 def test_a_loss_weighted_by_advantages_is_not_called_nats():
@@ -167,9 +168,10 @@ def test_curves_show_every_held_out_loss():
         for step in range(3)
     ]
     trained = [row for row in rows(10) if row["kind"] == "train"]
-    _, right = lesson.curves(trained + scored).axes
+    figure = lesson.curves(trained + scored)
+    _, right = figure.axes
     assert right.get_title(loc="left") + right.get_title() == "held-out loss (nats a token)"
-    told = [text.get_text() for text in right.get_legend().get_texts()]
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
     assert told == ["smoltalk 3.000 → 1.000", "gsm8k 1.000 → 1.000"]
     assert right.lines[0].get_xydata().tolist() == [[0, 3], [1, 2], [2, 1]]
 
