@@ -29,7 +29,10 @@ FIRST_EDITION = {"optim.every_stage": True}
 Count = Annotated[int, "at least 1", lambda value: value >= 1]
 Limit = Annotated[int, "0 or more, or none for all", lambda value: value >= 0]
 Positive = Annotated[float, "more than 0", lambda value: value > 0]
+NotNegative = Annotated[float, "0 or more", lambda value: value >= 0]
 Fraction = Annotated[float, "a fraction from 0 to 1", lambda value: 0 <= value <= 1]
+Terms = Annotated[int, "at least 2", lambda value: value >= 2]
+Largest = Annotated[int, "at least 9", lambda value: value >= 9]
 HeadDim = Annotated[int, "even (RoPE turns pairs) and not 0", lambda n: n > 0 and n % 2 == 0]
 VocabSize = Annotated[
     int, "at least 265 (256 bytes and 9 special tokens)", lambda value: value >= MIN_VOCAB
@@ -113,6 +116,7 @@ class Schedule(Settings):
     """What all training stages share; `nanolib.train.lr_scale` shows the learning rate."""
 
     enabled: bool = True
+    seed: int | None = None  # of this stage's draws; None: the run's
     steps: Count | None = None
     eval_every: Count | None = None  # steps between scores; None: about ten times a stage
     save_every: Count | None = None  # steps between checkpoints; None: about ten times a stage
@@ -128,6 +132,14 @@ class BaseConfig(Schedule):
     eval_documents: Count | None = None  # of the validation shard; None: all
 
 
+class SumsConfig(Settings):
+    """How hard the problems of `nanolib.tasks.Sums` are."""
+
+    fewest: Terms = 2  # terms
+    most: Terms = 4
+    largest: Largest = 9  # term
+
+
 class Mixture(Settings):
     """Training rows taken from each source: None means all of them, 0 none."""
 
@@ -136,6 +148,7 @@ class Mixture(Settings):
     arc_easy: Limit | None = None
     arc_challenge: Limit | None = None
     gsm8k: Limit | None = None
+    sums: Limit | None = 0  # problems of `nanolib.tasks.Sums`, worked in steps
 
 
 class ConversationConfig(Schedule):
@@ -144,6 +157,7 @@ class ConversationConfig(Schedule):
     epochs: Positive = 1.0  # passes over the mixture, when steps is not given
     batch_tokens: Count = 524_288  # over all ranks and micro-batches, padding included
     rows: Mixture = Mixture()
+    sums: SumsConfig = SumsConfig()
 
 
 class MidConfig(ConversationConfig):
@@ -167,6 +181,7 @@ class GRPOConfig(Schedule):
     lr: Positive = 0.05
     warmdown: Fraction = 1.0
     task: str = "gsm8k"  # a task of `nanolib.tasks` that can be graded
+    sums: SumsConfig = SumsConfig()  # where that is sums
     epochs: Positive = 1.0  # passes over the task's questions, when steps is not given
     questions: Count = 16  # a step, over all ranks
     samples: Count = 16  # answers to each
@@ -175,6 +190,12 @@ class GRPOConfig(Schedule):
     top_k: Count | None = 50
     updates_each: Count = 1  # optimizer updates on the same answers; clipped from the second on
     clip: Positive = 0.2  # of the probability ratio, in further updates
+    clip_high: Positive | None = None  # of ratios above 1; None: as `clip` (DAPO: 0.28)
+    objective: Literal["ppo", "cispo"] = "ppo"  # with clipped ratios, in further updates
+    kl: NotNegative = 0.0  # weight of the penalty for leaving the start (0.04 in arXiv:2402.03300)
+    deviation: bool = False  # divide a question's advantages by their deviation, as there
+    sequence_mean: bool = False  # each answer counts alike, as there; False: each token
+    skip_equal: bool = False  # leave out questions whose answers all earn the same (DAPO)
     shuffled: bool = False  # a control: each question's rewards are shuffled among its answers
     eval_questions: Count = 400  # held-out questions in each evaluation
     eval_samples: Count = 8  # of each, for pass@1 to pass@8; with `top_k`, at temperature 1
@@ -420,6 +441,11 @@ def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
         warmup, warmdown = getattr(recipe, name).warmup, getattr(recipe, name).warmdown
         if warmup + warmdown > 1:
             yield f"{name}.warmup + {name}.warmdown must be at most 1, got {warmup} + {warmdown}"
+    for name in ("mid", "sft", "grpo"):
+        sums = getattr(recipe, name).sums
+        if sums.most < sums.fewest:
+            least = f"{name}.sums.fewest ({sums.fewest})"
+            yield f"{name}.sums.most must be at least {least}, got {sums.most}"
     for name in ("base", "mid", "sft"):
         setting, tokens = f"{name}.batch_tokens", getattr(recipe, name).batch_tokens
         if tokens % row:

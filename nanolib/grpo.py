@@ -1,16 +1,16 @@
 """GRPO: learn from answers that can be graded (arXiv:2402.03300, simplified as in the original).
 
 A step samples several answers to each of some questions and raises the probability of those better
-than their question's average: advantage = reward − mean. No value network, no KL penalty, no
-division by the standard deviation (arXiv:2503.20783). The loss is a mean over all tokens of the
-step that the policy chose. To the `Trainer` this is a source and a loss, like any other stage's.
+than their question's average: advantage = reward − mean. No value network, and unless asked for no KL penalty
+and no division by the standard deviation (arXiv:2503.20783). The loss is a mean over all tokens of
+the step that the policy chose. To the `Trainer` this is a source and a loss, as in any other stage.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,21 +31,45 @@ PADDING = 16  # a batch's length is a multiple of this: fewer shapes to compile 
 # ---------------------------------------------------------------------------- the loss
 
 
-def advantages(rewards: Sequence[float]) -> list[float]:
-    """How much better each of a question's answers is than their average."""
+def advantages(rewards: Sequence[float], deviation: bool = False) -> list[float]:
+    """How much better each of a question's answers is than their average.
+
+    deviation: in standard deviations, as GRPO was first written; questions that are nearly always or
+    nearly never answered then weigh as much as the others.
+    """
     mean = sum(rewards) / len(rewards)
-    return [reward - mean for reward in rewards]
+    scale = float(np.std(rewards)) + 1e-6 if deviation else 1.0
+    return [(reward - mean) / scale for reward in rewards]
+
+
+def kl_k3(nll: Tensor, reference_nll: Tensor) -> Tensor:
+    """KL(policy ‖ reference) from the policy's own samples, token by token; none is negative.
+
+    With r = p_reference / p it is r − 1 − log r (Schulman's k3, GRPO's equation 4).
+    """
+    log_ratio = nll - reference_nll
+    return log_ratio.exp() - 1 - log_ratio
 
 
 class PolicyGradient:
-    """−Σ advantage · log p / tokens, or PPO's clipped objective where a rollout is used again.
+    """−Σ advantage · log p / tokens, or a clipped objective where a rollout is used again.
 
-    A field "old_nll" (`nll` before the first update) makes it PPO's (arXiv:1707.06347): the ratio
-    of new to old probability, clipped to 1 ± `clip`. At a ratio of 1 the gradients are the same.
+    A field "old_nll" (`nll` before the first update) brings in the ratio of new to old probability.
+    PPO (arXiv:1707.06347) clips it to 1 − `clip` … 1 + `clip_high`, wider above in DAPO
+    (arXiv:2503.14476), and what is clipped no longer pulls. CISPO (arXiv:2506.13585) only limits
+    from above how hard each token pulls. At a ratio of 1 the gradients of all three are the same.
+    `kl` weighs `kl_k3` to the field "reference_nll"; a field "weight" weighs tokens.
     """
 
-    def __init__(self, clip: float = 0.2):
-        self.clip = clip
+    def __init__(
+        self,
+        clip: float = 0.2,
+        clip_high: float | None = None,
+        objective: Literal["ppo", "cispo"] = "ppo",
+        kl: float = 0.0,
+    ):
+        self.low, self.high = 1 - clip, 1 + (clip_high or clip)
+        self.objective, self.kl = objective, kl
 
     def count(self, batch: Batch) -> int:
         return int((batch.targets_BT != IGNORED).sum())
@@ -54,11 +78,19 @@ class PolicyGradient:
         advantage_BT = batch.fields["advantage"]
         old_nll_BT = batch.fields.get("old_nll")
         if old_nll_BT is None:
-            return (advantage_BT * nll_BT).sum()
-        ratio_BT = torch.exp(old_nll_BT - nll_BT)
-        clipped_BT = ratio_BT.clamp(1 - self.clip, 1 + self.clip)
-        gain_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
-        return -gain_BT.masked_fill(batch.targets_BT == IGNORED, 0).sum()
+            loss_BT = advantage_BT * nll_BT
+        elif self.objective == "cispo":
+            weight_BT = torch.exp(old_nll_BT - nll_BT).detach().clamp(max=self.high)
+            loss_BT = weight_BT * advantage_BT * nll_BT
+        else:
+            ratio_BT = torch.exp(old_nll_BT - nll_BT)
+            clipped_BT = ratio_BT.clamp(self.low, self.high)
+            loss_BT = -torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+        if self.kl:
+            loss_BT = loss_BT + self.kl * kl_k3(nll_BT, batch.fields["reference_nll"])
+        if "weight" in batch.fields:
+            loss_BT = loss_BT * batch.fields["weight"]
+        return loss_BT.masked_fill(batch.targets_BT == IGNORED, 0).sum()
 
 
 # ---------------------------------------------------------------------------- the source
@@ -78,8 +110,8 @@ class RolloutSource:
 
     Each epoch draws a new order of the questions; question i of a step goes, with all its samples,
     to rank i mod world size. A micro-batch has at most the tokens of `device_batch` whole contexts
-    (None: this rank's share). `nll` is the training forward pass, `reward` None the task's grade.
-    Each step appends a row of kind "rollout" to `metrics`.
+    (None: this rank's share). `nll` is the training forward pass, `reference` that of the model at
+    the start, `reward` None the task's grade. Each step appends a row of kind "rollout" to `metrics`.
     """
 
     questions: Questions
@@ -88,6 +120,7 @@ class RolloutSource:
     device_batch: int | None = None
     reward: Reward | None = None
     nll: Callable[[Batch], Tensor] | None = None
+    reference: Callable[[Batch], Tensor] | None = None
     metrics: Metrics | None = None
 
     def __post_init__(self) -> None:
@@ -96,18 +129,34 @@ class RolloutSource:
         rows = self.device_batch or self.config.questions * self.config.samples
         self.device_tokens = rows * self.engine.context
 
-    @torch.no_grad()
     def updates(self, step: int) -> list[list[Batch]]:
-        rollouts = self.rollouts(step)
-        self._record(step + 1, rollouts)
-        batches = list(self._batches(rollouts))
-        if self.config.updates_each > 1:
-            nll = self.nll or self.engine.model.nll
-            for number, batch in enumerate(batches):
-                with self.runtime.autocast():
-                    old_nll_BT = nll(batch.to(self.runtime.device))
-                batches[number] = replace(batch, fields=batch.fields | {"old_nll": old_nll_BT})
+        rollouts = kept = self.rollouts(step)
+        if self.config.skip_equal:  # DAPO would also draw other questions in their place
+            kept = [r for r in rollouts if len(set(r.rewards)) > 1] or rollouts[:1]
+        batches, sums = [], torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
+        for batch in self._batches(kept):
+            batch, part = self._measured(batch)
+            batches.append(batch)
+            sums += part
+        self._record(step + 1, rollouts, self.runtime.sum(sums).tolist())
         return [batches] * self.config.updates_each
+
+    @torch.no_grad()
+    def _measured(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """With the fields that the loss will ask for; and (tokens, Σ nll, Σ KL to the start)."""
+        there = batch.to(self.runtime.device)
+        with self.runtime.autocast():
+            nll_BT = (self.nll or self.engine.model.nll)(there)
+            reference_BT = self.reference(there) if self.reference else nll_BT
+        chosen_BT = there.targets_BT != IGNORED
+        kl_BT = kl_k3(nll_BT, reference_BT).masked_fill(~chosen_BT, 0)
+        fields = dict(batch.fields)
+        if self.config.updates_each > 1:
+            fields["old_nll"] = nll_BT
+        if self.config.kl:
+            fields["reference_nll"] = reference_BT
+        sums = torch.stack((chosen_BT.sum(), nll_BT.sum(), kl_BT.sum()))
+        return replace(batch, fields=fields), sums
 
     def rollouts(self, step: int) -> list[Rollout]:
         """This rank's."""
@@ -143,36 +192,60 @@ class RolloutSource:
         rows: list[tuple[np.ndarray, np.ndarray, float]] = []  # ids, targets or not, advantage
         for rollout in rollouts:
             prompt = self.questions.prompt(rollout.question)
-            for answer, advantage in zip(rollout.answers, advantages(rollout.rewards), strict=True):
+            values = advantages(rollout.rewards, self.config.deviation)
+            for answer, advantage in zip(rollout.answers, values, strict=True):
                 end = [] if answer.end is None else [answer.end]  # the policy chose it too
                 chosen = [False] * len(prompt) + answer.chosen + [True] * len(end)
                 rows.append((np.array(prompt + answer.ids + end), np.array(chosen), advantage))
         rows.sort(key=lambda row: len(row[0]))
+        weights = self._weights([max(1, int(chosen.sum())) for _, chosen, _ in rows])
         for group in groups([_padded(row[0]) for row in rows], self.device_tokens):
             ids, chosen, values = zip(*(rows[i] for i in group), strict=True)
             length = _padded(ids[-1])
             batch = batch_of_rows(ids, chosen, length, self.engine.tokenizer.bos)
-            advantage_BT = torch.tensor(values)[:, None].expand(-1, length).contiguous()
-            yield replace(batch, fields={"advantage": advantage_BT})
+            fields = {"advantage": torch.tensor(values)}
+            if weights is not None:
+                fields["weight"] = weights[group]
+            spread = {k: v[:, None].expand(-1, length).contiguous() for k, v in fields.items()}
+            yield replace(batch, fields=spread)
 
-    def _record(self, step: int, rollouts: Sequence[Rollout]) -> None:
+    def _weights(self, tokens: list[int]) -> Tensor | None:
+        """Of each answer's tokens, so that a mean over all tokens is one of the answers' means."""
+        if not self.config.sequence_mean:
+            return None
+        total = torch.tensor([sum(tokens), len(tokens)], device=self.runtime.device)
+        all_tokens, answers = self.runtime.sum(total).tolist()
+        return all_tokens / answers / torch.tensor(tokens)
+
+    def _record(self, step: int, rollouts: Sequence[Rollout], sums: Sequence[float]) -> None:
         """One metrics row over all ranks' rollouts, with two answers to one question."""
-        pairs = (pair for r in rollouts for pair in zip(r.answers, r.rewards, strict=True))
-        mine = [(reward, len(answer.ids), answer.end is None) for answer, reward in pairs]
+        formatted = self.questions.task.formatted
+        triples = (it for r in rollouts for it in zip(r.answers, r.texts, r.rewards, strict=True))
+        mine = [
+            (reward, len(it.ids), it.end is None, formatted(text), not all(it.chosen))
+            for it, text, reward in triples
+        ]
         mixed = sum(len(set(rollout.rewards)) > 1 for rollout in rollouts)
         gathered = self.runtime.gather((mine, mixed))
         if self.metrics is None or not self.runtime.is_lead:
             return
         answers = [answer for part, _ in gathered for answer in part]
-        reward, tokens, cut = (sum(column) / len(answers) for column in zip(*answers, strict=True))
+        reward, length, cut, formatted, tool = (
+            sum(column) / len(answers) for column in zip(*answers, strict=True)
+        )
+        tokens, nll, kl = sums
         self.metrics.append(
             kind="rollout",
             step=step,
             reward=reward,
             # Of the questions: where all answers earn the same, nothing is learned.
             mixed=sum(mixed for _, mixed in gathered) / self.config.questions,
-            answer_tokens=tokens,
+            answer_tokens=length,
             cut=cut,  # answers that reached a limit
+            formatted=formatted,  # in the form that is graded, right or wrong
+            tool=tool,  # answers in which a program ran
+            entropy=nll / tokens,  # nats a token, estimated: −log p of what was drawn
+            kl=kl / tokens,  # nats a token from the start, of the policy before this step's update
             samples=list(self._extremes(rollouts)),
         )
 

@@ -1,5 +1,6 @@
 """Tasks: data sets of the hub as conversations, and how to grade answers to them."""
 
+import random
 import re
 import textwrap
 import weakref
@@ -11,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from nanolib import hub
+from nanolib.config import SumsConfig
 from nanolib.conversation import LETTERS, Conversation, Message, Part, choice_question
+from nanolib.runtime import seed_of
 from nanolib.tools import Sandbox, without_commas
 
 PROGRAM_SECONDS = 6  # that a HumanEval function may take with its tests
@@ -60,6 +63,10 @@ class GradedTask(Task):
     def grade(self, i: int, answer: str) -> bool | None:
         """Whether an answer to row i is right; None where that cannot be found out here."""
         raise NotImplementedError
+
+    def formatted(self, answer: str) -> bool:
+        """Whether it has the form in which answers are graded, right or wrong."""
+        return True
 
 
 class ChoiceTask(Task):
@@ -148,6 +155,9 @@ class GSM8K(GradedTask):
 
     def grade(self, i: int, answer: str) -> bool:
         return final_number(answer) == final_number(self.row(i)["answer"])
+
+    def formatted(self, answer: str) -> bool:
+        return final_number(answer) is not None
 
 
 def calculator_parts(answer: str, run: bool = False) -> tuple[Part, ...]:
@@ -245,7 +255,49 @@ class Facts(GradedTask):
         return row["answer"] in words and not words & set(row["others"])
 
 
-CLASSES: tuple[type[Task], ...] = ARCEasy, ARCChallenge, MMLU, SmolTalk, GSM8K, HumanEval, Facts
+class Sums(GradedTask):
+    """Sums such as 3 + 8 - 4 with a dial, drawn here and worked in steps; no total is below 0.
+
+    The splits, "train", "test" and "final SEED", share no problem: its text decides where it goes.
+    """
+
+    name, repository = "sums", ""
+
+    def __init__(self, split: str, dial: SumsConfig | None = None):
+        self.split, self.dial, self.part = split, dial or SumsConfig(), split.split()[0]
+
+    def __len__(self) -> int:
+        return 20_000 if self.part == "train" else 2000
+
+    def problem(self, i: int) -> tuple[str, list[str], int]:
+        """The sum, its steps and its result."""
+        rng, dial = random.Random(seed_of(0, "sums", self.split, i)), self.dial
+        while True:
+            text = str(total := rng.randint(1, dial.largest))
+            steps = []
+            for _ in range(rng.randint(dial.fewest, dial.most) - 1):
+                term = rng.randint(1, dial.largest)
+                sign = rng.choice("+-" if term <= total else "+")
+                result = total + term if sign == "+" else total - term
+                steps.append(f"{total} {sign} {term} = {result}")
+                text, total = f"{text} {sign} {term}", result
+            if self.part == {0: "test", 1: "final"}.get(seed_of(0, text) % 10, "train"):
+                return text, steps, total
+
+    def conversation(self, i: int) -> Conversation:
+        text, steps, total = self.problem(i)
+        worked = "\n".join([*steps, f"#### {total}"])
+        return Conversation.ask(f"Work out {text} in steps.", worked)
+
+    def grade(self, i: int, answer: str) -> bool:
+        return final_number(answer) == str(self.problem(i)[-1])
+
+    def formatted(self, answer: str) -> bool:
+        return final_number(answer) is not None
+
+
+HUB = ARCEasy, ARCChallenge, MMLU, SmolTalk, GSM8K, HumanEval, Facts
+CLASSES: tuple[type[Task], ...] = (*HUB, Sums)
 TASKS = {task.name: task for task in CLASSES}
 
 
@@ -255,11 +307,12 @@ def find(name: str) -> type[Task]:
     return TASKS[name]
 
 
-def load(name: str, split: str, mirror: Path) -> Task:
-    return find(name)(split, mirror)
+def load(name: str, split: str, mirror: Path, dial: SumsConfig | None = None) -> Task:
+    """A split of a task; `dial`: how hard sums are."""
+    return Sums(split, dial) if name == Sums.name else find(name)(split, mirror)
 
 
-def load_graded(name: str, split: str, mirror: Path) -> GradedTask:
-    if isinstance(task := load(name, split, mirror), GradedTask):
+def load_graded(name: str, split: str, mirror: Path, dial: SumsConfig | None = None) -> GradedTask:
+    if isinstance(task := load(name, split, mirror, dial), GradedTask):
         return task
     raise ValueError(f"grpo.task must be one whose answers are graded, got {name!r}; try gsm8k")

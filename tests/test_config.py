@@ -126,6 +126,10 @@ def test_other_values_and_names_are_refused(path, given, message):
         ({"base.warmdown": 1.5}, r"base\.warmdown must be a fraction"),
         ({"base.warmup": 0.7, "base.warmdown": 0.7}, r"warmup \+ base\.warmdown must be at most 1"),
         ({"mirror": "/there"}, r"machine\.mirror is /there, but data\.source = toyworld"),
+        ({"grpo.kl": -0.1}, r"grpo\.kl must be 0 or more, got -0.1"),
+        ({"sft.sums.fewest": 1}, r"sft\.sums\.fewest must be at least 2, got 1"),
+        ({"grpo.sums.largest": 8}, r"grpo\.sums\.largest must be at least 9, got 8"),
+        ({"grpo.sums.fewest": 6}, r"sums\.most must be at least grpo.sums.fewest \(6\), got 4"),
         ({"machine.ranks": 3}, r"1024 makes 8 rows, which 3 ranks cannot .* machine\.ranks or"),
     ],
 )

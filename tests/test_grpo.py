@@ -12,7 +12,7 @@ from nanolib.config import GRPOConfig, OptimConfig, Recipe, Schedule, flatten
 from nanolib.conversation import Conversation
 from nanolib.data.packing import IGNORED, Batch
 from nanolib.evals.answers import Questions
-from nanolib.grpo import PolicyGradient, RolloutSource, advantages
+from nanolib.grpo import PolicyGradient, RolloutSource, advantages, kl_k3
 from nanolib.guard import Guard
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import StageDir
@@ -36,6 +36,9 @@ class Parity(GradedTask):
 
     def grade(self, i, answer):
         return len(answer) % 2 == 0
+
+    def formatted(self, answer):
+        return len(answer) < 8
 
 
 def ask(task=None, max_new_tokens=24, seed=7, tool=reverse) -> Questions:
@@ -163,6 +166,88 @@ def test_several_updates_hold_on_to_the_probabilities_before_the_first(tmp_path)
     assert batch.fields["old_nll"].equal(before)
 
 
+def test_advantages_in_standard_deviations():
+    found = advantages([1, 0, 0, 0], deviation=True)  # whose deviation is √3 / 4
+    assert found == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3], rel=1e-4)
+    assert advantages([1, 1, 1], deviation=True) == [0, 0, 0]
+
+
+def test_further_up_than_down_may_a_ratio_go_before_it_is_clipped():
+    old = [1.0] * 5
+    nll = [0.8, 0.7, 1.3, 0.7, 1.2]  # ratios 1.22, 1.35, 0.74, 1.35, 0.82
+    nll_BT, batch = a_batch(nll, old, [1.0, 1.0, -1.0, -1.0, -1.0], [7] * 5)
+    loss = PolicyGradient(clip=0.2, clip_high=0.28).sum(nll_BT, batch)
+    assert_close(loss.item(), -math.exp(0.2) - 1.28 + 0.8 + math.exp(0.3) + math.exp(-0.2))
+    loss.backward()
+    pulls = [math.exp(0.2), 0, 0, -math.exp(0.3), -math.exp(-0.2)]
+    assert_close(nll_BT.grad[0], torch.tensor(pulls))
+
+
+def test_cispo_limits_how_hard_a_token_pulls_and_loses_none():
+    old = [1.0] * 5
+    nll = [0.8, 0.5, 1.5, 0.5, 0.0]  # ratios 1.22, 1.65, 0.61, 1.65; the last is ignored
+    advantage = [1.0, 1.0, -1.0, -1.0, 1.0]
+    nll_BT, batch = a_batch(nll, old, advantage, [7, 7, 7, 7, IGNORED])
+    loss = PolicyGradient(clip_high=0.28, objective="cispo").sum(nll_BT, batch)
+    weights = [math.exp(0.2), 1.28, math.exp(-0.5), 1.28, 0]
+    pulls = [w * a for w, a in zip(weights, advantage, strict=True)]
+    assert_close(loss.item(), sum(p * n for p, n in zip(pulls, nll, strict=True)))
+    loss.backward()
+    assert_close(nll_BT.grad[0], torch.tensor(pulls))
+
+
+def test_the_penalty_is_an_estimate_of_the_divergence():
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.25, 0.25])
+    each = kl_k3(-p.log(), -q.log())  # of drawing each of three tokens
+    assert (each >= 0).all()
+    assert_close((p * each).sum(), (p * (p / q).log()).sum())
+
+
+def test_the_penalty_is_added_token_by_token():
+    nll, start = [1.0, 2.0, 0.5], [1.5, 1.0, 0.5]
+    nll_BT, batch = a_batch(nll, nll, [0.5, -0.25, 0.0], [7, 7, IGNORED])
+    fields = {"advantage": batch.fields["advantage"], "reference_nll": torch.tensor([start])}
+    batch = dataclasses.replace(batch, fields=fields)
+    loss = PolicyGradient(kl=0.1).sum(nll_BT, batch)
+    penalty = sum(math.exp(n - s) - 1 - (n - s) for n, s in ((1.0, 1.5), (2.0, 1.0)))
+    assert_close(loss.item(), 0.5 * 1.0 - 0.25 * 2.0 + 0.1 * penalty)
+    loss.backward()  # towards the start
+    expected = [0.5 + 0.1 * (math.exp(-0.5) - 1), -0.25 + 0.1 * (math.e - 1), 0]
+    assert_close(nll_BT.grad[0], torch.tensor(expected))
+
+
+def test_sequence_mean_counts_each_answer_alike():
+    rollouts = source(sequence_mean=True, device_batch=1)
+    loss, nll = PolicyGradient(), rollouts.engine.model.nll
+    (batches,) = rollouts.updates(0)
+    found = sum(loss.sum(nll(b), b) for b in batches) / sum(loss.count(b) for b in batches)
+    means = []
+    for rollout in rollouts.rollouts(0):
+        for answer, advantage in zip(rollout.answers, advantages(rollout.rewards), strict=True):
+            prompt = rollouts.questions.prompt(rollout.question)
+            said = answer.ids + ([] if answer.end is None else [answer.end])
+            chosen = [*answer.chosen, True][: len(said)]
+            logits = rollouts.engine.model(torch.tensor([prompt + said]))[0, len(prompt) - 1 : -1]
+            log_p = logits.log_softmax(-1)[range(len(said)), said][torch.tensor(chosen)]
+            means.append(-advantage * log_p.mean())
+    assert len({len(a.ids) for r in rollouts.rollouts(0) for a in r.answers}) > 2
+    assert_close(found, sum(means) / len(means), rtol=1e-4, atol=1e-6)
+
+
+def test_questions_without_signal_are_left_out_if_any_has_one():
+    def of_one(question, texts):
+        return [float(i == 0 and question == asked[0]) for i in range(len(texts))]
+
+    asked = [source().rollouts(0)[1].question]
+    rollouts = source(skip_equal=True, reward=of_one)
+    (batches,) = rollouts.updates(0)
+    assert sum(len(batch.targets_BT) for batch in batches) == 4  # its samples
+    assert all(batch.fields["advantage"].any(1).all() for batch in batches)
+    (batches,) = source(skip_equal=True, reward=lambda question, texts: [1.0] * 4).updates(0)
+    assert sum(len(batch.targets_BT) for batch in batches) == 4
+    assert not any(batch.fields["advantage"].any() for batch in batches)
+
+
 # ---------------------------------------------------------------------------- rollouts
 
 
@@ -255,9 +340,28 @@ def test_each_step_leaves_a_row(tmp_path):
     assert row["mixed"] == pytest.approx(sum(len(set(r.rewards)) > 1 for r in expected) / 3)
     assert row["answer_tokens"] == pytest.approx(sum(len(a.ids) for a in answers) / 12)
     assert row["cut"] == pytest.approx(sum(a.end is None for a in answers) / 12)
+    texts = [text for rollout in expected for text in rollout.texts]
+    assert row["formatted"] == pytest.approx(sum(len(text) < 8 for text in texts) / 12)
+    assert row["tool"] == pytest.approx(sum(not all(a.chosen) for a in answers) / 12)
+    assert 0 < row["formatted"] < 1 and 0 < row["tool"] < 1
     (question, best, one), (_, worst, zero) = row["samples"]
     assert question in Parity().questions and best != worst and (one, zero) == (1, 0)
     assert [row["step"] for row in loop.stage.metrics.rows() if row["kind"] == "rollout"] == [1, 2]
+
+
+def test_entropy_and_divergence_are_those_of_what_was_drawn(tmp_path):
+    rollouts, other = source(device_batch=1), ask(seed=8).engine.model
+    rollouts.reference, rollouts.metrics = other.nll, StageDir("grpo", tmp_path).metrics
+    (batches,) = rollouts.updates(0)
+    (row,) = rollouts.metrics.rows("rollout")
+    with torch.no_grad():
+        pairs = [(rollouts.engine.model.nll(b), other.nll(b), b.targets_BT) for b in batches]
+    mine, start = ([n for p in pairs for n in p[i][p[2] != IGNORED].tolist()] for i in (0, 1))
+    assert row["entropy"] == pytest.approx(sum(mine) / len(mine), rel=1e-5)
+    ratios = [math.exp(a - b) for a, b in zip(mine, start, strict=True)]  # reference to policy
+    k3 = [r - 1 - math.log(r) for r in ratios]
+    assert row["kl"] == pytest.approx(sum(k3) / len(k3), rel=1e-4)
+    assert row["kl"] > 0.001
 
 
 # ---------------------------------------------------------------------------- as a stage

@@ -278,6 +278,56 @@ def test_grpo_scores_where_it_starts_once(run, tmp_path):
     assert scored == [0, 2]
 
 
+SUMS = {"sft.rows.sums": 20, "sft.sums.most": 2, "grpo.task": "sums", "grpo.sums.fewest": 4}
+
+
+def test_sums_reach_sft_and_grpo_with_their_dials_and_no_file(run, tmp_path):
+    fork = _fork(run, tmp_path / "sums", SUMS | {"grpo.max_new_tokens": 8})
+    shutil.rmtree(fork.stage("sft").path)
+    found = text.tables(fork.config.recipe)
+    assert found == text.tables(
+        dataclasses.replace(run.config.recipe, grpo=fork.config.recipe.grpo)
+    )
+    assert worker.work("sft", fork)["conversations"]["sums"] == 20
+    asked = [
+        it.turns[0].text
+        for it in training._conversations(_context(fork, "sft"), "sums", "train", 20)
+    ]
+    assert {text.count("+") + text.count("-") for text in asked} == {1}
+    worker.work("grpo", fork)
+    rows = fork.stage("grpo").metrics.rows("rollout")
+    questions = [question for row in rows for question, _, _ in row["samples"]]
+    assert questions and all(q.count("+") + q.count("-") == 3 for q in questions)
+
+
+def test_a_stages_own_seed_draws_other_rows_and_questions(run, tmp_path):
+    def drawn(fork: Run) -> list[list]:
+        context = _context(fork, "sft")
+        rows = [it.turns[0].text for it in training._conversations(context, "smoltalk", "train", 9)]
+        held_out = training._conversations(context, "smoltalk", "test", 9)
+        order = training.Training(context).row_settings()["seed"]
+        return [[training._mixture(context)[0].name], rows, [order], [it.turns for it in held_out]]
+
+    same, other = ({"sft.seed": seed} for seed in (1, 2))  # the run's is 1
+    plain = drawn(_fork(run, tmp_path / "plain", {}))
+    assert drawn(_fork(run, tmp_path / "same", same)) == plain
+    *changed, held_out = drawn(_fork(run, tmp_path / "other", other))
+    assert all(a != b for a, b in zip(changed, plain, strict=False)) and held_out == plain[-1]
+
+
+def test_grpos_divergence_is_from_where_it_started_also_when_resumed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks.GSM8K, "grade", lambda task, i, answer: len(answer) % 2 == 0)
+    fork = _fork(run, tmp_path / "kl", {"grpo.steps": 3, "grpo.lr": 2.0, "grpo.save_every": 1})
+    worker.work("grpo", fork)
+    rows = fork.stage("grpo").metrics.rows("rollout")
+    first, *later = [row["kl"] for row in rows]
+    assert first == 0 and min(later) > 0.01
+    (fork.stage("grpo").path / "done.json").unlink()
+    shutil.rmtree(fork.stage("grpo").checkpoints / "step_00000003")
+    worker.work("grpo", fork)
+    assert fork.stage("grpo").metrics.rows("rollout") == rows
+
+
 # ---------------------------------------------------------------------------- evaluations
 
 

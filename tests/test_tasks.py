@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanolib import tasks
+from nanolib.config import SumsConfig
 from nanolib.conversation import Conversation, Part, choice_question
 from nanolib.tasks import calculator_parts, final_number
 from nanolib.tools import Sandbox
@@ -172,6 +173,38 @@ def test_humaneval_asks_for_the_prompt_and_grades_the_function(mirror):
     assert task.unanswered(0) == Conversation.ask("def f():\n")
     answers = ("    return 1", "    return 2", "    import numpy")
     assert [task.grade(0, answer) for answer in answers] == [True, False, None]
+
+
+def test_sums_are_worked_in_steps_that_python_agrees_with():
+    for i in range(200):
+        task = tasks.load("sums", "test", None, SumsConfig(fewest=2, most=5, largest=30))
+        text, steps, total = task.problem(i)
+        terms = [int(n) for n in text.replace("+", " ").replace("-", " ").split()]
+        assert 2 <= len(terms) == len(steps) + 1 <= 5 and max(terms) <= 30 and total >= 0
+        assert eval(text) == total
+        for step in steps:
+            left, right = step.split(" = ")
+            assert eval(left) == int(right) >= 0
+        worked = task.conversation(i).turns[-1].text
+        assert worked == "\n".join([*steps, f"#### {total}"])
+        assert task.grade(i, worked) and task.formatted(worked)
+        wrong = worked.replace(f"#### {total}", f"#### {total + 1}")
+        assert not task.grade(i, wrong) and task.formatted(wrong)
+        assert not task.grade(i, str(total)) and not task.formatted(str(total))
+    assert {len(task.problem(i)[1]) for i in range(200)} == {1, 2, 3, 4}
+
+
+def test_no_sum_is_in_two_splits():
+    dial = SumsConfig(fewest=2, most=3)  # few enough to meet each other
+
+    def drawn(split):
+        return {tasks.load("sums", split, None, dial).problem(i)[0] for i in range(1500)}
+
+    train, test, one, two = map(drawn, ("train", "test", "final 1", "final 2"))
+    assert not train & test and not train & (one | two) and not test & (one | two)
+    assert one != two
+    assert drawn("final 1") == one
+    assert len(train) > 500 and min(map(len, (test, one))) > 100
 
 
 def test_what_is_asked_leaves_out_the_answer(mirror):

@@ -80,7 +80,8 @@ def _splits(recipe: Recipe) -> list[tuple[str, str]]:
 
 def tables(recipe: Recipe) -> list[hub.Split]:
     """Where on the hub, and in a mirror, those are."""
-    return [tasks.find(name).source(split) for name, split in _splits(recipe)]
+    read = ((tasks.find(name), split) for name, split in _splits(recipe))
+    return [task.source(split) for task, split in read if task.repository]
 
 
 def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:

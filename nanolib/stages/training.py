@@ -1,5 +1,6 @@
 """The stages that leave a model: base, mid, sft and grpo."""
 
+import copy
 import hashlib
 import json
 import math
@@ -70,17 +71,25 @@ def converse(context: Context) -> Result:
 def grpo(context: Context) -> Result:
     """Learn from graded answers, with the tool at hand; see `nanolib.grpo`."""
     recipe, mirror, training = context.run.config.recipe, context.run.mirror(), Training(context)
-    config, seed = recipe.grpo, seed_of(recipe.seed, "grpo")
+    config, seed = recipe.grpo, stage_seed(context, "grpo")
+    start = training.compiled(copy.deepcopy(training.model))  # before it resumes
     with Sandbox() as sandbox:
         engine = context.engine(training.model, sandbox)
-        loaded = (tasks.load_graded(config.task, split, mirror) for split in ("train", "test"))
-        train, test = (answers.Questions(engine, task, config.max_new_tokens) for task in loaded)
+        train, test = (
+            answers.Questions(
+                engine,
+                tasks.load_graded(config.task, split, mirror, config.sums),
+                config.max_new_tokens,
+            )
+            for split in ("train", "test")
+        )
         source = RolloutSource(
             questions=train,
             config=config,
             seed=seed,
             device_batch=training.device_batch,
             nll=training.nll,
+            reference=start,
             metrics=context.stage.metrics,
         )
         held_out = test.usable()[: config.eval_questions]
@@ -92,7 +101,7 @@ def grpo(context: Context) -> Result:
                 test, held_out, config.eval_samples, seed, config.top_k, progress
             )
 
-        loss = PolicyGradient(config.clip)
+        loss = PolicyGradient(config.clip, config.clip_high, config.objective, config.kl)
         result = training.run(source, len(source.usable), config.questions, score, loss)
     return result | {"answers": result["steps"] * config.questions * config.samples}
 
@@ -104,9 +113,7 @@ class Training:
         config, runtime, name = context.run.config, context.runtime, context.stage.name
         self.context, self.schedule = context, getattr(config.recipe, name)
         self.model = _initial_model(context)
-        self.nll: planning.Nll = self.model.nll
-        if runtime.device.type == "cuda":
-            self.nll = self.model.compiled_nll(cudnn=name != "grpo")  # whose rows vary in length
+        self.nll = self.compiled(self.model)
         share = planning.share_of(config.recipe, name, runtime.world_size)
         self.device_batch = config.machine.device_batch or planning.fitting_rows(
             self.model, self.nll, config.recipe.model.sequence_len, share, runtime
@@ -114,13 +121,19 @@ class Training:
         if runtime.is_lead:
             print(f"micro-batch: {min(self.device_batch, share)} of a rank's {share} rows")
 
+    def compiled(self, model: GPT) -> planning.Nll:
+        """The model's `nll`, on CUDA through torch.compile."""
+        if self.context.runtime.device.type != "cuda":
+            return model.nll
+        return model.compiled_nll(cudnn=self.context.stage.name != "grpo")  # rows vary in length
+
     def row_settings(self) -> dict[str, Any]:
         recipe, runtime = self.context.run.config.recipe, self.context.runtime
         length, bos = recipe.model.sequence_len, self.context.tokenizer.bos
         rows = {"length": length, "batch_rows": self.schedule.batch_tokens // length, "bos": bos}
         rows |= {"rank": runtime.rank, "world_size": runtime.world_size}
         rows |= {"device_batch": self.device_batch}
-        return rows | {"seed": seed_of(recipe.seed, self.context.stage.name)}
+        return rows | {"seed": stage_seed(self.context, self.context.stage.name)}
 
     def run(self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss) -> Result:
         """Train to the last step; returns the stage's result.
@@ -193,6 +206,13 @@ def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, An
     return {"recipe": recipe, "vocab_size": vocab_size, "tokenizer": tokenizer.fingerprint()}
 
 
+def stage_seed(context: Context, *purpose: str) -> int:
+    """For draws of this stage: from its own seed, else the run's."""
+    recipe = context.run.config.recipe
+    own = getattr(recipe, context.stage.name).seed
+    return seed_of(recipe.seed if own is None else own, *purpose)
+
+
 def _optim(context: Context) -> OptimConfig:
     """The recipe's, as far as it holds here: the original clips in base, warms up in base and mid."""
     config, stage = context.run.config.recipe.optim, context.stage.name
@@ -221,9 +241,11 @@ def _mixture(context: Context) -> tuple[Path, dict[str, Any]]:
     The lead rank renders, every rank maps. The folder's name is a hash of all that they depend on.
     """
     recipe, stage = context.run.config.recipe, context.stage
-    rows, data = limits(getattr(recipe, stage.name)), context.run.stage("data").result()
-    about = [stage.name, recipe.seed, rows, recipe.model.sequence_len]
+    config, data = getattr(recipe, stage.name), context.run.stage("data").result()
+    rows, seed = limits(config), recipe.seed if config.seed is None else config.seed
+    about = [stage.name, seed, rows, recipe.model.sequence_len]
     about += [context.tokenizer.fingerprint(), HELD_OUT, data]
+    about += [vars(config.sums)] if "sums" in rows else []
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     folder = stage.path / f"conversations-{key[:16]}"
     if context.runtime.is_lead and not folder.exists():
@@ -260,9 +282,11 @@ def _conversations(
     context: Context, name: str, split: str, limit: int | None
 ) -> Iterator[Conversation]:
     """Conversations of a task, the first `limit` in a seeded order."""
-    task = tasks.load(name, split, context.run.mirror())
-    purpose = context.stage.name if split == "train" else "held out"
-    seed = seed_of(context.run.config.recipe.seed, "mixture", purpose, name)
+    recipe, stage = context.run.config.recipe, context.stage.name
+    task = tasks.load(name, split, context.run.mirror(), getattr(recipe, stage).sums)
+    seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same ones in every stage
+    if split == "train":
+        seed = stage_seed(context, "mixture", stage, name)
     order = np.random.default_rng(seed).permutation(len(task))[:limit]
     for done, number in enumerate(order):
         context.progress(done, len(order), f"rendering {name} ({split})")

@@ -1,0 +1,422 @@
+"""Does GRPO make a small model better at sums, and would shuffled rewards too?
+
+From a run's finished mid stage, for each seed: SFT with a few hundred worked examples, then an arm:
+GRPO, a control with shuffled rewards, or one of GRPO's options (ARMS). In this order:
+
+    python -m runs.bench.climb pilot --mirror DIR   # SFTs to choose from, and accuracy by terms
+    python -m runs.bench.climb train --mirror DIR --rows 400 --epochs 8 --terms 4 --gpus 4
+    python -m runs.bench.climb score --final-seed N # once the settings stand: draws new problems
+
+The parent run is trained where it is missing. Every command goes on where it was stopped; a trial
+that was started stays in the table. `--set PATH=VALUE` changes any setting, `--arms A,B` and
+`--seeds 1,2` choose trials. It needs no more than a worker does (`nanolib.stages.worker`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from nanolib import checkpoint, config, launch, report, rundir, tasks
+from nanolib.config import GRPOConfig, SumsConfig
+from nanolib.engine import Engine
+from nanolib.evals.answers import Questions, evaluate, pass_at_k
+from nanolib.grpo import Rollout, RolloutSource
+from nanolib.rundir import Metrics, Run
+from nanolib.runtime import Runtime
+from nanolib.takeover import take_over
+from nanolib.tokenizer import Tokenizer
+from nanolib.tools import Sandbox
+
+Settings = dict[str, Any]
+
+SFT: Settings = {  # some chat beside the worked examples, so that it stays a chat model
+    "sft.steps": None,  # by epochs
+    "sft.rows.smoltalk": 1000,
+    "sft.rows.mmlu": 0,
+    "sft.rows.arc_easy": 0,
+    "sft.rows.arc_challenge": 0,
+    "sft.rows.gsm8k": 0,
+    "sft.sums.fewest": 2,
+    "sft.sums.most": 6,
+    "sft.eval_every": 1_000_000,  # only at the end
+}
+GRPO: Settings = {
+    "grpo.task": "sums",
+    "grpo.steps": 150,
+    "grpo.questions": 32,
+    "grpo.samples": 16,
+    "grpo.max_new_tokens": 96,
+    "grpo.eval_every": 50,
+    "grpo.eval_questions": 200,
+    "grpo.eval_samples": 16,
+    "grpo.save_every": 25,
+    "eval.core_problems": 0,
+}
+FOUR = {"grpo.updates_each": 4}
+HOT = {"grpo.lr": 0.4}  # eight times too much
+ARMS: dict[str, Settings] = {
+    "grpo": {},
+    "shuffled": {"grpo.shuffled": True},
+    "kl": {"grpo.kl": 0.04},
+    "deviation": {"grpo.deviation": True},
+    "sequence-mean": {"grpo.sequence_mean": True},
+    "skip-equal": {"grpo.skip_equal": True},
+    "four-updates": FOUR,
+    "clip-higher": FOUR | {"grpo.clip_high": 0.28},
+    "cispo": FOUR | {"grpo.objective": "cispo"},
+    "hot": HOT,
+    "hot-kl": HOT | {"grpo.kl": 0.2},
+}
+PASSES = (1, 2, 4, 8, 16)
+DIALS = range(2, 9)  # terms that the pilot tries
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where everything lies, and the settings that all trials share."""
+
+    out: Path
+    profile: str
+    parent: str
+    mirror: str | None
+    given: Settings
+
+    def machine(self) -> Settings:
+        return {"machine.mirror": self.mirror} if self.mirror else {}
+
+    def prepare(self) -> Run:
+        early = {k: v for k, v in self.given.items() if k.split(".")[0] not in ("sft", "grpo")}
+        run = Run.open(self.profile, self.parent, self.machine() | early)
+        launch.stage("mid", run, watch=show)
+        return run
+
+    def run(self, name: str, settings: Settings, source: Run) -> Run:
+        """A run of its own for these settings that begins with what `source` has of them."""
+        settings = settings | self.given
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+        path = str(self.out / f"{name}-{key}")
+        run = Run.open(self.profile, path, settings | self.machine())
+        take_over(run, source)
+        return run
+
+    def started(self, seed: int, sft: Settings) -> Run:
+        """The run of a seed's SFT, finished."""
+        run = self.run(f"sft-{seed}", SFT | sft | {"sft.seed": seed}, self.prepare())
+        launch.stage("sft", run, watch=show)
+        return run
+
+    def results(self) -> Metrics:
+        return Metrics(self.out / "results.jsonl")
+
+
+def show(stage: rundir.StageDir, rows: Sequence[Settings]) -> None:
+    """A line on each evaluation, and when a stage is done."""
+    if rows and (rows[-1]["kind"] == "eval" or stage.done()):
+        told = {k: round(v, 3) for k, v in rows[-1].items() if isinstance(v, int | float)}
+        print(f"{stage.path.parent.name} {stage.name} {told}", flush=True)
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+class Kept(RolloutSource):
+    """Keeps the rollouts of the last step."""
+
+    found: list[Rollout]
+
+    def rollouts(self, step: int) -> list[Rollout]:
+        self.found = super().rollouts(step)
+        return self.found
+
+
+class Judge:
+    """Asks models of one run's tokenizer the same problems."""
+
+    def __init__(self, run: Run, given: Settings):
+        self.run, self.runtime = run, Runtime.start(run.config.machine)
+        self.max_new_tokens = (GRPO | given)["grpo.max_new_tokens"]
+        self.tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
+
+    def model(self, run: Run, stage: str):
+        return checkpoint.load_model(run.stage(stage).checkpoints, self.runtime.device)
+
+    def score(self, model, start, split: str, dial: SumsConfig, problems: int) -> Settings:
+        """Greedy and sampled answers to problems of a split; `start` is where KL is from."""
+        ours = self.run.config.recipe.grpo
+        settings = GRPOConfig(
+            questions=problems, samples=max(PASSES), top_k=ours.top_k, temperature=1.0
+        )
+        metrics = Metrics(self.run.path / f".score-{os.getpid()}.jsonl")
+        metrics.path.unlink(missing_ok=True)
+        with Sandbox() as sandbox:
+            tool = lambda code: sandbox.run(code).text  # noqa: E731
+            engine = Engine(model, self.tokenizer, self.runtime, tool)
+            task = tasks.Sums(split, dial)
+            questions = Questions(engine, task, self.max_new_tokens)
+            source = Kept(
+                questions=questions,
+                config=settings,
+                seed=1,
+                device_batch=8,
+                reference=start.nll,
+                metrics=metrics,
+            )
+            source.updates(0)
+            (row,) = metrics.rows("rollout")
+            metrics.path.unlink()
+            asked = [rollout.question for rollout in source.found]
+            greedy = evaluate(questions, asked)["accuracy"]
+            engine.release()
+        right = {r.question: int(sum(r.rewards)) for r in source.found}
+        n = settings.samples
+        found = {f"pass@{k}": mean([pass_at_k(n, c, k) for c in right.values()]) for k in PASSES}
+        return found | {
+            "greedy": greedy,
+            "sampled": row["reward"],
+            "formatted": row["formatted"],
+            "sampled_of_formatted": row["reward"] / max(row["formatted"], 1e-9),
+            "tool": row["tool"],
+            "cut": row["cut"],
+            "tokens": row["answer_tokens"],
+            "entropy": row["entropy"],
+            "kl": row["kl"],
+            "no_signal": 1 - row["mixed"],
+            "right": [right[question] for question in sorted(right)],
+        }
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------------------- the three jobs
+
+
+def pilot(bench: Bench, seed: int, sft: Settings) -> None:
+    """One SFT, and how its model does at sums of more and more terms."""
+    run = bench.started(seed, sft)
+    judge = Judge(run, bench.given)
+    model = judge.model(run, "sft")
+    for terms in DIALS:
+        dial = SumsConfig(fewest=terms, most=terms, largest=run.config.recipe.grpo.sums.largest)
+        scores = judge.score(model, model, "test", dial, 100)
+        row = {"seed": seed, **sft, "terms": terms, **scores}
+        Metrics(bench.out / "pilot.jsonl").append(kind="pilot", step=0, **row)
+        told = [f"{k} {scores[k]:.3f}" for k in ("sampled", "greedy", "pass@16", "formatted")]
+        print(f"pilot {sft} terms {terms}: {', '.join(told)}", flush=True)
+
+
+def trial(bench: Bench, seed: int, sft: Settings, arm: str, terms: int) -> None:
+    """SFT and one arm, with a row at the beginning and one at the end."""
+    about = {"seed": seed, "arm": arm, "terms": terms, "sft": sft, "given": bench.given}
+    results = bench.results()
+    if any(same(row, about) for row in results.rows("trained")):
+        return
+    if not any(same(row, about) for row in results.rows("started")):
+        results.append(kind="started", step=0, time=rundir.now(), **about)
+    start = bench.started(seed, sft)
+    dial = {"grpo.seed": seed, "grpo.sums.fewest": terms, "grpo.sums.most": terms}
+    settings = SFT | sft | {"sft.seed": seed} | GRPO | dial | ARMS[arm]
+    run = bench.run(f"{arm}-{seed}", settings, start)
+    launch.stage("grpo", run, watch=show)
+    spent = {name: (run.stage(name).done() or {})["seconds"] for name in ("sft", "grpo")}
+    device = (run.stage("grpo").done() or {})["machine"]["device"]
+    where = {"start": str(start.path), "end": str(run.path)}
+    results.append(kind="trained", step=1, **about, **where, seconds=spent, device=device)
+
+
+def score(bench: Bench, trained: Settings, final_seed: int, problems: int) -> None:
+    """A finished trial's first and last model on problems that nobody has seen."""
+    key = {"final_seed": final_seed, "end": trained["end"]}
+    if any(same(row, key) for row in bench.results().rows("scored")):
+        return
+    run, start = Run.load(trained["end"], bench.machine()), Run.load(trained["start"])
+    judge, dial = Judge(run, bench.given), run.config.recipe.grpo.sums
+    split = f"final {final_seed}"
+    first, last = judge.model(start, "sft"), judge.model(run, "grpo")
+    before = judge.score(first, first, split, dial, problems)
+    after = judge.score(last, first, split, dial, problems)
+    row = trained | key | {"kind": "scored", "step": 2, "before": before, "after": after}
+    bench.results().append(**row, problems=problems)
+    gains = [f"{k} {before[k]:.3f} -> {after[k]:.3f}" for k in ("sampled", "greedy")]
+    print(f"seed {trained['seed']} {trained['arm']}: {', '.join(gains)}", flush=True)
+
+
+def same(row: Settings, about: Settings) -> bool:
+    return all(row.get(key) == value for key, value in about.items())
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+def table(bench: Bench) -> str:
+    """Every trial that was started, with what its models scored."""
+    rows, scored = [], bench.results().rows("scored")
+    for started in bench.results().rows("started"):
+        about = {k: started[k] for k in ("seed", "arm", "terms", "sft", "given")}
+        found = [row for row in scored if same(row, about)] or [None]
+        rows += [_line(about, row) for row in found]
+    head = ["arm", "seed", "terms", "sampled", "gain ± se", "greedy", "of well-formatted"]
+    head += ["format", "pass@4", "pass@16", "tokens", "entropy", "KL", "no signal", "SFT + GRPO"]
+    return report.table(head, rows)
+
+
+def _line(about: Settings, row: Settings | None) -> list[str]:
+    first = [about["arm"], str(about["seed"]), str(about["terms"])]
+    if row is None:
+        return [*first, "not finished", *[""] * 11]
+    before, after = row["before"], row["after"]
+
+    def both(key: str, digits: int = 3) -> str:
+        return f"{before[key]:.{digits}f} → {after[key]:.{digits}f}"
+
+    n = max(PASSES)
+    gains = [(b - a) / n for a, b in zip(before["right"], after["right"], strict=True)]
+    gain = mean(gains)
+    spread = math.sqrt(mean([(it - gain) ** 2 for it in gains]) / len(gains))
+    seconds = sum(row["seconds"].values())
+    return [
+        *first,
+        both("sampled"),
+        f"{100 * gain:+.1f} ± {100 * spread:.1f}",
+        both("greedy"),
+        both("sampled_of_formatted"),
+        both("formatted"),
+        both("pass@4"),
+        both("pass@16"),
+        both("tokens", 0),
+        both("entropy"),
+        f"{after['kl']:.3f}",
+        both("no_signal", 2),
+        f"{seconds / 60:.1f} min",
+    ]
+
+
+def write_table(bench: Bench) -> None:
+    scored = bench.results().rows("scored")
+    seeds = sorted({row["final_seed"] for row in scored})
+    devices = sorted({row["device"] for row in scored})
+    said = f"Final problems of seed {seeds}, {sorted({row['problems'] for row in scored})} each"
+    settings = sorted({json.dumps(row["sft"] | row["given"]) for row in scored})
+    text = f"""# GRPO on sums, and its control
+
+Written by `runs/bench/climb.py` on {rundir.now()[:10]}; profile {bench.profile}, {", ".join(devices)}.
+{said}, answers sampled at temperature 1. Before → after; gains in points with the standard error
+over questions; KL (to SFT's model) and entropy in nats a token. Settings: {"; ".join(settings)}.
+
+{table(bench)}
+"""
+    (bench.out / "climb.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+# ---------------------------------------------------------------------------- several GPUs
+
+
+def spread(jobs: Sequence[Settings], gpus: int, arguments: Sequence[str]) -> int:
+    """Each job in a process of its own, as many at once as there are GPUs; how many failed."""
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for gpu in range(max(1, gpus)):
+        free.put(gpu)
+
+    def work(job: Settings) -> int:
+        gpu = free.get()
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpus else {})
+        command = [sys.executable, "-m", "runs.bench.climb", *arguments, "--job", json.dumps(job)]
+        started = time.monotonic()
+        try:
+            code = subprocess.run(command, env=environment, cwd=config.REPOSITORY).returncode
+        finally:
+            free.put(gpu)
+        print(f"{job}: {'done' if code == 0 else f'FAILED ({code})'}", end=" ")
+        print(f"after {time.monotonic() - started:.0f} s on GPU {gpu}", flush=True)
+        return code
+
+    with ThreadPoolExecutor(max(1, gpus)) as pool:
+        return sum(code != 0 for code in pool.map(work, jobs))
+
+
+def jobs(bench: Bench, given: argparse.Namespace) -> list[Settings]:
+    grid = [
+        {"sft.rows.sums": rows, "sft.epochs": epochs}
+        for rows in given.rows
+        for epochs in given.epochs
+    ]
+    if given.command == "pilot":
+        return [{"seed": 0, "sft": sft} for sft in grid]
+    if given.command == "score":
+        numbers = range(len(bench.results().rows("trained")))
+        return [{"trained": number} for number in numbers]
+    return [
+        {"seed": seed, "sft": grid[0], "arm": arm} for arm in given.arms for seed in given.seeds
+    ]
+
+
+def work(bench: Bench, given: argparse.Namespace, job: Settings) -> None:
+    if given.command == "pilot":
+        pilot(bench, job["seed"], job["sft"])
+    elif given.command == "train":
+        trial(bench, job["seed"], job["sft"], job["arm"], given.terms)
+    else:
+        trained = bench.results().rows("trained")[job["trained"]]
+        score(bench, trained, given.final_seed, given.problems)
+
+
+def main(arguments: Sequence[str]) -> None:
+    numbers = lambda text: [int(it) for it in text.split(",")]  # noqa: E731
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("pilot", "train", "score", "table"))
+    parser.add_argument("--profile", default="h100")
+    parser.add_argument("--from", dest="parent", help="a run; by default OUT/parent")
+    parser.add_argument("--mirror")
+    parser.add_argument("--out", default=str(rundir.runs_folder() / "climb"))
+    parser.add_argument("--gpus", type=int, default=0, help="processes at once, one a GPU")
+    parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
+    parser.add_argument("--rows", type=numbers, default=[400], help="worked examples in SFT")
+    parser.add_argument("--epochs", type=numbers, default=[8], help="of SFT")
+    parser.add_argument("--terms", type=int, default=4, help="of GRPO's sums")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=["grpo", "shuffled"])
+    parser.add_argument("--final-seed", type=int, help="draws the final problems")
+    parser.add_argument("--problems", type=int, default=500)
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    out = Path(given.out).absolute()
+    mirror = given.mirror and str(Path(given.mirror).absolute())
+    settings = config.check_overrides(dict(item.split("=", 1) for item in given.set))
+    bench = Bench(out, given.profile, given.parent or str(out / "parent"), mirror, settings)
+    if unknown := set(given.arms) - set(ARMS):
+        parser.error(f"there is no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    if given.command == "score" and given.final_seed is None:
+        parser.error("score needs --final-seed, a number nobody has used yet")
+    if given.command == "table":
+        write_table(bench)
+    elif given.job is not None:
+        work(bench, given, given.job)
+    else:
+        if given.command != "score":
+            bench.prepare()
+        failed = spread(jobs(bench, given), given.gpus, arguments)
+        if given.command == "score":
+            write_table(bench)
+        sys.exit(f"{failed} jobs failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
