@@ -296,9 +296,8 @@ class Sums(GradedTask):
         return final_number(answer) is not None
 
 
-HUB = ARCEasy, ARCChallenge, MMLU, SmolTalk, GSM8K, HumanEval, Facts
-CLASSES: tuple[type[Task], ...] = (*HUB, Sums)
-TASKS = {task.name: task for task in CLASSES}
+CLASSES = ARCEasy, ARCChallenge, MMLU, SmolTalk, GSM8K, HumanEval, Facts, Sums
+TASKS: dict[str, type[Task]] = {task.name: task for task in CLASSES}
 
 
 def find(name: str) -> type[Task]:

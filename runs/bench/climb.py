@@ -197,6 +197,7 @@ class Judge:
             "entropy": row["entropy"],
             "kl": row["kl"],
             "no_signal": 1 - row["mixed"],
+            "distinct": len({task.problem(i)[0] for i in asked}),
             "right": [right[question] for question in sorted(right)],
         }
 
