@@ -80,7 +80,7 @@ class TrainingMemory:
     def optimizer(self) -> int:
         """One number for each weight of Muon's, two for AdamW's, sharded over the ranks."""
         counts = self.model.parts(self.vocab_size)
-        numbers = sum(counts.values()) + counts["embedding"] + counts["head"]
+        numbers = 2 * sum(counts.values()) - counts["attention"] - counts["mlp"]
         return 4 * -(-numbers // self.ranks)
 
     @property
@@ -122,7 +122,7 @@ def forward_flops(config: ModelConfig, vocab_size: int) -> int:
     """
     counts = config.parts(vocab_size)
     attention = 4 * config.depth * config.width * config.sequence_len
-    return 2 * (sum(counts.values()) - counts["embedding"]) + attention
+    return 2 * sum(counts[part] for part in ("attention", "mlp", "head")) + attention
 
 
 def training_flops(config: ModelConfig, vocab_size: int) -> int:

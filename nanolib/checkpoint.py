@@ -102,8 +102,9 @@ def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[tuple[s
             where = [rows.start, rows.stop]
             weights.append((name, where, shape, values))
             for slot, state in group.state.items():
-                value = state[inner].reshape(values.shape)
-                states.append((f"{name}.{slot}", where, shape, value))
+                value = state[inner].reshape(len(values), -1)
+                whole = [shape[0], value.shape[1]]  # of NorMuon's squares [R, 1]
+                states.append((f"{name}.{slot}", where, whole, value))
     for ending, owned in ((".safetensors", weights), (OPTIMIZER, states)):
         named = {f"{name}@{rows[0]}": x.cpu().contiguous() for name, rows, _, x in owned}
         data = to_safetensors(named)

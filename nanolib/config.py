@@ -23,6 +23,21 @@ STAGES = ("data", "tokenizer", "shards", *MODELS, "eval", "report")
 MIN_VOCAB = 256 + 9  # bytes and special tokens
 # What newer settings must be for a recipe that the first edition saved: it lacks them.
 FIRST_EDITION = {"optim.every_stage": True}
+# What model and optimizer may have on top of the October 2025 architecture, by `model.ingredients`.
+INGREDIENTS = {
+    "value_embeddings": "every other layer adds a learned vector of each token to its values",
+    "x0": "each layer begins with a learned mix of the residual stream and the embedding",
+    "smear": "a gated share of the previous token's embedding is added to each token's",
+    "backout": "a learned share of the middle layer's residual is taken off before the head",
+    "polar_express": "Muon's polynomial changes from iteration to iteration",
+    "normuon": "Muon's update has rows of about equal size",
+    "cautious_decay": "weight decay of matrices where the update too makes the weight smaller",
+}
+TRAINING = {"polar_express", "normuon", "cautious_decay"}  # of these the model is none the wiser
+PRESETS = {"classic": (), "modern": tuple(INGREDIENTS)}
+
+
+GATE_WIDTH = 16  # numbers of a token's vector that an ingredient's gate looks at
 
 
 # A type, and its bound as a function and in the words of an error: "base.steps must be ...".
@@ -60,12 +75,45 @@ class TokenizerConfig(Settings):
 
 
 class ModelConfig(Settings):
-    preset: Literal["classic"] = "classic"  # the October 2025 architecture
+    preset: Literal["classic", "modern"] = "classic"  # "classic": the October 2025 architecture
+    ingredients: tuple[str, ...] | None = None  # of `INGREDIENTS`; None: the preset's own
     depth: Count = 20
     aspect: Count = 64  # width = aspect * depth, rounded up to a multiple of head_dim
     head_dim: HeadDim = 128
     kv_heads: Count | None = None  # key/value heads (GQA); None: as many as query heads
     sequence_len: Count = 2048  # T: tokens a row, and the longest context
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.uses - INGREDIENTS.keys()):
+            known = f"there are {', '.join(INGREDIENTS)}"
+            raise ValueError(f"model.ingredients has {', '.join(unknown)}, but {known}")
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """The ingredients in use."""
+        own = PRESETS[self.preset]
+        return frozenset(own if self.ingredients is None else self.ingredients)
+
+    @property
+    def architecture(self) -> frozenset[str]:
+        """Those of `uses` that change what the model computes from its weights."""
+        return self.uses - TRAINING
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """The layers with value embeddings: every other one, among them the last."""
+        wanted = "value_embeddings" in self.uses
+        return tuple(range((self.depth - 1) % 2, self.depth, 2)) if wanted else ()
+
+    @property
+    def scalars(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter that holds the gates and shares of an ingredient."""
+        gate = min(GATE_WIDTH, self.width)
+        shapes = {"x0": (self.depth, 2), "smear": (1 + gate,), "backout": (1,)}
+        shapes = {name: shape for name, shape in shapes.items() if name in self.uses}
+        if layers := self.value_layers:
+            shapes["value_gates"] = len(layers), self.num_kv_heads, gate
+        return shapes
 
     @property
     def width(self) -> int:
@@ -81,12 +129,16 @@ class ModelConfig(Settings):
 
     def parts(self, vocab_size: int) -> dict[str, int]:
         width, kv_width = self.width, self.num_kv_heads * self.head_dim
+        more = {
+            "value_embeddings": len(self.value_layers) * vocab_size * kv_width,
+            "scalars": sum(map(math.prod, self.scalars.values())),
+        }
         return {
             "embedding": vocab_size * width,
             "attention": self.depth * (2 * width * width + 2 * width * kv_width),
             "mlp": self.depth * 8 * width * width,
             "head": vocab_size * width,
-        }
+        } | {part: count for part, count in more.items() if count}
 
     def parameters(self, vocab_size: int) -> int:
         return sum(self.parts(vocab_size).values())
@@ -106,6 +158,7 @@ class OptimConfig(Settings):
     momentum_start: float = 0.85
     momentum_warmup: Count = 300  # steps
     newton_schulz_steps: Count = 5
+    matrix_decay: float | None = None  # Muon, decoupled; None: 0.1 with cautious_decay, else 0
     clip: Positive | None = 1.0  # global gradient norm
     # True: every stage clips gradients and warms momentum up. False, as in the original: only base
     # clips, only base and mid warm up.
@@ -411,7 +464,9 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     machine = replace_settings(MachineConfig(), flat, "machine.")
     check_together(recipe, machine)
     base = recipe.base
-    tokens = base.tokens_per_parameter * recipe.model.parameters(recipe.tokenizer.vocab_size)
+    # Value embeddings do not lengthen the horizon: presets see the same number of tokens.
+    parts = recipe.model.parts(recipe.tokenizer.vocab_size)
+    tokens = base.tokens_per_parameter * (sum(parts.values()) - parts.get("value_embeddings", 0))
     steps = base.steps or math.ceil(tokens / base.batch_tokens)
     every = max(1, steps // 10)
     derived = {"eval_every": base.eval_every or every, "save_every": base.save_every or every}

@@ -46,6 +46,9 @@ def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
 
 
 def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    if more := sorted(trained.config.architecture):
+        known = "transformers has a class for the classic model alone"
+        raise ValueError(f"this model cannot be exported: it has {', '.join(more)}, and {known}")
     config = folder / "config.json"
     is_ours = config.is_file() and b"NanoChatForCausalLM" in config.read_bytes()
     if folder.is_file() or (any(folder.glob("[!.]*")) and not is_ours):

@@ -3,6 +3,8 @@
 Token embedding, RMS norm, `depth` blocks of causal attention and a ReLU² MLP, RMS norm, untied
 head, logits softly capped at 15. Queries and keys are rotated (RoPE, arXiv:2104.09864, by halves)
 and then normalised (QK-norm, arXiv:2010.04245); no norm has weights and no layer a bias.
+Ingredients of `ModelConfig.architecture` come on top. They are from the records of modded-nanogpt
+(https://github.com/KellerJordan/modded-nanogpt) and nanochat of 2026.
 
 Shapes: B rows, T time, D width, H query heads, G key/value heads, K head size, V vocabulary,
 L layers, S cached positions.
@@ -107,6 +109,7 @@ class KVCache:
         self.values_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.used_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.used = [0] * rows  # the same, known without asking the device
+        self.ids_BS = torch.zeros(rows, length, dtype=torch.long, device=device)  # if asked for
         self.multiple = REACH  # of positions that are read
 
     @property
@@ -166,6 +169,7 @@ class KVCache:
         reach = slice(max(self.used))
         self.keys_LBGSK[:, :, :, reach] = other.keys_LBGSK[:, index, :, reach]
         self.values_LBGSK[:, :, :, reach] = other.values_LBGSK[:, index, :, reach]
+        self.ids_BS[:, reach] = other.ids_BS[index, reach]
 
 
 class Attention(nn.Module):
@@ -187,13 +191,20 @@ class Attention(nn.Module):
         mask_BTS: Tensor | None = None,
         cache: KVCache | None = None,
         positions_BT: Tensor | None = None,
+        lookup: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
+        """lookup: with value embeddings the tokens' ids [B, T], a table [V, G K] and a gate."""
         heads = (-1, self.head_dim)
         # A rotation keeps lengths, so the order of the two is free; this one saves a copy of the
         # rotated queries and keys for the backward pass.
         query_BTHK = rotate(norm(self.query(x_BTD).unflatten(-1, heads)), cos_sin)
         key_BTGK = rotate(norm(self.key(x_BTD).unflatten(-1, heads)), cos_sin)
         value_BTGK = self.value(x_BTD).unflatten(-1, heads)
+        if lookup is not None:
+            ids_BT, table, gate = lookup
+            own_BTGK = F.embedding(ids_BT, table).to(value_BTGK.dtype).unflatten(-1, heads)
+            share_BTG = 2 * torch.sigmoid(F.linear(x_BTD[..., : gate.shape[1]], gate))
+            value_BTGK = value_BTGK + share_BTG[..., None] * own_BTGK
         if cache is not None:
             assert positions_BT is not None
             cache.write(self.layer, positions_BT, key_BTGK, value_BTGK)
@@ -231,9 +242,15 @@ class Block(nn.Module):
         x_BTD: Tensor,
         cos_sin: tuple[Tensor, Tensor],
         *context,
+        mix: tuple[Tensor, Tensor] | None = None,
+        lookup: tuple[Tensor, ...] | None = None,
         fused: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(norm(x_BTD), cos_sin, *context)
+        """mix: the embedding x0 [B, T, D], and of x and x0 the shares [2] to begin with."""
+        if mix is not None:
+            x0_BTD, shares = mix
+            x_BTD = shares[0] * x_BTD + shares[1] * x0_BTD
+        x_BTD = x_BTD + self.attention(norm(x_BTD), cos_sin, *context, lookup=lookup)
         return x_BTD + self.mlp(norm(x_BTD), fused)
 
 
@@ -254,6 +271,12 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(table_VD, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head = nn.Linear(config.width, vocab_size, bias=False)
+        kv_width, layers = config.num_kv_heads * config.head_dim, config.value_layers
+        tables = [nn.Parameter(torch.empty(vocab_size, kv_width)) for _ in layers]
+        if tables:
+            self.value_embeddings = nn.ParameterList(tables)
+        for name, shape in config.scalars.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     @classmethod
     def build(cls, config: ModelConfig, vocab_size: int, device: torch.device, seed: int) -> GPT:
@@ -277,8 +300,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Linear N(0, min(1, √(out/in)) / √in), embedding N(0, 1), output projections and head 0."""
+        """Linear N(0, min(1, √(out/in)) / √in), embedding N(0, 1), output projections and head 0.
+
+        Value embeddings as linear; gates and shares so that the others change nothing yet.
+        """
+        begin = {"x0": torch.tensor([1.0, 0.1]), "backout": torch.tensor(0.2)}
         for name, weight in self.named_parameters():
+            if name in self.config.scalars:
+                weight.copy_(begin.get(name, torch.tensor(0.0)).expand_as(weight))
+                continue
             if name.endswith(("out.weight", "down.weight")) or name == "head.weight":
                 weight.zero_()
                 continue
@@ -308,15 +338,49 @@ class GPT(nn.Module):
         cos, sin = self.rotary_tables(ids_BT.device)
         known_BT = positions_BT.clamp(max=len(cos) - 1)  # a row's padding may lie further
         cos_sin = cos[known_BT], sin[known_BT]
+        x_BTD, own = self._embedded(ids_BT), dict(self.named_parameters(recurse=False))
+        if "smear" in own:
+            x_BTD = self._smeared(x_BTD, own["smear"], ids_BT, positions_BT, cache)
+        given: list[dict[str, Any]] = [{} for _ in self.blocks]
+        for i, layer in enumerate(self.config.value_layers):
+            given[layer]["lookup"] = ids_BT, self.value_embeddings[i], own["value_gates"][i]
+        if "x0" in own:
+            x0_BTD = x_BTD.view_as(x_BTD)  # or the first block were compiled apart: x is x0
+            given = [{**more, "mix": (x0_BTD, own["x0"][i])} for i, more in enumerate(given)]
+        middle_BTD = x_BTD
+        for layer, (block, more) in enumerate(zip(self.blocks, given, strict=True)):
+            x_BTD = run(block, x_BTD, cos_sin, mask_BTS, cache, positions_BT, **more)
+            middle_BTD = x_BTD if layer == self.config.depth // 2 else middle_BTD
+        if "backout" in own:
+            x_BTD = x_BTD - own["backout"].to(x_BTD.dtype) * middle_BTD
+        return norm(x_BTD)
+
+    def _embedded(self, ids_BT: Tensor) -> Tensor:
+        """The normalised embeddings [B, T, D], where the residual stream begins."""
         x_BTD = self.embedding(ids_BT)
         if torch.is_autocast_enabled(x_BTD.device.type):
             # The residual stream too is kept in the activations' precision: float32 would double
             # what every block reads and writes (5 % of a step at depth 12 on an H100).
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
-        x_BTD = norm(x_BTD)
-        for block in self.blocks:
-            x_BTD = run(block, x_BTD, cos_sin, mask_BTS, cache, positions_BT)
         return norm(x_BTD)
+
+    def _smeared(
+        self,
+        x_BTD: Tensor,
+        gate: Tensor,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Embeddings with a share of the token before: gate[0], gated by the first numbers."""
+        if cache is None:
+            before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))  # a row's first token has none
+        else:
+            cache.ids_BS.scatter_(1, positions_BT, ids_BT)
+            before_BT = cache.ids_BS.gather(1, (positions_BT - 1).clamp(min=0))
+            before_BTD = self._embedded(before_BT) * (positions_BT > 0)[..., None]
+        share_BT = gate[0] * torch.sigmoid(x_BTD[..., : len(gate) - 1] @ gate[1:])
+        return x_BTD + share_BT.to(x_BTD.dtype)[..., None] * before_BTD
 
     def rotary_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, 1, K / 2] of every position of the context, computed once."""
@@ -345,8 +409,9 @@ class GPT(nn.Module):
 
     def fast_kernels(self, use: Literal["training", "writing"]) -> ModuleType | None:
         """`nanolib.kernels` where they work and serve a model of these dimensions."""
+        known = use == "training" or not self.config.architecture
         aligned = self.config.width % 8 == 0 and self.config.head_dim.bit_count() == 1
-        return _proven_kernels(self.head.weight.device, use) if aligned else None
+        return _proven_kernels(self.head.weight.device, use) if aligned and known else None
 
     def compiled_nll(self, cudnn: bool = False, **options: Any) -> Callable[[Batch], Tensor]:
         """`nll` through torch.compile (`options`): one program for every block, one for the loss.
@@ -358,8 +423,8 @@ class GPT(nn.Module):
         fast = self.fast_kernels("training")
         fused = None if fast is None else fast.SquaredReLUMLP.apply
 
-        def block(block: Block, *inputs) -> Tensor:
-            return block.forward(*inputs, fused=fused)
+        def block(block: Block, *inputs, **given) -> Tensor:
+            return block.forward(*inputs, **given, fused=fused)
 
         run, nll = torch.compile(block, **options), torch.compile(self._nll, **options)
         # A program keeps the attention kernel that was allowed at its first call, when it was

@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the embedding and the head, on one rank or many.
+"""Muon for matrices, AdamW for embeddings, head and scalars, on one rank or many.
 
 `adamw_step` and `muon_step` are the two update rules as pure in-place functions on tensors.
 `MuonAdamW` applies them to a model. Gradients are summed over ranks by reduce-scatter: each rank
@@ -12,19 +12,40 @@ shape, stacked [N, R, C], an equal number of whole matrices. N is padded to a mu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanolib.config import OptimConfig
 from nanolib.runtime import Runtime
 
+if TYPE_CHECKING:
+    from nanolib.model import GPT
+
 # Quintic Newton–Schulz coefficients of Muon (Keller Jordan, 2024): they maximise the slope at 0,
 # so singular values end near, not at, 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Polar Express (arXiv:2505.16932): the best polynomial for each iteration, for singular values from
+# 0.001 up; the last is repeated. Divided by 1.01, as rounding may lift a singular value above 1.
+POLAR_EXPRESS = tuple(
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.875, -1.25, 0.375),
+    )
+)
+NORMUON_BETA = 0.95
+# AdamW's rates for gates and shares; of embedding_lr for value embeddings (nanochat, 2026).
+SCALAR_LRS = {"x0": 0.02, "smear": 0.2, "backout": 0.2, "value_gates": 0.01}
+VALUE_EMBEDDING_LR = 0.5
 
 SLOTS = {"muon": ("momentum",), "adamw": ("moment1", "moment2")}  # names of each rule's state
 
@@ -50,18 +71,23 @@ def adamw_step(
     weight.addcdiv_(moment1, scale, value=-lr / (1 - beta1**step))
 
 
-def orthogonalise(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(
+    matrices_NRC: Tensor,
+    steps: int = 5,
+    polynomials: tuple[tuple[float, float, float], ...] = (NEWTON_SCHULZ,),
+) -> Tensor:
     """Push the singular values of each matrix of a stack [N, R, C] towards 1.
 
     The Newton–Schulz iteration of Muon, in bfloat16 on CUDA and in the given precision elsewhere.
+    polynomials: of each step; the last serves all further ones.
     """
-    a, b, c = NEWTON_SCHULZ
     x = matrices_NRC.bfloat16() if matrices_NRC.is_cuda else matrices_NRC
     wide = x.size(-2) <= x.size(-1)
     if not wide:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = polynomials[min(step, len(polynomials) - 1)]
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
@@ -72,27 +98,43 @@ def muon_step(
     weights_NRC: Tensor,
     grads_NRC: Tensor,
     momenta_NRC: Tensor,
+    squares_NR1: Tensor | None = None,
     *,
     lr: float,
     momentum: float,
     newton_schulz_steps: int = 5,
+    decay: float = 0.0,
+    uses: Set[str] = frozenset(),
 ) -> None:
     """One Muon update in place on a stack of matrices (https://kellerjordan.github.io/posts/muon).
 
-    Nesterov momentum, orthogonalised, scaled by √max(1, R/C).
+    Nesterov momentum, orthogonalised, scaled by √max(1, R/C). squares: of each row the running mean
+    square; its root divides the row, and the matrix keeps its norm (NorMuon, arXiv:2510.05491).
+    decay: decoupled. uses: "polar_express"; "cautious_decay" of weights alone that the update too
+    makes smaller (arXiv:2510.12402).
     """
     momenta_NRC.lerp_(grads_NRC, 1 - momentum)
     update = grads_NRC.lerp(momenta_NRC, momentum)
+    polynomials = POLAR_EXPRESS if "polar_express" in uses else (NEWTON_SCHULZ,)
+    update = orthogonalise(update, newton_schulz_steps, polynomials)
+    if squares_NR1 is not None:
+        squares_NR1.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - NORMUON_BETA)
+        even = update * (squares_NR1 + 1e-10).rsqrt()
+        size, now = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, even))
+        update = even * (size / now.clamp(min=1e-7))
+    if decay:
+        where = update * weights_NRC > 0 if "cautious_decay" in uses else 1.0
+        weights_NRC.mul_(1 - lr * decay * where)
     rows, columns = weights_NRC.shape[-2:]
-    scale = math.sqrt(max(1.0, rows / columns))
-    weights_NRC.add_(orthogonalise(update, newton_schulz_steps), alpha=-lr * scale)
+    weights_NRC.add_(update, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
 @dataclass
 class Group:
     """Parameters of one shape and rule as a stack [N, R, C], and this rank's share of it.
 
-    Muon: a stack of N matrices. AdamW: one matrix [V, D] as a stack of V rows [V, 1, D].
+    Muon: a stack of N matrices. AdamW: one matrix [V, D] as a stack of V rows [V, 1, D]; likewise
+    a parameter of fewer or more dimensions.
     """
 
     rule: str  # "muon" or "adamw"
@@ -100,7 +142,8 @@ class Group:
     params: list[Tensor]
     lr: float
     share: int  # of the stack's items on each rank; those of the last ranks may be padding
-    state: dict[str, Tensor] = field(default_factory=dict)  # slot -> [share, R, C] on this rank
+    # slot -> [share, R, C] on this rank; of NorMuon's [share, R, 1]
+    state: dict[str, Tensor] = field(default_factory=dict)
 
     def stack(self, tensors: list[Tensor], ranks: int) -> Tensor:
         """The tensors as one padded stack [share · ranks, R, C]."""
@@ -140,8 +183,8 @@ class MuonAdamW:
     calls the two itself and reads the norm from the device together with its own sums.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime):
-        self.config, self.runtime = config, runtime
+    def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime):
+        self.config, self.runtime, self.uses = config, runtime, model.config.uses
         self.groups = self._groups(model)
         self.steps = 0  # updates made: AdamW's bias correction and Muon's momentum count them
         for group in self.groups:
@@ -151,20 +194,23 @@ class MuonAdamW:
                 slot: torch.zeros(shape, device=example.device, dtype=torch.float32)
                 for slot in SLOTS[group.rule]
             }
+            if group.rule == "muon" and "normuon" in self.uses:
+                group.state["squares"] = torch.zeros_like(group.state["momentum"][..., :1])
 
-    def _groups(self, model: nn.Module) -> list[Group]:
+    def _groups(self, model: GPT) -> list[Group]:
         width = model.get_parameter("embedding.weight").shape[1]
         scale = (width / 768) ** -0.5  # the settings hold for width 768; wider: smaller steps
-        lrs = {
+        lrs = SCALAR_LRS | {
             "embedding.weight": self.config.embedding_lr * scale,
+            "value_embeddings": self.config.embedding_lr * scale * VALUE_EMBEDDING_LR,
             "head.weight": self.config.head_lr * scale,
         }
         groups: list[Group] = []
         matrices: dict[torch.Size, dict[str, Tensor]] = {}
         for name, param in model.named_parameters():
-            if name in lrs:
+            if (lr := lrs.get(name, lrs.get(name.split(".")[0]))) is not None:
                 share = math.ceil(param.shape[0] / self.runtime.world_size)
-                groups.append(Group("adamw", [name], [param], lrs[name], share))
+                groups.append(Group("adamw", [name], [param], lr, share))
             else:
                 matrices.setdefault(param.shape, {})[name] = param
         for named in matrices.values():
@@ -232,12 +278,15 @@ class MuonAdamW:
         first = self.runtime.rank * group.share
         weight = stacked[first : first + group.share].clone()
         config, lr = self.config, group.lr * lr_scale
-        moments = [group.state[slot] for slot in SLOTS[group.rule]]
+        moments = group.state.values()
         if group.rule == "muon":
-            steps = config.newton_schulz_steps
-            muon_step(weight, grad, *moments, lr=lr, momentum=momentum, newton_schulz_steps=steps)
+            settings = {"newton_schulz_steps": config.newton_schulz_steps, "uses": self.uses}
+            decay = 0.1 * ("cautious_decay" in self.uses)
+            decay = decay if config.matrix_decay is None else config.matrix_decay
+            muon_step(weight, grad, *moments, lr=lr, momentum=momentum, decay=decay, **settings)
         else:
-            settings = {"eps": config.adam_eps, "weight_decay": config.weight_decay}
+            decay = config.weight_decay if group.params[0].dim() == 2 else 0.0  # not of scalars
+            settings = {"eps": config.adam_eps, "weight_decay": decay}
             betas = (config.adam_beta1, config.adam_beta2)
             adamw_step(weight, grad, *moments, step=self.steps, lr=lr, betas=betas, **settings)
         if self.runtime.world_size > 1:

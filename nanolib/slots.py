@@ -16,7 +16,7 @@ from nanolib.model import KVCache
 
 KEPT_LEAST = 16  # a shorter common beginning is read again
 
-KeysValues = tuple[Tensor, Tensor]  # of one row, [L, G, T, K] each
+KeysValues = tuple[Tensor, Tensor, Tensor]  # of one row, [L, G, T, K] each, and its ids [T]
 Replay = Callable[[], Tensor]
 
 
@@ -58,11 +58,13 @@ class Slots(KVCache):
 
     def read_row(self, row: int) -> KeysValues:
         used = self.used[row]
-        return self.keys_LBGSK[:, row, :, :used], self.values_LBGSK[:, row, :, :used]
+        keys, values = (x[:, row, :, :used] for x in (self.keys_LBGSK, self.values_LBGSK))
+        return keys, values, self.ids_BS[row, :used]
 
     def write_row(self, row: int, read: KeysValues) -> None:
         used = self.used[row] = self.used_B[row] = read[0].shape[2]
-        self.keys_LBGSK[:, row, :, :used], self.values_LBGSK[:, row, :, :used] = read
+        self.keys_LBGSK[:, row, :, :used], self.values_LBGSK[:, row, :, :used] = read[:2]
+        self.ids_BS[row, :used] = read[2]
 
     def begin(self, rows: Sequence[int], settings: Sequence[tuple]) -> None:
         """Give these rows their `settings`, a tuple for each row."""
@@ -88,11 +90,12 @@ class Kept:
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
-        self.rows: list[tuple[list[int], Tensor, Tensor]] = []
+        self.rows: list[tuple[list[int], Tensor, Tensor, Tensor]] = []
 
     def add(self, ids: list[int], read: KeysValues) -> None:
         self.rows = [row for row in self.rows if row[0] != ids[: len(row[0])]]
-        self.rows.append((ids, read[0].clone(), read[1].clone()))
+        keys, values, ids_T = read
+        self.rows.append((ids, keys.clone(), values.clone(), ids_T.clone()))
         while sum(row[1].nbytes + row[2].nbytes for row in self.rows) > self.most_bytes:
             del self.rows[0]
 
@@ -105,4 +108,4 @@ class Kept:
             return None
         found = self.rows.pop(common.index(longest))
         self.rows.append(found)
-        return found[1][:, :, :longest], found[2][:, :, :longest]
+        return found[1][:, :, :longest], found[2][:, :, :longest], found[3][:longest]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_model import CPU, VOCAB, random_ids, tiny
+from test_model import ALL, CPU, EACH, VOCAB, random_ids, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,17 +30,20 @@ def test_parameters_of_the_original():
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
-def test_parameters_by_part_are_the_models(kv_heads):
-    config = tiny(kv_heads=kv_heads)
+@pytest.mark.parametrize("ingredients", EACH)
+def test_parameters_by_part_are_the_models(kv_heads, ingredients):
+    config = tiny(kv_heads=kv_heads, depth=3, aspect=16, ingredients=ingredients)
     counts = dict.fromkeys(config.parts(VOCAB), 0)
     for name, weight in GPT.build(config, VOCAB, CPU, 0).named_parameters():
-        counts[next(part for part in counts if part in name)] += weight.numel()
+        part = next((part for part in counts if name.startswith(part)), None)
+        part = part or next((part for part in counts if part in name), "scalars")
+        counts[part] += weight.numel()
     assert counts == config.parts(VOCAB)
 
 
-@pytest.mark.parametrize("kv_heads", [None, 2])
-def test_flops_equal_torchs_counter(kv_heads):
-    config = tiny(kv_heads=kv_heads)
+@pytest.mark.parametrize("kv_heads, ingredients", [(None, ()), (2, ()), (2, ("x0", "backout"))])
+def test_flops_equal_torchs_counter(kv_heads, ingredients):
+    config = tiny(kv_heads=kv_heads, ingredients=ingredients)
     model, rows = GPT.build(config, VOCAB, CPU, 0), 3
     tokens = rows * config.sequence_len
     # torch counts the plain products of the MATH backend; its CPU flash kernel it does not know
@@ -77,8 +80,9 @@ def test_activations_are_about_what_autograd_keeps(kv_heads, depth):
     loss.backward()
 
 
-def test_training_memory(cpu):
-    config = tiny(kv_heads=2)
+@pytest.mark.parametrize("ingredients", [(), ALL])
+def test_training_memory(cpu, ingredients):
+    config = tiny(kv_heads=2, ingredients=ingredients)
     model = GPT.build(config, VOCAB, CPU, 0)
     memory = TrainingMemory(config, VOCAB)
     assert memory.weights == 4 * sum(w.numel() for w in model.parameters())

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nanolib import config
-from nanolib.config import MODELS, ModelConfig, Recipe, flatten, resolve
+from nanolib.config import INGREDIENTS, MODELS, PRESETS, ModelConfig, Recipe, flatten, resolve
 
 
 def test_the_original_at_depth_20():
@@ -78,6 +78,8 @@ def test_flat_names_cover_everything_and_no_stage_is_optional():
         ("eval.tasks", "mmlu, facts", ("mmlu", "facts")),
         ("eval.tasks", ["mmlu"], ("mmlu",)),
         ("machine.mirror", "none", None),
+        ("model.ingredients", "none", None),
+        ("model.ingredients", "x0, smear", ("x0", "smear")),
     ],
 )
 def test_values_are_coerced(path, given, value):
@@ -119,6 +121,7 @@ def test_other_values_and_names_are_refused(path, given, message):
         ({"model.kv_heads": 3}, r"kv_heads must divide the 2 query heads, got 3"),
         ({"base.batch_tokens": 1000}, r"multiple of model\.sequence_len \(128\), got 1000"),
         ({"sft.batch_tokens": 64}, r"sft\.batch_tokens must be a multiple"),
+        ({"model.ingredients": "x0,y0"}, r"ingredients has y0, but there are value_emb.*, x0, "),
         ({"base.save_every": 0}, r"base\.save_every must be at least 1, got 0"),
         ({"machine.threads": 0}, r"machine\.threads must be at least 1, got 0"),
         ({"sft.epochs": 0}, r"sft\.epochs must be more than 0"),
@@ -139,6 +142,26 @@ def test_settings_that_contradict_are_refused(overrides, message):
 
 
 # ---------------------------------------------------------------------------- profiles
+
+
+def test_a_preset_has_ingredients_that_a_list_replaces():
+    assert ModelConfig().uses == frozenset() == ModelConfig().architecture
+    assert ModelConfig(preset="modern").uses == set(PRESETS["modern"]) <= set(INGREDIENTS)
+    assert ModelConfig(preset="modern", ingredients=()).uses == frozenset()
+    some = ModelConfig(ingredients=("x0", "normuon"))
+    assert some.uses == {"x0", "normuon"} and some.architecture == {"x0"}
+    with pytest.raises(ValueError, match=r"ingredients has none, words, but there are"):
+        ModelConfig(ingredients=("words", "none"))
+    with pytest.raises(ValueError, match=r"preset must be one of classic, modern, got 'old'"):
+        resolve("smoke", {"model.preset": "old"})
+
+
+def test_value_embeddings_do_not_lengthen_the_horizon():
+    steps = [
+        resolve("smoke", {"model.preset": preset, "base.steps": None}).recipe.base.steps
+        for preset in ("classic", "modern")
+    ]
+    assert steps[0] <= steps[1] <= steps[0] + 2
 
 
 def test_unknown_and_broken_profiles(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from itertools import chain
 
 import pytest
 import torch
-from test_model import CPU, VOCAB, random_ids, random_model, tiny
+from test_model import ALL, CPU, VOCAB, random_ids, random_model, tiny
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
@@ -148,11 +148,12 @@ def test_draws_are_hashes_of_key_and_position():
 # ---------------------------------------------------------------------------- rows
 
 
+@pytest.mark.parametrize("ingredients", [(), ALL])
 @pytest.mark.parametrize(("kv_heads", "reach"), [(None, 64), (3, 8)])
-def test_greedy_batch_equals_plain_loop(kv_heads, reach, monkeypatch):
+def test_greedy_batch_equals_plain_loop(kv_heads, reach, ingredients, monkeypatch):
     """Rows of different length that end at different times, some at the limit."""
     monkeypatch.setattr("nanolib.model.REACH", reach)
-    speaker = engine(kv_heads=kv_heads, sequence_len=48)
+    speaker = engine(kv_heads=kv_heads, sequence_len=48, ingredients=ingredients)
     asked = prompts(1, 9, 4, 17, 5, 6, 30, 11)
     want = [plain_greedy(speaker, prompt, limit=20) for prompt in asked]
     assert len({len(said) for said in want}) > 2, "the rows should end at different times"
@@ -268,7 +269,8 @@ def plain_sampled(engine: Engine, prompt: list[int], limit: int, seed: int, s: i
 @pytest.mark.parametrize("seed", range(4))
 def test_whoever_comes_and_goes_a_row_says_what_it_says_alone(seed):
     """Requests at random times, some cancelled, with settings, prompts and kept rows of all kinds."""
-    draw, speaker = random.Random(seed), engine(sequence_len=72)
+    ingredients = ALL if seed % 2 else ()
+    draw, speaker = random.Random(seed), engine(sequence_len=72, ingredients=ingredients)
     speaker.max_rows, speaker.chunk = draw.choice([3, 5, 16]), draw.choice([4, 30, 400])
     asked, told, most = prompts(*range(1, 60, 7)), [], 0
     for _ in range(160):
@@ -328,8 +330,9 @@ def test_a_long_prompt_is_read_between_the_tokens_of_the_others():
         )
 
 
-def test_a_kept_beginning_is_not_read_again_and_memory_is_bounded():
-    speaker, (asked,) = engine(sequence_len=128), prompts(40)
+@pytest.mark.parametrize("ingredients", [(), ALL])
+def test_a_kept_beginning_is_not_read_again_and_memory_is_bounded(ingredients):
+    speaker, (asked,) = engine(sequence_len=128, ingredients=ingredients), prompts(40)
     speaker.ends, seen = frozenset(), reads(speaker)
     alone = speaker.complete([asked], max_new_tokens=8)[0]
     assert [*chain(*speaker.generate([asked], max_new_tokens=8, keep=True))][-1].id == alone[-1]

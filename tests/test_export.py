@@ -117,6 +117,18 @@ def test_a_folder_with_something_else_is_not_overwritten(exported, tokenizer, tm
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == tokenizer.vocab_size
 
 
+def test_a_model_with_ingredients_is_refused_by_their_names(tokenizer, tmp_path):
+    def model(*ingredients: str) -> GPT:
+        return GPT.build(tiny(ingredients=ingredients), tokenizer.vocab_size, CPU, 0)
+
+    with pytest.raises(ValueError, match="cannot be exported: it has smear, x0, and transformers"):
+        export.write(model("x0", "smear", "normuon"), tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export.write(
+        model("normuon"), tokenizer, tmp_path / "out"
+    )  # a classic model, trained otherwise
+
+
 def test_a_runs_newest_model_is_exported(run_with_models, transformers):  # noqa: F811
     run, models = run_with_models("base", "sft")
     assert export.export(run) == run.path / "export"

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nanolib.config import ModelConfig
+from nanolib.config import ModelConfig, OptimConfig
 from nanolib.data.packing import Batch
 from nanolib.model import GPT, KVCache, attend, norm, rotate, rotation
+from nanolib.optim import MuonAdamW
+from nanolib.runtime import Runtime
 
 VOCAB = 61
 CPU = torch.device("cpu")
+ALL = tuple(sorted(ModelConfig(preset="modern").architecture))  # ingredients, all together
+EACH = [(), *((name,) for name in ALL), ALL]
 
 
 def tiny(**changes) -> ModelConfig:
@@ -97,9 +101,9 @@ def test_queries_and_keys_know_only_their_distance():
 
 
 def naive_logits(model: GPT, ids: list[int]) -> torch.Tensor:
-    """The classic Transformer for one row, from its weights and the definition."""
+    """The Transformer for one row, from its weights and the definition."""
     weights = dict(model.named_parameters())
-    config = model.config
+    config, uses = model.config, model.config.uses
     time, size = len(ids), config.head_dim
 
     def rms(x):
@@ -108,27 +112,98 @@ def naive_logits(model: GPT, ids: list[int]) -> torch.Tensor:
     def heads(x, name):
         return (x @ weights[name].T).view(1, time, -1, size)
 
+    def gate(weight, y):
+        return torch.sigmoid(weight @ y[: len(weight)])
+
     x = rms(weights["embedding.weight"][ids])
+    if "smear" in uses:
+        share, *looks = weights["smear"]
+        more = [share * gate(torch.stack(looks), x[t]) * x[t - 1] for t in range(1, time)]
+        x = torch.cat((x[:1], x[1:] + torch.stack(more)))
+    first = x
     for i in range(config.depth):
+        if "x0" in uses:
+            x = weights["x0"][i, 0] * x + weights["x0"][i, 1] * first
         block, y = f"blocks.{i}.", rms(x)
         turn = rotation(torch.arange(time)[None], size)
         query = rms(rotate(heads(y, block + "attention.query.weight"), turn))
         key = rms(rotate(heads(y, block + "attention.key.weight"), turn))
         value = heads(y, block + "attention.value.weight")
+        if "value_embeddings" in uses and i % 2 == (config.depth - 1) % 2:
+            own = weights[f"value_embeddings.{i // 2}"][ids].view_as(value)
+            for t in range(time):
+                for g, looks in enumerate(weights["value_gates"][i // 2]):
+                    value[0, t, g] += 2 * gate(looks, y[t]) * own[0, t, g]
         mixed = naive_attend(query, key, value, lambda b, t, s: s <= t).reshape(time, -1)
         x = x + mixed @ weights[block + "attention.out.weight"].T
         up = (rms(x) @ weights[block + "mlp.up.weight"].T).clamp(min=0) ** 2
         x = x + up @ weights[block + "mlp.down.weight"].T
+        if i == config.depth // 2:
+            middle = x
+    if "backout" in uses:
+        x = x - weights["backout"] * middle
     return 15 * torch.tanh(rms(x) @ weights["head.weight"].T / 15)
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
-def test_forward_equals_the_definition(kv_heads):
-    model = random_model(tiny(kv_heads=kv_heads))
-    ids = random_ids(2, 9)
+@pytest.mark.parametrize("ingredients", EACH)
+@pytest.mark.parametrize("depth", [2, 5])
+def test_forward_equals_the_definition(kv_heads, ingredients, depth):
+    config = tiny(kv_heads=kv_heads, ingredients=ingredients, depth=depth, aspect=48 // depth)
+    model, ids = random_model(config), random_ids(2, 9)
     with torch.no_grad():
         for row, logits in zip(ids.tolist(), model(ids), strict=True):
             assert_close(logits, naive_logits(model, row), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ingredients", EACH)
+def test_no_token_sees_a_later_one(ingredients):
+    model, ids = random_model(tiny(ingredients=ingredients)), random_ids(1, 9)
+    other = ids.clone()
+    other[0, 5] = (ids[0, 5] + 1) % VOCAB
+    with torch.no_grad():
+        one, two = model(ids)[0], model(other)[0]
+    assert_close(one[:5], two[:5], rtol=0, atol=1e-6)
+    assert all(not torch.allclose(one[t], two[t], atol=1e-3) for t in (5, 6))
+
+
+def test_classic_trains_as_ever():
+    """Losses and logits of the code before there were ingredients."""
+    model = GPT.build(tiny(kv_heads=3), VOCAB, CPU, seed=7)
+    optimizer = MuonAdamW(
+        model, OptimConfig(weight_decay=0.1), Runtime(device=CPU, dtype=torch.float32)
+    )
+    batch, losses = Batch(inputs_BT=random_ids(4, 20, seed=1), targets_BT=random_ids(4, 20, seed=2)), []  # fmt: skip
+    for _ in range(5):
+        loss = model.nll(batch).mean()
+        loss.backward()
+        optimizer.step(1.0)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    before = [4.110873699188232, 3.669497013092041, 2.959688663482666, 2.355623483657837]
+    assert losses == pytest.approx([*before, 1.8777143955230713], abs=2e-5)
+    logits = [-0.9515292644500732, -0.31707870960235596, -0.6194499135017395, 0.22208356857299805]
+    assert model(batch.inputs_BT)[0, -1, :4].tolist() == pytest.approx(logits, abs=2e-4)
+    names = [f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.up", "mlp.down")]  # fmt: skip
+    assert [*model.state_dict()] == ["embedding.weight", *names, "head.weight"]
+
+
+@pytest.mark.parametrize("ingredients", EACH)
+def test_a_new_model_is_the_classic_one_but_for_its_size(ingredients):
+    """Weights of the same names are drawn alike, and ingredients begin by changing little."""
+    classic, model = (GPT.build(tiny(ingredients=its), VOCAB, CPU, 3) for its in ((), ingredients))
+    common = dict(model.named_parameters())
+    assert all(weight.equal(common[name]) for name, weight in classic.named_parameters())
+    batch = Batch(inputs_BT=random_ids(2, 9), targets_BT=random_ids(2, 9, seed=1))
+    hidden = [each.hidden(batch.inputs_BT) for each in (classic, model)]
+    assert_close(*hidden, rtol=1e-4, atol=1e-4)
+    for _ in range(3):  # the head, then the projections begin at 0 and stop gradients
+        model.nll(batch).sum().backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.1 * weight.grad.sign()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.any(), f"{name} learns"
 
 
 def test_nll_is_the_mean_of_nothing_where_ignored():
@@ -141,18 +216,38 @@ def test_nll_is_the_mean_of_nothing_where_ignored():
     assert_close(nll[1], -log_probabilities[1].gather(1, targets[1][:, None]).squeeze(1))
 
 
-def test_compiled_nll_equals_nll_and_has_its_gradients():
-    model, ids, targets = random_model(tiny()), random_ids(2, 6), random_ids(2, 6, seed=1)
+@pytest.mark.parametrize("ingredients", [(), ALL])
+def test_compiled_nll_equals_nll_and_has_its_gradients(ingredients):
+    model, ids, targets = (
+        random_model(tiny(ingredients=ingredients)),
+        random_ids(2, 6),
+        random_ids(2, 6, seed=1),
+    )
     targets[0, 2:] = -1
     batch = Batch(inputs_BT=ids, targets_BT=targets)
     results = []
-    for nll in (model.nll, model.compiled_nll(backend="aot_eager")):
+    for nll in (model.nll, model.compiled_nll(backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         nll_BT = nll(batch)
         nll_BT.square().sum().backward()  # no weight's gradient is a sum that hides another's
         results.append([nll_BT.detach(), *(weight.grad for weight in model.parameters())])
     for plain, compiled in zip(*results, strict=True):
         assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize("ingredients, programs", [((), 1), (ALL, 2)])
+def test_blocks_share_a_program(ingredients, programs):
+    """One for all blocks, or one for those with value embeddings and one for the others."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = random_model(tiny(depth=6, aspect=8, ingredients=ingredients))
+    model.compiled_nll(backend=backend)(Batch(inputs_BT=random_ids(2, 6), targets_BT=random_ids(2, 6, seed=1)))  # fmt: skip
+    assert len(compiled) == programs + 1  # the loss
 
 
 def test_cudnns_attention_is_allowed_while_compiling_if_asked_for():
@@ -179,13 +274,14 @@ def test_cudnns_attention_is_allowed_while_compiling_if_asked_for():
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_the_residual_stream_has_the_activations_precision():
-    model, ids = random_model(tiny()), random_ids(2, 6)
+@pytest.mark.parametrize("ingredients", [(), ALL])
+def test_the_residual_stream_has_the_activations_precision(ingredients):
+    model, ids = random_model(tiny(ingredients=ingredients)), random_ids(2, 6)
     seen: list[torch.dtype] = []
 
-    def run(block, x_BTD, *rest):
+    def run(block, x_BTD, *rest, **more):
         seen.append(x_BTD.dtype)
-        return block(x_BTD, *rest)
+        return block(x_BTD, *rest, **more)
 
     with torch.no_grad():
         plain = model.hidden(ids, run=run)
@@ -204,13 +300,24 @@ def test_rotary_tables_made_while_generating_serve_training():
     assert model._rotary is first
 
 
+@pytest.mark.parametrize("ingredients", EACH)
+def test_kernels_for_writing_serve_the_classic_model_alone(ingredients, monkeypatch):
+    monkeypatch.setattr("nanolib.model._proven_kernels", lambda device, use: use)
+    model = random_model(tiny(ingredients=ingredients))
+    assert model.fast_kernels("training") == "training"
+    assert model.fast_kernels("writing") == (None if ingredients else "writing")
+    model = random_model(tiny(ingredients=("normuon", "polar_express", "cautious_decay")))
+    assert model.fast_kernels("writing") == "writing"
+
+
 # ---------------------------------------------------------------------------- the cache
 
 
 @pytest.mark.parametrize("kv_heads", [None, 3])
-def test_cache_equals_no_cache_with_ragged_rows(kv_heads):
+@pytest.mark.parametrize("ingredients", EACH)
+def test_cache_equals_no_cache_with_ragged_rows(kv_heads, ingredients):
     """Prompts of 3, 7 and 5 tokens, padded; then 6 more tokens, one at a time, and a pair."""
-    model, lengths = random_model(tiny(kv_heads=kv_heads)), [3, 7, 5]
+    model, lengths = random_model(tiny(kv_heads=kv_heads, ingredients=ingredients)), [3, 7, 5]
     ids = random_ids(3, 20)
     cache = KVCache(model.config, 3, 20, CPU, torch.float32)
     with torch.no_grad():
@@ -228,8 +335,9 @@ def test_cache_equals_no_cache_with_ragged_rows(kv_heads):
             assert_close(torch.stack(got[b]), model(ids[b : b + 1, : n + 6])[0])
 
 
-def test_a_row_that_is_over_changes_nothing():
-    model, ids = random_model(tiny()), random_ids(2, 10)
+@pytest.mark.parametrize("ingredients", [(), ALL])
+def test_a_row_that_is_over_changes_nothing(ingredients):
+    model, ids = random_model(tiny(ingredients=ingredients)), random_ids(2, 10)
     cache = KVCache(model.config, 2, 10, CPU, torch.float32)
     with torch.no_grad():
         model(ids[:, :4], cache=cache)
@@ -241,8 +349,9 @@ def test_a_row_that_is_over_changes_nothing():
         assert_close(logits[0, 0], model(ids[:1])[0, -1])
 
 
-def test_copied_rows_go_on_as_the_originals():
-    model, ids = random_model(tiny()), random_ids(3, 12)
+@pytest.mark.parametrize("ingredients", [(), ALL])
+def test_copied_rows_go_on_as_the_originals(ingredients):
+    model, ids = random_model(tiny(ingredients=ingredients)), random_ids(3, 12)
     with torch.no_grad():
         prompts = KVCache(model.config, 3, 6, CPU, torch.float32)
         model(ids[:, :6], cache=prompts)

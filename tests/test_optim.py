@@ -1,11 +1,14 @@
 """The update rules against torch.optim, and sharding against one rank."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import TINY
 from torch.testing import assert_close
 
 from nanolib import optim
@@ -48,8 +51,8 @@ def test_muon_equals_torch(shape, monkeypatch):
     assert_close(weight[0], reference.data, rtol=0, atol=5e-4)
 
 
-def _in_bfloat16(matrices, steps):
-    return orthogonalise(matrices.bfloat16(), steps).float()
+def _in_bfloat16(matrices, *rest):
+    return orthogonalise(matrices.bfloat16(), *rest).float()
 
 
 def test_orthogonalise_equals_the_singular_value_polynomial():
@@ -61,6 +64,85 @@ def test_orthogonalise_equals_the_singular_value_polynomial():
         s = a * s + b * s**3 + c * s**5
     assert_close(orthogonalise(matrix[None])[0], u @ s.diag() @ vt, rtol=1e-5, atol=1e-5)
     assert s.min() > 0.6 and s.max() < 1.3
+
+
+def test_polar_express_equals_the_singular_value_polynomials_and_ends_nearer_to_one():
+    matrix = torch.randn(20, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    for a, b, c in optim.POLAR_EXPRESS[:5]:
+        s = a * s + b * s**3 + c * s**5
+    ours = orthogonalise(matrix[None], 5, optim.POLAR_EXPRESS)[0]
+    assert_close(ours, u @ s.diag() @ vt, rtol=1e-5, atol=1e-5)
+    for steps, near in ((5, 0.13), (8, 0.02)):
+        values = torch.linalg.svdvals(orthogonalise(matrix[None], steps, optim.POLAR_EXPRESS)[0])
+        assert (values - 1).abs().max() < near, "Newton–Schulz's end at 0.68 to 1.12"
+
+
+def naive_normuon(weight, grads, lr, decay, cautious):
+    """One matrix, row by row and weight by weight; updates orthogonalised as ever."""
+    momentum, means = torch.zeros_like(weight), [0.0] * len(weight)
+    for grad in grads:
+        momentum = 0.95 * momentum + 0.05 * grad
+        update = orthogonalise((0.05 * grad + 0.95 * momentum)[None])[0]
+        means = [
+            0.95 * m + 0.05 * row.square().mean() for m, row in zip(means, update, strict=True)
+        ]
+        even = torch.stack([row / m.sqrt() for m, row in zip(means, update, strict=True)])
+        even *= update.norm() / even.norm()
+        for i, j in itertools.product(*map(range, weight.shape)):
+            if not cautious or (even[i, j] > 0) == (weight[i, j] > 0):
+                weight[i, j] *= 1 - lr * decay
+        weight = weight - lr * max(1, weight.shape[0] / weight.shape[1]) ** 0.5 * even
+    return weight
+
+
+@pytest.mark.parametrize("uses", [frozenset(), {"cautious_decay"}])
+def test_normuon_and_decay_equal_loops(uses):
+    generator = torch.Generator().manual_seed(0)
+    weight, grads = (
+        torch.randn(7, 4, generator=generator),
+        torch.randn(4, 7, 4, generator=generator),
+    )
+    grads[:, 2] *= 100  # a neuron with large gradients
+    naive = naive_normuon(weight.clone(), grads, 0.1, 0.5, bool(uses))
+    stack, momenta, squares = weight[None].clone(), torch.zeros(1, 7, 4), torch.zeros(1, 7, 1)
+    for grad in grads:
+        muon_step(stack, grad[None].clone(), momenta, squares, lr=0.1, momentum=0.95, decay=0.5, uses=uses)  # fmt: skip
+    assert_close(stack[0], naive, rtol=1e-4, atol=1e-5)
+
+
+def test_each_ingredient_changes_the_update_and_classic_decays_nothing(random_model, cpu):
+    def updated(*ingredients: str, **settings) -> dict[str, torch.Tensor]:
+        model = random_model(replace(TINY, ingredients=ingredients))
+        optimizer = MuonAdamW(model, OptimConfig(**settings), cpu)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step(1.0)
+        return {name: weight.detach() for name, weight in model.named_parameters()}
+
+    name, classic = "blocks.0.mlp.up.weight", updated()
+    assert classic[name].equal(updated(matrix_decay=0.0)[name])
+    strong = {"matrix_decay": 1.0}
+    ways = [updated("polar_express"), updated("normuon"), updated("cautious_decay")]
+    ways += [updated(**strong), updated("cautious_decay", **strong), updated("cautious_decay", matrix_decay=0.0)]  # fmt: skip
+    *distinct, off = ways
+    assert off[name].equal(classic[name])
+    for one, two in itertools.combinations([classic, *distinct], 2):
+        assert not one[name].allclose(two[name], rtol=1e-6, atol=1e-7)
+        assert one["head.weight"].equal(two["head.weight"]), "AdamW's are another matter"
+
+
+def test_rates_of_ingredients(random_model, cpu):
+    model = random_model(replace(TINY, preset="modern"))
+    groups = {name: g for g in MuonAdamW(model, OptimConfig(), cpu).groups for name in g.names}
+    scale = (TINY.width / 768) ** -0.5
+    assert groups["value_embeddings.0"].lr == pytest.approx(0.1 * scale)
+    assert groups["x0"].lr == 0.02 and groups["smear"].lr == groups["backout"].lr == 0.2
+    rules = {name: group.rule for name, group in groups.items()}
+    matrices = {name for name in rules if name.startswith("blocks.")}
+    assert {name for name, rule in rules.items() if rule == "muon"} == matrices
 
 
 def test_momentum_warms_up_and_stays(tiny_config, random_model, cpu):
@@ -141,10 +223,11 @@ def _rank(rank: int, ranks: int, config: ModelConfig, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_sharded_equals_one_rank(ranks, tiny_config, cpu, tmp_path):
-    mp.spawn(_rank, (ranks, tiny_config, str(tmp_path)), nprocs=ranks)
-    alone = _train(tiny_config, cpu).state_dict()
+@pytest.mark.parametrize("ranks, preset", [(2, "classic"), (4, "classic"), (4, "modern")])
+def test_sharded_equals_one_rank(ranks, preset, tiny_config, cpu, tmp_path):
+    config = replace(tiny_config, preset=preset)
+    mp.spawn(_rank, (ranks, config, str(tmp_path)), nprocs=ranks)
+    alone = _train(config, cpu).state_dict()
     for rank in range(ranks):
         together = torch.load(tmp_path / f"rank_{rank}.pt")
         for name, weight in alone.items():

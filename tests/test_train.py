@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 import zipfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +158,9 @@ def test_it_learns(tmp_path, random_model, cpu):
 # ---------------------------------------------------------------------------- stop and resume
 
 
-def test_resumed_equals_straight(tmp_path, random_model, cpu):
+@pytest.mark.parametrize("preset", ["classic", "modern"])
+def test_resumed_equals_straight(tmp_path, preset, tiny_config, random_model, cpu):
+    random_model = partial(random_model, replace(tiny_config, preset=preset))
     straight = _trainer(tmp_path / "a", random_model(), cpu, score=_evaluation)
     straight.fit()
     guard = Guard()
