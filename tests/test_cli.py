@@ -78,6 +78,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
     code, out, _ = nanolib("bench")
     names = [line.split()[0] for line in out.splitlines()]
     assert code == 0 and names == [
+        "climb",
         "demo",
         "device",
         "faults",
@@ -136,7 +137,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         ("notebooks", r"needs one of --refresh and --check"),
         (
             "bench dmeo",
-            r"no measurement 'dmeo'; there are demo, device, faults, guest, ranks, serve, tokenizer",
+            r"no measurement 'dmeo'; there are climb, demo, device, faults, guest, ranks, serve, tokenizer",
         ),
     ],
 )

@@ -7,9 +7,10 @@ GRPO, a control with shuffled rewards, or one of GRPO's options (ARMS). In this 
     python -m runs.bench.climb train --mirror DIR --rows 400 --epochs 8 --terms 4 --gpus 4
     python -m runs.bench.climb score --final-seed N # once the settings stand: draws new problems
 
-The parent run is trained where it is missing. Every command goes on where it was stopped; a trial
-that was started stays in the table. `--set PATH=VALUE` changes any setting, `--arms A,B` and
-`--seeds 1,2` choose trials. It needs no more than a worker does (`nanolib.stages.worker`).
+The parent run is trained where it is missing. Every command goes on where it was stopped, by itself
+after `--minutes`; a trial that was started stays in the table. `--set PATH=VALUE` changes any
+setting, `--arms A,B` and `--seeds 1,2` choose trials. What is worth keeping of OUT: results/,
+climb.md and curves.jsonl. It needs no more than a worker does (`nanolib.stages.worker`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +55,7 @@ SFT: Settings = {  # some chat beside the worked examples, so that it stays a ch
     "sft.sums.fewest": 2,
     "sft.sums.most": 6,
     "sft.eval_every": 1_000_000,  # only at the end
+    "eval.core_problems": 0,
 }
 GRPO: Settings = {
     "grpo.task": "sums",
@@ -63,7 +67,6 @@ GRPO: Settings = {
     "grpo.eval_questions": 200,
     "grpo.eval_samples": 16,
     "grpo.save_every": 25,
-    "eval.core_problems": 0,
 }
 FOUR = {"grpo.updates_each": 4}
 HOT = {"grpo.lr": 0.4}  # eight times too much
@@ -80,6 +83,7 @@ ARMS: dict[str, Settings] = {
     "hot": HOT,
     "hot-kl": HOT | {"grpo.kl": 0.2},
 }
+ABOUT = ("seed", "arm", "terms", "sft", "given")  # what makes a trial
 PASSES = (1, 2, 4, 8, 16)
 DIALS = range(2, 9)  # terms that the pilot tries
 
@@ -98,31 +102,44 @@ class Bench:
     given: Settings
 
     def machine(self) -> Settings:
-        return {"machine.mirror": self.mirror} if self.mirror else {}
+        """One process a run, wherever it is opened."""
+        return {"machine.ranks": 1} | ({"machine.mirror": self.mirror} if self.mirror else {})
+
+    def without(self, *stages: str) -> Settings:
+        """The given settings that these stages do not matter to."""
+        return {k: v for k, v in self.given.items() if k.split(".")[0] not in stages}
 
     def prepare(self) -> Run:
-        early = {k: v for k, v in self.given.items() if k.split(".")[0] not in ("sft", "grpo")}
-        run = Run.open(self.profile, self.parent, self.machine() | early)
+        run = Run.open(self.profile, self.parent, self.machine() | self.without("sft", "grpo"))
         launch.stage("mid", run, watch=show)
         return run
 
     def run(self, name: str, settings: Settings, source: Run) -> Run:
         """A run of its own for these settings that begins with what `source` has of them."""
-        settings = settings | self.given
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-        path = str(self.out / f"{name}-{key}")
+        path = str(self.out / f"{name}-{digest(settings)}")
         run = Run.open(self.profile, path, settings | self.machine())
         take_over(run, source)
         return run
 
     def started(self, seed: int, sft: Settings) -> Run:
         """The run of a seed's SFT, finished."""
-        run = self.run(f"sft-{seed}", SFT | sft | {"sft.seed": seed}, self.prepare())
+        settings = SFT | sft | {"sft.seed": seed} | self.without("grpo")
+        run = self.run(f"sft-{seed}", settings, self.prepare())
         launch.stage("sft", run, watch=show)
         return run
 
-    def results(self) -> Metrics:
-        return Metrics(self.out / "results.jsonl")
+    def results(self, kind: str) -> list[Settings]:
+        files = sorted((self.out / "results").glob("*.jsonl"))
+        return [row for file in files for row in Metrics(file).rows(kind)]
+
+    def file(self, about: Settings) -> Metrics:
+        """A trial's own, so that each has one writer."""
+        name = f"{about['arm']}-{about['seed']}-{digest(about)}"
+        return Metrics(self.out / "results" / f"{name}.jsonl")
+
+
+def digest(value: Settings) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def show(stage: rundir.StageDir, rows: Sequence[Settings]) -> None:
@@ -218,7 +235,7 @@ def pilot(bench: Bench, seed: int, sft: Settings) -> None:
         dial = SumsConfig(fewest=terms, most=terms, largest=run.config.recipe.grpo.sums.largest)
         scores = judge.score(model, model, "test", dial, 100)
         row = {"seed": seed, **sft, "terms": terms, **scores}
-        Metrics(bench.out / "pilot.jsonl").append(kind="pilot", step=0, **row)
+        bench.file({"arm": "pilot", "seed": seed, **sft}).append(kind="pilot", step=0, **row)
         told = [f"{k} {scores[k]:.3f}" for k in ("sampled", "greedy", "pass@16", "formatted")]
         print(f"pilot {sft} terms {terms}: {', '.join(told)}", flush=True)
 
@@ -226,14 +243,14 @@ def pilot(bench: Bench, seed: int, sft: Settings) -> None:
 def trial(bench: Bench, seed: int, sft: Settings, arm: str, terms: int) -> None:
     """SFT and one arm, with a row at the beginning and one at the end."""
     about = {"seed": seed, "arm": arm, "terms": terms, "sft": sft, "given": bench.given}
-    results = bench.results()
-    if any(same(row, about) for row in results.rows("trained")):
+    results = bench.file(about)
+    if results.rows("trained"):
         return
-    if not any(same(row, about) for row in results.rows("started")):
+    if not results.rows():
         results.append(kind="started", step=0, time=rundir.now(), **about)
     start = bench.started(seed, sft)
     dial = {"grpo.seed": seed, "grpo.sums.fewest": terms, "grpo.sums.most": terms}
-    settings = SFT | sft | {"sft.seed": seed} | GRPO | dial | ARMS[arm]
+    settings = SFT | sft | {"sft.seed": seed} | GRPO | dial | bench.given | ARMS[arm]
     run = bench.run(f"{arm}-{seed}", settings, start)
     launch.stage("grpo", run, watch=show)
     spent = {name: (run.stage(name).done() or {})["seconds"] for name in ("sft", "grpo")}
@@ -244,8 +261,8 @@ def trial(bench: Bench, seed: int, sft: Settings, arm: str, terms: int) -> None:
 
 def score(bench: Bench, trained: Settings, final_seed: int, problems: int) -> None:
     """A finished trial's first and last model on problems that nobody has seen."""
-    key = {"final_seed": final_seed, "end": trained["end"]}
-    if any(same(row, key) for row in bench.results().rows("scored")):
+    results = bench.file({key: trained[key] for key in ABOUT})
+    if any(row["final_seed"] == final_seed for row in results.rows("scored")):
         return
     run, start = Run.load(trained["end"], bench.machine()), Run.load(trained["start"])
     judge, dial = Judge(run, bench.given), run.config.recipe.grpo.sums
@@ -253,8 +270,8 @@ def score(bench: Bench, trained: Settings, final_seed: int, problems: int) -> No
     first, last = judge.model(start, "sft"), judge.model(run, "grpo")
     before = judge.score(first, first, split, dial, problems)
     after = judge.score(last, first, split, dial, problems)
-    row = trained | key | {"kind": "scored", "step": 2, "before": before, "after": after}
-    bench.results().append(**row, problems=problems)
+    row = trained | {"kind": "scored", "step": 2, "before": before, "after": after}
+    results.append(**row, final_seed=final_seed, problems=problems)
     gains = [f"{k} {before[k]:.3f} -> {after[k]:.3f}" for k in ("sampled", "greedy")]
     print(f"seed {trained['seed']} {trained['arm']}: {', '.join(gains)}", flush=True)
 
@@ -268,9 +285,9 @@ def same(row: Settings, about: Settings) -> bool:
 
 def table(bench: Bench) -> str:
     """Every trial that was started, with what its models scored."""
-    rows, scored = [], bench.results().rows("scored")
-    for started in bench.results().rows("started"):
-        about = {k: started[k] for k in ("seed", "arm", "terms", "sft", "given")}
+    rows, scored = [], bench.results("scored")
+    for started in bench.results("started"):
+        about = {key: started[key] for key in ABOUT}
         found = [row for row in scored if same(row, about)] or [None]
         rows += [_line(about, row) for row in found]
     head = ["arm", "seed", "terms", "sampled", "gain ± se", "greedy", "of well-formatted"]
@@ -310,7 +327,7 @@ def _line(about: Settings, row: Settings | None) -> list[str]:
 
 
 def write_table(bench: Bench) -> None:
-    scored = bench.results().rows("scored")
+    scored = bench.results("scored")
     seeds = sorted({row["final_seed"] for row in scored})
     devices = sorted({row["device"] for row in scored})
     said = f"Final problems of seed {seeds}, {sorted({row['problems'] for row in scored})} each"
@@ -324,29 +341,44 @@ over questions; KL (to SFT's model) and entropy in nats a token. Settings: {"; "
 {table(bench)}
 """
     (bench.out / "climb.md").write_text(text, encoding="utf-8")
+    curves = [
+        {"arm": trained["arm"], "seed": trained["seed"], **row, "samples": []}
+        for trained in bench.results("trained")
+        for row in Run.load(trained["end"]).stage("grpo").metrics.rows()
+        if row["kind"] in ("rollout", "eval")
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in curves)
+    (bench.out / "curves.jsonl").write_text(lines, encoding="utf-8")
     print(text)
 
 
 # ---------------------------------------------------------------------------- several GPUs
 
 
-def spread(jobs: Sequence[Settings], gpus: int, arguments: Sequence[str]) -> int:
-    """Each job in a process of its own, as many at once as there are GPUs; how many failed."""
+def spread(jobs: Sequence[Settings], given: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Each job in a process of its own, as many at once as there are GPUs; how many did not end."""
+    gpus, ends = given.gpus, time.monotonic() + 60 * given.minutes
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     for gpu in range(max(1, gpus)):
         free.put(gpu)
 
     def work(job: Settings) -> int:
         gpu = free.get()
+        if time.monotonic() > ends:
+            free.put(gpu)
+            return 1
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpus else {})
         command = [sys.executable, "-m", "runs.bench.climb", *arguments, "--job", json.dumps(job)]
         started = time.monotonic()
+        process = subprocess.Popen(command, env=environment, cwd=config.REPOSITORY)
         try:
-            code = subprocess.run(command, env=environment, cwd=config.REPOSITORY).returncode
-        finally:
-            free.put(gpu)
-        print(f"{job}: {'done' if code == 0 else f'FAILED ({code})'}", end=" ")
-        print(f"after {time.monotonic() - started:.0f} s on GPU {gpu}", flush=True)
+            code = process.wait(max(1, ends - started))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # a stage saves before it ends
+            code = process.wait()
+        free.put(gpu)
+        took = f"after {time.monotonic() - started:.0f} s on GPU {gpu}"
+        print(f"{job}: {'done' if code == 0 else f'not done ({code})'} {took}", flush=True)
         return code
 
     with ThreadPoolExecutor(max(1, gpus)) as pool:
@@ -355,15 +387,13 @@ def spread(jobs: Sequence[Settings], gpus: int, arguments: Sequence[str]) -> int
 
 def jobs(bench: Bench, given: argparse.Namespace) -> list[Settings]:
     grid = [
-        {"sft.rows.sums": rows, "sft.epochs": epochs}
-        for rows in given.rows
-        for epochs in given.epochs
+        {"sft.rows.sums": rows, "sft.epochs": epochs, "sft.lr": lr}
+        for rows, epochs, lr in itertools.product(given.rows, given.epochs, given.lr)
     ]
     if given.command == "pilot":
         return [{"seed": 0, "sft": sft} for sft in grid]
     if given.command == "score":
-        numbers = range(len(bench.results().rows("trained")))
-        return [{"trained": number} for number in numbers]
+        return [{"trained": number} for number in range(len(bench.results("trained")))]
     return [
         {"seed": seed, "sft": grid[0], "arm": arm} for arm in given.arms for seed in given.seeds
     ]
@@ -375,12 +405,13 @@ def work(bench: Bench, given: argparse.Namespace, job: Settings) -> None:
     elif given.command == "train":
         trial(bench, job["seed"], job["sft"], job["arm"], given.terms)
     else:
-        trained = bench.results().rows("trained")[job["trained"]]
+        trained = bench.results("trained")[job["trained"]]
         score(bench, trained, given.final_seed, given.problems)
 
 
 def main(arguments: Sequence[str]) -> None:
     numbers = lambda text: [int(it) for it in text.split(",")]  # noqa: E731
+    floats = lambda text: [float(it) for it in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("pilot", "train", "score", "table"))
     parser.add_argument("--profile", default="h100")
@@ -391,9 +422,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
     parser.add_argument("--rows", type=numbers, default=[400], help="worked examples in SFT")
     parser.add_argument("--epochs", type=numbers, default=[8], help="of SFT")
+    parser.add_argument("--lr", type=floats, default=[0.02], help="of SFT: sft.lr")
     parser.add_argument("--terms", type=int, default=4, help="of GRPO's sums")
     parser.add_argument("--arms", type=lambda text: text.split(","), default=["grpo", "shuffled"])
     parser.add_argument("--final-seed", type=int, help="draws the final problems")
+    parser.add_argument("--minutes", type=float, default=600, help="stop and save after these")
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
@@ -409,14 +442,16 @@ def main(arguments: Sequence[str]) -> None:
     if given.command == "table":
         write_table(bench)
     elif given.job is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
         work(bench, given, given.job)
     else:
         if given.command != "score":
             bench.prepare()
-        failed = spread(jobs(bench, given), given.gpus, arguments)
+        failed = spread(jobs(bench, given), given, arguments)
         if given.command == "score":
             write_table(bench)
-        sys.exit(f"{failed} jobs failed" if failed else 0)
+        if failed:
+            sys.exit(f"{failed} jobs are not done: the same command goes on")
 
 
 if __name__ == "__main__":
