@@ -11,7 +11,7 @@ import functools
 import math
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PROFILES = REPOSITORY / "runs"
 MODELS = ("base", "mid", "sft", "grpo")  # the stages that leave a model, in order
 STAGES = ("data", "tokenizer", "shards", *MODELS, "eval", "report")
-MIN_VOCAB = 256 + 9  # bytes and special tokens
 # What newer settings must be for a recipe that the first edition saved: it lacks them.
 FIRST_EDITION = {"optim.every_stage": True}
 # What model and optimizer may have on top of the October 2025 architecture, by `model.ingredients`.
@@ -49,9 +48,7 @@ Fraction = Annotated[float, "a fraction from 0 to 1", lambda value: 0 <= value <
 Terms = Annotated[int, "at least 2", lambda value: value >= 2]
 Largest = Annotated[int, "at least 9", lambda value: value >= 9]
 HeadDim = Annotated[int, "even (RoPE turns pairs) and not 0", lambda n: n > 0 and n % 2 == 0]
-VocabSize = Annotated[
-    int, "at least 265 (256 bytes and 9 special tokens)", lambda value: value >= MIN_VOCAB
-]
+VocabSize = Annotated[int, "at least 265 (256 bytes and 9 special tokens)", lambda n: n >= 265]
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -317,14 +314,11 @@ ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks", "depth": "model
 @functools.cache
 def settings() -> Mapping[str, Any]:
     """Dotted path -> type of every setting that a profile or an override may name."""
-    paths: dict[str, Any] = {}
-    sections: list[tuple[str, type]] = [("", Recipe), ("machine.", MachineConfig)]
-    for prefix, cls in sections:  # which grows on the way
-        for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-            if dataclasses.is_dataclass(hint):
-                sections.append((f"{prefix}{name}.", hint))
-            else:
-                paths[prefix + name] = hint
+    paths = typing.get_type_hints(Recipe, include_extras=True) | {"machine": MachineConfig}
+    while sections := {path for path, hint in paths.items() if dataclasses.is_dataclass(hint)}:
+        for path in sections:
+            hints = typing.get_type_hints(paths.pop(path), include_extras=True)
+            paths |= {f"{path}.{name}": hint for name, hint in hints.items()}
     return paths
 
 
@@ -359,19 +353,24 @@ KINDS = {
 }
 
 
+def as_text(value: Any) -> str:
+    """A setting's value as it is written on the command line: `mmlu,facts`, `none`, `0.5`."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
 def _coerce(path: str, hint: Any, value: Any) -> Any:
     """`value`, given as text or as a Python value, as the type of setting `path`."""
-    optional = type(None) in typing.get_args(hint)
+    optional, text = type(None) in typing.get_args(hint), as_text(value)
+    if optional and text.lower() in ("none", "null"):
+        return None
     kind = typing.get_args(hint)[0] if optional else hint
     is_bounded = typing.get_origin(kind) is Annotated
     kind, bound, holds = typing.get_args(kind) if is_bounded else (kind, "", lambda _: True)
-    if isinstance(value, str) and value.lower() in ("none", "null"):
-        value = None
-    if optional and value is None:
-        return None
     try:
-        converted = _convert(kind, value)
-    except (TypeError, ValueError, KeyError, OverflowError):
+        converted = _convert(kind, text)
+    except (ValueError, KeyError, OverflowError):
         words = KINDS.get(kind) or f"one of {', '.join(typing.get_args(kind))}"
         got = "none" if value is None else repr(value)
         raise ValueError(f"{path} must be {words}{' or none' * optional}, got {got}") from None
@@ -380,28 +379,20 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
     return converted
 
 
-def _convert(kind: Any, value: Any) -> Any:
-    """`value` as one of KINDS or a Literal; any error means that it is none of that kind."""
+def _convert(kind: Any, text: str) -> Any:
+    """`text` as one of KINDS or a Literal; any error means that it is none of that kind."""
     if kind is bool:
-        return {"true": True, "false": False}[str(value).lower()]
+        return {"true": True, "false": False}[text.lower()]
     if kind in (int, float):
-        number = kind(float(value))  # OverflowError or ValueError for infinity and nan
-        if isinstance(value, bool) or number != float(value) or not math.isfinite(number):
+        number = kind(float(text))  # "1e3" is whole; int refuses infinity and nan
+        if number != float(text) or not math.isfinite(number):
             raise ValueError
         return number
     if kind == tuple[str, ...]:
-        items = value.split(",") if isinstance(value, str) else value
-        return tuple(str(item).strip() for item in items if str(item).strip())
-    if not isinstance(value, str | Path) or value not in (typing.get_args(kind) or [value]):
+        return tuple(item.strip() for item in text.split(",") if item.strip())
+    if text not in (typing.get_args(kind) or [text]):
         raise ValueError
-    return str(value)
-
-
-def as_text(value: Any) -> str:
-    """A setting's value as it is written on the command line: `mmlu,facts`, `none`, `0.5`."""
-    if isinstance(value, list | tuple):
-        return ",".join(value)
-    return "none" if value is None else str(value)
+    return text
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -476,11 +467,6 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
 
 def check_together(recipe: Recipe, machine: MachineConfig) -> None:
     """Raise ValueError for settings that contradict, with their values and what would do."""
-    for conflict in _conflicts(recipe, machine):
-        raise ValueError(conflict)
-
-
-def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
     model, grpo, ranks, row = (
         recipe.model,
         recipe.grpo,
@@ -488,32 +474,32 @@ def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
         recipe.model.sequence_len,
     )
     if model.heads % model.num_kv_heads:
-        yield f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
+        wrong = f"must divide the {model.heads} query heads, got {model.kv_heads}"
+        raise ValueError(f"model.kv_heads {wrong}")
     if machine.mirror is not None and recipe.data.source == "toyworld":
         own = f"machine.mirror is {machine.mirror}, but data.source = toyworld makes its own text"
-        yield f"{own}; leave the mirror out, or choose data.source = hub"
+        raise ValueError(f"{own}; leave the mirror out, or choose data.source = hub")
     for name in MODELS:
-        warmup, warmdown = getattr(recipe, name).warmup, getattr(recipe, name).warmdown
-        if warmup + warmdown > 1:
-            yield f"{name}.warmup + {name}.warmdown must be at most 1, got {warmup} + {warmdown}"
-    for name in ("mid", "sft", "grpo"):
-        sums = getattr(recipe, name).sums
-        if sums.most < sums.fewest:
-            least = f"{name}.sums.fewest ({sums.fewest})"
-            yield f"{name}.sums.most must be at least {least}, got {sums.most}"
-    for name in ("base", "mid", "sft"):
-        setting, tokens = f"{name}.batch_tokens", getattr(recipe, name).batch_tokens
+        stage = getattr(recipe, name)
+        if (both := stage.warmup + stage.warmdown) > 1:
+            raise ValueError(f"{name}.warmup + {name}.warmdown must be at most 1, got {both}")
+        if name != "base" and stage.sums.most < stage.sums.fewest:
+            least = f"{name}.sums.fewest ({stage.sums.fewest})"
+            raise ValueError(f"{name}.sums.most must be at least {least}, got {stage.sums.most}")
+        setting, tokens = f"{name}.batch_tokens", getattr(stage, "batch_tokens", row * ranks)
         if tokens % row:
-            yield f"{setting} must be a multiple of model.sequence_len ({row}), got {tokens}"
+            multiple = f"must be a multiple of model.sequence_len ({row}), got {tokens}"
+            raise ValueError(f"{setting} {multiple}")
         if tokens // row % ranks:
-            rows = (
-                f"{setting} = {tokens} makes {tokens // row} rows, which {ranks} ranks cannot share"
-            )
-            yield f"{rows} equally; choose machine.ranks or {setting} so that they can"
+            rows = f"{setting} = {tokens} makes {tokens // row} rows, which {ranks} ranks cannot"
+            raise ValueError(f"{rows} share equally; change machine.ranks or {setting}")
     if grpo.enabled and grpo.questions < ranks:
-        yield f"grpo.questions must be at least 1 for each of {ranks} ranks, got {grpo.questions}"
+        wrong = f"must be at least 1 for each of {ranks} ranks, got {grpo.questions}"
+        raise ValueError(f"grpo.questions {wrong}")
     if grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):
-        yield "grpo.enabled needs a model that answers: enable mid or sft, or set it to false"
+        raise ValueError(
+            "grpo.enabled needs a model that answers: enable mid or sft, or turn it off"
+        )
 
 
 # ---------------------------------------------------------------------------- identity

@@ -1,16 +1,10 @@
-"""A run is a directory that holds everything about it.
+"""A run is a directory, ``runs/out/<id>/``, that holds everything about it.
 
-    runs/out/<id>/
-        manifest.json               what is computed: the recipe; written once
-        <stage>/done.json           result, timing, cost, machine; its presence means finished
-        <stage>/metrics.jsonl       one row a step, see `Metrics`
-        <stage>/attempts.jsonl      when it was worked on, see `recorded`
-        <stage>/checkpoints/        see `nanolib.checkpoint`
-        <stage>/log.txt             output of the stage's processes; locked while they run
-        eval/<stage>/…              the same files for the evaluation of one stage's model
-        chapters/                   executed notebooks
-        attempts.jsonl              when `nanolib run` worked on it
-        report.md
+    manifest.json           what is computed: the recipe; written once
+    <stage>/                done.json (its presence means finished), metrics.jsonl (`Metrics`), log.txt
+                            (locked while its processes run), attempts.jsonl, checkpoints/
+    eval/<stage>/           the same files for the evaluation of one stage's model
+    chapters/, report.md    executed notebooks, the report card
 
 Every file has one writer. What must not be torn is written under another name, then renamed.
 """
@@ -67,9 +61,8 @@ def saving(path: Path) -> Generator[None, None, None]:
     except Exception as error:
         # OSError, safetensors and torch all use these words.
         if re.search("no space left on device|quota exceeded", str(error), re.IGNORECASE):
-            what = f"the disk is full: {path} could not be written. What was saved before is intact"
             remedy = "free some space and run the same command to go on"
-            raise ValueError(f"{what}; {remedy}") from error
+            raise ValueError(f"the disk is full: {path} was not written; {remedy}") from error
         raise
 
 
@@ -119,7 +112,7 @@ def write_json(path: Path, value: Any) -> None:
 class Metrics:
     """Rows of numbers in a JSONL file, written by one process and read by any number.
 
-    A row has ``step`` and ``kind`` ("train", "eval", "progress", "sample"). Only its time, seconds,
+    A row has ``step`` and ``kind`` ("train", "eval", "progress", "sample"). Only time, seconds,
     seconds_left and tokens_per_second depend on the clock.
     """
 
@@ -156,8 +149,7 @@ class Metrics:
 
 @contextlib.contextmanager
 def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, None, None]:
-    """Record the body as one attempt at the work in `folder`: a row at its begin, another at its
-    end.
+    """Record the body as one attempt at the work in `folder`: a row at its start and at its end.
 
     An attempt that was killed ended when a file in `folder` last changed.
     """
@@ -174,14 +166,14 @@ def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, No
 
 def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
     """Of the work in `folder`, with an attempt under way until `now`, else the last change."""
-    took = []  # (seconds, dollars an hour)
+    seconds, dollars = 0.0, None
     attempts = {row["started"]: row for row in Metrics(folder / ATTEMPTS).rows()}
-    for attempt in attempts.values():
-        ended = attempt["ended"] or now or _last_change(folder)
-        took.append((max(0.0, ended - attempt["started"]), attempt["dollars_per_hour"]))
-    dollars = [seconds * price / 3600 for seconds, price in took if price is not None]
-    seconds, total = sum(seconds for seconds, _ in took), sum(dollars) if dollars else None
-    return {"attempts": len(took), "seconds": seconds, "dollars": total}
+    for started, attempt in attempts.items():
+        took = max(0.0, (attempt["ended"] or now or _last_change(folder)) - started)
+        seconds += took
+        if (price := attempt["dollars_per_hour"]) is not None:
+            dollars = (dollars or 0.0) + took * price / 3600
+    return {"attempts": len(attempts), "seconds": seconds, "dollars": dollars}
 
 
 def _last_change(folder: Path) -> float:
@@ -223,7 +215,7 @@ class StageDir:
         return [(row["step"], row[key]) for row in self.metrics.rows(kind)]
 
     def result(self) -> dict[str, Any]:
-        """The done record's result, empty while the stage is not finished."""
+        """Empty while the stage is not finished."""
         return (self.done() or {"result": {}})["result"]
 
     def finish(self, result: Mapping[str, Any], **about: Any) -> None:
@@ -294,10 +286,11 @@ class Run:
         machine: settings ("machine.ranks": 2) on top of the profile's.
         """
         path = _locate(run or LATEST).resolve()
-        if not (path / MANIFEST).exists() and run is None:
-            raise ValueError(f"there is no run yet in {runs_folder()}; make one: nanolib run demo")
         if not (path / MANIFEST).exists():
-            raise ValueError(f"there is no run {run!r} at {path} (`nanolib runs` lists all)")
+            lacks = f"no run {run!r} at {path}" if run else f"no run yet in {runs_folder()}"
+            raise ValueError(
+                f"there is {lacks}; `nanolib runs` lists all, nanolib run demo makes one"
+            )
         manifest, given = _read_manifest(path), settings.check_overrides(machine or {})
         profile = manifest["profile"]
         defaults = settings.load_profile(profile) if profile in settings.profiles() else {}
@@ -310,14 +303,15 @@ class Run:
         profile, recipe = manifest["profile"], manifest["recipe"]
         asked = settings.from_flat(profile, recipe | defaults | given)
         saved = settings.from_flat(profile, recipe).recipe
-        differences = settings.recipe_difference(asked.recipe, settings.flatten(saved))
-        for key, wanted, before in sorted(differences, key=lambda it: it[0] not in given):
+        for key, wanted, before in settings.recipe_difference(
+            asked.recipe, settings.flatten(saved)
+        ):
             if key in given or key in recipe:
                 made = f"run {path.name!r} was made with {key} = {before}, not {wanted}"
-                changed = f"restore profile {profile}, which has changed,"
-                remedy = f"{'leave it out' if key in given else changed} to go on with that run"
-                new = f"or start a new one with --run NAME (this one is {path})"
-                raise ValueError(f"{made}; {remedy}, {new}")
+                remedy = (
+                    "leave it out" if key in given else f"restore profile {profile}, which changed"
+                )
+                raise ValueError(f"{made}; {remedy}, or start a new one with --run NAME")
         return cls(path, replace(asked, recipe=saved))
 
     def exists(self) -> bool:
@@ -366,17 +360,13 @@ def _create(run: Run, overrides: Mapping[str, Any]) -> bool:
     """Write the manifest; False where another process did so first, and its own stands."""
     path = run.path
     if path.is_file() or (any(path.glob("[!.]*")) and not run.exists()):
-        what = "a file, or a folder with other files and no manifest.json"
-        raise ValueError(f"{path} is not a run: {what}; choose another --run NAME")
+        what = f"{path} is not a run: a file, or other files and no manifest.json"
+        raise ValueError(f"{what}; choose another --run NAME")
     recipe, given = settings.flatten(run.config.recipe), settings.check_overrides(overrides)
+    given = {key: value for key, value in given.items() if key in recipe}
+    about = {"profile": run.config.profile, "created": now(), "overrides": given}
     draft = path / f".{MANIFEST}.draft.{threading.get_native_id()}"
-    manifest = {
-        "profile": run.config.profile,
-        "created": now(),
-        "overrides": {key: value for key, value in given.items() if key in recipe},
-        "recipe": recipe,
-    }
-    write_json(draft, manifest)
+    write_json(draft, about | {"recipe": recipe})
     try:
         os.link(draft, path / MANIFEST)
     except FileExistsError:
@@ -387,20 +377,20 @@ def _create(run: Run, overrides: Mapping[str, Any]) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    file, remedy = path / MANIFEST, "restore it, or start a new run with --run NAME"
+    file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         manifest["recipe"] = saved_recipe(manifest["recipe"], file)
         known = {k: v for k, v in manifest["overrides"].items() if k in settings.settings()}
         return manifest | {"overrides": settings.check_overrides(known)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "restore it, or start a new run with --run NAME"
         raise ValueError(f"{file} is damaged ({error}); {remedy}") from None
 
 
 def saved_recipe(saved: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """A recipe in `file` as this version reads it; it names what it does not know."""
-    known = settings.settings()
-    if unknown := sorted(saved.keys() - known.keys()):
+    if unknown := sorted(saved.keys() - settings.settings().keys()):
         warn_once(f"{file} has settings unknown here, which are left out: {', '.join(unknown)}")
-    recipe = {key: value for key, value in saved.items() if key in known}
+    recipe = {key: value for key, value in saved.items() if key not in unknown}
     return settings.FIRST_EDITION | settings.check_overrides(recipe)
