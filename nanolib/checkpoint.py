@@ -94,8 +94,8 @@ def save(
 
 def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[tuple[str, str, list]]:
     """Write what this rank owns; (file, its hash, [tensor, rows, shape of all] of each part)."""
-    rank, params = optimizer.runtime.rank, dict(model.named_parameters())
-    weights, states, written = [], [], []  # (tensor, rows, shape of all, values)
+    rank, params, written = optimizer.runtime.rank, dict(model.named_parameters()), []
+    weights, states = [], []  # (tensor, rows, shape of all, values)
     for group in optimizer.groups:
         for name, rows, inner in group.owned(rank):
             values, shape = params[name].detach()[rows], list(params[name].shape)
@@ -106,8 +106,7 @@ def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[tuple[s
                 whole = [shape[0], value.shape[1]]  # of NorMuon's squares [R, 1]
                 states.append((f"{name}.{slot}", where, whole, value))
     for ending, owned in ((".safetensors", weights), (OPTIMIZER, states)):
-        named = {f"{name}@{rows[0]}": x.cpu().contiguous() for name, rows, _, x in owned}
-        data = to_safetensors(named)
+        data = to_safetensors({f"{name}@{at[0]}": x.cpu().contiguous() for name, at, _, x in owned})
         with whole_file(path := folder / f"rank_{rank}{ending}") as file:
             file.write(data)
         parts = [part[:3] for part in owned]

@@ -306,6 +306,7 @@ class Config(Settings):
 
 # Short forms for the command line.
 ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks", "depth": "model.depth"}
+ALIASES["dollars_per_hour"] = "machine.dollars_per_hour"
 
 
 # ---------------------------------------------------------------------------- flat dictionaries

@@ -45,10 +45,8 @@ class WorkerError(RuntimeError):
 def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Finish a stage, and before it the stages it needs; returns the result in its done record.
 
-    If another process is running it, follow that one, and take over if it ends early.
-
-    of: the stage whose model ``eval`` scores; None: the run's last one. watch: called with a
-    stage's directory and its metric rows when there are new ones or it is done. Raises StageError
+    of: the stage whose model ``eval`` scores; None: the run's last one. watch: see `Follower`. If
+    another process runs the stage, follow that one, and take over if it ends early. Raises StageError
     for a user's mistake, WorkerError when the worker fails, KeyboardInterrupt after it has saved.
     """
     of = _scored_model(name, run, of)
@@ -85,10 +83,10 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
     if name in config.MODELS and name not in models:
         without = f"run {run.id!r} has no stage {name}: it was made with {name}.enabled false"
         raise StageError(f"{without}; give --run NAME to begin one that has it")
-    if name != "eval" and of is not None:
-        raise StageError(f"only eval takes `of`, got stage {name!r} of {of!r}")
     if name == "eval" and (not models or of not in (None, *models)):
         raise StageError(f"run {run.id!r} trains no model {of!r}; it has {', '.join(models)}")
+    if name != "eval" and of is not None:
+        raise StageError(f"only eval takes `of`, got stage {name!r} of {of!r}")
     return (of or models[-1]) if name == "eval" else None
 
 
@@ -129,9 +127,7 @@ def is_busy(run: Run) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with locked(path) as file:
+    with locked(path) if path.exists() else contextlib.nullcontext(path) as file:
         return file is None
 
 
@@ -142,18 +138,14 @@ def locked(path: Path) -> Generator[FileIO | None, None, None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab", buffering=0)
     with file:
-        if not (taken := _take(file)):
-            time.sleep(0.05)  # the other one may only be asking, as `is_running` does
-            taken = _take(file)
-        yield file if taken else None
-
-
-def _take(file: FileIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        taken = None
+        for wait in (0.05, 0):  # the other one may only be asking, as `is_running` does
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                taken = file
+                break
+            time.sleep(wait)
+        yield taken
 
 
 # ---------------------------------------------------------------------------- the worker
@@ -189,6 +181,7 @@ def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str,
     machine = config.flatten(run.config.machine, "machine.")
     machine |= {"machine.ranks": ranks, "machine.threads": threads}
     words = ["-m", WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
+    words += ["--of", of] if of else []
     if ranks > 1:
         # Without an address torchrun looks up this machine's host name, which need not resolve.
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
@@ -199,8 +192,7 @@ def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str,
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are ten times slower on a busy machine
         "PYTHONUNBUFFERED": "1",
     }
-    of_words = ["--of", of] if of else []
-    return {"args": [sys.executable, *words, *of_words], "env": os.environ | environment}
+    return {"args": [sys.executable, *words], "env": os.environ | environment}
 
 
 def _ranks(run: Run) -> int:
@@ -225,22 +217,18 @@ def _end(worker: subprocess.Popen, stage: StageDir) -> None:
         worker.kill()
         raise
     deadline = time.monotonic() + guard.GRACE + 5
-    while stage.done() is None and time.monotonic() < deadline:
-        with locked(stage.log) as log:  # ranks may outlive a killed torchrun for a moment
-            if log is not None:
-                return
+    while stage.done() is None and is_running(stage) and time.monotonic() < deadline:
+        pass  # ranks may outlive a killed torchrun for a moment; each look waits a little
 
 
 def _failure(stage: StageDir, code: int, start: int) -> Exception:
     """What to raise for a worker that ended with `code`; its log begins at byte `start`."""
-    with stage.log.open("rb") as file:
-        file.seek(start)
-        lines = file.read().decode(errors="replace").splitlines()
+    lines = stage.log.read_bytes()[start:].decode(errors="replace").splitlines()
     mistakes = [line for line in lines if line.startswith("error: ")]
     torchrun_saw = any(re.search(r"exitcode\s*: 2\b", line) for line in lines)
     if mistakes and (code == 2 or torchrun_saw):
         return StageError(mistakes[-1].removeprefix("error: "))
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    remedy = f"Run it again to go on from its last save.\nThe end of {stage.log}:"
-    tail = "\n".join(lines[-TAIL:])
-    return WorkerError(f"stage {stage.name} did not finish ({how}). {remedy}\n{tail}")
+    tail = "\n".join([f"The end of {stage.log}:", *lines[-TAIL:]])
+    again = "Run it again to go on from its last save."
+    return WorkerError(f"stage {stage.name} did not finish ({how}). {again}\n{tail}")

@@ -48,20 +48,22 @@ def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | Non
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
     line = Line()
     follower = launch.Follower(this.stages(), line)
-    with only_one(this), rundir.recorded(this.path, this.config.machine.dollars_per_hour):
+    with (
+        only_one(this),
+        rundir.recorded(this.path, this.config.machine.dollars_per_hour),
+        contextlib.closing(line),
+    ):
         line.say(f"run {this.name}: {this.path}")
         follower.look()
         try:
             for chapter in chapters():
-                _bring_to_end(this, chapter, parameters, line, follower)
+                _bring_to_end(this, chapter, parameters, follower, line)
                 runbook.write(this, [source.stem for source in chapters()])
         except KeyboardInterrupt:
             line.say("stopping: what is running saves its last step")
             follower.follow(lambda: launch.is_busy(this))
             line.say("stopped; run the same command to go on")
             raise
-        finally:
-            line.close()
     _tell_finished(this, line)
     return this
 
@@ -96,10 +98,9 @@ def dry_run(
 
 
 def chapters() -> list[Path]:
-    found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
-    if not found:
-        raise ValueError(f"there are no chapters in {NOTEBOOKS}; is this a whole checkout?")
-    return found
+    if found := sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py")):
+        return found
+    raise ValueError(f"there are no chapters in {NOTEBOOKS}; is this a whole checkout?")
 
 
 def read(source: Path) -> NotebookNode:
@@ -109,10 +110,10 @@ def read(source: Path) -> NotebookNode:
 
     notebook = jupytext.read(source)
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    names = [parameter.name for cell in cells for parameter in PythonTranslator.inspect(cell)]
-    if tuple(names) != PARAMETERS:
-        wanted = f"one cell tagged 'parameters' that sets {', '.join(PARAMETERS)}, one a line"
-        raise ValueError(f"{source} needs {wanted}; found {', '.join(names) or 'nothing'}")
+    found = ", ".join(each.name for cell in cells for each in PythonTranslator.inspect(cell))
+    if found != (wanted := ", ".join(PARAMETERS)):
+        needs = f"one cell tagged 'parameters' that sets {wanted}, one a line"
+        raise ValueError(f"{source} needs {needs}; found {found or 'nothing'}")
     return notebook
 
 
@@ -120,23 +121,21 @@ def executed(run: Run, chapter: Path) -> Path:
     return run.path / "chapters" / f"{chapter.stem}.ipynb"
 
 
-def _record(run: Run, chapter: Path) -> dict[str, Any]:
-    """How a chapter ended with this source and recipe; empty until then."""
-    notebook = executed(run, chapter)
-    path = notebook.with_suffix(".done.json")
-    if not path.exists() or not notebook.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["fingerprint"] == _fingerprint(run, chapter) else {}
-
-
 def _fingerprint(run: Run, chapter: Path) -> str:
     recipe = json.dumps(config.flatten(run.config.recipe), sort_keys=True)
     return hashlib.sha256(chapter.read_bytes() + recipe.encode()).hexdigest()
 
 
+def _record(run: Run, chapter: Path) -> dict[str, Any]:
+    """How a chapter ended with this source and recipe; empty until then."""
+    notebook = executed(run, chapter)
+    path = notebook.with_suffix(".done.json")
+    record = json.loads(path.read_text()) if path.exists() and notebook.exists() else {}
+    return record if record.get("fingerprint") == _fingerprint(run, chapter) else {}
+
+
 def _bring_to_end(
-    run: Run, chapter: Path, parameters: dict[str, Any], line: Line, follower: launch.Follower
+    run: Run, chapter: Path, parameters: dict[str, Any], follower: launch.Follower, line: Line
 ) -> None:
     """Execute a chapter unless it is finished, and keep its notebook and record."""
     if (before := _record(run, chapter)) and not before.get("failure"):
@@ -160,20 +159,6 @@ def _bring_to_end(
     rundir.write_json(path, record | {"finished": rundir.now()})
     ended = f"its lesson failed ({failure})" if failure else f"done in {clock(seconds)}"
     line.say(f"chapter {chapter.stem}: {ended}")
-
-
-def _execute_notebook(*given: Any, **settings: Any) -> None:
-    """papermill's. A kernel that dies as it starts is started again: another may have taken one of
-    its ports, which Jupyter chooses before the kernel binds them, and no cell has run yet."""
-    import papermill
-
-    for last in (False, False, True):
-        try:
-            papermill.execute_notebook(*given, **settings)
-            return
-        except RuntimeError as error:
-            if last or "died before replying" not in str(error):
-                raise
 
 
 def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | None:
@@ -211,9 +196,22 @@ def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | N
         return f"{error.ename}: {error.evalue}".strip().partition("\n")[0]
     except DeadKernelError:
         how = f"the kernel of chapter {chapter.stem} died (killed, or out of memory?)"
-        remedy = "what its stages saved is kept: run the same command to go on"
-        raise ChapterError(f"{how}; {remedy}") from None
+        raise ChapterError(f"{how}; run the same command to go on from what was saved") from None
     return None
+
+
+def _execute_notebook(*given: Any, **settings: Any) -> None:
+    """papermill's. A kernel that dies as it starts, before any cell, is started again: another may
+    have taken one of its ports, which Jupyter chooses before the kernel binds them."""
+    import papermill
+
+    for last in (False, False, True):
+        try:
+            papermill.execute_notebook(*given, **settings)
+            return
+        except RuntimeError as error:
+            if last or "died before replying" not in str(error):
+                raise
 
 
 # ---------------------------------------------------------------------------- the state of a run
@@ -229,8 +227,7 @@ def only_one(run: Run) -> Generator[None, None, None]:
     with launch.locked(_lock(run)) as lock:
         if lock is None:
             other = f"another command (process {running(run)}) is executing run {run.id!r}"
-            remedy = "follow it with nanolib watch, wait for it, or start another with --run NAME"
-            raise ValueError(f"{other}; {remedy}")
+            raise ValueError(f"{other}; follow it with nanolib watch, or give another --run NAME")
         lock.truncate(0)
         lock.write(str(os.getpid()).encode())
         yield
@@ -241,14 +238,8 @@ def running(run: Run) -> int | None:
     return int(_lock(run).read_text() or 0) if launch.is_locked(_lock(run)) else None
 
 
-def next_chapter(run: Run) -> str | None:
-    """The first chapter not yet executed to its end."""
-    return next((source.stem for source in chapters() if not _record(run, source)), None)
-
-
 def _tell_finished(run: Run, line: Line) -> None:
-    line.say(f"run {run.name} is finished")
-    line.say(f"  chapters  {run.path / 'chapters' / 'index.html'}")
+    line.say(f"run {run.name} is finished\n  chapters  {run.path / 'chapters' / 'index.html'}")
     if (run.path / "report.md").exists():
         line.say(f"  report    {run.path / 'report.md'}")
     line.say(f"  chat      uv run nanolib chat --run {run.name}")
@@ -303,33 +294,18 @@ def _last_words(run: Run, begin: int = 0) -> str:
 def watch(run: Run) -> None:
     """Show a run's finished stages, then follow what is working on it until nothing is.
 
-    Raises ChapterError unless the run is finished, or only stages ran and they are done.
+    Raises ChapterError unless the run is finished.
     """
-    line, stages = Line(), run.stages()
-    line.say(f"run {run.name}: {run.path}")
-    seen = set()  # what worked on the run while we watched: chapters, or a stage alone
-
-    def working() -> bool:
-        if running(run):
-            chapter = next_chapter(run)
-            if chapter not in seen:
-                line.say(f"chapter {chapter}" if chapter else "all chapters are finished")
-            seen.add(chapter)
-            return True
-        if busy := launch.is_busy(run):
-            seen.add("stage")
-        return busy
-
-    launch.Follower(stages, line).follow(working)
-    line.close()
-    if next_chapter(run) is None:
+    with contextlib.closing(Line()) as line:
+        line.say(f"run {run.name}: {run.path}")
+        follower = launch.Follower(run.stages(), line)
+        follower.follow(lambda: running(run) is not None or launch.is_busy(run))
+    if all(_record(run, source) for source in chapters()):
         _tell_finished(run, line)
-    elif seen == {"stage"} and all(stage.done() for stage in stages if stage.path.exists()):
-        line.say("what ran is done")
-    else:
-        said = f"nothing is running, and run {run.name} is not finished; go on with it: "
-        said += f"nanolib run {run.config.profile} --run {run.name}"
-        log, lock = log_path(run), _lock(run)  # the log tells why where nothing ran since
-        if log.exists() and lock.exists() and log.stat().st_mtime >= lock.stat().st_mtime:
-            said += f"; it said:\n{_last_words(run)}"
-        raise ChapterError(said)
+        return
+    log, said = log_path(run), f"nothing is running, and run {run.name} is not finished; go on with"
+    said += f" it: nanolib run {run.config.profile} --run {run.name}"
+    # The log tells why, unless another command has run since.
+    if log.exists() and log.stat().st_mtime >= _lock(run).stat().st_mtime:
+        said += f"; it said:\n{_last_words(run)}"
+    raise ChapterError(said)

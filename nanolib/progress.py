@@ -24,23 +24,19 @@ def describe(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> str:
     """Such as "base  120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412", from what there is."""
     last = next((row for row in reversed(rows) if row["kind"] in ("train", "progress")), {})
     evaluated = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
-    record = stage.done()
-    words = [f"{title(stage):<9}"]
-    if "steps" in last and (record is None or "loss" in last):
-        words.append(f"{last['step']:,}/{last['steps']:,}")
-    if "loss" in last:
-        words.append(f"loss {last['loss']:.3f}")
-    if last.get("tokens_per_second"):
-        words.append(f"{last['tokens_per_second']:,.0f} tokens/s")
-    if record is None and "seconds_left" in last:
-        words.append(f"{clock(last['seconds_left'])} left")
-    if "bpb" in evaluated:
-        words.append(f"bpb {evaluated['bpb']:.3f}")
-    if record is None and "message" in last:
-        words.append(str(last["message"]))
-    if record is not None:
-        words.append(f"done in {clock(record['seconds'])}" if "seconds" in record else "done")
-    return "  ".join(words)
+    record, speed = stage.done(), last.get("tokens_per_second")
+    words = [
+        "steps" in last
+        and (not record or "loss" in last)
+        and f"{last['step']:,}/{last['steps']:,}",
+        "loss" in last and f"loss {last['loss']:.3f}",
+        speed and f"{speed:,.0f} tokens/s",
+        "seconds_left" in last and not record and f"{clock(last['seconds_left'])} left",
+        "bpb" in evaluated and f"bpb {evaluated['bpb']:.3f}",
+        not record and last.get("message"),
+        record and f"done in {clock(record.get('seconds', 0))}",
+    ]
+    return "  ".join([f"{title(stage):<9}", *(word for word in words if isinstance(word, str))])
 
 
 class Line:

@@ -30,8 +30,8 @@ FAILED, USERS_MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
 ProfileName = Annotated[Positional[str], arg(metavar="PROFILE")]
 RunName = Annotated[str | None, arg(metavar="NAME", help="A run's name, or a path. [last opened]")]
-EQUAL_STAGES = "Take over this run's equal, finished stages."
-SourceName = Annotated[str | None, arg(name="from", metavar="RUN", help=EQUAL_STAGES)]
+TAKEN = arg(name="from", metavar="RUN", help="Take over this run's equal, finished stages.")
+SourceName = Annotated[str | None, TAKEN]
 ModelName = Annotated[str | None, arg(metavar="STAGE", help="Whose model is meant. [the last]")]
 
 
@@ -102,14 +102,12 @@ class Commands:
             raise ValueError("--dry-run only checks: leave --detach and --from out")
         if on is not None and not dry_run:
             raise ValueError("--on names the machine of a --dry-run; a run runs here")
-        if source is not None:
-            self._open(run, profile, source)
         if dry_run:
             print("\n".join(pipeline.dry_run(*asked, on)))
-        elif detach:
-            pipeline.detach(*asked)
-        else:
-            pipeline.run(*asked)
+            return
+        if source is not None:
+            self._open(run, profile, source)
+        (pipeline.detach if detach else pipeline.run)(*asked)
 
     @staticmethod  # tyro reads no method that takes nothing but self
     def runs() -> None:
@@ -124,21 +122,17 @@ class Commands:
         self,
         profile: Annotated[str, arg(metavar="PROFILE")] = "speedrun",
         on: Annotated[str, arg(metavar="MACHINE")] = "8xH100",
-        dollars_per_hour: float | None = None,
     ) -> None:
         """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
 
-        --depth 26 sets the size; any other setting may follow by its dotted path.
+        --depth 26 sets the size, --dollars-per-hour the machine's price ($3 a device).
 
         Args:
-            profile: A file in runs/.
             on: A number of devices of one kind, such as 8xH100 or A100.
-            dollars_per_hour: Of the whole machine. [$3 a device]
         """
-        from nanolib import planning
-        from nanolib.accounting import Machine
+        from nanolib import accounting, planning
 
-        machine = Machine.parse(on, dollars_per_hour)
+        machine = accounting.Machine.parse(on, self.overrides.get("machine.dollars_per_hour"))
         print("\n".join(planning.plan(config.resolve(profile, self.overrides), machine)))
 
     def mirror(
@@ -188,8 +182,7 @@ class Commands:
             except KeyboardInterrupt:
                 line.say("stopped and saved; run the same command to go on")
                 raise
-        for key, value in result.items():
-            print(f"{key}: {value}")
+        print("\n".join(f"{key}: {value}" for key, value in result.items()))
 
     def chat(
         self,
@@ -224,11 +217,10 @@ class Commands:
         api_key: str | None = None,
         cors: str | None = None,
     ) -> None:
-        """Serve a web page to talk with a run's model, and OpenAI's API under /v1; on this machine
-        alone; Ctrl-C stops it.
+        """Serve a web page to talk with a run's model, and OpenAI's API under /v1; Ctrl-C stops it.
 
         Args:
-            host: The address to listen on; 0.0.0.0 lets everyone on the network in.
+            host: The address to listen on: this machine's alone; 0.0.0.0 lets the network in.
             port: 0 takes any free one.
             temperature: Where a request gives none; the page's initial setting.
             api_key: Answer only who sends this key.
@@ -268,18 +260,14 @@ class Commands:
         """Write the code base as one Markdown file, to ask a language model about it.
 
         Args:
-            out: The file to write; - prints it.
+            out: The file to write.
             tests: With the tests.
         """
         from nanolib.ui import packed
 
-        text = packed.pack(tests)
-        if str(out) == "-":
-            print(text, end="")
-        else:
-            write_atomic(out, text)
-            thousands = round(len(text.encode()) / 4000)  # some four bytes a token
-            print(f"{out}: {len(text):,} characters, about {thousands:,},000 tokens")
+        write_atomic(out, text := packed.pack(tests))
+        thousands = round(len(text.encode()) / 4000)  # some four bytes a token
+        print(f"{out}: {len(text):,} characters, about {thousands:,},000 tokens")
 
     def notebooks(self, refresh: bool = False, check: bool = False) -> None:
         """Keep notebooks/NN_*.py and their .ipynb twins in sync.
@@ -291,10 +279,7 @@ class Commands:
         if refresh == check:
             raise ValueError("nanolib notebooks needs one of --refresh and --check")
         pairs = _from_checkout("notebooks.pairs")
-        if refresh:
-            pairs.refresh(self.overrides)
-        else:
-            pairs.check()
+        pairs.refresh(self.overrides) if refresh else pairs.check()
 
     def bench(self, name: Positional[str] = "") -> None:
         """Run one of the measurements in runs/bench/; without a NAME, list them.
