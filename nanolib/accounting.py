@@ -15,9 +15,8 @@ from nanolib.config import ModelConfig
 
 DOLLARS_PER_GPU_HOUR = 3.0  # what the original paid for an H100; rents differ by place and day
 
-
-# Peak (dense bfloat16 FLOP/s) and memory (10⁹ bytes) from the data sheets. The first key counts that
-# is part of the name that torch.cuda.get_device_name gives.
+# Peak (dense bfloat16 FLOP/s) and memory (10⁹ bytes) from the data sheets; the first key that is
+# part of the name that torch gives counts.
 DEVICES = {
     "H100 PCIe": (756e12, 80),
     "H100 NVL": (835e12, 94),
@@ -93,8 +92,8 @@ class TrainingMemory:
 
         A layer keeps, for each token: both norms' inputs and outputs, queries and keys before and
         after theirs, values, attention's output, and the MLP's 4 D before and after the square.
-        The head keeps the size of the logits twice: in float32 after the soft cap and as
-        exponentials, on CUDA in bfloat16 as scores and as their gradient.
+        The head keeps the logits twice: after the soft cap and as exponentials (on CUDA, in
+        bfloat16, as scores and as their gradient).
         """
         model, width = self.model, self.model.width
         layer = 4 * width + 2 * width + 3 * model.num_kv_heads * model.head_dim + width + 8 * width
@@ -115,11 +114,8 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, bytes_per_number: i
 
 
 def forward_flops(config: ModelConfig, vocab_size: int) -> int:
-    """FLOPs per token of a forward pass over rows of T = sequence_len tokens.
-
-    Two for each weight in a matrix product, and 4 T width a layer for attention, counted in full as
-    is the custom: a causal kernel does half.
-    """
+    """FLOPs per token of a forward pass over rows of T = sequence_len tokens: two for each weight in
+    a matrix product, and 4 T width a layer for attention (in full; a causal kernel does half)."""
     counts = config.parts(vocab_size)
     attention = 4 * config.depth * config.width * config.sequence_len
     return 2 * sum(counts[part] for part in ("attention", "mlp", "head")) + attention

@@ -34,10 +34,8 @@ def size(number: float) -> str:
 
 
 def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
-    """The rows that should fit into `room` bytes: all of `share`, as far as `ENOUGH` tokens go.
-
-    A power of two where not all fit; ValueError where not even one does.
-    """
+    """The rows that should fit into `room` bytes: all of `share`, as far as `ENOUGH` tokens go, or
+    else a power of two; ValueError where not even one does."""
     rows = min(share, max(1, ENOUGH // memory.model.sequence_len))
     while rows and memory.total(rows) > room:
         rows = _next_smaller(rows)
@@ -141,14 +139,12 @@ def share_of(recipe: Recipe, stage: str, ranks: int) -> int:
 
 def this_machine(given: MachineConfig) -> Machine:
     gpus = torch.cuda.device_count() if given.device in ("auto", "cuda") else 0
-    if gpus:
-        name = torch.cuda.get_device_name(0)
-        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
-        peak = accounting.peak_flops(name)
-        return Machine(name=name, count=gpus, peak=peak, memory=memory / 1e9)
+    if found := [torch.cuda.get_device_properties(number) for number in range(gpus)]:
+        name, memory = found[0].name, min(gpu.total_memory for gpu in found) / 1e9
+        return Machine(name=name, count=gpus, peak=accounting.peak_flops(name), memory=memory)
     if given.device == "cuda":
-        remedy = "name the machine that it is for (--on 8xH100), or try --machine.device auto"
-        raise ValueError(f"machine.device is 'cuda', which torch does not see here; {remedy}")
+        seen = "machine.device is 'cuda', which torch does not see here"
+        raise ValueError(f"{seen}; name the machine that it is for (--on 8xH100)")
     ranks = given.ranks or 1
     memory = main_memory(ranks) / 1e9
     return Machine(name="CPU process", count=ranks, peak=None, memory=memory, cuda=False)
@@ -156,17 +152,15 @@ def this_machine(given: MachineConfig) -> Machine:
 
 def plan(config: Config, machine: Machine) -> Iterator[str]:
     """Lines that say what a run takes on `machine.ranks` of a machine's devices, or on all."""
-    ranks = config.machine.ranks or machine.count
+    ranks, recipe = config.machine.ranks or machine.count, config.recipe
     if ranks > machine.count:
-        needed = f"machine.ranks = {ranks} needs as many devices"
-        raise ValueError(f"{needed}, and there are {machine.count}; lower it")
-    check_together(config.recipe, replace(config.machine, ranks=ranks))
-    machine = replace(machine, count=ranks)
-    model, vocab = config.recipe.model, config.recipe.tokenizer.vocab_size
+        needs = f"machine.ranks = {ranks} needs as many devices, and there are {machine.count}"
+        raise ValueError(f"{needs}; lower it")
+    check_together(recipe, replace(config.machine, ranks=ranks))
+    machine, model, vocab = replace(machine, count=ranks), recipe.model, recipe.tokenizer.vocab_size
     peak = f", {machine.peak / 1e12:,.0f} TFLOP/s in bfloat16" if machine.peak else ""
     price = f", ${machine.dollars_per_hour:,.2f} an hour" if machine.dollars_per_hour else ""
-    each = f"{machine.memory:.3g} GB{peak} each"
-    yield f"{config.profile} on {machine.count} x {machine.name} ({each}){price}"
+    yield f"{config.profile} on {ranks} x {machine.name} ({machine.memory:.3g} GB{peak} each){price}"
     shape = f"depth {model.depth}, width {model.width:,}, {model.heads} heads"
     yield f"model        {shape}, context {model.sequence_len:,}, vocabulary {vocab:,}"
     parts = ", ".join(f"{name} {count:,}" for name, count in model.parts(vocab).items())
@@ -183,6 +177,8 @@ def _stage_lines(config: Config, machine: Machine) -> Iterator[str]:
     half = given.dtype == "bfloat16" or (machine.cuda and given.dtype != "float32")
     vocab_size, width = recipe.tokenizer.vocab_size, 2 if half else 4
     memory = TrainingMemory(recipe.model, vocab_size, ranks, machine.cuda, width)
+    fixed = f"weights and gradients {size(2 * memory.weights)} + optimizer {size(memory.optimizer)}"
+    yield f"memory       of one device, estimated: {fixed} + a micro-batch's activations"
     for name in recipe.models:
         share = share_of(recipe, name, ranks)
         found = estimated_rows(memory, share, room)
@@ -190,11 +186,6 @@ def _stage_lines(config: Config, machine: Machine) -> Iterator[str]:
         if memory.total(rows) > room:
             wrong = f"machine.device_batch = {rows} rows should not fit into {size(room)}"
             raise ValueError(f"{wrong}; lower it to {found}, or leave it out to have it found")
-        if name == recipe.models[0]:
-            fixed = f"weights and gradients {size(2 * memory.weights)}"
-            fixed += f" + optimizer {size(memory.optimizer)}"
-            kept = f"activations {size(memory.activations(rows))}"
-            yield f"memory       of one device in stage {name}, estimated: {fixed} + {kept}"
         batch = f"{rows} of {share} rows a rank at once ({size(memory.total(rows))})"
         yield f"{name:<12} {batch}; {_work(recipe, name, machine)}"
 
