@@ -174,6 +174,8 @@ def _measures(stages: Iterable[Stage]) -> Measures:
     measures: Measures = {}
     for stage in stages:
         for task, scores in stage.scores.items() if stage.of else ():
+            if "trigram_bpb" in scores:
+                scores["ratio"] = scores["bpb"] / scores["trigram_bpb"]
             for how, value in scores.items():
                 measures.setdefault((task, how), {})[stage.of] = value
     return measures
@@ -247,12 +249,8 @@ def _levels(measures: Measures, toy: bool) -> list[list[Any]]:
     """Each level with the run's best score, and whether that reaches it."""
     rows = []
     for level in KNOWN["levels"]["toyworld" if toy else "real"]:
-        task, score, bar, sign, better = level["task"], level["score"], level["bar"], "≥", max
-        found = measures.get((task, score), {}).values()
-        if score == "ratio":
-            trigram = measures.get((task, "trigram_bpb"), {})
-            found = [measures[task, "bpb"][of] / bits for of, bits in trigram.items()]
-            sign, better = "≤", min
+        bar, found = level["bar"], measures.get((level["task"], level["score"]), {}).values()
+        sign, better = ("≤", min) if level["score"] == "ratio" else ("≥", max)
         best = better(map(float, found), default=None)
         passed = best is not None and better(best, bar) == best
         rows.append([level["name"], f"{sign} {bar:g}", best, "passed" if passed else "not yet"])
@@ -345,17 +343,14 @@ def chart(points: Sequence[tuple[float, float]], width: int = 64, height: int = 
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     if not finite:
         return "(nothing to draw)"
-    x, y = np.array(finite, dtype=float).T
     width = min(width, len(finite))
-    counts, sums = np.histogram(x, width)[0], np.histogram(x, width, weights=y)[0]
-    means = sums[counts > 0] / counts[counts > 0]
+    means = np.array([part.mean() for part in np.array_split([y for _, y in finite], width)])
     low, high = means.min(), means.max()
-    eighths = np.zeros(width, dtype=int)  # of a line; a column with points has at least one
-    eighths[counts > 0] = 1 + np.round((means - low) / ((high - low) or 1) * (8 * height - 1))
+    eighths = 1 + np.round((means - low) / ((high - low) or 1) * (8 * height - 1)).astype(int)
     lines, names = [], {0: number(low), height - 1: number(high)}
     for line in reversed(range(height)):
         blocks = "".join(BARS[level] for level in np.clip(eighths - 8 * line, 0, 8))
         lines.append(f"{names.get(line, ''):>8} │{blocks}".rstrip())
-    first, last = number(x[0]), number(x[-1])
+    first, last = number(finite[0][0]), number(finite[-1][0])
     ends = first + f"{last:>{max(1, width - len(first))}}"
     return "\n".join([*lines, f"{'':>8} └{'─' * width}", f"{'':>10}{ends}"])

@@ -1,10 +1,8 @@
 """The run book: a run's executed chapters as linked HTML pages that need nothing but themselves.
 
-    <run>/chapters/index.html       contents, the run's key figures and its report card
-    <run>/chapters/NN_topic.html    one executed chapter; glossary.html: the terms they link to
-
-Made by nbconvert with the templates in ``templates/runbook``. The pages load nothing from elsewhere
-and run no scripts: formulas stay as they were typed, widgets are left out.
+``<run>/chapters/index.html`` has the contents, key figures and the report card; beside it are a page
+of each chapter and the glossary. nbconvert makes them with ``templates/runbook``. They load nothing
+from elsewhere and run no scripts: formulas stay as they were typed, widgets are left out.
 """
 
 from __future__ import annotations
@@ -39,16 +37,16 @@ def write(run: Run, names: Sequence[str]) -> Path:
     for before, name, after in zip([None, *names], names, [*names[1:], None], strict=False):
         if (folder / f"{name}.done.json").exists():
             titles[name] = _write_page(run, name, exporter, before, after)
-    glossary = (folder / "glossary.ipynb").exists()
-    if glossary:
+    if glossary := (folder / "glossary.ipynb").exists():
         _write_page(run, "glossary", exporter)
     write_atomic(folder / "index.html", _first_page(run, titles, exporter, glossary))
     return folder / "index.html"
 
 
-def _write_page(run: Run, name: str, exporter: HTMLExporter, *beside: str | None) -> str:
+def _write_page(
+    run: Run, name: str, exporter: HTMLExporter, before: str | None = None, after: str | None = None
+) -> str:
     """Write a notebook's page, which links to those beside it, unless current; its title."""
-    before, after = beside or (None, None)
     links = exporter.environment.get_template("page.html.j2").module.links
     source = run.path / "chapters" / f"{name}.ipynb"
     page, title = source.with_suffix(".html"), _title(source) or name
@@ -81,11 +79,10 @@ def _exporter() -> HTMLExporter:
 
 
 def _title(source: Path) -> str | None:
-    for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
-        text = "".join(cell["source"])
-        if cell["cell_type"] == "markdown" and (found := re.search(r"^# +(.+)$", text, re.M)):
-            return found[1].replace("`", "").strip()
-    return None
+    cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    found = re.search(r"^# +(.+)$", text, re.M)
+    return found and found[1].replace("`", "").strip()
 
 
 def _first_page(
@@ -115,25 +112,21 @@ def _curves(run: Run) -> dict[str, str] | None:
     import numpy as np
     from matplotlib.figure import Figure
 
-    told = {name: points for name in MODELS if len(points := run.stage(name).curve()) > 1}
-    if not told:
+    curves = {name: points for name in MODELS if len(points := run.stage(name).curve()) > 1}
+    if not curves:
         return None
-    figure = Figure(figsize=(2.4 * len(told), 2.4), layout="constrained", dpi=110)
-    words = []
-    panels = figure.subplots(1, len(told), squeeze=False)[0]
-    for axes, (name, points) in zip(panels, told.items(), strict=True):
+    figure, words = Figure(figsize=(2.4 * len(curves), 2.4), layout="constrained", dpi=110), []
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (name, points) in zip(panels, curves.items(), strict=True):
         steps, values = np.array(points).T
         window = max(1, len(values) // 20)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps, values, color="#a0aec0", linewidth=0.8)
         axes.plot(steps[window - 1 :], smooth, color="#2b6cb0", linewidth=1.8)
-        measure = "mean reward" if name == "grpo" else "training loss"
-        axes.set_title(f"{name}: {measure}", fontsize=10, loc="left")
+        title = f"{name}: {'mean reward' if name == 'grpo' else 'training loss'}"
+        axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        change = f"from {smooth[0]:.2f} to {smooth[-1]:.2f} in {steps[-1]:,.0f} steps"
-        words.append(f"{name}: {measure} {change}")
+        words.append(f"{title} from {smooth[0]:.2f} to {smooth[-1]:.2f} in {steps[-1]:,.0f} steps")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     data = base64.b64encode(picture.getvalue()).decode()
