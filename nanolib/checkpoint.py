@@ -54,9 +54,6 @@ class Checkpoint:
         return whole
 
 
-# ---------------------------------------------------------------------------- saving
-
-
 def save(
     folder: Path, step: int, model: GPT, optimizer: MuonAdamW, about: Mapping[str, Any]
 ) -> None:
@@ -120,9 +117,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# ---------------------------------------------------------------------------- loading
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -39,9 +39,6 @@ class WorkerError(RuntimeError):
     """A stage's process ended without finishing; the message has the tail of its log."""
 
 
-# ---------------------------------------------------------------------------- stages
-
-
 def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Finish a stage, and before it the stages it needs; returns the result in its done record.
 
@@ -88,9 +85,6 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
     if name != "eval" and of is not None:
         raise StageError(f"only eval takes `of`, got stage {name!r} of {of!r}")
     return (of or models[-1]) if name == "eval" else None
-
-
-# ---------------------------------------------------------------------------- following
 
 
 class Follower:
@@ -146,9 +140,6 @@ def locked(path: Path) -> Generator[FileIO | None, None, None]:
                 break
             time.sleep(wait)
         yield taken
-
-
-# ---------------------------------------------------------------------------- the worker
 
 
 def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Follower) -> None:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 PARAMETERS = ("profile", "run", "overrides")
-# What chapters need beside them: copied to the executed ones, which a reader may run again.
-HELPERS = ("[!0-9]*.py", "checks/*.py", "glossary.ipynb")
 COMMAND = (sys.executable, "-m", "nanolib")  # what `detach` starts; tests put their own here
 
 
@@ -92,9 +90,6 @@ def dry_run(
     yield from planning.plan(this.config, machine or planning.this_machine(this.config.machine))
     words = [title(it) + " (finished)" * (it.done() is not None) for it in this.stages()]
     yield f"stages       {', '.join(words)}"
-
-
-# ---------------------------------------------------------------------------- chapters
 
 
 def chapters() -> list[Path]:
@@ -171,10 +166,9 @@ def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | N
 
     for logger in ("papermill", "asyncio"):  # both log a dead kernel, which an exception tells us
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    for helper in (path for pattern in HELPERS for path in NOTEBOOKS.glob(pattern)):
-        copy = target.parent / helper.relative_to(NOTEBOOKS)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(helper, copy)
+    # What chapters need beside them: a reader may run the executed ones again.
+    others = shutil.ignore_patterns("[0-9][0-9]_*", ".*", "__pycache__")
+    shutil.copytree(NOTEBOOKS, target.parent, ignore=others, dirs_exist_ok=True)
     try:
         _execute_notebook(
             read(chapter),
@@ -214,9 +208,6 @@ def _execute_notebook(*given: Any, **settings: Any) -> None:
                 raise
 
 
-# ---------------------------------------------------------------------------- the state of a run
-
-
 def _lock(run: Run) -> Path:
     """Locked by the command that executes the run's chapters; it has the command's process id."""
     return run.path / "chapters" / ".lock"
@@ -247,9 +238,6 @@ def _tell_finished(run: Run, line: Line) -> None:
     if failed := [f"\n  {executed(run, it)}: {why}" for it, why in failures.items() if why]:
         said = "these lessons failed; the same command tries them again:"
         raise ChapterError(said + "".join(failed))
-
-
-# ---------------------------------------------------------------------------- in the background
 
 
 def log_path(run: Run) -> Path:

@@ -30,16 +30,11 @@ def size(number: float) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
-# ---------------------------------------------------------------------------- what should fit
-
-
 def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
     """The rows that should fit into `room` bytes: all of `share`, as far as `ENOUGH` tokens go, or
     else a power of two; ValueError where not even one does."""
-    rows = min(share, max(1, ENOUGH // memory.model.sequence_len))
-    while rows and memory.total(rows) > room:
-        rows = _next_smaller(rows)
-    return rows or _too_small(memory, room)
+    most = min(share, max(1, ENOUGH // memory.model.sequence_len))
+    return _largest(lambda rows: memory.total(rows) <= room, most) or _too_small(memory, room)
 
 
 def _too_small(memory: TrainingMemory, room: float) -> NoReturn:
@@ -49,12 +44,11 @@ def _too_small(memory: TrainingMemory, room: float) -> NoReturn:
     raise ValueError(f"the device is too small: {needs}; {remedy}")
 
 
-def _next_smaller(rows: int) -> int:
-    """The largest power of two below `rows`; 0 below 1."""
-    return 1 << ((rows - 1).bit_length() - 1) if rows > 1 else 0
-
-
-# ---------------------------------------------------------------------------- what does fit
+def _largest(fits: Callable[[int], bool], rows: int) -> int:
+    """The first of `rows` and the powers of two below it that fits; 0 if none does."""
+    while rows and not fits(rows):
+        rows = 1 << ((rows - 1).bit_length() - 1) if rows > 1 else 0
+    return rows
 
 
 def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime) -> int:
@@ -73,7 +67,8 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
     memory = TrainingMemory(model.config, model.vocab_size, ranks, cuda, runtime.dtype.itemsize)
     rows = estimated_rows(memory, share, room)
     if cuda:
-        rows = _largest(lambda rows: _fits(model, nll, length, rows, room, runtime), rows, runtime)
+        given = (model, nll, length, room, runtime)
+        rows = _largest(lambda rows: all(runtime.gather(_fits(rows, *given))), rows)
     return rows or _too_small(memory, room)
 
 
@@ -82,14 +77,7 @@ def main_memory(ranks: int) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / ranks
 
 
-def _largest(fits: Callable[[int], bool], rows: int, runtime: Runtime) -> int:
-    """The first of `rows` and the powers of two below it that fits on every rank; 0 if none does."""
-    while rows and not all(runtime.gather(fits(rows))):
-        rows = _next_smaller(rows)
-    return rows
-
-
-def _fits(model: GPT, nll: Nll, length: int, rows: int, room: float, runtime: Runtime) -> bool:
+def _fits(rows: int, model: GPT, nll: Nll, length: int, room: float, runtime: Runtime) -> bool:
     """Whether training steps of `rows` rows really fit; leaves no gradients and no memory behind.
 
     No collectives in here: one rank may run out of memory where another does not.
@@ -124,9 +112,6 @@ def _try(model: GPT, nll: Nll, length: int, rows: int, runtime: Runtime) -> None
         nll_BT.sum().backward()
     update = torch.empty(memory.update, dtype=torch.uint8, device=runtime.device)
     del state, update
-
-
-# ---------------------------------------------------------------------------- the plan
 
 
 def share_of(recipe: Recipe, stage: str, ranks: int) -> int:

@@ -95,8 +95,8 @@ def test_halved_until_it_fits(cpu, most, start, found):
     model = GPT.build(tiny(), VOCAB, CPU, 0)
     nll = Liar(model, most)
     length = model.config.sequence_len
-    fits = lambda rows: planning._fits(model, nll, length, rows, 1e9, cpu)  # noqa: E731
-    assert planning._largest(fits, start, cpu) == found
+    fits = lambda rows: planning._fits(rows, model, nll, length, 1e9, cpu)  # noqa: E731
+    assert planning._largest(fits, start) == found
     assert nll.rows == sorted(nll.rows, reverse=True)
     if found:
         assert nll.rows[-2:] == [found, found] and nll.gradients[-2:] == [False, True]
@@ -108,7 +108,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(cpu):
         raise RuntimeError("shapes")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        planning._fits(GPT.build(tiny(), VOCAB, CPU, 0), broken, 32, 2, 1e9, cpu)
+        planning._fits(2, GPT.build(tiny(), VOCAB, CPU, 0), broken, 32, 1e9, cpu)
 
 
 def test_what_the_trial_compiles_training_uses(cpu):
@@ -138,16 +138,27 @@ def test_what_the_trial_compiles_training_uses(cpu):
         assert len(compiled) == programs
 
 
-def test_all_ranks_take_the_smallest_that_fits_on_every_one():
+def test_all_ranks_take_the_smallest_that_fits_on_every_one(monkeypatch):
     """Rank 1 holds 4 rows, rank 0 any number: rank 0 follows."""
     tried = []
 
-    def fits(rows: int) -> bool:
+    def fits(rows: int, *_) -> bool:
         tried.append(rows)
         return True
 
-    runtime = SimpleNamespace(gather=lambda mine: [mine, tried[-1] <= 4])
-    assert planning._largest(fits, 16, runtime) == 4
+    monkeypatch.setattr(planning, "_fits", fits)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    runtime = SimpleNamespace(
+        gather=lambda mine: [mine, tried[-1] <= 4] if tried else [mine],
+        sum=lambda _: None,
+        device=SimpleNamespace(type="cuda"),
+        world_size=2,
+        dtype=torch.bfloat16,
+    )
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    model = SimpleNamespace(config=tiny(), vocab_size=VOCAB)
+    assert planning.fitting_rows(model, None, 32, 16, runtime) == 4
     assert tried == [16, 8, 4]
 
 
