@@ -305,8 +305,9 @@ class Config(Settings):
 
 
 # Short forms for the command line.
-ALIASES = {"mirror": "machine.mirror", "nproc": "machine.ranks", "depth": "model.depth"}
-ALIASES["dollars_per_hour"] = "machine.dollars_per_hour"
+ALIASES = {name: f"machine.{name}" for name in ("mirror", "dollars_per_hour")}
+ALIASES |= {"nproc": "machine.ranks", "depth": "model.depth"}
+Overrides = Mapping[str, Any] | None  # dotted path or short form -> value
 
 
 # ---------------------------------------------------------------------------- flat dictionaries
@@ -396,14 +397,14 @@ def _convert(kind: Any, text: str) -> Any:
     return text
 
 
-def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def check_overrides(overrides: Overrides) -> dict[str, Any]:
     """Overrides with aliases resolved and values coerced; ValueError for an unknown path or value."""
     known, checked = settings(), {}
-    for path, value in overrides.items():
+    for path, value in (overrides or {}).items():
         path = ALIASES.get(path, path)
         if path not in known:
-            close = difflib.get_close_matches(path, known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            close = " or ".join(difflib.get_close_matches(path, known, n=3))
+            hint = f"; did you mean {close}?" if close else ""
             raise ValueError(f"there is no setting {path!r}{hint} (`nanolib settings` lists all)")
         checked[path] = _coerce(path, known[path], value)
     return checked
@@ -445,9 +446,9 @@ def load_profile(profile: str) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def resolve(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
+def resolve(profile: str, overrides: Overrides = None) -> Config:
     """A profile with overrides; ValueError for what is unknown or contradicts something else."""
-    return from_flat(profile, load_profile(profile) | check_overrides(overrides or {}))
+    return from_flat(profile, load_profile(profile) | check_overrides(overrides))
 
 
 def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
@@ -468,15 +469,10 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
 
 def check_together(recipe: Recipe, machine: MachineConfig) -> None:
     """Raise ValueError for settings that contradict, with their values and what would do."""
-    model, grpo, ranks, row = (
-        recipe.model,
-        recipe.grpo,
-        machine.ranks or 1,
-        recipe.model.sequence_len,
-    )
-    if model.heads % model.num_kv_heads:
-        wrong = f"must divide the {model.heads} query heads, got {model.kv_heads}"
-        raise ValueError(f"model.kv_heads {wrong}")
+    model, ranks, row = recipe.model, machine.ranks or 1, recipe.model.sequence_len
+    heads, kv_heads, questions = model.heads, model.kv_heads, recipe.grpo.questions
+    if heads % model.num_kv_heads:
+        raise ValueError(f"model.kv_heads must divide the {heads} query heads, got {kv_heads}")
     if machine.mirror is not None and recipe.data.source == "toyworld":
         own = f"machine.mirror is {machine.mirror}, but data.source = toyworld makes its own text"
         raise ValueError(f"{own}; leave the mirror out, or choose data.source = hub")
@@ -489,15 +485,17 @@ def check_together(recipe: Recipe, machine: MachineConfig) -> None:
             raise ValueError(f"{name}.sums.most must be at least {least}, got {stage.sums.most}")
         setting, tokens = f"{name}.batch_tokens", getattr(stage, "batch_tokens", row * ranks)
         if tokens % row:
-            multiple = f"must be a multiple of model.sequence_len ({row}), got {tokens}"
-            raise ValueError(f"{setting} {multiple}")
+            raise ValueError(
+                f"{setting} must be a multiple of model.sequence_len ({row}), got {tokens}"
+            )
         if tokens // row % ranks:
             rows = f"{setting} = {tokens} makes {tokens // row} rows, which {ranks} ranks cannot"
             raise ValueError(f"{rows} share equally; change machine.ranks or {setting}")
-    if grpo.enabled and grpo.questions < ranks:
-        wrong = f"must be at least 1 for each of {ranks} ranks, got {grpo.questions}"
-        raise ValueError(f"grpo.questions {wrong}")
-    if grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):
+    if recipe.grpo.enabled and questions < ranks:
+        raise ValueError(
+            f"grpo.questions must be at least 1 for each of {ranks} ranks, got {questions}"
+        )
+    if recipe.grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):
         raise ValueError(
             "grpo.enabled needs a model that answers: enable mid or sft, or turn it off"
         )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanolib import config, launch, runbook, rundir
+from nanolib.config import Overrides
 from nanolib.progress import Line, clock, title
 from nanolib.rundir import Run
 
@@ -37,7 +38,7 @@ class ChapterError(RuntimeError):
     """A chapter ended early, or its lesson failed; the message says where to look."""
 
 
-def run(profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None) -> Run:
+def run(profile: str, run: str | None = None, overrides: Overrides = None) -> Run:
     """Execute all chapters for a run, making it if there is none, and say where its results are.
 
     ChapterError: at once when a stage fails, at the end when a lesson did. Ctrl-C saves first.

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanolib import config as settings
-from nanolib.config import Config
+from nanolib.config import Config, Overrides
 
 LATEST = "latest"  # the name of a link to the run opened last
 MANIFEST = "manifest.json"
@@ -242,9 +242,7 @@ class Run:
         return self.id if self.path.parent == runs_folder().resolve() else str(self.path)
 
     @classmethod
-    def open(
-        cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
-    ) -> Run:
+    def open(cls, profile: str, run: str | None = None, overrides: Overrides = None) -> Run:
         """Open a run, creating it if there is none; the same call twice opens the same run.
 
         run: an id, or a path (relative to the repository) if it has a slash; None: the profile's
@@ -252,7 +250,7 @@ class Run:
         another.
         """
         this = cls.peek(profile, run, overrides)
-        if not this.exists() and not _create(this, overrides or {}):
+        if not this.exists() and not _create(this, overrides):
             this = cls.peek(profile, run, overrides)  # another process was first
         link = runs_folder() / LATEST
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -263,11 +261,9 @@ class Run:
         return this
 
     @classmethod
-    def peek(
-        cls, profile: str, run: str | None = None, overrides: Mapping[str, Any] | None = None
-    ) -> Run:
+    def peek(cls, profile: str, run: str | None = None, overrides: Overrides = None) -> Run:
         """The run that `open` would open or create; writes nothing, raises the same."""
-        given, defaults = settings.check_overrides(overrides or {}), settings.load_profile(profile)
+        given, defaults = settings.check_overrides(overrides), settings.load_profile(profile)
         path = _locate(run or _default_id(profile, defaults, given))
         if path.name == LATEST:
             raise ValueError(f"{LATEST!r} is the run opened last; choose another --run NAME")
@@ -276,11 +272,11 @@ class Run:
         manifest = _read_manifest(path)
         if (made_with := manifest["profile"]) != profile:
             was_made = f"run {path.name!r} was made with profile = {made_with}, not {profile}"
-            raise ValueError(f"{was_made}; start a new one with --run NAME (this one is {path})")
+            raise ValueError(f"{was_made}; start a new one with --run NAME")
         return cls._read(path, manifest, defaults | manifest["overrides"], given)
 
     @classmethod
-    def load(cls, run: str | None = None, machine: Mapping[str, Any] | None = None) -> Run:
+    def load(cls, run: str | None = None, machine: Overrides = None) -> Run:
         """An existing run, or the one opened last (None); the recipe is the manifest's.
 
         machine: settings ("machine.ranks": 2) on top of the profile's.
@@ -289,9 +285,9 @@ class Run:
         if not (path / MANIFEST).exists():
             lacks = f"no run {run!r} at {path}" if run else f"no run yet in {runs_folder()}"
             raise ValueError(
-                f"there is {lacks}; `nanolib runs` lists all, nanolib run demo makes one"
+                f"there is {lacks} (list all: nanolib runs, make one: nanolib run demo)"
             )
-        manifest, given = _read_manifest(path), settings.check_overrides(machine or {})
+        manifest, given = _read_manifest(path), settings.check_overrides(machine)
         profile = manifest["profile"]
         defaults = settings.load_profile(profile) if profile in settings.profiles() else {}
         machine_defaults = {k: v for k, v in defaults.items() if k.startswith("machine.")}
@@ -356,12 +352,12 @@ def _locate(run: str) -> Path:
     return runs_folder().resolve() / run
 
 
-def _create(run: Run, overrides: Mapping[str, Any]) -> bool:
+def _create(run: Run, overrides: Overrides) -> bool:
     """Write the manifest; False where another process did so first, and its own stands."""
     path = run.path
     if path.is_file() or (any(path.glob("[!.]*")) and not run.exists()):
-        what = f"{path} is not a run: a file, or other files and no manifest.json"
-        raise ValueError(f"{what}; choose another --run NAME")
+        what = "a file, or a folder with other files and no manifest.json"
+        raise ValueError(f"{path} is not a run: {what}; choose another --run NAME")
     recipe, given = settings.flatten(run.config.recipe), settings.check_overrides(overrides)
     given = {key: value for key, value in given.items() if key in recipe}
     about = {"profile": run.config.profile, "created": now(), "overrides": given}
