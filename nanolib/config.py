@@ -490,7 +490,7 @@ def check_together(recipe: Recipe, machine: MachineConfig) -> None:
             )
         if tokens // row % ranks:
             rows = f"{setting} = {tokens} makes {tokens // row} rows, which {ranks} ranks cannot"
-            raise ValueError(f"{rows} share equally; change machine.ranks or {setting}")
+            raise ValueError(f"{rows} share equally; choose machine.ranks or {setting} to fit")
     if recipe.grpo.enabled and questions < ranks:
         raise ValueError(
             f"grpo.questions must be at least 1 for each of {ranks} ranks, got {questions}"
