@@ -31,9 +31,15 @@ INGREDIENTS = {
     "polar_express": "Muon's polynomial changes from iteration to iteration",
     "normuon": "Muon's update has rows of about equal size",
     "cautious_decay": "weight decay of matrices where the update too makes the weight smaller",
+    "multi_token": "pretraining's loss has a share, falling to 0, of the token after the next",
 }
-TRAINING = {"polar_express", "normuon", "cautious_decay"}  # of these the model is none the wiser
-PRESETS = {"classic": (), "modern": tuple(INGREDIENTS)}
+TRAINING = {
+    "polar_express",
+    "normuon",
+    "cautious_decay",
+    "multi_token",
+}  # they leave the model alone
+PRESETS = {"classic": (), "modern": tuple(INGREDIENTS)[:-1]}
 
 
 GATE_WIDTH = 16  # numbers of a token's vector that an ingredient's gate looks at
@@ -102,15 +108,14 @@ class ModelConfig(Settings):
         wanted = "value_embeddings" in self.uses
         return tuple(range((self.depth - 1) % 2, self.depth, 2)) if wanted else ()
 
-    @property
-    def scalars(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter that holds the gates and shares of an ingredient."""
-        gate = min(GATE_WIDTH, self.width)
+    def extras(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the ingredients' parameters: tables, and scalars for gates and shares."""
+        gate, layers, kv_heads = min(GATE_WIDTH, self.width), self.value_layers, self.num_kv_heads
+        table = (vocab_size, kv_heads * self.head_dim)
         shapes = {"x0": (self.depth, 2), "smear": (1 + gate,), "backout": (1,)}
         shapes = {name: shape for name, shape in shapes.items() if name in self.uses}
-        if layers := self.value_layers:
-            shapes["value_gates"] = len(layers), self.num_kv_heads, gate
-        return shapes
+        shapes |= {"value_gates": (len(layers), kv_heads, gate)} if layers else {}
+        return shapes | {f"value_embeddings_{layer}": table for layer in layers}
 
     @property
     def width(self) -> int:
@@ -126,10 +131,9 @@ class ModelConfig(Settings):
 
     def parts(self, vocab_size: int) -> dict[str, int]:
         width, kv_width = self.width, self.num_kv_heads * self.head_dim
-        more = {
-            "value_embeddings": len(self.value_layers) * vocab_size * kv_width,
-            "scalars": sum(map(math.prod, self.scalars.values())),
-        }
+        extras = {name: math.prod(shape) for name, shape in self.extras(vocab_size).items()}
+        tables = sum(size for name, size in extras.items() if name.startswith("value_emb"))
+        more = {"value_embeddings": tables, "scalars": sum(extras.values()) - tables}
         return {
             "embedding": vocab_size * width,
             "attention": self.depth * (2 * width * width + 2 * width * kv_width),

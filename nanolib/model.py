@@ -66,13 +66,10 @@ def attend(
     Returns [B, T, H, K].
     """
     query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BSGK, value_BSGK))
+    causal, grouped = mask_BTS is None, query.shape[1] != key.shape[1]
+    mask = None if mask_BTS is None else mask_BTS.unsqueeze(1)
     mixed_BHTK = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if mask_BTS is None else mask_BTS.unsqueeze(1),
-        is_causal=mask_BTS is None,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, mask, is_causal=causal, enable_gqa=grouped
     )
     return mixed_BHTK.transpose(1, 2)
 
@@ -138,19 +135,14 @@ class KVCache:
     def write(self, layer: int, positions_BT: Tensor, key_BTGK: Tensor, value_BTGK: Tensor) -> None:
         """Store the new keys and values of one layer at their positions."""
         index = positions_BT[:, None, :, None].expand_as(key_BTGK.transpose(1, 2))
-        for store_BGSK, new_BTGK in (
-            (self.keys_LBGSK[layer], key_BTGK),
-            (self.values_LBGSK[layer], value_BTGK),
-        ):
-            store_BGSK.scatter_(2, index, new_BTGK.transpose(1, 2).to(store_BGSK.dtype))
+        for store, new_BTGK in ((self.keys_LBGSK, key_BTGK), (self.values_LBGSK, value_BTGK)):
+            store[layer].scatter_(2, index, new_BTGK.transpose(1, 2).to(store.dtype))
 
     def read(self, layer: int, reach: int) -> tuple[Tensor, Tensor]:
         """The first `reach` keys and values [B, S, G, K] of one layer."""
-        keys_BGSK, values_BGSK = self.keys_LBGSK[layer], self.values_LBGSK[layer]
-        return (
-            keys_BGSK[:, :, :reach].transpose(1, 2),
-            values_BGSK[:, :, :reach].transpose(1, 2),
-        )
+        stores = self.keys_LBGSK[layer], self.values_LBGSK[layer]
+        keys_BSGK, values_BSGK = (store[:, :, :reach].transpose(1, 2) for store in stores)
+        return keys_BSGK, values_BSGK
 
     def advance(self, lengths: Sequence[int] | int) -> None:
         """Count the tokens just written, of each row or the same number of all; padding is not."""
@@ -271,11 +263,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(table_VD, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head = nn.Linear(config.width, vocab_size, bias=False)
-        kv_width, layers = config.num_kv_heads * config.head_dim, config.value_layers
-        tables = [nn.Parameter(torch.empty(vocab_size, kv_width)) for _ in layers]
-        if tables:
-            self.value_embeddings = nn.ParameterList(tables)
-        for name, shape in config.scalars.items():
+        for name, shape in config.extras(vocab_size).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     @classmethod
@@ -304,10 +292,10 @@ class GPT(nn.Module):
 
         Value embeddings as linear; gates and shares so that the others change nothing yet.
         """
-        begin = {"x0": torch.tensor([1.0, 0.1]), "backout": torch.tensor(0.2)}
+        begin = {"x0": [1.0, 0.1], "smear": [0.0], "backout": [0.2], "value_gates": [0.0]}
         for name, weight in self.named_parameters():
-            if name in self.config.scalars:
-                weight.copy_(begin.get(name, torch.tensor(0.0)).expand_as(weight))
+            if name in begin:
+                weight.copy_(torch.tensor(begin[name]).expand_as(weight))
                 continue
             if name.endswith(("out.weight", "down.weight")) or name == "head.weight":
                 weight.zero_()
@@ -340,15 +328,14 @@ class GPT(nn.Module):
         cos_sin = cos[known_BT], sin[known_BT]
         x_BTD, own = self._embedded(ids_BT), dict(self.named_parameters(recurse=False))
         if "smear" in own:
-            x_BTD = self._smeared(x_BTD, own["smear"], ids_BT, positions_BT, cache)
-        given: list[dict[str, Any]] = [{} for _ in self.blocks]
-        for i, layer in enumerate(self.config.value_layers):
-            given[layer]["lookup"] = ids_BT, self.value_embeddings[i], own["value_gates"][i]
-        if "x0" in own:
-            x0_BTD = x_BTD.view_as(x_BTD)  # or the first block were compiled apart: x is x0
-            given = [{**more, "mix": (x0_BTD, own["x0"][i])} for i, more in enumerate(given)]
+            x_BTD = self._smeared(x_BTD, ids_BT, positions_BT, cache)
+        x0_BTD = x_BTD.view_as(x_BTD)  # two inputs that are the same were a program of their own
         middle_BTD = x_BTD
-        for layer, (block, more) in enumerate(zip(self.blocks, given, strict=True)):
+        for layer, block in enumerate(self.blocks):
+            more: dict[str, Any] = {"mix": (x0_BTD, own["x0"][layer])} if "x0" in own else {}
+            if layer in self.config.value_layers:
+                table, gate = own[f"value_embeddings_{layer}"], own["value_gates"][layer // 2]
+                more["lookup"] = ids_BT, table, gate
             x_BTD = run(block, x_BTD, cos_sin, mask_BTS, cache, positions_BT, **more)
             middle_BTD = x_BTD if layer == self.config.depth // 2 else middle_BTD
         if "backout" in own:
@@ -365,12 +352,7 @@ class GPT(nn.Module):
         return norm(x_BTD)
 
     def _smeared(
-        self,
-        x_BTD: Tensor,
-        gate: Tensor,
-        ids_BT: Tensor,
-        positions_BT: Tensor,
-        cache: KVCache | None,
+        self, x_BTD: Tensor, ids_BT: Tensor, positions_BT: Tensor, cache: KVCache | None
     ) -> Tensor:
         """Embeddings with a share of the token before: gate[0], gated by the first numbers."""
         if cache is None:
@@ -379,6 +361,7 @@ class GPT(nn.Module):
             cache.ids_BS.scatter_(1, positions_BT, ids_BT)
             before_BT = cache.ids_BS.gather(1, (positions_BT - 1).clamp(min=0))
             before_BTD = self._embedded(before_BT) * (positions_BT > 0)[..., None]
+        gate = self.get_parameter("smear")
         share_BT = gate[0] * torch.sigmoid(x_BTD[..., : len(gate) - 1] @ gate[1:])
         return x_BTD + share_BT.to(x_BTD.dtype)[..., None] * before_BTD
 
@@ -403,9 +386,12 @@ class GPT(nn.Module):
         """Logits [B, T, V] in float32; see `hidden` for the cache."""
         return self.logits(self.hidden(ids_BT, cache))
 
-    def nll(self, batch: Batch) -> Tensor:
-        """Negative log-likelihood [B, T] of each target in nats; 0 where the target is ignored."""
-        return self._nll(self.hidden(batch.inputs_BT), batch.targets_BT)
+    def nll(self, batch: Batch, share: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood [B, T] of each target in nats; 0 where the target is ignored.
+
+        share: of the next target's, added to it (multi-token prediction with one head).
+        """
+        return self._nll(self.hidden(batch.inputs_BT), batch.targets_BT, share)
 
     def fast_kernels(self, use: Literal["training", "writing"]) -> ModuleType | None:
         """`nanolib.kernels` where they work and serve a model of these dimensions."""
@@ -432,22 +418,28 @@ class GPT(nn.Module):
         kernels = [FLASH, EFFICIENT, MATH, *([CUDNN] if cudnn else [])]
         tag = "cudnn" if cudnn else "flash"
 
-        def compiled(batch: Batch) -> Tensor:
+        def compiled(batch: Batch, share: Tensor | None = None) -> Tensor:
             tagged = torch.compiler.config.patch(cache_key_tag=tag)  # ty: ignore[missing-attribute]
             with sdpa_kernel(kernels), tagged:
                 hidden_BTD = self.hidden(batch.inputs_BT, run=run)
-            return nll(hidden_BTD, batch.targets_BT)
+            return nll(hidden_BTD, batch.targets_BT, share)
 
         return compiled
 
-    def _nll(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    def _nll(self, hidden_BTD: Tensor, targets_BT: Tensor, share: Tensor | None) -> Tensor:
         logits_BTV = self.logits(hidden_BTD)
-        if torch.compiler.is_compiling():
-            # Not gather: its gradient would be a tensor of zeros, as large as the logits.
-            ids_V = torch.arange(self.vocab_size, device=targets_BT.device)
-            own_BT = torch.where(ids_V == targets_BT[..., None], logits_BTV, 0).sum(dim=-1)
-        else:
-            own_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0)[..., None]).squeeze(-1)
         # The softcap bounds the logits, so their exponentials need no maximum subtracted first.
-        nll_BT = logits_BTV.exp().sum(dim=-1).log() - own_BT
-        return nll_BT.masked_fill(targets_BT < 0, 0)
+        total_BT = logits_BTV.exp().sum(dim=-1).log()
+
+        def nll_of(targets_BT: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():
+                # Not gather: its gradient would be a tensor of zeros, as large as the logits.
+                ids_V = torch.arange(self.vocab_size, device=targets_BT.device)
+                own_BT = torch.where(ids_V == targets_BT[..., None], logits_BTV, 0).sum(dim=-1)
+            else:
+                own_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0)[..., None]).squeeze(-1)
+            return (total_BT - own_BT).masked_fill(targets_BT < 0, 0)
+
+        if share is None:
+            return nll_of(targets_BT)
+        return nll_of(targets_BT) + share * nll_of(F.pad(targets_BT[:, 1:], (0, 1), value=-1))

@@ -30,17 +30,14 @@ if TYPE_CHECKING:
 # so singular values end near, not at, 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Polar Express (arXiv:2505.16932): the best polynomial for each iteration, for singular values from
-# 0.001 up; the last is repeated. Divided by 1.01, as rounding may lift a singular value above 1.
-POLAR_EXPRESS = tuple(
-    (a / 1.01, b / 1.01**3, c / 1.01**5)
-    for a, b, c in (
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-        (1.875, -1.25, 0.375),
-    )
+# 0.001 to 1.01 (rounding may lift one above 1). The last is repeated.
+POLAR_EXPRESS = (
+    (8.205160, -22.901935, 16.460725),
+    (4.066395, -2.861154, 0.518400),
+    (3.909595, -2.823352, 0.525037),
+    (3.285564, -2.415302, 0.485294),
+    (2.277873, -1.619822, 0.398481),
+    (1.856436, -1.213238, 0.356800),
 )
 NORMUON_BETA = 0.95
 # AdamW's rates for gates and shares; of embedding_lr for value embeddings (nanochat, 2026).
@@ -71,16 +68,12 @@ def adamw_step(
     weight.addcdiv_(moment1, scale, value=-lr / (1 - beta1**step))
 
 
-def orthogonalise(
-    matrices_NRC: Tensor,
-    steps: int = 5,
-    polynomials: tuple[tuple[float, float, float], ...] = (NEWTON_SCHULZ,),
-) -> Tensor:
+def orthogonalise(matrices_NRC: Tensor, steps: int = 5, polar_express: bool = False) -> Tensor:
     """Push the singular values of each matrix of a stack [N, R, C] towards 1.
 
     The Newton–Schulz iteration of Muon, in bfloat16 on CUDA and in the given precision elsewhere.
-    polynomials: of each step; the last serves all further ones.
     """
+    polynomials = POLAR_EXPRESS if polar_express else (NEWTON_SCHULZ,)
     x = matrices_NRC.bfloat16() if matrices_NRC.is_cuda else matrices_NRC
     wide = x.size(-2) <= x.size(-1)
     if not wide:
@@ -115,8 +108,7 @@ def muon_step(
     """
     momenta_NRC.lerp_(grads_NRC, 1 - momentum)
     update = grads_NRC.lerp(momenta_NRC, momentum)
-    polynomials = POLAR_EXPRESS if "polar_express" in uses else (NEWTON_SCHULZ,)
-    update = orthogonalise(update, newton_schulz_steps, polynomials)
+    update = orthogonalise(update, newton_schulz_steps, "polar_express" in uses)
     if squares_NR1 is not None:
         squares_NR1.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - NORMUON_BETA)
         even = update * (squares_NR1 + 1e-10).rsqrt()
@@ -208,7 +200,8 @@ class MuonAdamW:
         groups: list[Group] = []
         matrices: dict[torch.Size, dict[str, Tensor]] = {}
         for name, param in model.named_parameters():
-            if (lr := lrs.get(name, lrs.get(name.split(".")[0]))) is not None:
+            lr = next((lr for start, lr in lrs.items() if name.startswith(start)), None)
+            if lr is not None:
                 share = math.ceil(param.shape[0] / self.runtime.world_size)
                 groups.append(Group("adamw", [name], [param], lr, share))
             else:

@@ -25,6 +25,8 @@ from nanolib.optim import MuonAdamW
 from nanolib.rundir import StageDir
 from nanolib.runtime import Runtime
 
+MULTI_TOKEN = 0.3  # the share at the first step; it falls to 0
+
 
 class Loss(Protocol):
     """What a stage minimises: ``sum(nll) / count``, both over all ranks and micro-batches.
@@ -163,11 +165,18 @@ class Trainer:
         for batch in batches:
             batch = batch.to(self.runtime.device)
             with self.runtime.autocast():
-                nll_BT = (self.nll or self.model.nll)(batch)
+                nll_BT = (self.nll or self.model.nll)(batch, **self._ahead())
             loss = self.loss.sum(nll_BT, batch) / count
             loss.backward()
             total += loss.detach()
         return total
+
+    def _ahead(self) -> dict[str, Tensor]:
+        """The share of the token after the next in pretraining's loss, if it has one."""
+        if self.stage.name != "base" or "multi_token" not in self.model.config.uses:
+            return {}
+        share = MULTI_TOKEN * (1 - self.step / self.steps)
+        return {"share": torch.full((), share, device=self.runtime.device)}
 
     def _save_due(self) -> bool:
         """Whether `save_minutes` have passed on the lead rank's clock; other ranks never ask."""
