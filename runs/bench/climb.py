@@ -236,8 +236,9 @@ def pilot(bench: Bench, seed: int, sft: Settings) -> None:
         scores = judge.score(model, model, "test", dial, 100)
         row = {"seed": seed, **sft, "terms": terms, **scores}
         bench.file({"arm": "pilot", "seed": seed, **sft}).append(kind="pilot", step=0, **row)
-        told = [f"{k} {scores[k]:.3f}" for k in ("sampled", "greedy", "pass@16", "formatted")]
-        print(f"pilot {sft} terms {terms}: {', '.join(told)}", flush=True)
+        told = ("sampled", "greedy", "pass@16", "formatted", "tool", "entropy", "no_signal")
+        words = ", ".join(f"{key} {scores[key]:.3f}" for key in told)
+        print(f"pilot {sft} terms {terms}: {words}", flush=True)
 
 
 def trial(bench: Bench, seed: int, sft: Settings, arm: str, terms: int) -> None:
@@ -443,7 +444,10 @@ def main(arguments: Sequence[str]) -> None:
         write_table(bench)
     elif given.job is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
-        work(bench, given, given.job)
+        try:
+            work(bench, given, given.job)
+        except KeyboardInterrupt:
+            sys.exit(130)
     else:
         if given.command != "score":
             bench.prepare()
