@@ -73,6 +73,9 @@ HOT = {"grpo.lr": 0.4}  # eight times too much
 ARMS: dict[str, Settings] = {
     "grpo": {},
     "shuffled": {"grpo.shuffled": True},
+    "slow": {"grpo.lr": 0.02},
+    "fast": {"grpo.lr": 0.1},
+    "faster": {"grpo.lr": 0.2},
     "kl": {"grpo.kl": 0.04},
     "deviation": {"grpo.deviation": True},
     "sequence-mean": {"grpo.sequence_mean": True},
