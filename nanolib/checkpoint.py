@@ -125,10 +125,8 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
-    """The checkpoint in a folder, each file checked against the index's hashes.
-
-    weights_only: leave out the optimizer's state. Raises DamagedCheckpoint that names the file.
-    """
+    """The checkpoint in a folder, each file (weights_only: not the optimizer's state) checked
+    against the index's hashes; DamagedCheckpoint names one that differs."""
     file = path / "index.json"
     try:
         index = json.loads(file.read_bytes())

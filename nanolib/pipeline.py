@@ -281,10 +281,8 @@ def _last_words(run: Run, begin: int = 0) -> str:
 
 
 def watch(run: Run) -> None:
-    """Show a run's finished stages, then follow what is working on it until nothing is.
-
-    Raises ChapterError unless the run is finished.
-    """
+    """Show a run's finished stages, then follow what is working on it until nothing is; ChapterError
+    unless the run is finished."""
     with contextlib.closing(Line()) as line:
         line.say(f"run {run.name}: {run.path}")
         follower = launch.Follower(run.stages(), line)

@@ -79,9 +79,7 @@ def main_memory(ranks: int) -> float:
 
 def _fits(rows: int, model: GPT, nll: Nll, length: int, room: float, runtime: Runtime) -> bool:
     """Whether training steps of `rows` rows really fit; leaves no gradients and no memory behind.
-
-    No collectives in here: one rank may run out of memory where another does not.
-    """
+    No collectives: one rank may run out of memory where another does not."""
     cuda = runtime.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(runtime.device)
@@ -177,12 +175,9 @@ def _stage_lines(config: Config, machine: Machine) -> Iterator[str]:
 
 def _work(recipe: Recipe, name: str, machine: Machine) -> str:
     stage, model, vocab = getattr(recipe, name), recipe.model, recipe.tokenizer.vocab_size
-    if isinstance(stage, GRPOConfig):
-        steps = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs in steps"
-        answers = stage.questions * stage.samples
-        return f"{steps} of {answers:,} answers; not projected: most of it is sampling"
-    if stage.steps is None:
-        return f"{stage.epochs:g} epochs; not projected: depends on its conversations' lengths"
+    if isinstance(stage, GRPOConfig) or stage.steps is None:
+        length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        return f"{length}; not projected (depends on {'sampling' if name == 'grpo' else 'lengths'})"
     tokens = stage.steps * stage.batch_tokens
     flops = accounting.training_flops(model, vocab) * tokens
     text = f"{stage.steps:,} steps x {stage.batch_tokens:,} tokens = {tokens / 1e6:,.0f} M tokens"

@@ -143,8 +143,7 @@ class Stage:
     def task_table(self) -> str:
         """Without CORE's tasks, which have a table of their own."""
         toy, scores = _is_toy(self.run), self.scores.items()
-        rows = [{"task": _label(t, toy), **s} for t, s in scores if not t.startswith("core/")]
-        return _grid(rows)
+        return _grid([{"task": _label(t, toy), **s} for t, s in scores if "core/" not in t])
 
     @property
     def samples(self) -> list[Sequence[Any]]:

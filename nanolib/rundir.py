@@ -203,7 +203,7 @@ class StageDir:
         return self.path / "log.txt"
 
     def done(self) -> dict[str, Any] | None:
-        """None while the stage is not finished."""
+        """The done record; None while the stage is not finished."""
         try:
             return json.loads((self.path / "done.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -215,7 +215,6 @@ class StageDir:
         return [(row["step"], row[key]) for row in self.metrics.rows(kind)]
 
     def result(self) -> dict[str, Any]:
-        """Empty while the stage is not finished."""
         return (self.done() or {"result": {}})["result"]
 
     def finish(self, result: Mapping[str, Any], **about: Any) -> None:
@@ -246,8 +245,7 @@ class Run:
         """Open a run, creating it if there is none; the same call twice opens the same run.
 
         run: an id, or a path (relative to the repository) if it has a slash; None: the profile's
-        name, and a hash where `overrides` change the recipe. ValueError where it was made with
-        another.
+        name, and a hash where `overrides` change the recipe. ValueError if it has another recipe.
         """
         this = cls.peek(profile, run, overrides)
         if not this.exists() and not _create(this, overrides):
@@ -277,10 +275,8 @@ class Run:
 
     @classmethod
     def load(cls, run: str | None = None, machine: Overrides = None) -> Run:
-        """An existing run, or the one opened last (None); the recipe is the manifest's.
-
-        machine: settings ("machine.ranks": 2) on top of the profile's.
-        """
+        """An existing run, or the one opened last (None); `machine`: settings on top of its
+        profile's. The recipe is the manifest's: another value is refused."""
         path = _locate(run or LATEST).resolve()
         if not (path / MANIFEST).exists():
             lacks = f"no run {run!r} at {path}" if run else f"no run yet in {runs_folder()}"

@@ -121,14 +121,11 @@ class Commands:
     def plan(
         self,
         profile: Annotated[str, arg(metavar="PROFILE")] = "speedrun",
-        on: Annotated[str, arg(metavar="MACHINE")] = "8xH100",
+        on: Annotated[str, arg(metavar="MACHINE", help="Such as 8xH100 or A100.")] = "8xH100",
     ) -> None:
         """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
 
         --depth 26 sets the size, --dollars-per-hour the machine's price ($3 a device).
-
-        Args:
-            on: A number of devices of one kind, such as 8xH100 or A100.
         """
         from nanolib import accounting, planning
 
@@ -139,12 +136,11 @@ class Commands:
         self,
         profile: ProfileName,
         folder: Annotated[Positional[Path], arg(metavar="DIR")],
-        check: bool = False,
+        check: Annotated[bool, arg(help="Fetch nothing; exit code 1 for a bad file.")] = False,
     ) -> None:
         """Fetch what a profile reads into a folder for --mirror; the same command goes on after a stop.
 
-        Args:
-            check: Fetch nothing, compare the folder with its manifest.json; exit code 1 for a bad file.
+        With --check, compare the folder with its manifest.json.
         """
         from nanolib import mirror
         from nanolib.stages import text
@@ -232,11 +228,7 @@ class Commands:
         server.serve(self._open(run), of, temperature=temperature, **where)
 
     def report(self, run: RunName = None, against: str | None = None) -> None:
-        """Write a run's report card again from its directory.
-
-        Args:
-            against: Print the run side by side with this run instead.
-        """
+        """Write a run's report card again; with --against, print it side by side with another's."""
         from nanolib import report
 
         opened = self._open(run)
@@ -247,22 +239,13 @@ class Commands:
             print(opened.path / "report.md")
 
     def export(self, run: RunName = None, of: ModelName = None, out: Path | None = None) -> None:
-        """Write a model in the format of Hugging Face's transformers.
-
-        Args:
-            out: The folder to write. [export/ in the run]
-        """
+        """Write a model in the format of Hugging Face's transformers, to export/ in its run or --out."""
         from nanolib import export
 
         print(export.export(self._open(run), of, out))
 
     def pack(self, out: Path = Path("nanolib.md"), tests: bool = False) -> None:
-        """Write the code base as one Markdown file, to ask a language model about it.
-
-        Args:
-            out: The file to write.
-            tests: With the tests.
-        """
+        """Write the code base as one Markdown file, to ask a language model about it."""
         from nanolib.ui import packed
 
         write_atomic(out, text := packed.pack(tests))
@@ -272,9 +255,8 @@ class Commands:
     def notebooks(self, refresh: bool = False, check: bool = False) -> None:
         """Keep notebooks/NN_*.py and their .ipynb twins in sync.
 
-        Args:
-            refresh: Execute profile demo and renew every .ipynb with its outputs.
-            check: List the pairs that differ; exit code 2 if any do.
+        --check lists the pairs that differ (exit code 2 if any do); --refresh executes profile
+        demo and renews every .ipynb with its outputs.
         """
         if refresh == check:
             raise ValueError("nanolib notebooks needs one of --refresh and --check")
