@@ -317,26 +317,22 @@ Overrides = Mapping[str, Any] | None  # dotted path or short form -> value
 # ---------------------------------------------------------------------------- flat dictionaries
 
 
-@functools.cache
-def settings() -> Mapping[str, Any]:
-    """Dotted path -> type of every setting that a profile or an override may name."""
-    paths = typing.get_type_hints(Recipe, include_extras=True) | {"machine": MachineConfig}
-    while sections := {path for path, hint in paths.items() if dataclasses.is_dataclass(hint)}:
-        for path in sections:
-            hints = typing.get_type_hints(paths.pop(path), include_extras=True)
-            paths |= {f"{path}.{name}": hint for name, hint in hints.items()}
-    return paths
-
-
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries or a config dataclass as one flat dictionary of dotted paths."""
+    """Nested dictionaries, a config dataclass or the types of one, as a flat dictionary of paths."""
+    hints = typing.get_type_hints(tree, include_extras=True) if isinstance(tree, type) else {}
     flat: dict[str, Any] = {}
-    for name, value in (tree if isinstance(tree, Mapping) else vars(tree)).items():
+    for name, value in (hints or (tree if isinstance(tree, Mapping) else vars(tree))).items():
         if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+@functools.cache
+def settings() -> Mapping[str, Any]:
+    """Dotted path -> type of every setting that a profile or an override may name."""
+    return flatten(Recipe) | flatten(MachineConfig, "machine.")
 
 
 def replace_settings(tree: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:

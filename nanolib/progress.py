@@ -51,13 +51,11 @@ class Line:
         self._text = ""
 
     def __call__(self, stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> None:
-        if not rows and stage.done() is None:
-            return
-        is_other = stage != self._stage
-        if is_other:
-            self.close()
-        self._stage = stage
-        self.show(describe(stage, rows), bool(is_other or stage.done()))
+        if rows or stage.done():
+            if is_other := stage != self._stage:
+                self.close()
+            self._stage = stage
+            self.show(describe(stage, rows), bool(is_other or stage.done()))
 
     def show(self, text: str, now: bool = False) -> None:
         """`now` prints it even where a line was printed a moment ago."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import stat
 from pathlib import Path
 
 from nanolib import launch, rundir
@@ -28,7 +27,7 @@ def _line(path: Path) -> tuple[str, ...]:
     for file in path.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # a stage at work renames and deletes
             status = file.lstat()
-            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+            total += status.st_size
             changed = max(changed, status.st_mtime)
     when = datetime.datetime.fromtimestamp(changed).isoformat(" ", timespec="minutes")
     size = f"{total / 1e6:,.1f} MB"
