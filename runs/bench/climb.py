@@ -3,9 +3,11 @@
 From a run's finished mid stage, for each seed: SFT with a few hundred worked examples, then an arm:
 GRPO, a control with shuffled rewards, or one of GRPO's options (ARMS). In this order:
 
-    python -m runs.bench.climb pilot --mirror DIR   # SFTs to choose from, and accuracy by terms
-    python -m runs.bench.climb train --mirror DIR --rows 400 --epochs 8 --terms 4 --gpus 4
-    python -m runs.bench.climb score --final-seed N # once the settings stand: draws new problems
+    alias climb="python -m runs.bench.climb"  # each with --mirror DIR --gpus 4 --minutes 9
+    climb pilot --rows 200,400 --epochs 4,8 --lr 0.02,0.1  # SFTs to choose from: accuracy by terms
+    climb train --seeds 0 --arms slow,grpo,fast,faster --rows 400 --epochs 8 --lr 0.1 --terms 4
+    climb train --rows 400 --epochs 8 --lr 0.1 --terms 4 --set grpo.lr=0.1  # seeds 1, 2, 3
+    climb score --final-seed N  # once the settings stand: draws new problems, writes climb.md
 
 The parent run is trained where it is missing. Every command goes on where it was stopped, by itself
 after `--minutes`; a trial that was started stays in the table. `--set PATH=VALUE` changes any
