@@ -18,6 +18,7 @@ from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PartKind = Literal["text", "python", "output"]
 Role = Literal["system", "user", "assistant"]
+Encode = Callable[[str], list[int]]
 PART_KINDS, ROLES = get_args(PartKind), get_args(Role)
 LETTERS = "ABCDEFGH"
 # An answer never contains these: any of them ends the assistant's turn.
@@ -66,6 +67,13 @@ class Message:
     def text(self) -> str:
         return "".join(part.text for part in self.parts if part.kind == "text")
 
+    @property
+    def content(self) -> str | list[dict[str, str]]:
+        """The text, or all parts where some are not text."""
+        if all(part.kind == "text" for part in self.parts):
+            return self.text
+        return [{"type": part.kind, "text": part.text} for part in self.parts]
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -81,10 +89,9 @@ class Conversation:
     messages: tuple[Message, ...]
 
     def __post_init__(self) -> None:
-        turns = self.turns
-        if not turns:
+        if not self.turns:
             raise ValueError("a conversation needs at least one message from the user, got none")
-        for i, message in enumerate(turns):
+        for i, message in enumerate(self.turns):
             expected = ("user", "assistant")[i % 2]
             if message.role != expected:
                 where = f"message {i + 1} of a conversation must come from the {expected}"
@@ -110,29 +117,21 @@ class Conversation:
 
     @classmethod
     def ask(cls, text: str, answer: str | None = None) -> Conversation:
-        turns = [Message("user", (Part("text", text),))]
-        if answer is not None:
-            turns.append(Message("assistant", (Part("text", answer),)))
-        return cls(tuple(turns))
+        said = zip(("user", "assistant"), (text, answer), strict=True)
+        return cls(tuple(Message(role, (Part("text", t),)) for role, t in said if t is not None))
 
     def folded(self) -> Conversation:
         """The same with the system message prepended to the first user message."""
-        turns = self.turns
-        if turns is self.messages:
+        if self.turns is self.messages:
             return self
-        first = Part("text", f"{self.messages[0].text}\n\n{turns[0].text}")
-        return Conversation((Message("user", (first,)), *turns[1:]))
+        system, question, *rest = self.messages
+        first = Part("text", f"{system.text}\n\n{question.text}")
+        return Conversation((Message("user", (first,)), *rest))
 
     def render(
-        self,
-        tokenizer: Tokenizer,
-        max_tokens: int | None = None,
-        encode: Callable[[str], list[int]] | None = None,
+        self, tokenizer: Tokenizer, max_tokens: int | None = None, encode: Encode | None = None
     ) -> Rendered:
-        """Ids and loss mask, truncated to `max_tokens`.
-
-        encode: instead of the tokenizer's, where the texts were encoded in a batch before.
-        """
+        """Ids and loss mask, truncated to `max_tokens`. encode: instead of the tokenizer's."""
         special, encode = tokenizer.special, encode or tokenizer.encode
         pieces = [([tokenizer.bos], False)]  # ids, and whether they are targets of the loss
         for message in self.folded().messages:
@@ -150,11 +149,12 @@ class Conversation:
         keep = len(ids) if max_tokens is None else min(len(ids), max_tokens)
         return Rendered(ids[:keep], mask[:keep], cut=len(ids) - keep)
 
-    def prompt(self, tokenizer: Tokenizer) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, encode: Encode | None = None) -> list[int]:
         """Ids up to and including ``<|assistant_start|>``, for the assistant to continue."""
         if self.messages[-1].role != "user":
             raise ValueError("a prompt must end with the user's message; the assistant spoke last")
-        return [*self.render(tokenizer).ids, tokenizer.special("<|assistant_start|>")]
+        ids = self.render(tokenizer, encode=encode).ids
+        return [*ids, tokenizer.special("<|assistant_start|>")]
 
 
 # ---------------------------------------------------------------------------- parsing

@@ -87,10 +87,7 @@ def choose(
     Settings as for `probabilities`.
     """
     best_B = logits_BV.argmax(dim=-1)
-    if isinstance(temperature, Tensor):
-        warm_B = torch.where(temperature > 0, temperature, 1.0)
-        drawn_B = inverse_cdf(probabilities(logits_BV, warm_B, top_k, top_p, most), uniform_B)
-        return torch.where(temperature > 0, drawn_B, best_B)
-    if temperature == 0:
-        return best_B
-    return inverse_cdf(probabilities(logits_BV, temperature, top_k, top_p), uniform_B)
+    temperature = torch.as_tensor(temperature, device=logits_BV.device)
+    warm_B = torch.where(temperature > 0, temperature, 1.0)
+    drawn_B = inverse_cdf(probabilities(logits_BV, warm_B, top_k, top_p, most), uniform_B)
+    return torch.where(temperature > 0, drawn_B, best_B)

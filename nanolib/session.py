@@ -15,6 +15,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Generator
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
 from typing import Any, Self
 
@@ -28,32 +29,23 @@ from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
 
+@dataclass(eq=False)
 class Session:
-    """A conversation in progress.
+    """A conversation in progress."""
 
-    `messages` is the history without the system message, `answer` the latest answer so far, as
-    parts. `notice` is what to tell the user besides the answer, if anything.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        system: str | None = None,
-        *,
-        temperature: float = 0.6,
-        top_k: int | None = 50,
-        max_new_tokens: int = 256,
-        seed: int = 1,
-    ):
-        self.engine, self.system = engine, system
-        self.temperature, self.top_k = temperature, top_k
-        self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.messages: list[Message] = []
-        self.answer: list[Part] = []
-        self.notice: str | None = None
-        self.of: str | None = None  # the stage whose model `open` loaded
-        self._left_out = 0  # messages that the user knows were left out of the prompt
-        self._close: weakref.finalize | None = None  # closes the sandbox that `open` started
+    engine: Engine
+    system: str | None = None
+    _: KW_ONLY
+    temperature: float = 0.6
+    top_k: int | None = 50
+    max_new_tokens: int = 256
+    seed: int = 1
+    messages: list[Message] = field(default_factory=list)  # without the system message
+    answer: list[Part] = field(default_factory=list)  # the latest so far
+    notice: str | None = None  # what to tell the user besides the answer
+    of: str | None = None  # the stage whose model `open` loaded
+    _left_out = 0  # messages that the user knows were left out of the prompt
+    _close: weakref.finalize | None = None  # closes the sandbox that `open` started
 
     @classmethod
     def open(cls, run: Run, of: str | None = None, **settings) -> Session:
@@ -68,9 +60,7 @@ class Session:
         tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
         sandbox = Sandbox(workers=1).__enter__()
         engine = Engine(model, tokenizer, runtime, lambda source: sandbox.run(source).text)
-        session = cls(engine, **settings)
-        session.of, session._close = of, weakref.finalize(engine, sandbox.close)
-        return session
+        return cls(engine, of=of, _close=weakref.finalize(engine, sandbox.close), **settings)
 
     def close(self, *_: object) -> None:
         """Close the sandbox that `open` started, which else ends with the engine."""
@@ -110,10 +100,8 @@ class Session:
 
     def transcript(self) -> list[dict[str, Any]]:
         """The whole conversation, for `Conversation.from_messages`."""
-        return [
-            {"role": message.role, "content": _content(message)}
-            for message in (*self._system(), *self.messages)
-        ]
+        messages = [*self._system(), *self.messages]
+        return [{"role": message.role, "content": message.content} for message in messages]
 
     # ------------------------------------------------------------------------ how
 
@@ -125,22 +113,18 @@ class Session:
 
         def prompt(left_out: int) -> list[int]:
             turns = (*self._system(), *self.messages[left_out:], question)
-            ids = Conversation(turns).render(tokenizer, encode=encode).ids
-            return [*ids, tokenizer.special("<|assistant_start|>")]
+            return Conversation(turns).prompt(tokenizer, encode)
 
         choices = range(0, len(self.messages) + 1, 2)
         found = bisect.bisect_left(choices, True, key=lambda n: len(prompt(n)) <= room)
         if found == len(choices):
             size = f"{len(prompt(choices[-1]))} tokens where a context of {context} leaves {room}"
             raise ValueError(f"the message is too long: {size} beside an answer; shorten it")
-        left_out = choices[found]
-        self.notice = None
-        if left_out > self._left_out:
-            unseen = f"the model does not see its first {left_out} messages"
-            self.notice = (
-                f"the conversation no longer fits the context of {context} tokens: {unseen}"
-            )
+        left_out, before = choices[found], self._left_out
         self._left_out = left_out
+        full = f"the conversation no longer fits the context of {context} tokens"
+        unseen = f"{full}: the model does not see its first {left_out} messages"
+        self.notice = unseen if left_out > before else None
         return prompt(left_out)
 
     def _system(self) -> list[Message]:
@@ -156,9 +140,8 @@ class Session:
             seeds=[seed_of(self.seed, "turn", len(self.messages))],
             keep=True,
         )
-        parser = AnswerParser(self.engine.tokenizer)
+        parser, finished = AnswerParser(self.engine.tokenizer), False
         self.answer = parser.parts
-        finished = False
         try:
             for token in chain.from_iterable(steps):
                 if token.kind == "end":
@@ -167,7 +150,7 @@ class Session:
             else:
                 limit = min(self.max_new_tokens, self.engine.context - len(prompt))
                 reached = f"the answer reached its limit of {limit} tokens"
-                self.notice = f"{self.notice}; {reached}" if self.notice else reached
+                self.notice = "; ".join(filter(None, [self.notice, reached]))
             finished = True
             yield from parser.finish()
         finally:
@@ -178,24 +161,18 @@ class Session:
 def stage_with_model(run: Run, of: str | None, purpose: str) -> str:
     """`of`, or by default the last stage of the run that has saved a model.
 
-    purpose: such as "to talk to", for the ValueError if there is no such model.
+    Raises ValueError if there is none for this purpose, such as "to talk to".
     """
     if of not in (None, *MODELS):
         raise ValueError(f"stage {of!r} leaves no model {purpose}; try {' or '.join(MODELS)}")
     has = [name for name in MODELS if any(run.stage(name).checkpoints.glob("step_????????"))]
     if not has or of not in (None, *has):
+        remedy = f"finish it first: nanolib run {run.config.profile} --run {run.name}"
+        it_has = f"it has {' and '.join(has) or 'none'}"
         raise ValueError(
-            f"run {run.id!r} has no {of or 'trained'} model {purpose} yet; finish it first: nanolib "
-            f"run {run.config.profile} --run {run.name} (it has {' and '.join(has) or 'none'})"
+            f"run {run.id!r} has no {of or 'trained'} model {purpose} yet; {remedy} ({it_has})"
         )
     return of or has[-1]
-
-
-def _content(message: Message) -> str | list[dict[str, str]]:
-    """A message's text, or its parts where some are not text."""
-    if all(part.kind == "text" for part in message.parts):
-        return message.text
-    return [{"type": part.kind, "text": part.text} for part in message.parts]
 
 
 def _labelled(pieces: Generator[Part]) -> Generator[str]:
@@ -203,10 +180,6 @@ def _labelled(pieces: Generator[Part]) -> Generator[str]:
     kind = "text"
     with contextlib.closing(pieces):  # closing this generator stops the answer at once
         for piece in pieces:
-            if not piece.text:
-                yield f"\n[{piece.kind}] "
-            elif piece.kind != kind:  # text again
-                yield f"\n{piece.text}"
-            else:
-                yield piece.text
+            label = "" if piece.text else f"[{piece.kind}] "
+            yield ("\n" if label or piece.kind != kind else "") + label + piece.text
             kind = piece.kind

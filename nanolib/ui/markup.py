@@ -32,17 +32,16 @@ def answer_html(parts: Sequence[Part]) -> str:
     for part in Message("assistant", tuple(parts)).parts:  # texts joined
         if part.kind == "text":
             pieces.append(_markdown().render(part.text))
-        elif part.kind == "output" and program is not None:
-            pieces[-1] = _tool(program, part.text)
+        elif part.kind == "python":
+            pieces.append(_tool(part.text, None))
         else:
-            pieces.append(_tool(*((part.text,) if part.kind == "python" else (None, part.text))))
+            pieces[len(pieces) - (program is not None) :] = [_tool(program, part.text)]
         program = part.text if part.kind == "python" else None
     return f'<div class="nanolib-answer">{"".join(pieces)}</div>'
 
 
 def message_html(message: Message) -> str:
-    user = message.role == "user"
-    return user_html(message.text) if user else answer_html(message.parts)
+    return user_html(message.text) if message.role == "user" else answer_html(message.parts)
 
 
 def user_html(text: str) -> str:
@@ -50,11 +49,10 @@ def user_html(text: str) -> str:
     return f'<div class="nanolib-said">{html.escape(text)}</div>'
 
 
-def _tool(source: str | None, output: str | None = None) -> str:
+def _tool(source: str | None, output: str | None) -> str:
     """A folded program with its output; None where either is missing."""
     title = "output" if source is None else f"python: {_first_line(source)}"
-    if output is not None:
-        title += f" → {_first_line(output)}"
+    title += "" if output is None else f" → {_first_line(output)}"
     blocks = "".join(f"<pre>{html.escape(text)}</pre>" for text in (source, output) if text)
     return f'<details class="tool"><summary>{html.escape(title)}</summary>{blocks}</details>'
 

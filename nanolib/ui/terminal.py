@@ -53,23 +53,22 @@ def _final_answers(pieces: Iterable[str]) -> Iterator[str]:
 
 def talk(session: Session, folder: Path = Path()) -> None:
     """Read lines and answer them until the end of input, or Ctrl-C outside an answer."""
-    at_terminal = sys.stdin.isatty()
-    if at_terminal:
+    asks, answers, end = "", "", ""
+    if sys.stdin.isatty():
         import readline  # noqa: F401  (gives input() its editing and its history)
 
+        asks, answers, end = "you> ", "model> ", "\n"
         print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.")
     while True:
         try:
-            line = input("you> " if at_terminal else "")
+            line = input(asks)
         except (EOFError, KeyboardInterrupt):
-            if at_terminal:
-                print()
-            return
+            return print(end=end)
         try:
             if line.startswith("/"):
                 print(command(session, line, folder))
             elif line.strip():
-                print("model> " if at_terminal else "", end="", flush=True)
+                print(end=answers, flush=True)
                 answer(session, line.strip())
         except KeyboardInterrupt:
             print("(stopped)", file=sys.stderr)
@@ -101,5 +100,5 @@ def command(session: Session, line: str, folder: Path) -> str:
             return f"(saved to {path})"
         case "/help", _:
             return HELP
-    there_are = "there are /clear, /system, /save, /help"
-    raise ValueError(f"there is no command {name}; {there_are} (a space in front sends it as text)")
+    known = "there are /clear, /system, /save, /help (a space in front sends it as text)"
+    raise ValueError(f"there is no command {name}; {known}")

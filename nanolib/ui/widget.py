@@ -40,7 +40,7 @@ class Chat:
         style = widgets.HTML(f"<style>{STYLE}</style>", layout={"display": "none"})
         self.view = widgets.VBox([style, log, row]).add_class("nanolib-chat")
         self.send_button.on_click(lambda _: self.send(self.box.value))
-        self.stop_button.on_click(lambda _: self.stop())
+        self.stop_button.on_click(lambda _: self._stop.set())
         self.clear_button.on_click(lambda _: self.clear())
         self.box.observe(lambda _: self._typed.set(), "value")
         self.box.on_msg(self._on_enter)
@@ -57,9 +57,6 @@ class Chat:
             self._stop.clear()
             threading.Thread(target=self._turn, args=(text.strip(),), daemon=True).start()
 
-    def stop(self) -> None:
-        self._stop.set()
-
     def clear(self) -> None:
         if self._free.acquire(blocking=False):
             try:
@@ -70,13 +67,14 @@ class Chat:
 
     def _on_enter(self, box: widgets.Text, content: dict[str, Any], buffers: Any) -> None:
         """Send on Enter. The browser reports the key first, then the changed text, if any."""
+
+        def entered() -> None:
+            self._typed.wait(GRACE)  # times out if the text had arrived before
+            self.send(self.box.value)
+
         if content.get("event") == "submit":
             self._typed.clear()
-            threading.Thread(target=self._entered, daemon=True).start()
-
-    def _entered(self) -> None:
-        self._typed.wait(GRACE)  # times out if the text had arrived before
-        self.send(self.box.value)
+            threading.Thread(target=entered, daemon=True).start()
 
     def _turn(self, text: str) -> None:
         """Answer `text`; whatever happens, leave the widget in step with the session."""
@@ -92,8 +90,9 @@ class Chat:
         finally:
             if len(self.session.messages) == before:  # refused, or stopped before any answer
                 self.box.value = self.box.value or text
-            notes = [f'<div class="nanolib-note">({html.escape(note)})</div>'] if note else []
-            self._draw(*notes)
+            self._draw(
+                *([f'<div class="nanolib-note">({html.escape(note)})</div>'] if note else [])
+            )
             self._buttons(busy=False)
             self._free.release()
 
@@ -111,10 +110,9 @@ class Chat:
 
     def _draw(self, *more: str) -> None:
         """Show the session's messages, then `more`, one line each; lines are reused."""
-        values = [markup.message_html(message) for message in self.session.messages] + [*more]
+        values = [*map(markup.message_html, self.session.messages), *more]
         lines = list(self.lines.children)
-        for _ in range(len(lines), len(values)):
-            lines.append(widgets.HTML().add_class("nanolib-line"))
+        lines += [widgets.HTML().add_class("nanolib-line") for _ in values[len(lines) :]]
         for line, value in zip(lines, values, strict=False):
             line.value = value
         self.lines.children = lines[: len(values)]
