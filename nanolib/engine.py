@@ -173,8 +173,8 @@ class Request:
 
 
 class Engine:
-    """A model with its tokenizer: `generate` streams, `answers` and `complete` collect; all of them
-    queue requests and `step`. Several threads may do so at once.
+    """A model with its tokenizer: `submit` queues requests and `step` writes a token of each;
+    `generate`, `answers` and `complete` do both. Several threads may do so at once.
 
     With a `tool`, a row in which the model itself writes an output marker ends there. At most
     `max_rows` are written at once. The memory for them grows with need; `release` gives it back.
@@ -235,61 +235,15 @@ class Engine:
 
     # ------------------------------------------------------------------------ for callers
 
-    def generate(self, prompts: Sequence[Sequence[int]], **settings) -> Iterator[list[Token]]:
-        """Continue every prompt `samples` times; each step yields one token of every active row.
-
-        Row p · samples + s is sample s of prompt p. A row's last token is of kind "end", unless the
-        row reached max_new_tokens or the end of the context first. settings: `Settings`, and seeds,
-        one per prompt, by default 0, 1, …; a row depends only on its prompt, its seed and s.
-        Raises ValueError as `submit`, before anything runs.
-        """
-        requests = self._requests(prompts, **settings)
-
-        def steps(going: list[Request]) -> Iterator[list[Token]]:
-            try:
-                self._waiting.extend(going)
-                while going := [request for request in going if request.live]:
-                    if step := [request.take() for request in going if request.ready]:
-                        yield step
-                    else:
-                        self.step()
-            finally:
-                self.cancel(*going)
-
-        return steps(requests)
-
-    def answers(self, prompts: Sequence[Sequence[int]], **settings) -> list[Answer]:
-        """All rows of `generate`, finished; shorter prompts first."""
-        requests = self._requests(prompts, **settings)
-        try:
-            self._waiting.extend(sorted(requests, key=lambda request: len(request.ids)))
-            while any(request.left for request in requests):
-                self.step()
-        finally:
-            self.cancel(*requests)
-        return [request.answer() for request in requests]
-
-    def complete(self, prompts: Sequence[Sequence[int]], **settings) -> list[list[int]]:
-        """The ids of `answers`, tool results included, without the end token."""
-        return [answer.ids for answer in self.answers(prompts, **settings)]
-
-    def submit(self, prompt: Sequence[int], *, seed: int = 0, **settings) -> list[Request]:
-        """Queue samples of a prompt (see `Settings`), whose tokens come with the next steps; waits
-        for none. Raises ValueError for a prompt that leaves no room, and for bad settings."""
-        requests = self._requests([prompt], seeds=[seed], **settings)
-        self._waiting.extend(requests)
-        return requests
-
-    @staticmethod
-    def cancel(*requests: Request) -> None:
-        """Let the next step drop them, from any thread; a finished one stays as it is."""
-        for request in requests:
-            request.cancelled = True
-
-    def _requests(
+    def submit(
         self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int] | None = None, **settings
     ) -> list[Request]:
-        """Samples of each prompt, not yet in the queue. Raises ValueError as `submit` says."""
+        """Queue `samples` of each prompt, whose tokens come with the next steps; waits for none.
+
+        Row p · samples + s is sample s of prompt p. settings: `Settings`, and seeds, one per prompt,
+        by default 0, 1, …; a row depends only on its prompt, its seed and s. Raises ValueError for
+        a prompt that leaves no room, and for bad settings.
+        """
         given, requests = Settings(**settings), list[Request]()
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
@@ -304,7 +258,44 @@ class Engine:
             for s in range(given.samples):
                 key = seed_of(seed, "sample", s)
                 requests.append(Request(len(requests), key, given, shared.ids, shared, left))
+        self._waiting.extend(sorted(requests, key=lambda request: len(request.ids)))
         return requests
+
+    def generate(self, prompts: Sequence[Sequence[int]], **settings) -> Iterator[list[Token]]:
+        """As `submit`; each step yields one token of every active row.
+
+        A row's last token is of kind "end", unless the row reached max_new_tokens or the end of the
+        context first.
+        """
+        going = self.submit(prompts, **settings)
+        try:
+            while going := [request for request in going if request.live]:
+                if step := [request.take() for request in going if request.ready]:
+                    yield step
+                else:
+                    self.step()
+        finally:
+            self.cancel(*going)
+
+    def answers(self, prompts: Sequence[Sequence[int]], **settings) -> list[Answer]:
+        """All rows of `submit`, finished."""
+        requests = self.submit(prompts, **settings)
+        try:
+            while any(request.left for request in requests):
+                self.step()
+        finally:
+            self.cancel(*requests)
+        return [request.answer() for request in requests]
+
+    def complete(self, prompts: Sequence[Sequence[int]], **settings) -> list[list[int]]:
+        """The ids of `answers`, tool results included, without the end token."""
+        return [answer.ids for answer in self.answers(prompts, **settings)]
+
+    @staticmethod
+    def cancel(*requests: Request) -> None:
+        """Let the next step drop them, from any thread; a finished one stays as it is."""
+        for request in requests:
+            request.cancelled = True
 
     # ------------------------------------------------------------------------ a step
 
@@ -409,11 +400,8 @@ class Engine:
             self._slots.write_row(slot, request.prompt.read)
             self._rows[slot : slot + 1] = [request]
             self._waiting.popleft().prompt = None
-        given = [
-            (r.settings.temperature, r.settings.top_k or 0, r.settings.top_p) for r in requests
-        ]
-        own = [(r.ids[-1], r.key) for r in requests]
-        self._slots.begin(slots, [a + b for a, b in zip(own, given, strict=True)])
+        own = [(r.ids[-1], r.key, r.settings) for r in requests]
+        self._slots.begin(slots, [(*of, s.temperature, s.top_k or 0, s.top_p) for *of, s in own])
 
     def _cache(self, rows: int, length: int) -> Slots:
         runtime = self.runtime

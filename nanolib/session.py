@@ -127,19 +127,22 @@ class Session:
         self.notice = unseen if left_out > before else None
         return prompt(left_out)
 
+    def sampling(self) -> dict[str, Any]:
+        """The engine's settings for the next answer."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k or None,
+            "seeds": [seed_of(self.seed, "turn", len(self.messages))],
+            "keep": True,
+        }
+
     def _system(self) -> list[Message]:
         return [Message("system", (Part("text", self.system),))] if self.system else []
 
     def _answer(self, question: Message, prompt: list[int]) -> Generator[Part]:
         """Stream the answer, and add both turns to `messages` however it ends."""
-        steps = self.engine.generate(
-            [prompt],
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seeds=[seed_of(self.seed, "turn", len(self.messages))],
-            keep=True,
-        )
+        steps = self.engine.generate([prompt], **self.sampling())
         parser, finished = AnswerParser(self.engine.tokenizer), False
         self.answer = parser.parts
         try:

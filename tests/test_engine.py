@@ -212,7 +212,7 @@ def test_rows_stop_at_the_context_and_longer_prompts_are_refused():
     said = speaker.complete(prompts(15, 10, 2), max_new_tokens=8)
     assert [len(row) for row in said] == [1, 6, 8]
     with pytest.raises(ValueError, match=r"1 to 15 tokens, .* context of 16 .*; got 16"):
-        speaker.generate(prompts(3, 16), max_new_tokens=1)
+        next(speaker.generate(prompts(3, 16), max_new_tokens=1))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_rows_stop_at_the_context_and_longer_prompts_are_refused():
 )
 def test_bad_settings_are_named_before_anything_runs(settings, message):
     with pytest.raises(ValueError, match=message):
-        engine().generate(prompts(3), **{"max_new_tokens": 4, **settings})
+        next(engine().generate(prompts(3), **{"max_new_tokens": 4, **settings}))
     with pytest.raises(ValueError, match=r"1 to 31 tokens, .*; got 0"):
-        engine().generate([[]], max_new_tokens=4)
+        next(engine().generate([[]], max_new_tokens=4))
 
 
 def test_a_slot_is_filled_again_at_once_and_no_step_is_wasted_on_an_empty_one():
@@ -277,11 +277,11 @@ def test_whoever_comes_and_goes_a_row_says_what_it_says_alone(seed):
         if draw.random() < 0.3 and len(told) < 24:
             how = {"temperature": draw.choice([0.0, 0.7, 1.3]), "top_k": draw.choice([None, 3, 20])}
             how["top_p"] = draw.choice([1.0, 0.8])
-            some = {"samples": draw.choice([1, 1, 4]), "seed": draw.randrange(3)}
+            some = {"samples": draw.choice([1, 1, 4]), "seeds": [draw.randrange(3)]}
             prompt, limit = draw.choice(asked), draw.choice([1, 9, 30])
             keep = {"keep": draw.random() < 0.5}
-            new = speaker.submit(prompt, max_new_tokens=limit, **some, **how, **keep)
-            told += [(request, prompt, limit, some["seed"], how) for request in new]
+            new = speaker.submit([prompt], max_new_tokens=limit, **some, **how, **keep)
+            told += [(request, prompt, limit, *some["seeds"], how) for request in new]
         if told and draw.random() < 0.1:
             speaker.cancel(draw.choice(told)[0])
         speaker.step()
@@ -318,10 +318,10 @@ def test_samples_share_one_reading_of_their_prompt_also_while_some_wait():
 def test_a_long_prompt_is_read_between_the_tokens_of_the_others():
     speaker = engine(sequence_len=64)
     speaker.chunk, speaker.ends = 10, frozenset()
-    (first,) = speaker.submit(prompts(5)[0], max_new_tokens=20)
+    (first,) = speaker.submit(prompts(5), max_new_tokens=20)
     speaker.step()
     assert first.prompt is None, "its memory is needed no more"
-    (long,) = speaker.submit(prompts(41)[0], max_new_tokens=2)
+    (long,) = speaker.submit(prompts(41), max_new_tokens=2)
     for step in range(1, 7):
         speaker.step()
         assert len(first.tokens) == 1 + step
@@ -394,7 +394,7 @@ def test_a_step_that_fails_ends_every_request_with_the_error(monkeypatch):
     want = speaker.complete(prompts(5), max_new_tokens=4)
     steps = speaker.generate(prompts(5), max_new_tokens=20)
     next(steps)
-    (waiting,) = speaker.submit(prompts(9)[0], max_new_tokens=4)
+    (waiting,) = speaker.submit(prompts(9), max_new_tokens=4)
 
     def broken(*_, **__):
         raise ArithmeticError("no such product")

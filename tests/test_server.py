@@ -43,10 +43,11 @@ class Watch:
         self.settings: list[dict] = []
         engine.submit = self
 
-    def __call__(self, prompt, **settings):
+    def __call__(self, prompts, **settings):
+        (prompt,) = prompts
         self.asked.append(self.engine.tokenizer.decode(prompt))
         self.settings.append(settings)
-        return self.submit(prompt, **settings)
+        return self.submit(prompts, **settings)
 
 
 class Client:
@@ -208,7 +209,7 @@ def test_options_arrive(client):
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "samples")
     wants = [(1, None, 0.5, 9, 2), (0.0, 50, 1.0, 15_000, 1), (0.0, 50, 1.0, 5, 1)]
     assert [tuple(s[name] for name in names) for s in client.watch.settings] == wants
-    seeds = [s["seed"] for s in client.watch.settings]
+    seeds = [s["seeds"] for s in client.watch.settings]
     assert seeds[0] == seeds[2] != seeds[1]
 
 

@@ -26,7 +26,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +44,6 @@ from nanolib import engine
 from nanolib.conversation import AnswerParser, Conversation, Part
 from nanolib.engine import Engine
 from nanolib.rundir import Run
-from nanolib.runtime import seed_of
 from nanolib.session import Session
 from nanolib.ui import markup
 
@@ -131,7 +130,6 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 # ---------------------------------------------------------------------------- requests
-
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(max_length=4)]
@@ -229,11 +227,18 @@ class Scribe:
         self.rows: dict[engine.Request, asyncio.Event] = {}  # the event says that it has news
         self.stopped = self._closed = False
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="nanolib-engine", daemon=True)
 
-    def start(self) -> None:
+    @contextlib.asynccontextmanager
+    async def running(self, _: FastAPI):
+        """The engine's thread, while the server runs."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        thread = threading.Thread(target=self._work, name="nanolib-engine", daemon=True)
+        thread.start()
+        yield
+        self.stop()
+        self._closed = True
+        self._wake.set()
+        await asyncio.to_thread(thread.join)
 
     def stop(self) -> None:
         """End every answer where it is."""
@@ -241,26 +246,22 @@ class Scribe:
         self.engine.cancel(*self.rows)
         self._tell(list(self.rows))
 
-    def close(self) -> None:
-        """Wait until the engine is at rest."""
-        self.stop()
-        self._closed = True
-        self._wake.set()
-        self._thread.join()
-
-    def submit(self, news: asyncio.Event, prompt: list[int], **settings) -> list[engine.Request]:
-        """As `Engine.submit`; each token sets `news`."""
-        requests = self.engine.submit(prompt, **settings)
+    @contextlib.contextmanager
+    def writing(self, prompt: list[int], news: asyncio.Event, **settings):
+        """Requests as of `Engine.submit`, each token of which sets `news`; they end with this."""
+        requests = self.engine.submit([prompt], **settings)
         self.rows |= dict.fromkeys(requests, news)
         if self.stopped:
             self.engine.cancel(*requests)
         self._wake.set()
-        return requests
-
-    def drop(self, requests: Sequence[engine.Request]) -> None:
-        self.engine.cancel(*requests)
-        for request in requests:
-            self.rows.pop(request, None)
+        try:
+            yield requests
+        finally:
+            self.engine.cancel(*requests)
+            self.counts['nanolib_tokens_total{kind="prompt"}'] += len(prompt)
+            for request in requests:
+                self.counts['nanolib_tokens_total{kind="answer"}'] += request.taken
+                del self.rows[request]
 
     def _work(self) -> None:
         while not self._closed:
@@ -303,22 +304,15 @@ class Scribe:
     def read(self, body: bytes) -> Reply:
         """A reply to that body, still to be written; ValueError for what cannot be answered."""
         given, conversation = read_question(body)
-        mine, most = self.session, given.max_completion_tokens or given.max_tokens
+        asked = given.model_dump(include={"temperature", "top_k", "seed"}, exclude_none=True)
+        most = given.max_completion_tokens or given.max_tokens or self.session.max_new_tokens
         system = next((m.text for m in conversation.messages if m.role == "system"), None)
-        session = Session(self.engine, system, max_new_tokens=most or mine.max_new_tokens)
+        mine = {"system": system, "max_new_tokens": most, "seed": secrets.randbits(63)} | asked
+        session = replace(self.session, **mine)
         *session.messages, last = conversation.turns
         prompt = session.prompt(last)
-        seed = secrets.randbits(63) if given.seed is None else given.seed
-        settings = {
-            "max_new_tokens": session.max_new_tokens,
-            "samples": given.n or 1,
-            "seed": seed_of(seed, "turn", len(session.messages)),
-            "temperature": mine.temperature if given.temperature is None else given.temperature,
-            "top_k": (mine.top_k if given.top_k is None else given.top_k) or None,
-            "top_p": 1.0 if given.top_p is None else given.top_p,
-            "keep": True,
-        }
-        return Reply(self, given, prompt, settings, session.notice)
+        more = {"samples": given.n or 1, "top_p": 1.0 if given.top_p is None else given.top_p}
+        return Reply(self, given, prompt, session.sampling() | more, session.notice)
 
     def metrics(self) -> str:
         """What has happened so far, in Prometheus's text format."""
@@ -350,7 +344,6 @@ async def _body(request: Request) -> bytes:
 class Choice:
     """One answer as it is read, and why it ended (`finish`), if it has."""
 
-    index: int
     request: engine.Request
     parser: AnswerParser
     finish: str | None = None
@@ -390,11 +383,10 @@ class Reply:
     async def steps(self) -> AsyncGenerator[list[tuple[Choice, list[Part]]]]:
         """The news of every choice, also if there are none; closing the iterator ends them all."""
         counts, news, begun, wrote = self.scribe.counts, asyncio.Event(), time.monotonic(), False
-        requests = self.scribe.submit(news, self.prompt, **self.settings)
-        try:
-            for index, request in enumerate(requests):
+        with self.scribe.writing(self.prompt, news, **self.settings) as requests:
+            for request in requests:
                 parser = AnswerParser(self.scribe.engine.tokenizer, self.question.stops)
-                self.choices.append(Choice(index, request, parser))
+                self.choices.append(Choice(request, parser))
             while live := [choice for choice in self.choices if choice.finish is None]:
                 yield [(choice, choice.read()) for choice in live]
                 if not wrote and (wrote := any(choice.request.taken for choice in live)):
@@ -404,10 +396,6 @@ class Reply:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), 1)
                 news.clear()
-        finally:
-            self.scribe.drop(requests)
-            for kind, tokens in self.tokens().items():
-                counts[f'nanolib_tokens_total{{kind="{kind}"}}'] += tokens
 
     async def events(self) -> AsyncGenerator[str]:
         """The stream, as server-sent events."""
@@ -447,7 +435,7 @@ class Reply:
         if self.question.html:
             said["html"] = markup.answer_html(choice.parser.parts)
         found = {
-            "index": choice.index,
+            "index": choice.request.row,
             "finish_reason": choice.finish,
             "logprobs": None,
             name: said,
@@ -460,12 +448,8 @@ class Reply:
         notices = [self.notice, reached if choice.finish == "length" else None]
         return found | {"notice": "; ".join(filter(None, notices)) or None}
 
-    def tokens(self) -> dict[str, int]:
-        answers = sum(choice.request.taken for choice in self.choices)
-        return {"prompt": len(self.prompt), "answer": answers}
-
     def usage(self) -> dict[str, int]:
-        prompt, answers = self.tokens().values()
+        prompt, answers = len(self.prompt), sum(choice.request.taken for choice in self.choices)
         usage = {"prompt_tokens": prompt, "completion_tokens": answers}
         return usage | {"total_tokens": prompt + answers}
 
@@ -506,16 +490,10 @@ def build(
     scribe = Scribe(session, name)
     page, policy = _page()
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI):
-        scribe.start()
-        yield
-        await asyncio.to_thread(scribe.close)
-
     async def refused(request: Request, error: Any) -> Response:
         return _refusal(error.status_code, error.detail)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=scribe.running, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.scribe = scribe
     app.exception_handler(HTTPException)(refused)
     if cors is not None:
