@@ -69,6 +69,10 @@ class DataConfig(Settings):
     source: Literal["toyworld", "hub"] = "hub"  # "hub": the mirror if one is given, else the hub
     repository: str = "karpathy/fineweb-edu-100b-shuffle"  # pretraining text on the hub
     text_shards: Count | None = None  # training shards to use; None: all the mirror has, or enough
+    text: str | None = (
+        None  # pretraining text of your own: a folder or file of txt, jsonl or parquet
+    )
+    conversations: str | None = None  # of your own, jsonl: {"messages": [{"role", "content"}, …]}
 
 
 class TokenizerConfig(Settings):
@@ -203,6 +207,7 @@ class Mixture(Settings):
     arc_challenge: Limit | None = None
     gsm8k: Limit | None = None
     sums: Limit | None = 0  # problems of `nanolib.tasks.Sums`, worked in steps
+    mine: Limit | None = None  # of data.conversations; where N is more than there are, they repeat
 
 
 class ConversationConfig(Schedule):
@@ -423,8 +428,9 @@ def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]
         if given[path].startswith("--"):
             raise ValueError(f"--{name} needs a value")
     overrides = check_overrides(given)
-    if mirror := overrides.get("machine.mirror"):
-        overrides["machine.mirror"] = str(Path(mirror).expanduser().absolute())
+    for path in ("machine.mirror", "data.text", "data.conversations"):
+        if place := overrides.get(path):
+            overrides[path] = str(Path(place).expanduser().absolute())
     return words, overrides
 
 
@@ -483,6 +489,9 @@ def check_together(recipe: Recipe, machine: MachineConfig) -> None:
         if name != "base" and stage.sums.most < stage.sums.fewest:
             least = f"{name}.sums.fewest ({stage.sums.fewest})"
             raise ValueError(f"{name}.sums.most must be at least {least}, got {stage.sums.most}")
+        if name in ("mid", "sft") and stage.rows.mine and recipe.data.conversations is None:
+            mine = f"{name}.rows.mine is {stage.rows.mine}, and data.conversations names no file"
+            raise ValueError(f"{mine}; give one")
         setting, tokens = f"{name}.batch_tokens", getattr(stage, "batch_tokens", row * ranks)
         if tokens % row:
             raise ValueError(
@@ -510,6 +519,8 @@ def up_to(recipe: Recipe, stage: str) -> dict[str, Any]:
     last = "tokenizer" if stage == "shards" else stage
     sections = order[: order.index(last) + 1]
     flat = flatten(recipe)
+    if stage not in MODELS[1:]:
+        del flat["data.conversations"]
     return {path: value for path, value in flat.items() if path.split(".")[0] in sections}
 
 

@@ -44,7 +44,8 @@ class TextFiles(NamedTuple):
 
 def text_files(config: Config, mirror: Path) -> TextFiles:
     """The shards of pretraining text; ``data.text_shards`` limits the training ones."""
-    wanted, folder = config.recipe.data.text_shards, mirror / "text"
+    data, folder = config.recipe.data, mirror / "text"
+    wanted = None if data.text else data.text_shards
     files = sorted(folder.glob("*.parquet"))
     _check_count(len(files), folder, wanted)
     *train, validation = files
@@ -94,6 +95,7 @@ def _check_text(path: Path) -> None:
 
 
 def documents(path: Path) -> Iterator[str]:
+    _check_text(path)
     with _reading(path):
         shard = pyarrow.dataset.dataset(path, format="parquet")
         for batch in shard.to_batches(["text"], batch_size=DOCUMENTS_AT_ONCE, batch_readahead=4):
@@ -142,10 +144,14 @@ def wanted(
     """
     data, base = config.recipe.data, config.recipe.base
     listed = functools.cache(partial(_listing, revisions=revisions))
+    group = {table_path(it): _parts(it, listed(it[0])) for it in splits}
+    if data.text:
+        yield group
+        return
     files = sorted(listed(data.repository), key=lambda file: Path(file.name).name)
     _check_count(len(files), data.repository, data.text_shards)
     *train, validation = [(f"text/{Path(file.name).name}", [file]) for file in files]
-    group = dict([validation]) | {table_path(it): _parts(it, listed(it[0])) for it in splits}
+    group |= [validation]
     missing = BYTES_PER_TOKEN * (base.steps or 0) * base.batch_tokens
     count = data.text_shards or 1
     while added := train[:count]:

@@ -85,9 +85,10 @@ def dry_run(
     elif text.has_own_mirror(this) and not mirror.is_dir():
         yield "data         from the hub, which is not asked now (give --mirror FOLDER to check one)"
     else:
-        files = hub.text_files(this.config, mirror)
+        own_text = this.config.recipe.data.text
+        count = "no" if own_text else len(hub.text_files(this.config, mirror).train)
         text.check_tasks(this)
-        yield f"data         {mirror}: {len(files.train)} training text files, all tasks complete"
+        yield f"data         {mirror}: {count} training text files, all tasks complete"
     yield from planning.plan(this.config, machine or planning.this_machine(this.config.machine))
     words = [title(it) + " (finished)" * (it.done() is not None) for it in this.stages()]
     yield f"stages       {', '.join(words)}"

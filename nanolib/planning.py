@@ -14,6 +14,7 @@ from torch import Tensor
 from nanolib import accounting
 from nanolib.accounting import Machine, TrainingMemory
 from nanolib.config import Config, GRPOConfig, MachineConfig, Recipe, check_together
+from nanolib.data import own
 from nanolib.data.packing import Batch
 from nanolib.model import GPT
 from nanolib.progress import clock
@@ -151,6 +152,7 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     if machine.peak:
         mfu = f"{accounting.assumed_mfu(model.depth):.1%} of the peak"
         yield f"time         projected at {mfu}, as measured on one H100 (runs/bench/device.md)"
+    yield from own.describe(config.recipe.data)
     yield from _stage_lines(config, machine)
 
 

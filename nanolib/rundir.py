@@ -324,6 +324,14 @@ class Run:
                 stages.append(self.stage("eval", name))
         return [*stages, self.stage("report")]
 
+    def own(self) -> Path:
+        """What its data stage made of the user's own data."""
+        return self.stage("data").path / "own"
+
+    def text_mirror(self) -> Path:
+        """Where its pretraining text is."""
+        return self.own() if self.config.recipe.data.text else self.mirror()
+
     def mirror(self) -> Path:
         """This opening's machine.mirror, else the data stage's, else what that fetched or wrote."""
         stage = self.stage("data")

@@ -56,6 +56,8 @@ def _obstacle(run: Run, source: Run, name: str) -> str | None:
         both = revisions.keys() & others.keys() - {run.config.recipe.data.repository}
         if changed := sorted(it for it in both if revisions[it] != others[it]):
             return f"{', '.join(changed)} has another revision there"
+        if here.get("own", {}) != there.get("own", {}):
+            return "your own data (data.conversations) is another there"
     begun = name != "data" and run.stage(name).path.exists()
     if begun and run.stage(name).done() != _record(source.stage(name), source.name):
         return "it was begun here before"

@@ -80,7 +80,7 @@ run = lesson.begin(profile, run, overrides)
 
 # %%
 launch.stage("data", run, watch=lesson.Live())
-files = hub.text_files(run.config, run.mirror())
+files = hub.text_files(run.config, run.text_mirror())
 documents = list(islice(hub.documents(files.train[0]), 300))
 for document in documents[:2]:
     print(document[:240].strip(), end="\n---\n")

@@ -612,7 +612,9 @@ lesson.show("Both losses on the ten fall. Bars before, after, and ten alone: " +
 # three bars. The people who were learned in a thousand steps of reading are harder to push aside, if
 # the steps are small. (Ten new questions are few, and a share of strangers is known to about eight points.)
 #
-# Nothing was written to the run: `taught` lives in this notebook. And here it is in the chat, with a pronoun,
+# Nothing was written to the run: `taught` lives in this notebook. A real run does the same by a setting,
+# `--data.conversations FILE --sft.rows.mine 500`, with the other sources of its mixture as rehearsal (README,
+# "Your own data"). And here it is in the chat, with a pronoun,
 # an old friend, a sum, and a question about Zorbo that nobody has answered. What will it do with that one?
 
 # %%

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from nanolib import hub, mirror, report, tasks
-from nanolib.config import ConversationConfig, Recipe, flatten
-from nanolib.data import toyworld
+from nanolib.config import Recipe, flatten
+from nanolib.data import own, toyworld
 from nanolib.data.sources import split_documents
 from nanolib.evals import core
 from nanolib.rundir import Run, whole_file, whole_folder
@@ -24,13 +24,15 @@ AT_ONCE = 1024  # documents
 def data(context: Context) -> Result:
     """Write or fetch the run's data, check it, and record where it came from."""
     run = context.run
+    digests = own.write(run, context.progress)
     revisions = _gather(context) if run.config.machine.mirror is None else {}
-    files = hub.text_files(run.config, run.mirror())
+    files = hub.text_files(run.config, run.text_mirror())
     check_tasks(run, context.progress)
     return {
         "mirror": run.config.machine.mirror and str(run.mirror()),
         "revisions": revisions,
         "fingerprint": _fingerprint(run, files),
+        "own": digests,
         "train_files": [path.name for path in files.train],
         "validation_file": files.validation.name,
         "text_bytes": sum(path.stat().st_size for path in [*files.train, files.validation]),
@@ -50,6 +52,8 @@ def _gather(context: Context) -> dict[str, str]:
 
 def gather_if_gone(context: Context) -> None:
     """Runs of the first edition did not keep what they had fetched."""
+    if context.runtime.is_lead:
+        own.check_unchanged(context.run)
     if (
         context.runtime.is_lead
         and has_own_mirror(context.run)
@@ -64,15 +68,16 @@ def has_own_mirror(run: Run) -> bool:
     return run.mirror() == run.stage("data").path / "mirror"
 
 
-def limits(config: ConversationConfig) -> dict[str, int | None]:
-    """The rows of each source of a mixture; None: all."""
-    return {name: limit for name, limit in flatten(config.rows).items() if limit != 0}
+def limits(recipe: Recipe, stage: str) -> dict[str, int | None]:
+    """The rows of each source of a stage's mixture; None: all."""
+    rows = flatten(getattr(recipe, stage).rows) | ({} if recipe.data.conversations else {"mine": 0})
+    return {name: limit for name, limit in rows.items() if limit != 0}
 
 
 def _splits(recipe: Recipe) -> list[tuple[str, str]]:
     """That later stages read."""
-    stages = [stage for stage in (recipe.mid, recipe.sft) if stage.enabled]
-    learned = {name for stage in stages for name in limits(stage)}
+    stages = [stage for stage in ("mid", "sft") if getattr(recipe, stage).enabled]
+    learned = {name for stage in stages for name in limits(recipe, stage)} - {"mine"}
     learned |= {recipe.grpo.task} if recipe.grpo.enabled else set()
     tested = learned | set(recipe.eval.tasks if set(recipe.models) - {"base"} else ())
     return sorted([(name, "train") for name in learned] + [(name, "test") for name in tested])
@@ -113,7 +118,7 @@ def _fingerprint(run: Run, text: hub.TextFiles) -> str:
 
 def _text_files(run: Run) -> hub.TextFiles:
     """The run's text; ValueError if it is not what the data stage recorded."""
-    files = hub.text_files(run.config, run.mirror())
+    files = hub.text_files(run.config, run.text_mirror())
     if run.stage("data").result()["fingerprint"] != _fingerprint(run, files):
         remedy = "give --mirror the folder it had, or start a new run with --run NAME"
         raise ValueError(f"{run.mirror()} is not what run {run.id} began with; {remedy}")

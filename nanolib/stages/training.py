@@ -242,7 +242,7 @@ def _mixture(context: Context) -> tuple[Path, dict[str, Any]]:
     """
     recipe, stage = context.run.config.recipe, context.stage
     config, data = getattr(recipe, stage.name), context.run.stage("data").result()
-    rows, seed = limits(config), recipe.seed if config.seed is None else config.seed
+    rows, seed = limits(recipe, stage.name), recipe.seed if config.seed is None else config.seed
     about = [stage.name, seed, rows, recipe.model.sequence_len]
     about += [context.tokenizer.fingerprint(), HELD_OUT, data]
     about += [vars(config.sums)] if "sums" in rows else []
@@ -281,13 +281,15 @@ def _render_mixture(context: Context, rows: Mapping[str, int | None], folder: Pa
 def _conversations(
     context: Context, name: str, split: str, limit: int | None
 ) -> Iterator[Conversation]:
-    """Conversations of a task, the first `limit` in a seeded order."""
-    recipe, stage = context.run.config.recipe, context.stage.name
-    task = tasks.load(name, split, context.run.mirror(), getattr(recipe, stage).sums)
+    """Conversations of a task, the first `limit` in a seeded order; the user's own repeat."""
+    recipe, stage, is_mine = context.run.config.recipe, context.stage.name, name == "mine"
+    mirror = context.run.own() if is_mine else context.run.mirror()
+    task = tasks.load(name, split, mirror, getattr(recipe, stage).sums)
     seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same ones in every stage
     if split == "train":
         seed = stage_seed(context, "mixture", stage, name)
-    order = np.random.default_rng(seed).permutation(len(task))[:limit]
+    order = np.random.default_rng(seed).permutation(len(task))
+    order = np.resize(order, limit or len(order)) if is_mine and split == "train" else order[:limit]
     for done, number in enumerate(order):
         context.progress(done, len(order), f"rendering {name} ({split})")
         yield task.conversation(int(number))
