@@ -144,11 +144,12 @@ def wanted(
     """
     data, base = config.recipe.data, config.recipe.base
     listed = functools.cache(partial(_listing, revisions=revisions))
+    text = () if data.text else listed(data.repository)
+    files = sorted(text, key=lambda file: Path(file.name).name)
     group = {table_path(it): _parts(it, listed(it[0])) for it in splits}
     if data.text:
         yield group
         return
-    files = sorted(listed(data.repository), key=lambda file: Path(file.name).name)
     _check_count(len(files), data.repository, data.text_shards)
     *train, validation = [(f"text/{Path(file.name).name}", [file]) for file in files]
     group |= [validation]

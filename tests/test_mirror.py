@@ -214,7 +214,7 @@ def test_the_command_says_how_far_it_is_and_what_to_do_next(web, tmp_path, capsy
     words = ["mirror", "smoke", str(folder), "--data.source", "hub", "--data.text-shards", "1"]
     assert cli.main(words) == 0
     progress, *_, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"mirror  0/\d+ MB  0.0 MB/s", progress)
+    assert re.fullmatch(r"mirror  0/\d+ MB  0\.\d MB/s.*", progress)  # threads have begun
     assert last.startswith(f"{folder} is complete: give --mirror {folder}")
     filling = mirror.Mirror(folder, lambda *_: None, link=False)
     filling.received = 5_000_000

@@ -13,7 +13,7 @@ import torch
 from fake_hub import FakeHub
 
 from nanolib import stages, tasks
-from nanolib.config import MODELS, flatten
+from nanolib.config import MODELS
 from nanolib.conversation import Conversation, Message
 from nanolib.data.sources import ConversationSource, first_tokens, render, save_conversations
 from nanolib.guard import Guard
@@ -139,14 +139,13 @@ def test_a_conversation_without_a_target_is_left_out(run, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_rows_of_a_mixture_are_those_of_rendering_one_conversation_after_the_other(run, ranks):
     """Ids and masks of every row, and a step's batches, on every rank."""
-    context, config = _context(run, "mid"), run.config.recipe.mid
+    context = _context(run, "mid")
     setup = training.Training(context)
     folder, about = training._mixture(context)
     settings = setup.row_settings() | {"world_size": ranks}
     talks = [
         talk
-        for name, limit in flatten(config.rows).items()
-        if limit != 0
+        for name, limit in text.limits(run.config.recipe, "mid").items()
         for talk in training._conversations(context, name, "train", limit)
     ]
     assert sum(about["conversations"].values()) == len(talks) > 50

@@ -52,14 +52,11 @@ def _gather(context: Context) -> dict[str, str]:
 
 def gather_if_gone(context: Context) -> None:
     """Runs of the first edition did not keep what they had fetched."""
+    run = context.run
     if context.runtime.is_lead:
-        own.check_unchanged(context.run)
-    if (
-        context.runtime.is_lead
-        and has_own_mirror(context.run)
-        and not context.run.mirror().is_dir()
-    ):
-        _gather(context)
+        own.check_unchanged(run)
+        if has_own_mirror(run) and not run.mirror().is_dir():
+            _gather(context)
     context.runtime.barrier()
 
 
