@@ -24,6 +24,7 @@ KNOWN = tomllib.loads((TEMPLATES / "report.toml").read_text(encoding="utf-8"))
 COLUMNS: dict[str, str] = KNOWN["columns"]
 SAMPLES = 8  # shown of each evaluation
 EVALUATIONS = 12  # rows shown of a stage's scores along the way
+HIDDEN = ("kind", "steps", "time")  # of these
 BARS = " ▁▂▃▄▅▆▇█"
 DASH = "—"
 AS_ORIGINAL = ("accuracy", "letters")  # scored as the original does
@@ -94,64 +95,42 @@ def _render(template: str, **values: Any) -> str:
 
 
 class Stage:
+    """What a stage's directory holds, as the templates tell it."""
+
     def __init__(self, directory: StageDir, run: Run) -> None:
-        self.name, self.run, record = directory.name, run, directory.done()
-        self.rows, self.curve = directory.metrics.rows, directory.curve()
+        self.name, record, rows = directory.name, directory.done(), directory.metrics.rows
         self.of = directory.path.name if self.name == "eval" else ""  # whose model it scores
         self.title = f"eval/{self.of}" if self.of else self.name
         older = {"attempts": None, "dollars": None, "taken_over": None}  # which lack these
         self.record: dict[str, Any] = older | record if record else {}  # empty: not finished
-        self.result: dict[str, Any] = directory.result()
+        self.result, self.curve = directory.result(), directory.curve()
+        self.state = "finished" if record else "not begun"
+        if not record and (begun := rows("train" if self.name in MODELS else "progress")):
+            self.state = f"unfinished, at {begun[-1]['step']:,} of {begun[-1]['steps']:,}"
+        self.utilisation = _utilisation(self, run) if self.name == "base" and record else None
 
-    @property
-    def state(self) -> str:
-        if self.record:
-            return "finished"
-        last = next(reversed(self.rows("train" if self.name in MODELS else "progress")), None)
-        return f"unfinished, at {last['step']:,} of {last['steps']:,}" if last else "not begun"
-
-    @property
-    def utilisation(self) -> float | None:
-        """Base's MFU; the other stages process more tokens than they count."""
-        if self.name != "base" or not self.record:
-            return None
-        recipe, machine = self.run.config.recipe, self.record.get("machine", {})
-        devices = {"device": machine.get("device", ""), "ranks": machine.get("ranks", 1)}
-        speed, vocab_size = self.result.get("tokens_per_second", 0.0), recipe.tokenizer.vocab_size
-        return accounting.mfu(recipe.model, vocab_size, tokens_per_second=speed, **devices)
-
-    @property
-    def figures(self) -> list[list[str]]:
-        """The numbers and words of the result; `code` has a section of its own."""
         flat = _plain(flatten({key: v for key, v in self.result.items() if key != "code"}))
-        return [[re.sub(r"[._]", " ", key), number(value)] for key, value in flat.items()]
+        self.figures = [[re.sub(r"[._]", " ", key), number(value)] for key, value in flat.items()]
+        scored = [{k: v for k, v in row.items() if k not in HIDDEN} for row in rows("eval")]
+        steps = np.linspace(0, len(scored) - 1, min(len(scored), EVALUATIONS)).round().astype(int)
+        self.held_out = _grid([scored[step] for step in steps])
 
-    @property
-    def held_out(self) -> str:
-        """The scores along the way, as a table of evenly spaced steps."""
-        rows = self.rows("eval")
-        shown = np.linspace(0, len(rows) - 1, min(len(rows), EVALUATIONS)).round().astype(int)
-        hidden = {"kind", "steps", "time"}
-        return _grid([{k: v for k, v in rows[i].items() if k not in hidden} for i in shown])
+        tasks = {task: it for task, it in self.result.items() if isinstance(it, dict)}
+        self.scores = {task: plain for task, it in tasks.items() if (plain := _plain(it))}
+        shown = {task: it for task, it in self.scores.items() if not task.startswith("core/")}
+        self.task_table = _grid(
+            [{"task": _label(t, _is_toy(run)), **it} for t, it in shown.items()]
+        )
+        said = [sample for it in tasks.values() for sample in it.get("samples", [])][:SAMPLES]
+        self.samples = rollouts[-1]["samples"] if (rollouts := rows("rollout")) else said
 
-    @property
-    def scores(self) -> dict[str, dict[str, Any]]:
-        tasks = {t: _plain(values) for t, values in self.result.items() if isinstance(values, dict)}
-        return {task: values for task, values in tasks.items() if values}
 
-    @property
-    def task_table(self) -> str:
-        """Without CORE's tasks, which have a table of their own."""
-        toy, scores = _is_toy(self.run), self.scores.items()
-        return _grid([{"task": _label(t, toy), **s} for t, s in scores if "core/" not in t])
-
-    @property
-    def samples(self) -> list[Sequence[Any]]:
-        """What a model said in GRPO's last step, or in an evaluation."""
-        if rollouts := self.rows("rollout"):
-            return rollouts[-1]["samples"]
-        tasks = [values for values in self.result.values() if isinstance(values, dict)]
-        return [sample for values in tasks for sample in values.get("samples", [])][:SAMPLES]
+def _utilisation(base: Stage, run: Run) -> float | None:
+    """Base's MFU; the other stages process more tokens than they count."""
+    machine, recipe = base.record.get("machine", {}), run.config.recipe
+    devices = {"device": machine.get("device", ""), "ranks": machine.get("ranks", 1)}
+    speed, vocab_size = base.result.get("tokens_per_second", 0.0), recipe.tokenizer.vocab_size
+    return accounting.mfu(recipe.model, vocab_size, tokens_per_second=speed, **devices)
 
 
 def _stages(run: Run) -> list[Stage]:

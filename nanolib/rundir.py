@@ -380,9 +380,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        manifest["recipe"] = saved_recipe(manifest["recipe"], file)
-        known = {k: v for k, v in manifest["overrides"].items() if k in settings.settings()}
-        return manifest | {"overrides": settings.check_overrides(known)}
+        recipe = saved_recipe(manifest["recipe"], file)
+        given = {key: recipe[key] for key in manifest["overrides"] if key in recipe}
+        return manifest | {"recipe": recipe, "overrides": given}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "restore it, or start a new run with --run NAME"
         raise ValueError(f"{file} is damaged ({error}); {remedy}") from None

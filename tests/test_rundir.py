@@ -151,10 +151,11 @@ def test_a_run_is_opened_with_one_read_of_its_profile(monkeypatch):
     for name in ("load_profile", "check_overrides"):
         monkeypatch.setattr(config, name, counted(name))
     given = {"base.steps": 3, "machine.ranks": 2}
-    for checks in (3, 4):  # profile, overrides, manifest to write; or both parts of one to read
+    for _ in ("created", "opened"):
         calls.clear()
         Run.open("tiny", overrides=given)
-        assert calls.count("load_profile") == 1 and calls.count("check_overrides") == checks
+        counts = [calls.count(name) for name in ("load_profile", "check_overrides")]
+        assert counts == [1, 3]  # the profile, the overrides, the manifest
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"profile": "tiny"}'])
