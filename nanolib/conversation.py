@@ -92,8 +92,7 @@ class Conversation:
         if not self.turns:
             raise ValueError("a conversation needs at least one message from the user, got none")
         for i, message in enumerate(self.turns):
-            expected = ("user", "assistant")[i % 2]
-            if message.role != expected:
+            if message.role != (expected := ("user", "assistant")[i % 2]):
                 where = f"message {i + 1} of a conversation must come from the {expected}"
                 got = f"{message.role!r} ({message.text[:40]!r})"
                 raise ValueError(f"{where}, got {got}: user and assistant alternate")
@@ -186,12 +185,10 @@ class AnswerParser:
             return []
         if id not in self._markers:
             return self._add(self._decoder.decode(self._tokenizer.token_bytes(id)))
-        pieces = self.finish()
-        self._kind = self._markers[id]
-        if self._kind != "text":
-            self.parts.append(Part(self._kind, ""))
-            pieces.append(self.parts[-1])
-        return pieces
+        pieces, self._kind = self.finish(), self._markers[id]
+        opened = [] if self._kind == "text" else [Part(self._kind, "")]
+        self.parts += opened
+        return pieces + opened
 
     def finish(self) -> list[Part]:
         """The last piece: what was held back, and U+FFFD if the ids end inside a character."""

@@ -57,11 +57,8 @@ Record = Callable[[Replay], Replay]  # work on tensors at fixed addresses -> its
 
 
 def record_graph(work: Replay) -> Replay:
-    """Capture `work` as a CUDA graph: one launch instead of several hundred.
-
-    `work` must have run before. A replay reads its inputs' current contents and overwrites the
-    previous result.
-    """
+    """Capture `work`, which must have run before, as a CUDA graph: one launch instead of several
+    hundred. A replay reads its inputs' current contents and overwrites the previous result."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = work()
@@ -214,10 +211,6 @@ class Engine:
         """Whether a step has anything to do."""
         return bool(self._waiting) or any(request.left for request in self._rows)
 
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)  # for a slot
-
     def release(self) -> None:
         """Give the cache's memory back and forget the kept rows: the weights may change now."""
         if not all(request.cancelled for request in self._flight()):
@@ -262,11 +255,8 @@ class Engine:
         return requests
 
     def generate(self, prompts: Sequence[Sequence[int]], **settings) -> Iterator[list[Token]]:
-        """As `submit`; each step yields one token of every active row.
-
-        A row's last token is of kind "end", unless the row reached max_new_tokens or the end of the
-        context first.
-        """
+        """As `submit`; each step yields one token of every active row. A row's last token is of kind
+        "end", unless it reached max_new_tokens or the end of the context first."""
         going = self.submit(prompts, **settings)
         try:
             while going := [request for request in going if request.live]:
@@ -355,10 +345,9 @@ class Engine:
         unread = [prompt.ids[used:-1] for prompt, used in known]
         pieces = [ids[: max(1, self.chunk // len(unread))] for ids in unread]
         if any(pieces):
+            ids_BT = padded(pieces, 0).to(self.runtime.device)
             with self.runtime.autocast(self.writer is None):
-                (self.writer or self.model).hidden(
-                    padded(pieces, 0).to(self.runtime.device), cache=self._read
-                )
+                (self.writer or self.model).hidden(ids_BT, cache=self._read)
             self._read.advance([*map(len, pieces)])
         if pieces == unread:
             for row, prompt in enumerate(self._reading):
@@ -406,8 +395,7 @@ class Engine:
     def _cache(self, rows: int, length: int) -> Slots:
         runtime = self.runtime
         cache = Slots(self.model.config, rows, length, runtime.device, runtime.dtype)
-        if self.record is None:
-            cache.multiple = FINE_REACH
+        cache.multiple = cache.multiple if self.record else FINE_REACH
         return cache
 
     def _run(self) -> list[int]:
@@ -442,8 +430,8 @@ class Engine:
     def _decode(self, slots: Slots, greedy: bool, top_k: int, top_p: bool) -> Tensor:
         """The next token [B] of every row, from tensors of fixed address and shape alone.
 
-        Whether all rows are `greedy`, the largest `top_k` (or 0) and whether any row has a `top_p`
-        spare work that no row asks for; they change no row's token.
+        That all rows are `greedy`, the largest `top_k` (or 0) and whether any row has a `top_p` only
+        spare work; they change no row's token.
         """
         if self.writer is not None:
             logits_BV = self.writer.logits(self.writer.hidden(slots.ids_B1, slots)[:, -1])

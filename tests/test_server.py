@@ -378,7 +378,7 @@ HI = {"role": "user", "content": "hi"}
         ({"messages": [HI, HI]}, 400, "message 2 of a conversation must come from the assistant"),
         ({"messages": [HI | {"role": "assistant"}]}, 400, "message 1 .* must come from the user"),
         ({"messages": [HI, HI | {"role": "assistant"}]}, 400, "the last message must be the user's"),
-        ({"messages": [HI | {"content": " \n"}]}, 400, "the last message is empty"),
+        ({"messages": [HI | {"content": " \n"}]}, 400, "must be the user's, and not empty"),
         ({"messages": [HI] * 1001}, 400, "at most 1000 messages, got 1001; start a new chat"),
         ({"messages": [HI], "temperature": -1}, 400, "temperature must be a number from 0 to 5, got -1"),
         ({"messages": [HI], "temperature": float("nan")}, 400, "temperature .* got nan"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
 LINKS = ("http://", "https://", "mailto:")
+LINK = '<a target="_blank" rel="noopener noreferrer nofollow" '
 SUMMARY_CHARACTERS = 60  # of a program's or a result's first line
 # How GSM8K ends an answer: a line such as "#### 42". Any other line with #### is a heading.
 FINAL_ANSWER = re.compile(r"^####[ \t]*(-?\$?[\d.,]*\d%?)\.?[ \t]*$")
@@ -31,7 +32,7 @@ def answer_html(parts: Sequence[Part]) -> str:
     pieces, program = [], None  # the program whose output may follow
     for part in Message("assistant", tuple(parts)).parts:  # texts joined
         if part.kind == "text":
-            pieces.append(_markdown().render(part.text))
+            pieces.append(_markdown().render(part.text).replace("<a ", LINK))
         elif part.kind == "python":
             pieces.append(_tool(part.text, None))
         else:
@@ -75,7 +76,6 @@ def _markdown() -> MarkdownIt:
     interrupts = ["paragraph", "reference", "blockquote"]  # the list rule's own default
     markdown.block.ruler.at("list", _list, {"alt": interrupts})
     markdown.block.ruler.before("heading", "final", _final_answer, {"alt": interrupts})
-    markdown.add_render_rule("link_open", _link_open)
     return markdown
 
 
@@ -103,9 +103,3 @@ def _final_answer(state, start: int, end: int, silent: bool) -> bool:
 
 def _line(state, number: int) -> str:
     return state.src[state.bMarks[number] + state.tShift[number] : state.eMarks[number]]
-
-
-def _link_open(renderer, tokens, index, options, env) -> str:
-    tokens[index].attrSet("target", "_blank")
-    tokens[index].attrSet("rel", "noopener noreferrer nofollow")
-    return renderer.renderToken(tokens, index, options, env)

@@ -188,10 +188,8 @@ def read_question(body: bytes) -> tuple[Question, Conversation]:
             '{"type": "text", "python" or "output", "text": …}}'
         ) from None
     last = conversation.messages[-1]
-    if last.role != "user":
-        raise ValueError("the last message must be the user's: there is nothing to answer")
-    if not last.text.strip():
-        raise ValueError("the last message is empty; say something")
+    if last.role != "user" or not last.text.strip():
+        raise ValueError("the last message must be the user's, and not empty")
     return question, conversation
 
 
@@ -220,9 +218,9 @@ class Scribe:
 
     def __init__(self, session: Session, name: str):
         self.session, self.engine, self.name = session, session.engine, name
-        self.about: dict[str, Any] = {"id": name, "object": "model", "owned_by": "nanolib"}
-        self.about |= {"created": int(time.time()), "context": session.engine.context}
-        self.about["temperature"] = session.temperature
+        about = {"temperature": session.temperature, "context": session.engine.context}
+        self.about = {"id": name, "object": "model", "owned_by": "nanolib", **about}
+        self.about["created"] = int(time.time())
         self.counts: Counter[str] = Counter()  # by the name and labels that /metrics has
         self.rows: dict[engine.Request, asyncio.Event] = {}  # the event says that it has news
         self.stopped = self._closed = False
@@ -317,12 +315,11 @@ class Scribe:
     def metrics(self) -> str:
         """What has happened so far, in Prometheus's text format."""
         self.counts["nanolib_answers"] = len(self.rows)
-        self.counts["nanolib_waiting"] = self.engine.waiting
+        self.counts["nanolib_waiting"] = sum(row.prompt is not None for row in self.rows)
         lines = []
         for name, kind in KINDS.items():
-            found = self.counts.items()
-            lines += [f"# TYPE {name} {kind}"]
-            lines += [f"{key} {value:g}" for key, value in found if key.startswith(name)]
+            lines.append(f"# TYPE {name} {kind}")
+            lines += [f"{key} {n:g}" for key, n in self.counts.items() if key.startswith(name)]
         return "\n".join(lines) + "\n"
 
 
@@ -434,19 +431,13 @@ class Reply:
         said = {"role": "assistant", "content": text, "parts": listed}
         if self.question.html:
             said["html"] = markup.answer_html(choice.parser.parts)
-        found = {
-            "index": choice.request.row,
-            "finish_reason": choice.finish,
-            "logprobs": None,
-            name: said,
-        }
-        if choice.finish is None:
-            return found
+        found = {"index": choice.request.row, "finish_reason": choice.finish, name: said}
         reached = f"the answer reached its limit of {choice.request.taken} tokens"
-        if self.scribe.stopped:
-            reached = "the server ended before the answer"
-        notices = [self.notice, reached if choice.finish == "length" else None]
-        return found | {"notice": "; ".join(filter(None, notices)) or None}
+        ended = "the server ended before the answer" if self.scribe.stopped else reached
+        notices = [self.notice, ended if choice.finish == "length" else None]
+        if choice.finish:
+            found["notice"] = "; ".join(filter(None, notices)) or None
+        return found | {"logprobs": None}
 
     def usage(self) -> dict[str, int]:
         prompt, answers = len(self.prompt), sum(choice.request.taken for choice in self.choices)
@@ -469,8 +460,8 @@ def _error(status: int, message: str) -> dict[str, Any]:
     return {"error": error}
 
 
-def _refusal(status: int, message: object) -> Response:
-    return JSONResponse(_error(status, str(message)), status)
+def _refusal(status: int, message: str) -> Response:
+    return JSONResponse(_error(status, message), status)
 
 
 def build(
@@ -537,9 +528,9 @@ def _guard(app: Any, *, local: bool, policy: str, api_key: str | None, counts: C
         if api_key is None or path in ("/", "/health") or method == "OPTIONS":
             return None
         token = given.get("authorization", "").removeprefix("Bearer ")
-        if hmac.compare_digest(token.encode(), api_key.encode()):
-            return None
-        return _refusal(401, "the API key is missing or wrong: Authorization: Bearer KEY")
+        right = hmac.compare_digest(token.encode(), api_key.encode())
+        wrong = "the API key is missing or wrong: Authorization: Bearer KEY"
+        return None if right else _refusal(401, wrong)
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
