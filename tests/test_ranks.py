@@ -167,6 +167,8 @@ def test_first_rollouts_loss_and_gradients_of_grpo_are_equal(pairs):
     assert 0 < alone["reward"] < 1 and alone["mixed"] == 1
     for value in ("reward", "mixed", "answer_tokens", "cut"):
         assert abs(alone[value] - together[value]) < 1e-12, value
+    assert alone["kl"] == together["kl"] == 0  # of the start from itself
+    assert abs(alone["entropy"] - together["entropy"]) < 1e-6 < alone["entropy"]
     (mine,), (theirs,) = (_rows(run, "grpo", "train") for run in (one, two))
     assert mine["tokens"] == theirs["tokens"] > 0
     assert abs(mine["loss"]) > 1e-4 and abs(mine["loss"] - theirs["loss"]) < 1e-6

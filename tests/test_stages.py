@@ -283,10 +283,7 @@ SUMS = {"sft.rows.sums": 20, "sft.sums.most": 2, "grpo.task": "sums", "grpo.sums
 def test_sums_reach_sft_and_grpo_with_their_dials_and_no_file(run, tmp_path):
     fork = _fork(run, tmp_path / "sums", SUMS | {"grpo.max_new_tokens": 8})
     shutil.rmtree(fork.stage("sft").path)
-    found = text.tables(fork.config.recipe)
-    assert found == text.tables(
-        dataclasses.replace(run.config.recipe, grpo=fork.config.recipe.grpo)
-    )
+    assert all(repository for repository, _, _ in text.tables(fork.config.recipe))
     assert worker.work("sft", fork)["conversations"]["sums"] == 20
     asked = [
         it.turns[0].text

@@ -11,8 +11,9 @@ GRPO, a control with shuffled rewards, or one of GRPO's options (ARMS). In this 
 
 The parent run is trained where it is missing. Every command goes on where it was stopped, by itself
 after `--minutes`; a trial that was started stays in the table. `--set PATH=VALUE` changes any
-setting, `--arms A,B` and `--seeds 1,2` choose trials. What is worth keeping of OUT: results/,
-climb.md and curves.jsonl. It needs no more than a worker does (`nanolib.stages.worker`).
+setting, `--arms A,B` and `--seeds 1,2` choose trials. Worth keeping of OUT: results/, climb.md and
+curves.jsonl; `table` writes the table beside this script from results/. It needs no packages but a
+worker's (`nanolib.stages.worker`).
 """
 
 from __future__ import annotations
@@ -332,7 +333,7 @@ def _line(about: Settings, row: Settings | None) -> list[str]:
     ]
 
 
-def write_table(bench: Bench) -> None:
+def write_table(bench: Bench, target: Path) -> None:
     scored = bench.results("scored")
     seeds = sorted({row["final_seed"] for row in scored})
     devices = sorted({row["device"] for row in scored})
@@ -346,7 +347,12 @@ over questions; KL (to SFT's model) and entropy in nats a token. Settings: {"; "
 
 {table(bench)}
 """
-    (bench.out / "climb.md").write_text(text, encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def write_curves(bench: Bench) -> None:
+    """What each trial's metrics say of each step."""
     curves = [
         {"arm": trained["arm"], "seed": trained["seed"], **row, "samples": []}
         for trained in bench.results("trained")
@@ -355,7 +361,6 @@ over questions; KL (to SFT's model) and entropy in nats a token. Settings: {"; "
     ]
     lines = "".join(json.dumps(row) + "\n" for row in curves)
     (bench.out / "curves.jsonl").write_text(lines, encoding="utf-8")
-    print(text)
 
 
 # ---------------------------------------------------------------------------- several GPUs
@@ -446,7 +451,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.command == "score" and given.final_seed is None:
         parser.error("score needs --final-seed, a number nobody has used yet")
     if given.command == "table":
-        write_table(bench)
+        write_table(bench, Path(__file__).with_suffix(".md"))
     elif given.job is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
         try:
@@ -458,7 +463,8 @@ def main(arguments: Sequence[str]) -> None:
             bench.prepare()
         failed = spread(jobs(bench, given), given, arguments)
         if given.command == "score":
-            write_table(bench)
+            write_table(bench, out / "climb.md")
+            write_curves(bench)
         if failed:
             sys.exit(f"{failed} jobs are not done: the same command goes on")
 
