@@ -62,8 +62,8 @@ SFT: Settings = {  # some chat beside the worked examples, so that it stays a ch
 }
 GRPO: Settings = {
     "grpo.task": "sums",
-    "grpo.steps": 150,
-    "grpo.questions": 32,
+    "grpo.steps": 200,
+    "grpo.questions": 64,  # Muon steps as far whatever the signal: fewer answers, more noise
     "grpo.samples": 16,
     "grpo.max_new_tokens": 96,
     "grpo.eval_every": 50,
