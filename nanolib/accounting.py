@@ -117,7 +117,10 @@ def forward_flops(config: ModelConfig, vocab_size: int) -> int:
     """FLOPs per token of a forward pass over rows of T = sequence_len tokens: two for each weight in
     a matrix product, and 4 T width a layer for attention (in full; a causal kernel does half)."""
     counts = config.parts(vocab_size)
-    attention = 4 * config.depth * config.width * config.sequence_len
+    spans = config.depth * config.sequence_len - len(config.short_layers) * (
+        config.sequence_len // 2
+    )
+    attention = 4 * config.width * spans
     return 2 * sum(counts[part] for part in ("attention", "mlp", "head")) + attention
 
 

@@ -28,20 +28,17 @@ INGREDIENTS = {
     "x0": "each layer begins with a learned mix of the residual stream and the embedding",
     "smear": "a gated share of the previous token's embedding is added to each token's",
     "backout": "a learned share of the middle layer's residual is taken off before the head",
+    "windows": "three layers of four see half of the context",
+    "document_mask": "attention does not cross from one document to another",
     "polar_express": "Muon's polynomial changes from iteration to iteration",
     "normuon": "Muon's update has rows of about equal size",
     "cautious_decay": "weight decay of matrices where the update too makes the weight smaller",
     "multi_token": "pretraining's loss has a share, falling to 0, of the token after the next",
 }
-TRAINING = {
-    "polar_express",
-    "normuon",
-    "cautious_decay",
-    "multi_token",
-}  # they leave the model alone
-PRESETS = {"classic": (), "modern": tuple(INGREDIENTS)[:-1]}
-
-
+# Those that leave the model alone.
+TRAINING = {"polar_express", "normuon", "cautious_decay", "multi_token"}
+NOT_MODERN = {"windows", "document_mask", "multi_token"}
+PRESETS = {"classic": (), "modern": tuple(name for name in INGREDIENTS if name not in NOT_MODERN)}
 GATE_WIDTH = 16  # numbers of a token's vector that an ingredient's gate looks at
 
 
@@ -111,6 +108,12 @@ class ModelConfig(Settings):
         """The layers with value embeddings: every other one, among them the last."""
         wanted = "value_embeddings" in self.uses
         return tuple(range((self.depth - 1) % 2, self.depth, 2)) if wanted else ()
+
+    @property
+    def short_layers(self) -> tuple[int, ...]:
+        """Those with a window: all but every fourth and the last."""
+        short = [layer for layer in range(self.depth - 1) if layer % 4 != 3]
+        return tuple(short) if "windows" in self.uses else ()
 
     def extras(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the ingredients' parameters: tables, and scalars for gates and shares."""

@@ -3,8 +3,7 @@
 Token embedding, RMS norm, `depth` blocks of causal attention and a ReLU² MLP, RMS norm, untied
 head, logits softly capped at 15. Queries and keys are rotated (RoPE, arXiv:2104.09864, by halves)
 and then normalised (QK-norm, arXiv:2010.04245); no norm has weights and no layer a bias.
-Ingredients of `ModelConfig.architecture` come on top. They are from the records of modded-nanogpt
-(https://github.com/KellerJordan/modded-nanogpt) and nanochat of 2026.
+`ModelConfig.ingredients` come on top, from the records of modded-nanogpt and nanochat of 2026.
 
 Shapes: B rows, T time, D width, H query heads, G key/value heads, K head size, V vocabulary,
 L layers, S cached positions.
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nanolib import masks
 from nanolib.config import ModelConfig
 from nanolib.runtime import generator
 
@@ -66,12 +66,13 @@ def attend(
     Returns [B, T, H, K].
     """
     query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BSGK, value_BSGK))
+    if mask_BTS is not None and not isinstance(mask_BTS, Tensor):
+        return masks.flex_attend(query, key, value, mask_BTS).transpose(1, 2)
     causal, grouped = mask_BTS is None, query.shape[1] != key.shape[1]
     mask = None if mask_BTS is None else mask_BTS.unsqueeze(1)
-    mixed_BHTK = F.scaled_dot_product_attention(
+    return F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=causal, enable_gqa=grouped
-    )
-    return mixed_BHTK.transpose(1, 2)
+    ).transpose(1, 2)
 
 
 @functools.cache
@@ -106,7 +107,7 @@ class KVCache:
         self.values_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.used_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.used = [0] * rows  # the same, known without asking the device
-        self.ids_BS = torch.zeros(rows, length, dtype=torch.long, device=device)  # if asked for
+        self.ids_BS = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.multiple = REACH  # of positions that are read
 
     @property
@@ -290,7 +291,7 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Linear N(0, min(1, √(out/in)) / √in), embedding N(0, 1), output projections and head 0.
 
-        Value embeddings as linear; gates and shares so that the others change nothing yet.
+        The ingredients' gates and shares so that they change little yet.
         """
         begin = {"x0": [1.0, 0.1], "smear": [0.0], "backout": [0.2], "value_gates": [0.0]}
         for name, weight in self.named_parameters():
@@ -317,12 +318,18 @@ class GPT(nn.Module):
         With a cache the tokens are what follows it, and their keys and values are written to it,
         but the caller advances it (`cache.advance`). run: calls a block.
         """
-        mask_BTS = None
+        mask_BTS, seen_BS = None, ids_BT
         if cache is not None:
             positions_BT = cache.positions(ids_BT.shape[1])
             mask_BTS = cache.mask(positions_BT)
+            cache.ids_BS.scatter_(1, positions_BT, ids_BT)
+            seen_BS = ids_BT if mask_BTS is None else cache.ids_BS[:, : mask_BTS.shape[-1]]
         else:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        masks_L = [mask_BTS] * self.config.depth
+        if self.config.uses & {"windows", "document_mask"}:
+            flex = run is not Block.__call__ and ids_BT.is_cuda
+            masks_L = masks.by_layer(self.config, self.vocab_size, seen_BS, positions_BT, flex)
         cos, sin = self.rotary_tables(ids_BT.device)
         known_BT = positions_BT.clamp(max=len(cos) - 1)  # a row's padding may lie further
         cos_sin = cos[known_BT], sin[known_BT]
@@ -336,7 +343,7 @@ class GPT(nn.Module):
             if layer in self.config.value_layers:
                 table, gate = own[f"value_embeddings_{layer}"], own["value_gates"][layer // 2]
                 more["lookup"] = ids_BT, table, gate
-            x_BTD = run(block, x_BTD, cos_sin, mask_BTS, cache, positions_BT, **more)
+            x_BTD = run(block, x_BTD, cos_sin, masks_L[layer], cache, positions_BT, **more)
             middle_BTD = x_BTD if layer == self.config.depth // 2 else middle_BTD
         if "backout" in own:
             x_BTD = x_BTD - own["backout"].to(x_BTD.dtype) * middle_BTD
@@ -358,7 +365,6 @@ class GPT(nn.Module):
         if cache is None:
             before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))  # a row's first token has none
         else:
-            cache.ids_BS.scatter_(1, positions_BT, ids_BT)
             before_BT = cache.ids_BS.gather(1, (positions_BT - 1).clamp(min=0))
             before_BTD = self._embedded(before_BT) * (positions_BT > 0)[..., None]
         gate = self.get_parameter("smear")
@@ -387,10 +393,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids_BT, cache))
 
     def nll(self, batch: Batch, share: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood [B, T] of each target in nats; 0 where the target is ignored.
-
-        share: of the next target's, added to it (multi-token prediction with one head).
-        """
+        """Negative log-likelihood [B, T] of each target in nats, 0 where ignored; + share · the next's."""
         return self._nll(self.hidden(batch.inputs_BT), batch.targets_BT, share)
 
     def fast_kernels(self, use: Literal["training", "writing"]) -> ModuleType | None:

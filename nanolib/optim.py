@@ -125,8 +125,7 @@ def muon_step(
 class Group:
     """Parameters of one shape and rule as a stack [N, R, C], and this rank's share of it.
 
-    Muon: a stack of N matrices. AdamW: one matrix [V, D] as a stack of V rows [V, 1, D]; likewise
-    a parameter of fewer or more dimensions.
+    Muon: a stack of N matrices. AdamW: one matrix [V, D], or vector, as V rows [V, 1, D].
     """
 
     rule: str  # "muon" or "adamw"
@@ -134,8 +133,7 @@ class Group:
     params: list[Tensor]
     lr: float
     share: int  # of the stack's items on each rank; those of the last ranks may be padding
-    # slot -> [share, R, C] on this rank; of NorMuon's [share, R, 1]
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)  # slot -> [share, R, C], or R x 1
 
     def stack(self, tensors: list[Tensor], ranks: int) -> Tensor:
         """The tensors as one padded stack [share · ranks, R, C]."""

@@ -54,6 +54,13 @@ def test_flops_equal_torchs_counter(kv_heads, ingredients):
     assert counter.get_total_flops() == tokens * accounting.training_flops(config, VOCAB)
 
 
+def test_short_layers_cost_half_of_the_attention():
+    """Of eight, layers 0, 1, 2, 4, 5 and 6."""
+    whole, windows = (tiny(depth=8, ingredients=its) for its in ((), ("windows",)))
+    saved = accounting.forward_flops(whole, VOCAB) - accounting.forward_flops(windows, VOCAB)
+    assert saved == 6 * 4 * whole.width * whole.sequence_len // 2
+
+
 def test_flops_of_the_original():
     """Six a weight that multiplies, and 12 L H K T of attention."""
     by_hand = 6 * (560_988_160 - 65_536 * 1280) + 12 * 20 * 10 * 128 * 2048

@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nanolib.config import ModelConfig, OptimConfig
+from nanolib import masks
+from nanolib.config import INGREDIENTS, TRAINING, ModelConfig, OptimConfig
 from nanolib.data.packing import Batch
 from nanolib.model import GPT, KVCache, attend, norm, rotate, rotation
 from nanolib.optim import MuonAdamW
 from nanolib.runtime import Runtime
+from nanolib.tokenizer import SPECIAL_TOKENS
 
 VOCAB = 61
 CPU = torch.device("cpu")
-ALL = tuple(sorted(ModelConfig(preset="modern").architecture))  # ingredients, all together
+ALL = tuple(sorted(INGREDIENTS.keys() - TRAINING))  # that change the forward pass, all together
+BOS = VOCAB - len(SPECIAL_TOKENS)
 EACH = [(), *((name,) for name in ALL), ALL]
 
 
@@ -37,6 +40,14 @@ def random_model(config: ModelConfig, seed: int = 0) -> GPT:
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def documents(rows: int, length: int) -> torch.Tensor:
+    """Random ids, with a document that ends after every 5 to 11 tokens."""
+    ids = random_ids(rows, length)
+    for b, row in enumerate(ids):
+        row[3 + b :: 5 + b] = BOS
+    return ids
 
 
 # ---------------------------------------------------------------------------- attention
@@ -76,6 +87,19 @@ def test_masked_attention_sees_what_the_mask_says():
     assert_close(attend(query, key, value, mask), naive)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_sees_what_the_dense_masks_say():
+    config = tiny(depth=5, ingredients=("windows", "document_mask"), sequence_len=10)
+    ids, positions = documents(2, 16), torch.arange(16)[None]
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(2, 16, 6, 8), torch.randn(2, 2, 16, 3, 8)
+    dense, flex = (masks.by_layer(config, VOCAB, ids, positions, flex) for flex in (False, True))
+    pairs = [int(mask.sum()) for mask in dense]
+    assert pairs == [pairs[0]] * 3 + [pairs[0] + 2] * 2, "two documents of 6, a window of 5"
+    for one, two in zip(dense, flex, strict=True):
+        assert_close(attend(query, key, value, two), attend(query, key, value, one))
+
+
 # ---------------------------------------------------------------------------- the whole forward
 
 
@@ -99,6 +123,10 @@ def test_queries_and_keys_know_only_their_distance():
 
     assert_close(score(9, 4), score(25, 20))
     assert not math.isclose(score(9, 4).item(), score(9, 5).item(), rel_tol=1e-3)
+
+
+def seeing(window, own):
+    return lambda b, t, s: t - window < s <= t and own[s] == own[t]
 
 
 def naive_logits(model: GPT, ids: list[int]) -> torch.Tensor:
@@ -135,7 +163,10 @@ def naive_logits(model: GPT, ids: list[int]) -> torch.Tensor:
             for t in range(time):
                 for g, looks in enumerate(weights["value_gates"][i // 2]):
                     value[0, t, g] += 2 * gate(looks, y[t]) * own[0, t, g]
-        mixed = naive_attend(query, key, value, lambda b, t, s: s <= t).reshape(time, -1)
+        short = "windows" in uses and i % 4 != 3 and i < config.depth - 1
+        window = config.sequence_len // 2 if short else time
+        own = torch.tensor([id == BOS for id in ids]).cumsum(0) * ("document_mask" in uses)
+        mixed = naive_attend(query, key, value, seeing(window, own)).reshape(time, -1)
         x = x + mixed @ weights[block + "attention.out.weight"].T
         up = (rms(x) @ weights[block + "mlp.up.weight"].T).clamp(min=0) ** 2
         x = x + up @ weights[block + "mlp.down.weight"].T
@@ -150,8 +181,8 @@ def naive_logits(model: GPT, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("ingredients", EACH)
 @pytest.mark.parametrize("depth", [2, 5])
 def test_forward_equals_the_definition(kv_heads, ingredients, depth):
-    config = tiny(kv_heads=kv_heads, ingredients=ingredients, depth=depth, aspect=48 // depth)
-    model, ids = random_model(config), random_ids(2, 9)
+    config = tiny(kv_heads=kv_heads, ingredients=ingredients, depth=depth, aspect=48 // depth, sequence_len=8)  # fmt: skip
+    model, ids = random_model(config), documents(2, 8)
     with torch.no_grad():
         for row, logits in zip(ids.tolist(), model(ids), strict=True):
             assert_close(logits, naive_logits(model, row), rtol=1e-4, atol=1e-4)
@@ -159,7 +190,7 @@ def test_forward_equals_the_definition(kv_heads, ingredients, depth):
 
 @pytest.mark.parametrize("ingredients", EACH)
 def test_no_token_sees_a_later_one(ingredients):
-    model, ids = random_model(tiny(ingredients=ingredients)), random_ids(1, 9)
+    model, ids = random_model(tiny(ingredients=ingredients)), documents(1, 9).roll(-3, 1)
     other = ids.clone()
     other[0, 5] = (ids[0, 5] + 1) % VOCAB
     with torch.no_grad():
@@ -249,7 +280,9 @@ def test_compiled_nll_equals_nll_and_has_its_gradients(ingredients, share):
         assert_close(compiled, plain)
 
 
-@pytest.mark.parametrize("ingredients, programs", [((), 1), (ALL, 2)])
+@pytest.mark.parametrize(
+    "ingredients, programs", [((), 1), (ALL, 2), (("x0", "value_embeddings"), 2)]
+)
 def test_blocks_share_a_program(ingredients, programs):
     """One for all blocks, or one for those with value embeddings and one for the others."""
     compiled = []
@@ -330,23 +363,23 @@ def test_kernels_for_writing_serve_the_classic_model_alone(ingredients, monkeypa
 @pytest.mark.parametrize("kv_heads", [None, 3])
 @pytest.mark.parametrize("ingredients", EACH)
 def test_cache_equals_no_cache_with_ragged_rows(kv_heads, ingredients):
-    """Prompts of 3, 7 and 5 tokens, padded; then 6 more tokens, one at a time, and a pair."""
-    model, lengths = random_model(tiny(kv_heads=kv_heads, ingredients=ingredients)), [3, 7, 5]
-    ids = random_ids(3, 20)
+    """Prompts of 3, 7 and 5 tokens, padded; then 10 more tokens, one at a time, a pair and four."""
+    config = tiny(kv_heads=kv_heads, ingredients=ingredients, depth=3, aspect=16, sequence_len=20)
+    model, lengths, ids = random_model(config), [3, 7, 5], documents(3, 20)
     cache = KVCache(model.config, 3, 20, CPU, torch.float32)
     with torch.no_grad():
         padded = torch.stack([torch.where(torch.arange(7) < n, row[:7], 0) for n, row in zip(lengths, ids, strict=True)])  # fmt: skip
         got = [list(row[:n]) for n, row in zip(lengths, model(padded, cache=cache), strict=True)]
         cache.advance(lengths)
-        for count in (1, 1, 1, 2, 1):
+        for count in (1, 1, 1, 2, 1, 4):
             at = cache.positions(count)
             logits = model(ids.gather(1, at), cache=cache)
             cache.advance(count)
             for row, new in zip(got, logits, strict=True):
                 row.extend(new)
         for b, n in enumerate(lengths):
-            assert len(got[b]) == n + 6
-            assert_close(torch.stack(got[b]), model(ids[b : b + 1, : n + 6])[0])
+            assert len(got[b]) == n + 10
+            assert_close(torch.stack(got[b]), model(ids[b : b + 1, : n + 10])[0])
 
 
 @pytest.mark.parametrize("ingredients", [(), ALL])
@@ -366,6 +399,7 @@ def test_a_row_that_is_over_changes_nothing(ingredients):
 @pytest.mark.parametrize("ingredients", [(), ALL])
 def test_copied_rows_go_on_as_the_originals(ingredients):
     model, ids = random_model(tiny(ingredients=ingredients)), random_ids(3, 12)
+    ids[:, 3] = BOS
     with torch.no_grad():
         prompts = KVCache(model.config, 3, 6, CPU, torch.float32)
         model(ids[:, :6], cache=prompts)

@@ -1,0 +1,57 @@
+"""What each layer of a model with windows or document masks sees (`nanolib.config.INGREDIENTS`).
+
+Windows as in Mistral (arXiv:2310.06825), three short layers to a long one as in modded-nanogpt and
+nanochat; documents as in Llama 3 (arXiv:2407.21783, section 3.2). Flash attention takes no mask: in
+the compiled programs of CUDA both go through FlexAttention, which skips blocks that nobody sees.
+
+Shapes as in `nanolib.model`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanolib.config import ModelConfig
+
+SPECIAL = 9  # tokens at the end of a vocabulary, <|bos|> first
+
+
+def by_layer(
+    config: ModelConfig, vocab_size: int, seen_BS: Tensor, positions_BT: Tensor, flex: bool
+) -> list[Any]:
+    """Each layer's mask [B, T, S] (bool), of queries at these positions; flex: for `flex_attend`.
+
+    seen_BS: the ids at positions 0 … S - 1 of each row; those after a query's are never seen.
+    """
+    documents_BS = (seen_BS == vocab_size - SPECIAL).cumsum(dim=1, dtype=torch.int32)
+    if "document_mask" not in config.uses:
+        documents_BS = torch.zeros_like(documents_BS)
+    (rows, reach), device = seen_BS.shape, seen_BS.device
+
+    def mask(window: int) -> Any:
+        def sees(row: Tensor, _: Any, query: Tensor, key: Tensor) -> Tensor:
+            is_near = (key <= query) & (key > query - window)
+            return is_near & (documents_BS[row, key] == documents_BS[row, query])
+
+        if flex:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            return create_block_mask(sees, rows, None, reach, reach, device=device)
+        row_B11, key_S = torch.arange(rows, device=device), torch.arange(reach, device=device)
+        return sees(row_B11[:, None, None], None, positions_BT[..., None], key_S)
+
+    long, short = mask(config.sequence_len), mask(config.sequence_len // 2)
+    return [short if layer in config.short_layers else long for layer in range(config.depth)]
+
+
+def flex_attend(query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, mask: Any) -> Tensor:
+    """Attention through FlexAttention (arXiv:2412.05496); fast in a compiled program alone."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    grouped = query_BHTK.shape[1] != key_BGSK.shape[1]
+    mixed = flex_attention(query_BHTK, key_BGSK, value_BGSK, block_mask=mask, enable_gqa=grouped)
+    assert isinstance(mixed, Tensor)
+    return mixed
