@@ -20,12 +20,21 @@ SPECIAL = 9  # tokens at the end of a vocabulary, <|bos|> first
 
 
 def by_layer(
-    config: ModelConfig, vocab_size: int, seen_BS: Tensor, positions_BT: Tensor, flex: bool
+    config: ModelConfig,
+    vocab_size: int,
+    flex: bool,
+    causal_BTS: Tensor | None,
+    seen_BS: Tensor,
+    positions_BT: Tensor,
 ) -> list[Any]:
-    """Each layer's mask [B, T, S] (bool), of queries at these positions; flex: for `flex_attend`.
+    """Each layer's mask [B, T, S] (bool) of queries at these positions; flex: for `flex_attend`.
 
-    seen_BS: the ids at positions 0 … S - 1 of each row; those after a query's are never seen.
+    causal: the mask without ingredients, or None for as many keys as queries; it stays where none
+    asks for more. seen: the ids at each row's positions, of which none after a query's are seen.
     """
+    if not config.uses & {"windows", "document_mask"}:
+        return [causal_BTS] * config.depth
+    seen_BS = seen_BS[:, : (positions_BT if causal_BTS is None else causal_BTS).shape[-1]]
     documents_BS = (seen_BS == vocab_size - SPECIAL).cumsum(dim=1, dtype=torch.int32)
     if "document_mask" not in config.uses:
         documents_BS = torch.zeros_like(documents_BS)

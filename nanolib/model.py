@@ -289,10 +289,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Linear N(0, min(1, √(out/in)) / √in), embedding N(0, 1), output projections and head 0.
-
-        The ingredients' gates and shares so that they change little yet.
-        """
+        """Linear N(0, min(1, √(out/in)) / √in), embedding N(0, 1), output projections and head 0."""
         begin = {"x0": [1.0, 0.1], "smear": [0.0], "backout": [0.2], "value_gates": [0.0]}
         for name, weight in self.named_parameters():
             if name in begin:
@@ -323,26 +320,23 @@ class GPT(nn.Module):
             positions_BT = cache.positions(ids_BT.shape[1])
             mask_BTS = cache.mask(positions_BT)
             cache.ids_BS.scatter_(1, positions_BT, ids_BT)
-            seen_BS = ids_BT if mask_BTS is None else cache.ids_BS[:, : mask_BTS.shape[-1]]
+            seen_BS = cache.ids_BS
         else:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        masks_L = [mask_BTS] * self.config.depth
-        if self.config.uses & {"windows", "document_mask"}:
-            flex = run is not Block.__call__ and ids_BT.is_cuda
-            masks_L = masks.by_layer(self.config, self.vocab_size, seen_BS, positions_BT, flex)
+        given = self.config, self.vocab_size, run is not Block.__call__ and ids_BT.is_cuda
+        masks_L = masks.by_layer(*given, mask_BTS, seen_BS, positions_BT)
         cos, sin = self.rotary_tables(ids_BT.device)
         known_BT = positions_BT.clamp(max=len(cos) - 1)  # a row's padding may lie further
         cos_sin = cos[known_BT], sin[known_BT]
         x_BTD, own = self._embedded(ids_BT), dict(self.named_parameters(recurse=False))
         if "smear" in own:
-            x_BTD = self._smeared(x_BTD, ids_BT, positions_BT, cache)
-        x0_BTD = x_BTD.view_as(x_BTD)  # two inputs that are the same were a program of their own
-        middle_BTD = x_BTD
+            x_BTD = self._smeared(x_BTD, positions_BT, cache)
+        x0_BTD = middle_BTD = x_BTD.view_as(x_BTD)  # for x as x0 a block is compiled once more
         for layer, block in enumerate(self.blocks):
             more: dict[str, Any] = {"mix": (x0_BTD, own["x0"][layer])} if "x0" in own else {}
             if layer in self.config.value_layers:
-                table, gate = own[f"value_embeddings_{layer}"], own["value_gates"][layer // 2]
-                more["lookup"] = ids_BT, table, gate
+                table = own[f"value_embeddings_{layer}"]
+                more["lookup"] = ids_BT, table, own["value_gates"][layer // 2]
             x_BTD = run(block, x_BTD, cos_sin, masks_L[layer], cache, positions_BT, **more)
             middle_BTD = x_BTD if layer == self.config.depth // 2 else middle_BTD
         if "backout" in own:
@@ -358,9 +352,7 @@ class GPT(nn.Module):
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
         return norm(x_BTD)
 
-    def _smeared(
-        self, x_BTD: Tensor, ids_BT: Tensor, positions_BT: Tensor, cache: KVCache | None
-    ) -> Tensor:
+    def _smeared(self, x_BTD: Tensor, positions_BT: Tensor, cache: KVCache | None) -> Tensor:
         """Embeddings with a share of the token before: gate[0], gated by the first numbers."""
         if cache is None:
             before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))  # a row's first token has none
@@ -393,7 +385,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids_BT, cache))
 
     def nll(self, batch: Batch, share: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood [B, T] of each target in nats, 0 where ignored; + share · the next's."""
+        """Negative log-likelihood [B, T] of each target, and a share of the next's; ignored: 0."""
         return self._nll(self.hidden(batch.inputs_BT), batch.targets_BT, share)
 
     def fast_kernels(self, use: Literal["training", "writing"]) -> ModuleType | None:

@@ -39,7 +39,6 @@ POLAR_EXPRESS = (
     (2.277873, -1.619822, 0.398481),
     (1.856436, -1.213238, 0.356800),
 )
-NORMUON_BETA = 0.95
 # AdamW's rates for gates and shares; of embedding_lr for value embeddings (nanochat, 2026).
 SCALAR_LRS = {"x0": 0.02, "smear": 0.2, "backout": 0.2, "value_gates": 0.01}
 VALUE_EMBEDDING_LR = 0.5
@@ -102,7 +101,7 @@ def muon_step(
     """One Muon update in place on a stack of matrices (https://kellerjordan.github.io/posts/muon).
 
     Nesterov momentum, orthogonalised, scaled by √max(1, R/C). squares: of each row the running mean
-    square; its root divides the row, and the matrix keeps its norm (NorMuon, arXiv:2510.05491).
+    square (0.95); its root divides the row, the matrix keeps its norm (NorMuon, arXiv:2510.05491).
     decay: decoupled. uses: "polar_express"; "cautious_decay" of weights alone that the update too
     makes smaller (arXiv:2510.12402).
     """
@@ -110,7 +109,7 @@ def muon_step(
     update = grads_NRC.lerp(momenta_NRC, momentum)
     update = orthogonalise(update, newton_schulz_steps, "polar_express" in uses)
     if squares_NR1 is not None:
-        squares_NR1.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - NORMUON_BETA)
+        squares_NR1.lerp_(update.square().mean(dim=-1, keepdim=True), 0.05)
         even = update * (squares_NR1 + 1e-10).rsqrt()
         size, now = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, even))
         update = even * (size / now.clamp(min=1e-7))

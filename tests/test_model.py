@@ -93,7 +93,9 @@ def test_flex_attention_sees_what_the_dense_masks_say():
     ids, positions = documents(2, 16), torch.arange(16)[None]
     torch.manual_seed(0)
     query, (key, value) = torch.randn(2, 16, 6, 8), torch.randn(2, 2, 16, 3, 8)
-    dense, flex = (masks.by_layer(config, VOCAB, ids, positions, flex) for flex in (False, True))
+    dense, flex = (
+        masks.by_layer(config, VOCAB, flex, None, ids, positions) for flex in (False, True)
+    )
     pairs = [int(mask.sum()) for mask in dense]
     assert pairs == [pairs[0]] * 3 + [pairs[0] + 2] * 2, "two documents of 6, a window of 5"
     for one, two in zip(dense, flex, strict=True):
