@@ -6,12 +6,13 @@ a slot such as ``head.weight.momentum``) is written in parts by the ranks that o
 """
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from torch import Tensor
 from nanolib.config import Recipe, flatten, replace_settings
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
-from nanolib.rundir import saved_recipe, whole_file, write_atomic
+from nanolib.rundir import saved_recipe, whole_file, write_atomic, write_json
 
 VERSION = 1
 KEPT = 2
 OPTIMIZER = ".optimizer.safetensors"  # how the name of a file with optimizer state ends
+
+Owned = tuple[str, list[int], list[int], Tensor]  # a tensor's name, rows, shape of all, the rows
 
 
 class DamagedCheckpoint(ValueError):
@@ -57,58 +60,91 @@ class Checkpoint:
 def save(
     folder: Path, step: int, model: GPT, optimizer: MuonAdamW, about: Mapping[str, Any]
 ) -> None:
-    """Write ``folder/step_<step>`` with all ranks together, whole or not at all; keep the last two.
+    """Write a checkpoint with all ranks together and wait for it; see `begin`."""
+    begin(folder, step, model, optimizer, about).result()
+    optimizer.runtime.barrier()
+
+
+def begin(
+    folder: Path, step: int, model: GPT, optimizer: MuonAdamW, about: Mapping[str, Any]
+) -> Future[None]:
+    """Write ``folder/step_<step>``, whole or not at all, beside what goes on; keep the last two.
+
+    Each rank copies its share before this returns and writes it in a thread, one at a time. The
+    lead rank's future ends when the checkpoint of all ranks is in its place.
 
     about, kept in the index: the recipe (flat), vocabulary size and tokenizer fingerprint.
     """
-    final, runtime = folder / f"step_{step:08d}", optimizer.runtime
-    partial = folder / f"{final.name}.partial"
-    if runtime.is_lead:
-        for unfinished in folder.glob("*.partial"):  # of processes that were killed while saving
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    runtime.barrier()
-    shares = runtime.gather(_write_share(partial, model, optimizer))
-    if runtime.is_lead:
-        files, tensors = {}, {}
-        for name, digest, parts in itertools.chain(*shares):
-            files[name] = digest
-            for tensor, rows, shape in parts:
-                entry = tensors.setdefault(tensor, {"shape": shape, "parts": []})
-                entry["parts"].append({"file": name, "rows": rows})
-        index = {"version": VERSION, "files": files, "tensors": tensors}
-        index |= {"step": step, "updates": optimizer.steps, **about}
-        write_atomic(partial / "index.json", json.dumps(index))
-        _sync_folder(partial)
-        if final.exists():  # a damaged one that we resumed behind
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_folder(folder)
-        for old in _folders(folder)[KEPT:]:
-            shutil.rmtree(old)
-    runtime.barrier()
+    partial, runtime = folder / f"step_{step:08d}.partial", optimizer.runtime
+    about = {"version": VERSION, "step": step, "updates": optimizer.steps, **about}
+    weights, states = _share(model, optimizer)
+
+    def write() -> None:
+        partial.mkdir(parents=True, exist_ok=True)
+        rank = f"rank_{runtime.rank}"
+        files = {f"{rank}.safetensors": weights, rank + OPTIMIZER: states}
+        written = [_write_file(partial / name, owned) for name, owned in files.items()]
+        write_json(partial / f"{rank}.json", written)
+        if runtime.is_lead:
+            _complete(partial, runtime.world_size, about)
+
+    thread = ThreadPoolExecutor(1)
+    writing = thread.submit(write)
+    thread.shutdown(wait=False)
+    return writing
 
 
-def _write_share(folder: Path, model: GPT, optimizer: MuonAdamW) -> list[tuple[str, str, list]]:
-    """Write what this rank owns; (file, its hash, [tensor, rows, shape of all] of each part)."""
-    rank, params, written = optimizer.runtime.rank, dict(model.named_parameters()), []
-    weights, states = [], []  # (tensor, rows, shape of all, values)
+def _share(model: GPT, optimizer: MuonAdamW) -> tuple[list[Owned], list[Owned]]:
+    """The weights and the optimizer state that this rank owns, copied to the host's memory."""
+    rank, params = optimizer.runtime.rank, dict(model.named_parameters())
+    weights, states = [], []
     for group in optimizer.groups:
         for name, rows, inner in group.owned(rank):
             values, shape = params[name].detach()[rows], list(params[name].shape)
             where = [rows.start, rows.stop]
-            weights.append((name, where, shape, values))
+            weights.append((name, where, shape, values.to("cpu", copy=True)))
             for slot, state in group.state.items():
-                value = state[inner].reshape(len(values), -1)
+                value = state[inner].reshape(len(values), -1).to("cpu", copy=True)
                 whole = [shape[0], value.shape[1]]  # of NorMuon's squares [R, 1]
                 states.append((f"{name}.{slot}", where, whole, value))
-    for ending, owned in ((".safetensors", weights), (OPTIMIZER, states)):
-        data = to_safetensors({f"{name}@{at[0]}": x.cpu().contiguous() for name, at, _, x in owned})
-        with whole_file(path := folder / f"rank_{rank}{ending}") as file:
-            file.write(data)
-        parts = [part[:3] for part in owned]
-        written.append((path.name, hashlib.sha256(data).hexdigest(), parts))
-    return written
+    return weights, states
+
+
+def _write_file(path: Path, owned: Sequence[Owned]) -> tuple[str, str, list]:
+    """(the file's name, its hash, [tensor, rows, shape of all] of each part)."""
+    data = to_safetensors({f"{name}@{at[0]}": x.contiguous() for name, at, _, x in owned})
+    with whole_file(path) as file:
+        file.write(data)
+    return path.name, hashlib.sha256(data).hexdigest(), [part[:3] for part in owned]
+
+
+def _complete(partial: Path, ranks: int, about: Mapping[str, Any]) -> None:
+    """Wait for all ranks' files, index them, and put the folder in its place."""
+    folder, final = partial.parent, partial.with_suffix("")
+    files, tensors = {}, {}
+    for written in [partial / f"rank_{rank}.json" for rank in range(ranks)]:
+        while not written.exists():
+            time.sleep(0.05)
+        for name, digest, parts in json.loads(written.read_text()):
+            files[name] = digest
+            for tensor, rows, shape in parts:
+                entry = tensors.setdefault(tensor, {"shape": shape, "parts": []})
+                entry["parts"].append({"file": name, "rows": rows})
+        written.unlink()
+    write_atomic(partial / "index.json", json.dumps({**about, "files": files, "tensors": tensors}))
+    _sync_folder(partial)
+    if final.exists():  # a damaged one that we resumed behind
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync_folder(folder)
+    for old in _folders(folder)[KEPT:]:
+        shutil.rmtree(old)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What processes that were killed left; called before any rank begins a checkpoint."""
+    for partial in folder.glob("*.partial"):
+        shutil.rmtree(partial)
 
 
 def _sync_folder(folder: Path) -> None:

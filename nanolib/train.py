@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,6 +96,7 @@ class Trainer:
 
     step: int = field(default=0, init=False)  # steps done
     saved: int | None = field(default=None, init=False)  # the step of the newest checkpoint
+    _writing: Future[None] | None = field(default=None, init=False)  # a checkpoint on its way
     _saved_at: float = field(default=0.0, init=False)  # by the clock, in seconds
     _pace: float | None = field(default=None, init=False)  # seconds a step, smoothed
 
@@ -105,20 +107,25 @@ class Trainer:
         rows = self.stage.metrics.rows()
         if not any(row["kind"] == "eval" and row["step"] == self.step for row in rows):
             self.run_score()  # the interruption came between the save and the score
-        while self.step < self.steps:
-            started = time.perf_counter()
-            row, stop, save = self.train_step()
-            self.log(row, time.perf_counter() - started)
-            if stop or save or self.step % self.save_every == 0 or self.step == self.steps:
+        try:
+            while self.step < self.steps:
+                started = time.perf_counter()
+                row, stop, save = self.train_step()
+                self.log(row, time.perf_counter() - started)
+                if stop or save or self.step % self.save_every == 0 or self.step == self.steps:
+                    self.save()
+                if stop and self.step < self.steps:
+                    raise Stopped(f"stopped and saved after step {self.step} of {self.steps}")
+                self.run_score()
+            if self.saved != self.step:
                 self.save()
-            if stop and self.step < self.steps:
-                raise Stopped(f"stopped and saved after step {self.step} of {self.steps}")
-            self.run_score()
-        if self.saved != self.step:
-            self.save()
+        finally:
+            self.finish_save()  # also of a checkpoint begun before an evaluation that was stopped
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint; metrics of lost steps are dropped."""
+        if self.runtime.is_lead:
+            checkpoint.remove_unfinished(self.stage.checkpoints)
         found = checkpoint.latest(self.stage.checkpoints)
         if found is not None:
             checkpoint.check_same(found, self.about)
@@ -216,6 +223,14 @@ class Trainer:
             self.score(self)
 
     def save(self) -> None:
-        folder = self.stage.checkpoints
-        checkpoint.save(folder, self.step, self.model, self.optimizer, self.about)
+        """Begin to write a checkpoint of this step; it is there once `finish_save` has returned."""
+        self.finish_save()
         self.saved, self._saved_at = self.step, time.monotonic()
+        written = self.stage.checkpoints, self.step, self.model, self.optimizer, self.about
+        self._writing = checkpoint.begin(*written)
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is on its way, if there is one; raises its error."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()

@@ -47,6 +47,7 @@ for got, want in zip(*(torch.autograd.grad(y, (x, up, down), grad) for y in (fus
     assert_close(got, want, rtol=1e-4, atol=1e-4)
 """
 COMPILED = """
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from nanolib.config import ModelConfig
 from nanolib.data.packing import Batch
@@ -58,7 +59,8 @@ with torch.no_grad():
         weight.normal_(std=0.3)
 GPT.fast_kernels = lambda model, use: kernels
 compiled = model.compiled_nll(backend="aot_eager")
-for rows, length in ((2, 6), (3, 4), (1, 9)):  # lengths vary, as GRPO's do
+graphs = []
+for rows, length in ((2, 6), (3, 4), (4, 9), (5, 8), (6, 7), (1, 9)):  # as GRPO's do, they vary
     ids = torch.randint(40, (rows, length + 1))
     batch = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:])
     sides = []
@@ -68,6 +70,8 @@ for rows, length in ((2, 6), (3, 4), (1, 9)):  # lengths vary, as GRPO's do
         sides.append([weight.grad for weight in model.parameters()])
     for plain, fused in zip(*sides):
         assert_close(fused, plain, rtol=1e-3, atol=1e-3)
+    graphs.append(counters["stats"]["unique_graphs"])
+assert graphs[2] == graphs[4], graphs  # the third shape's programs serve all
 print("relative error: none")
 """
 WRITING = """

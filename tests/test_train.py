@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import threading
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -338,6 +339,7 @@ def _saved(folder, random_model, cpu, steps=(2, 4)):
     for step in steps:
         trainer.step = step
         trainer.save()
+        trainer.finish_save()
     return trainer
 
 
@@ -345,6 +347,31 @@ def test_the_last_two_are_kept(tmp_path, random_model, cpu):
     trainer = _saved(tmp_path, random_model, cpu, steps=(2, 4, 6))
     names = sorted(path.name for path in trainer.stage.checkpoints.iterdir())
     assert names == ["step_00000004", "step_00000006"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, random_model, cpu, monkeypatch):
+    trainer, may_write = _trainer(tmp_path, random_model(), cpu), threading.Event()
+    write = checkpoint._write_file
+
+    def slowly(*given):
+        assert may_write.wait(60)
+        return write(*given)
+
+    monkeypatch.setattr(checkpoint, "_write_file", slowly)
+    trainer.train_step()
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    moments = [x.clone() for group in trainer.optimizer.groups for x in group.state.values()]
+    trainer.save()
+    trainer.train_step()  # changes the weights while they are written
+    assert checkpoint.latest(trainer.stage.checkpoints) is None
+    may_write.set()
+    trainer.finish_save()
+    found = checkpoint.latest(trainer.stage.checkpoints)
+    assert found is not None and found.step == 1
+    assert all(torch.equal(found.tensor(name), weight) for name, weight in before.items())
+    checkpoint.restore_optimizer(found, trainer.optimizer)
+    kept = [x for group in trainer.optimizer.groups for x in group.state.values()]
+    assert trainer.optimizer.steps == 1 and all(map(torch.equal, kept, moments))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "index", "optimizer"])
@@ -477,8 +504,9 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, random_model, cpu, mo
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     trainer.step = 6
+    trainer.save()
     with pytest.raises(ValueError, match="disk is full"):
-        trainer.save()
+        trainer.finish_save()
     monkeypatch.undo()
     found = checkpoint.latest(trainer.stage.checkpoints)
     assert found is not None and found.step == 4
