@@ -65,6 +65,9 @@ GRPO: Settings = {
     "grpo.steps": 200,
     "grpo.questions": 64,  # Muon steps as far whatever the signal: fewer answers, more noise
     "grpo.samples": 16,
+    # Muon's momentum averages some twenty steps; before it does, full rates follow noise downhill.
+    "grpo.warmup": 0.2,
+    "grpo.warmdown": 0.6,
     "grpo.max_new_tokens": 96,
     "grpo.eval_every": 50,
     "grpo.eval_questions": 200,
