@@ -34,14 +34,12 @@ _INLINE = str.maketrans("|\n", "¦ ")  # what would end a table's cell
 
 def build(run: Run) -> str:
     """Write ``report.md`` into the run's directory and return its text."""
-    stages, recipe = _stages(run), run.config.recipe
-    measures, toy, vocab_size = _measures(stages), _is_toy(run), recipe.tokenizer.vocab_size
+    stages, recipe, toy = _stages(run), run.config.recipe, _is_toy(run)
+    measures = _measures(stages)
     text = _render(
         "report.md.j2",
         run=run,
-        recipe=recipe,
-        parameters=recipe.model.parts(vocab_size),
-        flops_per_token=accounting.training_flops(recipe.model, vocab_size),
+        flops_per_token=accounting.training_flops(recipe.model, recipe.tokenizer.vocab_size),
         stages=stages,
         summary=_summary(measures, [stage.of for stage in stages if stage.of], toy),
         originals=_originals() if toy else "",

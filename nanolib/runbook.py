@@ -37,9 +37,9 @@ def write(run: Run, names: Sequence[str]) -> Path:
     for before, name, after in zip([None, *names], names, [*names[1:], None], strict=False):
         if (folder / f"{name}.done.json").exists():
             titles[name] = _write_page(run, name, exporter, before, after)
-    if glossary := (folder / "glossary.ipynb").exists():
-        _write_page(run, "glossary", exporter)
-    write_atomic(folder / "index.html", _first_page(run, titles, exporter, glossary))
+    if (folder / "glossary.ipynb").exists():
+        titles["glossary"] = _write_page(run, "glossary", exporter)
+    write_atomic(folder / "index.html", _first_page(run, titles, exporter))
     return folder / "index.html"
 
 
@@ -85,9 +85,7 @@ def _title(source: Path) -> str | None:
     return found and found[1].replace("`", "").strip()
 
 
-def _first_page(
-    run: Run, titles: dict[str, str | None], exporter: HTMLExporter, glossary: bool
-) -> str:
+def _first_page(run: Run, titles: dict[str, str | None], exporter: HTMLExporter) -> str:
     """The contents, with the report card: without HTML and images, for it quotes models."""
     from markdown_it import MarkdownIt
 
@@ -97,11 +95,8 @@ def _first_page(
     seconds = sum(r.get("seconds", 0.0) for r in records if not r.get("taken_over"))
     return exporter.environment.get_template("contents.html.j2").render(
         run=run,
-        manifest=run.manifest(),
-        base=run.stage("base").result(),
         time=clock(seconds) if seconds else None,
         chapters=titles,
-        glossary=glossary,
         curves=_curves(run),
         card=markdown.render(report.read_text(encoding="utf-8")) if report.exists() else "",
     )
