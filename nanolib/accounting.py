@@ -93,11 +93,14 @@ class TrainingMemory:
         A layer keeps, for each token: both norms' inputs and outputs, queries and keys before and
         after theirs, values, attention's output, and the MLP's 4 D before and after the square.
         The head keeps the logits twice: after the soft cap and as exponentials (on CUDA, in
-        bfloat16, as scores and as their gradient).
+        bfloat16, as scores and as their gradient). x0 keeps one input more of each layer, value
+        embeddings the tokens' vectors, smear the embedding and the one before.
         """
-        model, width = self.model, self.model.width
-        layer = 4 * width + 2 * width + 3 * model.num_kv_heads * model.head_dim + width + 8 * width
-        hidden = model.depth * layer + 3 * width
+        model, width, uses = self.model, self.model.width, self.model.uses
+        kv_width = model.num_kv_heads * model.head_dim
+        layer = 4 * width + 2 * width + 3 * kv_width + width + 8 * width + width * ("x0" in uses)
+        more = len(model.value_layers) * kv_width + 2 * width * ("smear" in uses)
+        hidden = model.depth * layer + 3 * width + more
         layers = hidden * self.bytes_per_number * (KEPT_ON_CUDA if self.cuda else 1)
         token = layers + 2 * self.vocab_size * (self.bytes_per_number if self.cuda else 4)
         return int(rows * model.sequence_len * token)

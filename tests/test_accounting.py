@@ -68,9 +68,9 @@ def test_flops_of_the_original():
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
-@pytest.mark.parametrize("depth", [1, 4])
-def test_activations_are_about_what_autograd_keeps(kv_heads, depth):
-    config = tiny(depth=depth, aspect=96 // depth, kv_heads=kv_heads)
+@pytest.mark.parametrize("depth, preset", [(1, "classic"), (4, "classic"), (4, "modern")])
+def test_activations_are_about_what_autograd_keeps(kv_heads, depth, preset):
+    config = tiny(depth=depth, aspect=96 // depth, kv_heads=kv_heads, preset=preset)
     model, kept = GPT.build(config, VOCAB, CPU, 0), {}
     weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
 
