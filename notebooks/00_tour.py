@@ -47,7 +47,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 #
 # **You need** Python, and the idea of a slope. New words link to the [glossary](glossary.ipynb).
 #
-# **Takes** 15 minutes to read and run, 25 more with the exercises; any CPU. Nothing is trained here.
+# **Takes** 20 minutes to read and run, 25 more with the exercises; any CPU. Nothing is trained here.
 
 # %% [markdown]
 # Every chapter begins with the same three names. `profile` is a file in `runs/`: how large a model,
@@ -94,7 +94,7 @@ run = lesson.begin(profile, run, overrides)
 # %%
 lesson.road(run)
 lesson.show(
-    "Nine stages from left to right: data, tokenizer, shards, base, mid, sft, grpo, report; "
+    "Eight stages from left to right: data, tokenizer, shards, base, mid, sft, grpo, report; "
     "an eval hangs below each of the four that leave a model. Finished ones carry a tick."
 )
 
@@ -111,7 +111,8 @@ lesson.show(
 #
 # A large model reads the internet for weeks. Yours has a few minutes, so it gets a world of its own: 120
 # people in twelve towns, each with a pet, a job, a favourite colour, food and game. Everything it will
-# ever know about them stands in texts like these five.
+# ever know about them stands in texts like these five. Some are overheard conversations: Pip is the
+# little language model of that world, whose part yours will play at the end.
 
 # %%
 seed = run.config.recipe.seed
@@ -131,7 +132,11 @@ for number, text in enumerate(islice(toyworld.documents(toyworld.world(seed), se
 # **vector** in a table. The vectors pass through the **blocks** of [the model](02_model.ipynb), and what
 # comes out is a probability for every id in the vocabulary.
 #
-# *Before you run it*: the weights are random. How likely is the right letter, roughly?
+# The model is a function with some thousands of numbers in it, its weights
+# ([parameters](glossary.ipynb#parameter)); here they are random. A name that ends in capitals tells its shape:
+# `ids_T` has T positions in time, `vector_D` D numbers, `p_V` one for each id of the vocabulary.
+#
+# *Before you run it*: how likely is the right letter, roughly?
 
 # %%
 tokenizer = Tokenizer(merges=[])
@@ -149,7 +154,8 @@ print(f"{len(p_V)} ids; the right one, {tokenizer.encode('l')}, gets {p_V[ord('l
 
 # %% [markdown]
 # About one in 265, give or take: it knows nothing yet. The same journey as a picture, with the numbers
-# you have just computed.
+# you have just computed. (`'\xd5'` is how Python writes a byte that is no plain letter: what a model with
+# random weights says next is as likely garbage as anything else.)
 
 
 # %%
@@ -217,15 +223,16 @@ shown = [*p_V.topk(5).indices.tolist(), ord("l")]
 names = [ascii(tokenizer.token_bytes(i).decode("latin-1")) for i in shown]
 figure, axes = plt.subplots(figsize=(7.2, 2.6))
 bars = axes.bar(names, [float(logits_V.grad[i]) for i in shown], color=lesson.BLUE)
-bars[-1].set(color=lesson.ORANGE, hatch="///")
+bars[-1].set(facecolor=lesson.ORANGE, hatch="///", edgecolor="white")
 axes.axhline(0, color="black", linewidth=0.8)
 axes.set(ylabel="gradient of its score", xlabel="token (the last one is right)")
-axes.set_title("every wrong token is pushed down a little, the right one up a lot")
+axes.set_title("what the model said minus what was right")
 lesson.show("Bars just above zero for five wrong letters, and one bar down to almost -1 for 'l'.")
 
 # %% [markdown]
-# Every weight in the model gets its share of this. Take one small step against the gradient, and `l`
-# becomes more likely. Training is this step, thousands of times, on many tokens at once: a loop you
+# A step goes *against* the gradient: scores with bars above zero are pushed down a little, and the right one
+# up a lot. Every weight in the model gets its share of this. Take one small step, and `l` becomes more
+# likely. Training is this step, thousands of times, on many tokens at once: a loop you
 # write in [chapter 04](04_pretraining.ipynb).
 
 # %%
@@ -268,7 +275,7 @@ for name, recipe in sizes.items():
     flops = tokens * accounting.training_flops(recipe.model, vocab)
     axes.loglog(parameters, flops, "o", color=lesson.BLUE)
     axes.annotate(f" {name} ", (parameters, flops), fontsize=9, va="top")
-axes.set(xlabel="weights", ylabel="floating-point operations", xlim=(3e4, 1e10))
+axes.set(xlabel="weights", ylabel="floating-point operations", xlim=(3e4, 1e10), ylim=(1e9, 1e22))
 axes.set_title("what pretraining costs")
 lesson.show(
     "Profiles rise along a line from smoke at the lower left over demo, laptop and h100 to "
@@ -320,7 +327,8 @@ checks.verify("0.2", loss_of_nothing)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>What probability does each token get?</details>
-# <details><summary>Hint 2</summary>The loss is minus the natural logarithm of 1/265.</details>
+# <details><summary>Hint 2</summary>One of V equal ones. And the loss is minus the natural logarithm of
+# it.</details>
 # <details><summary>Solution</summary>
 #
 # ```python
@@ -398,7 +406,7 @@ checks.verify("0.5", factor)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>What happens to the width when the depth doubles?</details>
-# <details><summary>Hint 2</summary>2 for the depth, times 2² for the width.</details>
+# <details><summary>Hint 2</summary>The width doubles as well, and it counts squared.</details>
 # <details><summary>Solution</summary>
 #
 # ```python

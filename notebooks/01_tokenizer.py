@@ -31,8 +31,8 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # %% [markdown]
 # # 01 · Text becomes numbers
 #
-# A model reads and writes whole numbers. Which pieces of text deserve a number of their own? Letters are
-# too many to read, words are too many to list. This chapter lets the text itself decide, and stores all
+# A model reads and writes whole numbers. Which pieces of text deserve a number of their own? In letters a
+# text is too long to read, and words are too many to list. This chapter lets the text itself decide, and stores all
 # of it as one long row of numbers.
 #
 # **You will learn**
@@ -269,7 +269,7 @@ def film_frame(axes, step):
     axes.axis("off")
     for y, (word, pieces) in enumerate(film[step].items()):
         box_row(axes, y, pieces, fused[step])
-        axes.text(10.2, y, f"×{times[word]}", va="center", fontsize=9)
+        axes.text(10.6, y, f"×{times[word]}", va="center", fontsize=9)
     for y, (pair, count) in enumerate(count_pairs(film[step], times).most_common(6)):
         text = f"{'▸' if y == 0 else ' '} {'+'.join(pair)} {count}"
         axes.text(13.5, y, text, va="center", fontsize=9, weight="normal" if y else "bold")
@@ -689,8 +689,9 @@ print(f"{shards[0].dtype}; the first document begins", shards[0][:12].tolist())
 # %% [markdown]
 # ## Dead merges
 #
-# A merge whose token is never used is called [dead](glossary.ipynb#dead-merge). Now count how often each merge is really used in that text. *Before you run it*: every merge was the most
-# frequent pair of its day. Can there be one that never occurs?
+# A merge whose token is never used is called [dead](glossary.ipynb#dead-merge). Count how often each one is
+# really used in that text. *Before you run it*: every merge was the most frequent pair of its day. Can there
+# be one that never occurs?
 
 # %%
 uses = sum(np.bincount(shard, minlength=tokenizer.vocab_size) for shard in shards)
@@ -756,7 +757,7 @@ cells = [line.split("|")[1:4] for line in table.splitlines() if line.count("|") 
 race = {name.strip(): float(s.split()[0]) for name, threads, s in cells if threads.strip() == "2"}
 figure, axes = plt.subplots(figsize=(7.2, 1.7))
 bars = axes.barh(list(race), list(race.values()), color=lesson.GREY)
-bars[0].set(color=lesson.BLUE, hatch="///", edgecolor="white")
+bars[0].set(facecolor=lesson.BLUE, hatch="///", edgecolor="white")
 axes.bar_label(bars, fmt="%.1f s", padding=3)
 axes.set(xlabel="seconds", xlim=(0, 1.15 * max(race.values())))
 axes.invert_yaxis()

@@ -172,11 +172,13 @@ def arrows(axes, vectors, title, **look):
     """Draw each word's vector from the origin, with the word at its tip."""
     for word, (right, up) in zip(words, vectors.tolist(), strict=True):
         axes.annotate("", (right, up), (0, 0), arrowprops={"arrowstyle": "->", "lw": 1.6} | look)
-        axes.text(right * 1.12, up * 1.12 + 0.1, word.strip(), ha="center")
-    axes.set(xlim=(-1, 2.7), ylim=(-1.5, 2.7), title=title, xlabel="person", aspect="equal")
+        axes.text(
+            right * 1.12, up * 1.12, word.strip(), ha="center", va="bottom" if up > 0 else "top"
+        )
+    axes.set(xlim=(-1.7, 2.7), ylim=(-1.9, 2.7), title=title, xlabel="person", aspect="equal")
 
 
-figure, panels = plt.subplots(1, 2, sharey=True, figsize=(5.8, 3.1))
+figure, panels = plt.subplots(1, 2, sharey=True, figsize=(6.4, 3.3))
 arrows(panels[0], x_TD, "as they come from the table", color=lesson.BLUE)
 arrows(panels[1], norm(x_TD), "after the norm", color=lesson.BLUE)
 panels[1].add_patch(plt.Circle((0, 0), 2**0.5, fill=False, ls=":", ec="#4a5568"))
@@ -522,7 +524,7 @@ right.set(title="query · key", xlabel="the key's position", ylabel="the query's
 lesson.show("Left: four cosines, each slower than the last. Right: a table striped along diagonals")
 
 # %% [markdown]
-# Cosines are dear and the angles never change. So nanolib computes the tables once, for every position
+# Cosines cost time, and the angles never change. So nanolib computes the tables once, for every position
 # that the context can have, and all layers and all steps read from the same two tables.
 
 # %%
@@ -811,8 +813,8 @@ axes.set(
     xlabel="loss above the whole model's, same seed (nats a byte)", title="bars: mean; ticks: seeds"
 )
 lesson.show(
-    "Bars: taking out attention hurts most, then RoPE, the bend and the norm after the embedding; "
-    "ReLU for ReLU squared changes next to nothing, and neither does the place of the norms"
+    "Bars: taking out attention, the norm after the embedding, the bend or RoPE hurts; ReLU for "
+    "ReLU squared changes next to nothing, and neither does the place of the norms"
 )
 
 # %% [markdown]

@@ -42,7 +42,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # products of matrices; the singular value decomposition is explained where it is needed;
 # no run: nothing is taken from earlier stages.
 #
-# **Takes** 35 minutes to read and run, 60 more with the exercises; any CPU.
+# **Takes** 40 minutes to read and run, 60 more with the exercises; any CPU.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -391,7 +391,7 @@ value = s
 for count, style in enumerate((":", "", "--", "", "-"), start=1):
     value = polynomial(value)
     if style:
-        right.semilogx(s, value, style, color=lesson.BLUE, label=f"{count} steps")
+        right.semilogx(s, value, style, color=lesson.BLUE, label=f"after {count}")
 right.axhspan(0.68, 1.21, color=lesson.PASTELS[2], zorder=0, label="0.68 to 1.21")
 right.set(xlabel="singular value at first", title="again and again")
 right.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -664,7 +664,7 @@ lesson.show(
 # would have told us little. Compare seed by seed: the batches are the same.
 #
 # What this does *not* show: a toy, eighty steps, one schedule, AdamW's betas not tuned. A Muon step is also
-# dearer, by fifteen products of matrices for each weight matrix. In a large model this hardly shows beside
+# more expensive, by fifteen products of matrices for each weight matrix. In a large model this hardly shows beside
 # the work of many thousands of tokens; here it does.
 #
 # **At a real size** the question is what the rule saves in tokens or in hours. That takes a GPU, and rates
@@ -867,13 +867,14 @@ two = optim.MuonAdamW(gpt, OptimConfig(), Runtime(device=cpu.device, dtype=cpu.d
 names = [name for group in two.groups for name in group.names]
 figure, axes = plt.subplots(figsize=(6.8, 3.2))
 looks = ({"color": "#dbeafe"}, {"color": "#fde7c8", "hatch": "//"})
+middle = {"ha": "center", "va": "center", "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
 for group in two.groups:
     for rank, look in enumerate(looks):
         for name, rows, _ in group.owned(rank):
             total = gpt.get_parameter(name).shape[0]
             share, left = (rows.stop - rows.start) / total, rows.start / total
             axes.barh(names.index(name), share, left=left, ec="#4a5568", **look)
-            axes.text(left + share / 2, names.index(name), f"rank {rank}", ha="center", va="center")
+            axes.text(left + share / 2, names.index(name), f"rank {rank}", **middle)
 axes.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names])
 axes.set(xlabel="share of the rows")
 axes.invert_yaxis()

@@ -408,7 +408,7 @@ def roofline(axes, rows):
     for name, at, mark in (("decode", intensity(rows), "o"), ("prefill", intensity(1, 1024), "^")):
         height = min(peak, bandwidth * at)
         axes.plot(at, height, mark, markersize=9, color=lesson.BLUE)
-        axes.text(at, height / 4, name, ha="center")
+        axes.text(at * 1.4, height / 5, name, ha="left" if name == "decode" else "center")
     axes.set(xlabel="FLOP a byte", ylabel="FLOP a second", ylim=(3e11, 3e15))
 
 

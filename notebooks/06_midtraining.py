@@ -46,7 +46,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # the engine that runs a tool ([chapter 05](05_inference.ipynb)).
 #
 # **Takes** 30 minutes to read and run, 55 more with the exercises; in profile `demo` the stage trains for
-# another two minutes on two CPU cores. Stages: `mid`, then `eval` of `mid`.
+# another one or two minutes on two CPU cores. Stages: `mid`, then `eval` of `mid`.
 
 # %% tags=["parameters"]
 profile = "demo"

@@ -375,7 +375,8 @@ lesson.show("Facts and word problems: how many mid and sft get right, how many a
 # quiet about.
 #
 # So is it worth a stage? In the toy world its data differ little from midtraining's: the same kinds of
-# conversations, fewer of them, smaller steps. What it buys is polish. Where the data of SFT are *better* than
+# conversations, fewer of them, smaller steps. What it buys is polish: in the demo of 2026-11-28 word problems
+# gained 13 of 120, about two of these errors, and facts nothing. Where the data of SFT are *better* than
 # what came before, written with care rather than collected, it buys more. Look at some of the changes:
 
 # %%
@@ -415,10 +416,10 @@ for _, answered in counted["ignores"][:4]:
 
 # %% [markdown]
 # Compare the two printed shares: how often is a result unheard of among those that were believed, and among
-# those that were ignored? In our runs the ignored ones stood out. They were odd: 0, a negative number, four
-# digits where two are usual, most of them from programs that were already wrong, such as `33-33`. In
+# those that were ignored? In our runs the ignored ones stood out. They were odd: 0, a negative number, three
+# or four digits where two are usual, many of them from programs that were already wrong, such as `27-29`. In
 # training a result was always the right one, and the right one was always an ordinary number. So a likely
-# reading is this: nobody ever showed the model what to do with "0 more", and what it knows about *ordinary
+# reading is this: nobody ever showed the model what to do with "−2 more", and what it knows about *ordinary
 # answers* wins over what it knows about copying. It is not distrust. (Likely, not proved: many odd results
 # are believed all the same.) You will see such answers again in [chapter 08](08_grpo.ipynb), where a wrong
 # one costs something.
@@ -439,11 +440,11 @@ ways = ((-0.2, "text", lesson.BLUE, ""), (0.2, "letters", lesson.VIOLET, "///"))
 for shift, way, colour, hatch in ways:
     heights = [100 * score[way] for score in choice_scores.values()]
     look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": f"by {way}"}
-    axes.bar_label(axes.bar(places + shift, heights, 0.38, **look), fmt="%.0f")
+    axes.bar_label(axes.bar(places + shift, heights, 0.38, **look), fmt="%.0f", padding=6)
 chance = np.mean([score["chance"] for score in choice_scores.values()])
 axes.axhline(100 * chance, color="black", ls="--", label="guessing")
-axes.set_xticks(places, list(choice_scores))
-axes.set(ylabel="% right", ylim=(0, 112))
+axes.set_xticks(places, [name.replace("mmlu", "toy-MMLU") for name in choice_scores])
+axes.set(ylabel="% right", ylim=(0, 115))
 axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 lesson.show("Share right by text and by letter on each quiz, and a dashed line at guessing")
 
