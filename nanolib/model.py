@@ -184,9 +184,9 @@ class Attention(nn.Module):
         mask_BTS: Tensor | None = None,
         cache: KVCache | None = None,
         positions_BT: Tensor | None = None,
-        lookup: tuple[Tensor, Tensor, Tensor] | None = None,
+        lookup: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """lookup: with value embeddings the tokens' ids [B, T], a table [V, G K] and a gate."""
+        """lookup: with value embeddings those of the tokens [B, T, G K], and a gate."""
         heads = (-1, self.head_dim)
         # A rotation keeps lengths, so the order of the two is free; this one saves a copy of the
         # rotated queries and keys for the backward pass.
@@ -194,10 +194,9 @@ class Attention(nn.Module):
         key_BTGK = rotate(norm(self.key(x_BTD).unflatten(-1, heads)), cos_sin)
         value_BTGK = self.value(x_BTD).unflatten(-1, heads)
         if lookup is not None:
-            ids_BT, table, gate = lookup
-            own_BTGK = F.embedding(ids_BT, table).to(value_BTGK.dtype).unflatten(-1, heads)
+            own_BTE, gate = lookup
             share_BTG = 2 * torch.sigmoid(F.linear(x_BTD[..., : gate.shape[1]], gate))
-            value_BTGK = value_BTGK + share_BTG[..., None] * own_BTGK
+            value_BTGK = value_BTGK + share_BTG[..., None] * own_BTE.unflatten(-1, heads)
         if cache is not None:
             assert positions_BT is not None
             cache.write(self.layer, positions_BT, key_BTGK, value_BTGK)
@@ -336,7 +335,10 @@ class GPT(nn.Module):
             more: dict[str, Any] = {"mix": (x0_BTD, own["x0"][layer])} if "x0" in own else {}
             if layer in self.config.value_layers:
                 table = own[f"value_embeddings_{layer}"]
-                more["lookup"] = ids_BT, table, own["value_gates"][layer // 2]
+                # Outside the compiled block: its gradient would add up by atomics, token by token,
+                # which is slow for frequent tokens and differs from run to run.
+                own_BTE = F.embedding(ids_BT, table).to(x_BTD.dtype)
+                more["lookup"] = own_BTE, own["value_gates"][layer // 2]
             x_BTD = run(block, x_BTD, cos_sin, masks_L[layer], cache, positions_BT, **more)
             middle_BTD = x_BTD if layer == self.config.depth // 2 else middle_BTD
         if "backout" in own:
