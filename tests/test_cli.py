@@ -78,6 +78,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
     code, out, _ = nanolib("bench")
     names = [line.split()[0] for line in out.splitlines()]
     assert code == 0 and names == [
+        "ablations",
         "climb",
         "demo",
         "device",
