@@ -135,6 +135,7 @@ def test_gsm8k_grades_by_that_number(mirror):
     assert task.grade(0, "It is 1200. #### 1200")
     assert not task.grade(0, "It is 1200.")
     assert not task.grade(0, "#### 120")
+    assert task.formatted("#### 120") and not task.formatted("It is 1200.")
 
 
 def test_a_problem_without_its_number_is_named_when_the_task_is_opened(mirror):

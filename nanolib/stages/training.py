@@ -72,7 +72,6 @@ def grpo(context: Context) -> Result:
     """Learn from graded answers, with the tool at hand; see `nanolib.grpo`."""
     recipe, mirror, training = context.run.config.recipe, context.run.mirror(), Training(context)
     config, seed = recipe.grpo, stage_seed(context, "grpo")
-    start = training.compiled(copy.deepcopy(training.model))  # before it resumes
     with Sandbox() as sandbox:
         engine = context.engine(training.model, sandbox)
         train, test = (
@@ -89,7 +88,7 @@ def grpo(context: Context) -> Result:
             seed=seed,
             device_batch=training.device_batch,
             nll=training.nll,
-            reference=start,
+            reference=training.compiled(training.start),
             metrics=context.stage.metrics,
         )
         held_out = test.usable()[: config.eval_questions]
@@ -113,6 +112,8 @@ class Training:
         config, runtime, name = context.run.config, context.runtime, context.stage.name
         self.context, self.schedule = context, getattr(config.recipe, name)
         self.model = _initial_model(context)
+        # Where GRPO starts, to measure how far it goes; copied before memory is shared out.
+        self.start = copy.deepcopy(self.model) if name == "grpo" else self.model
         self.nll = self.compiled(self.model)
         share = planning.share_of(config.recipe, name, runtime.world_size)
         self.device_batch = config.machine.device_batch or planning.fitting_rows(
