@@ -4,7 +4,8 @@ A request is one sample of a prompt. `Engine.step` reads a chunk of the prompts 
 those that are read a slot of the cache, and writes one token of every row; a finished row leaves its
 slot at once. A row's draws come from its own seed, so its tokens do not depend on the other rows.
 With a tool, ``<|python_start|> source <|python_end|>`` is followed by ``<|output_start|> result
-<|output_end|>``, forced into the row one token a step while the other rows go on.
+<|output_end|>``, forced into the row one token a step; while the program runs, its row repeats its
+last step and the others go on.
 
 Shapes: B rows, T time, V vocabulary, L layers, G key/value heads, S cached positions, K head size.
 """
@@ -16,6 +17,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain, count, islice, takewhile
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # only a tool's result has these
 TOOL_CALLS = 16  # per row; the result of any further call is an error
+PROGRAMS = 4  # run at once
+WAIT = 0.05  # seconds for a program, where no other row can go on
 OUTPUT_TOKENS = 128  # per result; a longer one is truncated to leave room for the answer
 ROWS = 256  # written at once; further ones wait
 CHUNK = {"cpu": 512, "cuda": 8192}  # prompt tokens read between two tokens of the rows
@@ -137,6 +141,7 @@ class Request:
     error: BaseException | None = None  # what ended it, if the engine failed
     cancelled: bool = False
     source: list[int] | None = None  # ids of the open python part
+    program: Future[list[int]] | None = None  # that runs, and what it will force into the row
     forced: deque[int] = field(default_factory=deque)  # the rest of a tool's result
     calls: int = 0
 
@@ -196,7 +201,7 @@ class Engine:
 
             self.writer = Writer(model)
         self.max_rows, self.chunk = max_rows, CHUNK.get(runtime.device.type, CHUNK["cpu"])
-        self._lock = threading.RLock()
+        self._lock, self._programs = threading.RLock(), ThreadPoolExecutor(PROGRAMS)
         self._waiting = deque[Request]()  # any thread may append, only a step removes
         self._rows: list[Request] = []  # by slot; who ended or was cancelled leaves with a step
         self.release()
@@ -298,6 +303,9 @@ class Engine:
         with self._lock:
             try:
                 self._schedule()
+                running = [row.program for row in self._rows if row.program is not None]
+                if running and len(running) == len(self._rows):
+                    wait(running, WAIT, FIRST_COMPLETED)
                 drawn = self._run() if self._rows else []
                 return self._take_over(drawn)
             except BaseException as error:
@@ -445,9 +453,15 @@ class Engine:
         return choose(logits_BV, uniform_B, slots.temperature_B, top_k_B, top_p_B, top_k)
 
     def _take_over(self, drawn: list[int]) -> list[Request]:
-        """Give each row its token."""
+        """Give each row its token, unless it waits for its program."""
         for slot, (request, id) in enumerate(zip(self._rows, drawn, strict=True)):
             kind = "end" if id in self.ends else "chosen"
+            if request.program is not None:
+                if not request.program.done():
+                    self._slots.hold(slot, request.tokens[-1][0])
+                    continue
+                request.forced.extend(request.program.result())
+                request.program = None
             if request.forced:
                 id, kind = request.forced.popleft(), "forced"
                 self._slots.ids_B1[slot] = id
@@ -458,17 +472,20 @@ class Engine:
         return list(self._rows)
 
     def _follow(self, request: Request, id: int) -> None:
-        """Collect a python part; where it closes, run it, and force its result into the row."""
-        special = self.tokenizer.special
+        """Collect a python part; where it closes, let a thread run it."""
         if id == self.program or request.source is None:
             request.source = []
-        elif id != special("<|python_end|>"):
+        elif id != self.tokenizer.special("<|python_end|>"):
             request.source.append(id)
-        elif self.tool is not None:
+        else:
             request.calls += 1
-            output = f"RuntimeError: no more than {TOOL_CALLS} programs in an answer"
-            if request.calls <= TOOL_CALLS:
-                output = self.tool(self.tokenizer.decode(request.source))
-            ids = self.tokenizer.encode(output)[:OUTPUT_TOKENS]
-            request.forced.extend([special(OUTPUT_NAMES[0]), *ids, special(OUTPUT_NAMES[1])])
+            request.program = self._programs.submit(self._result, request.source, request.calls)
             request.source = None
+
+    def _result(self, source: list[int], call: int) -> list[int]:
+        """The ids that a program's result forces into its row."""
+        output = f"RuntimeError: no more than {TOOL_CALLS} programs in an answer"
+        if self.tool is not None and call <= TOOL_CALLS:
+            output = self.tool(self.tokenizer.decode(source))
+        start, end = map(self.tokenizer.special, OUTPUT_NAMES)
+        return [start, *self.tokenizer.encode(output)[:OUTPUT_TOKENS], end]

@@ -78,6 +78,12 @@ class Slots(KVCache):
         for mine_B in self.settings():
             mine_B[to] = mine_B[row]
 
+    def hold(self, row: int, id: int) -> None:
+        """Take a row's step back: the next one reads the same token, `id`, again."""
+        self.ids_B1[row] = id
+        self.used_B[row] -= 1
+        self.used[row] -= 1
+
     def trim(self, rows: int) -> None:
         """Forget what further rows hold: it must not count in `reach`."""
         self.used_B[rows:] = 0

@@ -7,11 +7,13 @@ import gc
 import itertools
 import random
 import threading
+import time
 import weakref
 from itertools import chain
 
 import pytest
 import torch
+from browser import PATIENCE
 from test_model import ALL, CPU, VOCAB, random_ids, random_model, tiny
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -600,6 +602,40 @@ def test_the_result_is_forced_while_other_rows_go_on():
     assert first.end == END
     assert second.ids == list(b"defghijklmn") and all(second.chosen)
     assert third.ids == [] and third.end == END
+
+
+def test_a_program_that_runs_holds_no_other_row_up():
+    others_ended = threading.Event()
+    chain = ["a", PYTHON, "1", PYTHON_END], [*"cdefghijklmn", END], [OUTPUT_END, "b", END]
+    runtime = Runtime(device=CPU, dtype=torch.float32)
+    speaker = Engine(Chain(*chain), TOKENIZER, runtime, lambda _: str(others_ended.wait(PATIENCE)))
+    slow, quick = speaker.submit([[ord("a")], [ord("c")]], max_new_tokens=80)
+    while quick.left:
+        speaker.step()
+    assert slow.tokens[-1] == (PYTHON_END, "chosen")
+    speaker.cancel(*speaker.submit([[ord("c")]], max_new_tokens=80))
+    speaker.step()  # the row that waits for its program is the only one
+    others_ended.set()
+    while slow.left:
+        speaker.step()
+    said = [PYTHON, ord("1"), PYTHON_END, OUTPUT, *b"True", OUTPUT_END, ord("b")]
+    assert slow.answer().ids == said and quick.answer().ids == list(b"defghijklmn")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_how_long_a_program_takes_changes_no_row(seed):
+    draw, speaker = random.Random(seed), tool_engine(seed=4)
+
+    def slowly(source: str) -> str:
+        time.sleep(draw.choice([0, 0.002, 0.01]))
+        return reverse(source)
+
+    asked = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 9, 4, 17, 5, 6, 30, 11)]
+    settings = {"max_new_tokens": 60, "temperature": 1.0, "samples": 2}
+    want = speaker.answers(asked, **settings)
+    speaker.tool, speaker.max_rows = slowly, draw.choice([1, 5, 16])
+    assert speaker.answers(asked, **settings) == want
+    assert sum(not chosen for answer in want for chosen in answer.chosen) > 30
 
 
 def test_a_real_sandbox_answers_and_its_errors_are_text():
