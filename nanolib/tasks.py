@@ -135,16 +135,6 @@ class SmolTalk(Task):
             raise self.unusable(f"row {i}: {error}; mend or remove that row") from None
 
 
-class Mine(SmolTalk):
-    """The user's own conversations (`nanolib.data.own`); held-out losses are of the same ones."""
-
-    name, repository = "mine", "mine"
-
-    @classmethod
-    def source(cls, split: str) -> hub.Split:
-        return "mine", None, "train"
-
-
 class GSM8K(GradedTask):
     """Grade-school word problems (arXiv:2110.14168); ``<<48/2=24>>`` is a tool call, giving 24.0."""
 
@@ -318,9 +308,7 @@ def find(name: str) -> type[Task]:
 
 def load(name: str, split: str, mirror: Path, dial: SumsConfig | None = None) -> Task:
     """A split of a task; `dial`: how hard sums are."""
-    if name == Sums.name:
-        return Sums(split, dial)
-    return (Mine if name == Mine.name else find(name))(split, mirror)
+    return Sums(split, dial) if name == Sums.name else find(name)(split, mirror)
 
 
 def load_graded(name: str, split: str, mirror: Path, dial: SumsConfig | None = None) -> GradedTask:

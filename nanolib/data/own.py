@@ -17,6 +17,7 @@ from nanolib import hub
 from nanolib.config import REPOSITORY, DataConfig
 from nanolib.conversation import Conversation
 from nanolib.rundir import Run, whole_folder
+from nanolib.tasks import SmolTalk
 
 TXT_LINES = 100  # a document of a .txt file, which is cut so that validation has some of it too
 AT_ONCE, HELD_OUT = 1000, 100  # documents written together; one of a hundred is for validation
@@ -29,9 +30,11 @@ def write(run: Run, progress: hub.Progress) -> dict[str, str]:
     files = [*_files(data.conversations), *_files(data.text)]
     if files:
         with whole_folder(run.own()) as draft:
-            rows = [*conversations(data.conversations)]
-            (path := draft / "hub/mine/train.parquet").parent.mkdir(parents=True)
-            pq.write_table(pa.Table.from_pylist(rows), path)
+            chats = pa.Table.from_pylist([*conversations(data.conversations)])
+            for split in ("train", "test") if chats else ():  # both have all, read as SmolTalk's
+                path = draft / hub.table_path(SmolTalk.source(split))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(chats, path)
             if data.text:
                 _write_text(data.text, draft / "text", progress)
     return {str(path): hub.digest(path) for path in files}

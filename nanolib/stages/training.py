@@ -284,8 +284,8 @@ def _conversations(
 ) -> Iterator[Conversation]:
     """Conversations of a task, the first `limit` in a seeded order; the user's own repeat."""
     recipe, stage, is_mine = context.run.config.recipe, context.stage.name, name == "mine"
-    mirror = context.run.own() if is_mine else context.run.mirror()
-    task = tasks.load(name, split, mirror, getattr(recipe, stage).sums)
+    read, mirror = ("smoltalk", context.run.own()) if is_mine else (name, context.run.mirror())
+    task = tasks.load(read, split, mirror, getattr(recipe, stage).sums)
     seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same ones in every stage
     if split == "train":
         seed = stage_seed(context, "mixture", stage, name)
