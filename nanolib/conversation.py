@@ -160,7 +160,7 @@ class Conversation:
 
 
 class AnswerParser:
-    """Parses an answer from its token ids, one at a time: the ids after ``<|assistant_start|>``.
+    """Parses an answer from its token ids, one at a time.
 
     `feed` and `finish` return pieces, each a part's kind and its next whole characters; an empty
     one opens a python or output part. `parts` is the answer so far. A model may write anything: a

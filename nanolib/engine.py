@@ -1,11 +1,9 @@
 """Generation for many at once: rows of a KV cache that come and go (continuous batching).
 
-A request is one sample of a prompt. `Engine.step` reads a chunk of the prompts that wait, gives
-those that are read a slot of the cache, and writes one token of every row; a finished row leaves its
-slot at once. A row's draws come from its own seed, so its tokens do not depend on the other rows.
-With a tool, ``<|python_start|> source <|python_end|>`` is followed by ``<|output_start|> result
-<|output_end|>``, forced into the row one token a step; while the program runs, its row repeats its
-last step and the others go on.
+`Engine.step` reads a chunk of the prompts that wait, gives those that are read a slot of the cache,
+and writes one token of every row; a finished row leaves its slot at once. A row's draws come from
+its own seed, so its tokens do not depend on the other rows. With a tool, a program's result is
+forced into its row one token a step; until it is there, the row repeats its last step.
 
 Shapes: B rows, T time, V vocabulary, L layers, G key/value heads, S cached positions, K head size.
 """
@@ -48,11 +46,6 @@ FINE_REACH = 16  # cached positions are read in multiples of this, where no step
 KEPT_BYTES = {"cpu": 2**27, "cuda": 2**31}  # of finished rows' keys and values
 
 Tool = Callable[[str], str]  # a program's source -> its output or error
-
-
-def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a generated row, ``<|assistant_end|>`` first."""
-    return tuple(tokenizer.special(name) for name in END_NAMES)
 
 
 # ---------------------------------------------------------------------------- CUDA graphs
@@ -98,7 +91,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How prompts are continued. Raises ValueError for a value out of bounds."""
+    """How prompts are continued; ValueError for a value out of bounds."""
 
     max_new_tokens: int  # forced ones count
     samples: int = 1  # of each prompt
@@ -191,8 +184,8 @@ class Engine:
         max_rows: int = ROWS,
     ):
         self.model, self.tokenizer, self.runtime, self.tool = model, tokenizer, runtime, tool
-        own = () if tool is None else map(tokenizer.special, OUTPUT_NAMES)
-        self.ends = frozenset([*end_tokens(tokenizer), *own])
+        own = () if tool is None else OUTPUT_NAMES
+        self.ends = frozenset(map(tokenizer.special, (*END_NAMES, *own)))
         self.program = None if tool is None else tokenizer.special("<|python_start|>")
         self.record: Record | None = record_graph if runtime.device.type == "cuda" else None
         self.writer: Writer | None = None

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from nanolib import checkpoint, model
-from nanolib.engine import end_tokens
+from nanolib.conversation import END_NAMES
 from nanolib.model import GPT
 from nanolib.rundir import Run, whole_file, write_json
 from nanolib.session import stage_with_model
@@ -60,7 +60,7 @@ def write(trained: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         weights[name] = weight.detach().cpu()
     with whole_file(folder / "model.safetensors") as file:
         file.write(to_safetensors(weights, metadata={"format": "pt"}))
-    ends = end_tokens(tokenizer)
+    ends = [tokenizer.special(name) for name in END_NAMES]
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends[0], "pad_token_id": ends[0]}
     write_json(config, model_config(trained) | ids)
     write_json(folder / "generation_config.json", ids | {"eos_token_id": ends})

@@ -4,8 +4,8 @@
     for piece in session.stream("Where does Ada live?"):
         print(piece, end="", flush=True)
 
-Output arrives in whole characters. What a user types is ordinary text, special tokens included.
-Python that the model writes runs in the session's own sandbox.
+What a user types is ordinary text, special tokens included. Python that the model writes runs in
+the session's own sandbox.
 """
 
 from __future__ import annotations
@@ -49,11 +49,8 @@ class Session:
 
     @classmethod
     def open(cls, run: Run, of: str | None = None, **settings) -> Session:
-        """Load the model of stage `of` of a run, by default the last stage that has one.
-
-        settings: as for the constructor. The session starts a sandbox: close it or use ``with``.
-        Raises ValueError if there is no such model yet.
-        """
+        """Load the model of a run's stage `of`, by default the last that has one, and start a
+        sandbox: close the session or use ``with``. ValueError if there is no such model yet."""
         of = stage_with_model(run, of, "to talk to")
         runtime = Runtime.start(run.config.machine)
         model = checkpoint.load_model(run.stage(of).checkpoints, runtime.device)
@@ -79,11 +76,8 @@ class Session:
         return _labelled(self.parts(text))
 
     def parts(self, text: str) -> Generator[Part]:
-        """Send `text`; yield the answer as the pieces of `AnswerParser`.
-
-        Closing the iterator stops the answer and keeps in `messages` what had arrived. Raises
-        ValueError, before anything is generated, for a text that does not fit the context.
-        """
+        """Send `text`; yield the answer as the pieces of `AnswerParser`. Closing the iterator stops
+        it and keeps in `messages` what had arrived. ValueError, at once, for a text too long."""
         question = Message("user", (Part("text", text),))
         return self._answer(question, self.prompt(question))
 
@@ -162,10 +156,8 @@ class Session:
 
 
 def stage_with_model(run: Run, of: str | None, purpose: str) -> str:
-    """`of`, or by default the last stage of the run that has saved a model.
-
-    Raises ValueError if there is none for this purpose, such as "to talk to".
-    """
+    """`of`, or by default the last stage of the run that has saved a model; ValueError if there is
+    none for this purpose, such as "to talk to"."""
     if of not in (None, *MODELS):
         raise ValueError(f"stage {of!r} leaves no model {purpose}; try {' or '.join(MODELS)}")
     has = [name for name in MODELS if any(run.stage(name).checkpoints.glob("step_????????"))]

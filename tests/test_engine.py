@@ -24,7 +24,6 @@ from nanolib.engine import (
     TOOL_CALLS,
     Engine,
     Token,
-    end_tokens,
     record_graph,
 )
 from nanolib.model import GPT
@@ -480,10 +479,6 @@ def test_where_steps_cannot_be_recorded_they_run_one_by_one():
 
 def test_nothing_to_say_is_nothing_said():
     assert engine().complete([], max_new_tokens=4) == []
-
-
-def test_end_tokens_begin_with_the_assistants():
-    assert end_tokens(Specials())[0] == Specials().special("<|assistant_end|>")
 
 
 # ---------------------------------------------------------------------------- the tool

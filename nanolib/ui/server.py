@@ -2,11 +2,10 @@
 
     POST /v1/chat/completions · GET /v1/models, /health, /metrics, and / for the page
 
-One thread steps the engine for all answers at once; an answer is a row of it (n of them, if asked)
-and ends at once when its client leaves. The server keeps no conversation: each request brings all
-of it. Special tokens that a user types are text, and none is ever sent. Beyond that API a request
-may have ``top_k`` and ``html``; an answer's ``content`` is its text alone, while ``parts`` has the
-programs that the model ran as well, and ``notice`` what else the reader should know.
+One thread steps the engine for all answers; one ends at once when its client leaves. The server
+keeps no conversation: each request brings all of it. Special tokens that a user types are text, and
+none is ever sent. Beyond that API a request may have ``top_k`` and ``html``; an answer has its text
+alone in ``content``, the programs too in ``parts``, and what else to know in ``notice``.
 """
 
 from __future__ import annotations
@@ -59,11 +58,6 @@ KINDS = {  # of what /metrics has
     "nanolib_tokens_total": "counter",
     "nanolib_first_token_seconds": "summary",
 }
-HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _log = logging.getLogger(__name__)
 
@@ -79,9 +73,7 @@ def serve(
     cors: str | None = None,
 ) -> None:
     """Serve a run's model until SIGTERM, or Ctrl-C (KeyboardInterrupt); port 0 takes a free one.
-
-    Raises ValueError, before any model is loaded, if the port is not available.
-    """
+    ValueError, before any model is loaded, if the port is not available."""
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
@@ -136,10 +128,8 @@ Texts = Annotated[list[Text], Field(max_length=4)]
 
 
 class Question(BaseModel, strict=True, extra="forbid"):
-    """The body of a request. None, or nothing, takes the server's setting.
-
-    A description is what the error says that a field must be.
-    """
+    """The body of a request; None takes the server's setting. A field must be what its description
+    says: the error has it."""
 
     messages: list[Any] = Field(max_length=1000)
     model: str | None = None
@@ -169,10 +159,7 @@ class Question(BaseModel, strict=True, extra="forbid"):
 
 
 def read_question(body: bytes) -> tuple[Question, Conversation]:
-    """A request and its conversation, which ends with the question.
-
-    Raises ValueError that says what is wrong and what is expected.
-    """
+    """A request and its conversation, which ends with the question; ValueError with what is wrong."""
     try:
         question = Question.model_validate_json(body)
         for message in question.messages:
@@ -453,11 +440,10 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def _error(status: int, message: str) -> dict[str, Any]:
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    codes = {401: "invalid_api_key", 404: "not_found"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    error = {"message": message, "type": kind, "param": None, "code": codes.get(status)}
-    return {"error": error}
+    kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+    kind = kinds.get(min(status, 500), "invalid_request_error")
+    code = {401: "invalid_api_key", 404: "not_found"}.get(status)
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def _refusal(status: int, message: str) -> Response:
@@ -474,9 +460,8 @@ def build(
 ) -> FastAPI:
     """The app for a session's engine and settings.
 
-    name: the model's. local: serve only requests whose Host is a loopback name, so that another
-    site cannot reach the server through a name of its own (DNS rebinding). api_key: asked of all
-    but the page and /health. cors: the origin of other pages that may use the API.
+    name: the model's. local: serve only requests whose Host is a loopback name. api_key: asked of
+    all but the page and /health. cors: the origin of other pages that may use the API.
     """
     scribe = Scribe(session, name)
     page, policy = _page()
@@ -515,11 +500,10 @@ def _page() -> tuple[str, str]:
 
 def _guard(app: Any, *, local: bool, policy: str, api_key: str | None, counts: Counter[str]) -> Any:
     """Refuse requests for another host (DNS rebinding) or without the key, end those that take too
-    long, and add security headers.
-
-    Plain ASGI, since FastAPI's middleware does not notice when the client of a stream disconnects.
-    """
-    headers = {"content-security-policy": policy, **HEADERS}
+    long, and add security headers. Plain ASGI, since FastAPI's middleware does not notice when the
+    client of a stream disconnects."""
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
+    headers |= {"referrer-policy": "no-referrer", "cache-control": "no-store"}
 
     def refusal(given: Headers, path: str, method: str) -> Response | None:
         hosts = given.getlist("host")
