@@ -172,6 +172,12 @@ def test_an_answer_as_a_stream(client):
     assert usage.choices == [] and usage.usage == client.ask(SUM).usage
 
 
+def test_an_answer_is_over_with_its_last_token(client, monkeypatch):
+    monkeypatch.setattr(server, "LOOK", 10 * PATIENCE)
+    for stream in (True, False):
+        assert client.post(SUM, stream=stream).read()
+
+
 def test_history_keeps_its_tool_calls(client):
     first = client.ask(SUM).choices[0].message.parts
     answer = client.ask(SUM, first, "and now?").choices[0].message.content

@@ -51,6 +51,7 @@ HEAD_SECONDS = 10  # for the lines before a body, and again for the body
 ANSWER_SECONDS = 600  # for everything from then on
 AT_ONCE = 1024  # answers; who asks for more is told to come again
 PAUSE = 0.05  # seconds between two updates of an answer
+LOOK = 1  # seconds until a client is looked for that waits without news
 KINDS = {  # of what /metrics has
     "nanolib_answers": "gauge",
     "nanolib_waiting": "gauge",
@@ -237,7 +238,7 @@ class Scribe:
         requests = self.engine.submit([prompt], **settings)
         self.rows |= dict.fromkeys(requests, news)
         if self.stopped:
-            self.engine.cancel(*requests)
+            self.stop()
         self._wake.set()
         try:
             yield requests
@@ -372,14 +373,14 @@ class Reply:
                 parser = AnswerParser(self.scribe.engine.tokenizer, self.question.stops)
                 self.choices.append(Choice(request, parser))
             while live := [choice for choice in self.choices if choice.finish is None]:
+                await asyncio.sleep(PAUSE if wrote else 0)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), LOOK)
+                news.clear()
                 yield [(choice, choice.read()) for choice in live]
                 if not wrote and (wrote := any(choice.request.taken for choice in live)):
                     counts["nanolib_first_token_seconds_sum"] += time.monotonic() - begun  # ty: ignore[invalid-assignment]
                     counts["nanolib_first_token_seconds_count"] += 1
-                await asyncio.sleep(PAUSE if wrote else 0)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), 1)
-                news.clear()
 
     async def events(self) -> AsyncGenerator[str]:
         """The stream, as server-sent events."""
