@@ -334,10 +334,9 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             more: dict[str, Any] = {"mix": (x0_BTD, own["x0"][layer])} if "x0" in own else {}
             if layer in self.config.value_layers:
-                table = own[f"value_embeddings_{layer}"]
                 # Outside the compiled block: its gradient would add up by atomics, token by token,
                 # which is slow for frequent tokens and differs from run to run.
-                own_BTE = F.embedding(ids_BT, table).to(x_BTD.dtype)
+                own_BTE = F.embedding(ids_BT, own[f"value_embeddings_{layer}"]).to(x_BTD.dtype)
                 more["lookup"] = own_BTE, own["value_gates"][layer // 2]
             x_BTD = run(block, x_BTD, cos_sin, masks_L[layer], cache, positions_BT, **more)
             middle_BTD = x_BTD if layer == self.config.depth // 2 else middle_BTD
