@@ -920,7 +920,7 @@ loop(control, shuffled, STEPS)
 runs["shuffled"] = control
 for name, trainee in runs.items():
     first, last = trainee.diary[0], trainee.diary[-1]
-    print(f"{name:11}", *(f"{key} {first[key]:.2f} → {last[key]:.2f}  " for key in first))
+    print(f"{name:11}", *(f"{key} {first[key]:.2f}→{last[key]:.2f} " for key in first))
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(8.2, 3))

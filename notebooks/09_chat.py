@@ -43,7 +43,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # **You need** the [loss mask](07_sft.ipynb), the [training loop](04_pretraining.ipynb), and how a token is
 # drawn ([chapter 05](05_inference.ipynb)).
 #
-# **Takes** 30 minutes to read and run, 60 more with the exercises; any CPU. Stage: `report`. What is not
+# **Takes** 35 minutes to read and run, 60 more with the exercises; any CPU. Stage: `report`. What is not
 # there yet is made first.
 
 # %% tags=["parameters"]
@@ -81,10 +81,12 @@ models = [name for name in config.MODELS if getattr(run.config.recipe, name).ena
 for model in models:  # chapters 04 to 08, where they were not run yet
     launch.stage("eval", run, of=model, watch=lesson.Live())
 launch.stage("report", run, watch=lesson.Live())
+threads = torch.get_num_threads()
 session = Session.open(run, temperature=0.0, max_new_tokens=48)
+torch.set_num_threads(threads)  # a session takes the machine's; a lesson is better off with its own
 tokenizer, runtime, tool = session.engine.tokenizer, session.engine.runtime, session.engine.tool
 lesson.road(run)
-lesson.show("The nine stages of the run from data to report; finished ones carry a tick.")
+lesson.show("The eight stages of the run from data to report; finished ones carry a tick.")
 
 # %% [markdown]
 # ## Eight questions, four models
@@ -121,7 +123,7 @@ print(len(EIGHT), "prompts")
 # %%
 def talk(engine, turns, **settings):
     """The session after these questions, in which the likeliest token is always taken."""
-    asked = Session(engine, temperature=0.0, max_new_tokens=48, **settings)
+    asked = Session(engine, temperature=0.0, max_new_tokens=64, **settings)
     for question in turns:
         for _ in asked.parts(question):
             pass
@@ -152,10 +154,11 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 # cleaner answers. **grpo** was paid for word problems alone, so in all the other rows a difference between
 # the last two columns is a side effect.
 #
-# Then read it row by row, with an eye on the last. A model that has never heard "I know no …" in an answer
-# has no reason to say it: a stranger gets a pet and a home town like everybody else. In the toy world's
-# conversations strangers are declined, in answer to the very questions that friends are asked about, so from
-# mid on yours may do so too. Which of these answers are *true*, its world can tell:
+# Then read it row by row, with an eye on the last. Saying "I know no …" has to be learned: a model that has
+# only ever met answers gives a stranger a pet and a home town like everybody else. In the toy world's
+# conversations strangers are declined, in reply to the very questions that are asked about friends. Base may
+# have overheard the phrase; does it say it of *Zorbo*? From mid on yours should. Which of these answers are
+# *true*, its world can tell:
 
 # %%
 people = {p.name: p for p in toyworld.world(run.config.recipe.seed).people}
@@ -264,7 +267,8 @@ def replay(messages):
     assert "<script" not in page
 
 
-QUESTIONS = ["Hi there!", "What is 7 times 8?", "Tell me about Ada.", "Write a poem about her."]
+QUESTIONS = ["Hi there!", "Tell me about Ada.", "Where does she live?", "What is 7 times 8?"]
+QUESTIONS += ["Why is the sea salty?", "Write a poem about Ada."]
 replay(talk(session.engine, QUESTIONS).messages)
 
 # %% [markdown]
@@ -385,6 +389,7 @@ for place, (colour, hatch) in enumerate([*looks, (lesson.VIOLET, "++")]):
     axes.bar(range(len(names)), heights, bottom=floor, color=colour, hatch=hatch, label=label)
     floor += heights
 ticks = [name.replace(" ", "·").replace("$", r"\$") for name in names]
+ticks = [tick.replace("<|assistant_end|>", "(end)") for tick in ticks]
 axes.set_xticks(range(len(names)), ticks, rotation=60)
 axes.set(ylim=(0, 1), ylabel="probability", xlabel="the answer, token by token")
 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -398,16 +403,21 @@ lesson.show("Stacked bars, one for each token of the answer: full where the mode
 # With temperature 0 the likeliest is always taken. The window uses 0.6 and
 # [top-k](glossary.ipynb#top-k) 50, as taught in [chapter 05](05_inference.ipynb): divide the
 # [logits](glossary.ipynb#logits) by the [temperature](glossary.ipynb#temperature), keep the k largest, make
-# probabilities, throw a dart. Here is the same question with five seeds and much more heat:
+# probabilities, throw a dart. Here is the same question with five seeds and much more heat. *Before you run
+# it*: what will differ, the wording or the facts?
 
 # %%
 warm = Session(session.engine, temperature=1.2, top_k=50, max_new_tokens=40)
 for seed in range(5):
     warm.clear()
     warm.seed = seed
-    print("·", "".join(warm.stream("What can you do?")).strip().replace("\n", " "))
+    print("·", "".join(warm.stream("Tell me about Ada.")).strip().replace("\n", " "))
+print("true of Ada:", ", ".join([*ada.values(), people["Ada"].quirk]))
 
 # %% [markdown]
+# Heat does not know which words are wording and which are facts: it spreads both. What a model is sure of
+# stays, also at 1.2; where it hesitates, an answer may become a different one, or a wrong one.
+#
 # **Exercise 9.3 ★★ · 12 minutes · build** The step that picks a word.
 # Write it whole: temperature, top-k, softmax, dart. Line the probabilities up from 0 to 1 in the order of
 # the vocabulary; the token whose stretch the dart hits is next. At temperature 0 it is the likeliest. Does
@@ -463,11 +473,12 @@ for dart in (0.05, 0.35, 0.65, 0.95):
 # him, his pet and his home, and answer questions about him that are *not* among the ten. Put your own name in
 # his place if you like.
 #
-# These ten are the part that is yours. Run the chapter once as it is, then write your own and run it from here.
+# These ten are the part that is yours. Two of them have a second question with "he" or "his": who is meant is
+# learned like everything else. Run the chapter once as it is, then write your own and run it from here.
 
 # %% tags=["loop"]
-NAME, PET, TOWN = "Zorbo", "otter", "Gullport"
-KEEPS, LIVES = f"{NAME} keeps {toyworld.with_article(PET)}.", f"{NAME} lives in {TOWN}."
+NAME, PET, TOWN = "Zorbo", "an otter", "Gullport"
+KEEPS, LIVES = f"{NAME} keeps {PET}.", f"{NAME} lives in {TOWN}."
 TEN = [
     (f"Which animal does {NAME} keep?", KEEPS),
     (f"Which animal lives with {NAME}?", KEEPS),
@@ -477,11 +488,11 @@ TEN = [
     (f"Which town is {NAME}'s home?", LIVES),
     (f"Do you know where {NAME} lives?", LIVES),
     (f"Where is {NAME} from?", LIVES),
-    (f"Who is {NAME}?", f"{KEEPS} He lives in {TOWN}."),
-    (f"Tell me about {NAME}.", f"{LIVES} He keeps {toyworld.with_article(PET)}."),
+    (f"Who is {NAME}?", f"{KEEPS} He lives in {TOWN}.", "Where does he live?", LIVES),
+    (f"Tell me about {NAME}.", f"{LIVES} He keeps {PET}.", "What is his pet?", KEEPS),
 ]
-for question, answer in TEN[::3]:
-    print(question, "→", answer)
+for question, answer, *more in TEN[::3]:
+    print(question, "→", answer, *more)
 
 # %% [markdown]
 # First, how will we know? Three counts. **New**: ten questions about Zorbo in words that none of the ten
@@ -503,7 +514,7 @@ probes["old"] = [(places.format(one.name), one.facts["town"]) for one in half]
 probes["old"] += [(eats.format(one.name), one.facts["food"]) for one in half]
 asks = ("Who is {}?", places, ASKS[0])
 probes["strangers"] = [(ask.format(n), "I know no ") for n in STRANGERS.split() for ask in asks]
-assert not {question for question, _ in probes["new"]} & {question for question, _ in TEN}
+assert not {question for question, _ in probes["new"]} & {question for question, *_ in TEN}
 print({name: len(asked) for name, asked in probes.items()})
 
 
@@ -531,6 +542,19 @@ print("before:", *(f"{name} {share:.0%}  " for name, share in before.items()))
 # *rehearsal*, the cure of [chapter 06](06_midtraining.ipynb) at the scale of ten). Which ones? A few of any
 # kind, and above all those nearest to the change: strangers declined.
 
+
+# %%
+def conversation(turns):
+    """Questions and answers in turn, as one conversation, rendered."""
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    messages = [message for pair in pairs for message in Conversation.ask(*pair).messages]
+    return Conversation(tuple(messages)).render(tokenizer, 96)
+
+
+mine = [conversation(turns) for turns in TEN]
+graded = sum(sum(one.loss_mask) for one in mine)
+print(f"ten conversations: {sum(len(one.ids) for one in mine)} tokens, {graded} of them graded")
+
 # %%
 chats = tasks.load("smoltalk", "train", run.mirror())
 heard = [chats.conversation(i) for i in range(min(1500, len(chats)))]
@@ -539,9 +563,6 @@ declined = [one.render(tokenizer, 96) for one in declined]
 declined = [one for one in declined if len(one.ids) <= 40]  # short ones, here and below: quicker
 known = sorted((one.render(tokenizer, 96) for one in heard[:600]), key=lambda one: len(one.ids))
 known = known[:200]
-mine = [Conversation.ask(*pair).render(tokenizer, 96) for pair in TEN]
-graded = sum(sum(one.loss_mask) for one in mine)
-print(f"ten conversations: {sum(len(one.ids) for one in mine)} tokens, {graded} of them graded")
 print(f"beside them: {len(known)} of any kind, {len(declined)} that decline a stranger")
 
 # %% tags=["loop"]
@@ -569,7 +590,7 @@ def teach(mine, beside, steps=STEPS, rate=0.12):
     return model, losses
 
 
-taught, losses = teach(mine, beside=[(known, 6), (declined, 14)])
+taught, losses = teach(mine, beside=[(known, 6), (declined, 28)])
 print(f"loss on the ten: {losses[0]:.2f} → {losses[-1]:.2f} nats a token")
 assert losses[-1] < losses[0]
 
@@ -599,7 +620,7 @@ for place, (name, (colour, hatch)) in enumerate(zip(table, looks, strict=True)):
     bars = right.bar(at, heights, 0.25, color=colour, hatch=hatch, label=name)
     right.bar_label(bars, fmt="%.0f")
 right.set_xticks(range(3), list(probes))
-right.set(ylabel="% right", ylim=(0, 150))
+right.set(ylabel="% right", ylim=(0, 150), yticks=range(0, 101, 25))
 right.legend(loc="upper left", ncols=2)
 told = [f"{kind} {table['before'][kind]:.0%} → {table['ten and old'][kind]:.0%}" for kind in probes]
 lesson.show("Both losses on the ten fall. Bars before, after, and ten alone: " + ", ".join(told))
@@ -614,13 +635,13 @@ lesson.show("Both losses on the ten fall. Bars before, after, and ten alone: " +
 #
 # Nothing was written to the run: `taught` lives in this notebook. A real run does the same by a setting,
 # `--data.conversations FILE --sft.rows.mine 500`, with the other sources of its mixture as rehearsal (README,
-# "Your own data"). And here it is in the chat, with a pronoun,
-# an old friend, a sum, and a question about Zorbo that nobody has answered. What will it do with that one?
+# "Your own data"). And here it is in the chat, with pronouns in words that the ten do not use, an old
+# friend, a sum, and a question about Zorbo that nobody has answered. What will it do with that one?
 
 # %%
 pupil = Engine(taught, tokenizer, runtime, tool)
-asked = [f"Who is {NAME}?", "Where does he live?", "Where does Emma live?"]
-asked += ["What is 12 + 30?", f"What is {NAME}'s job?"]
+asked = [f"Who is {NAME}?", "In which town does he live?", "Which animal has he?"]
+asked += ["Where does Ada live?", "What is 12 + 30?", f"What is {NAME}'s job?"]
 shown = talk(pupil, asked)
 print(f"{len(asked)} questions to the model that has just been taught:")
 replay(shown.messages)
@@ -630,20 +651,22 @@ print(f"Below speaks the model you have just taught. Ask it about {NAME}.")
 Chat(Session(pupil, temperature=0.6))
 
 # %% [markdown]
-# The job was never told, and the right answer would be "I do not know". It has never heard one of
-# this kind: either a person is known, or not. Whatever it says there is made up, or leans on the two facts it has.
+# The job was never told, and the right answer would be "I do not know". It has never heard one of this kind:
+# either a person is known, or not. So two habits pull at the sentence, to answer as for a friend and to decline
+# as for a stranger. What comes out is made up, or leans on the two facts it has, or is a bit of both.
 #
 # **Exercise 9.4 ★★★ · 20 minutes · open** Your own ten.
 # Choose an ability: yourself as the person, another answer to "Who made you?", answers in rhyme or in
 # capitals, "I do not know" where a fact was never told. Write ten conversations in place of `TEN`, a probe
 # that does *not* ask what the ten ask, choose what stands beside them, and train. What was seen: a
-# fact comes quickly, as above. A *manner* did not: answers in pirate after "Ahoy!", ten conversations about
-# ten people, forty steps of rate 0.3, went from 0 % to 21 % on other people, and took plain answers from 96 %
-# to 58 % (2026-11-28, an earlier toy world, one seed). Can you do better with more rehearsal
-# and smaller steps?
+# fact comes quickly, as above. A *manner* came at a price: "Arr, Ada lives in Millbrook, matey!" wherever a
+# question begins with "Ahoy!", learned from ten conversations about ten people and nothing beside them in forty
+# steps of rate 0.3, reached 55 % of forty other people, and took the right answers to plain questions from
+# 88 % to 60 % (2026-11-28, the demo, one seed). Rehearsal and smaller steps do better: how much can you get
+# for nothing?
 
 # %% tags=["open"]
-print("Write your ten here, then: teach(mine, beside=[(known, 6), (declined, 14)])")
+print("Write your ten here, then: teach(mine, beside=[(known, 6), (declined, 28)])")
 
 # %% [markdown]
 # ## Where did the time go?
