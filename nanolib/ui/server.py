@@ -375,7 +375,8 @@ class Reply:
             while live := [choice for choice in self.choices if choice.finish is None]:
                 await asyncio.sleep(PAUSE if wrote else 0)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), LOOK)
+                    async with asyncio.timeout(LOOK):  # wait_for would make a task each time
+                        await news.wait()
                 news.clear()
                 yield [(choice, choice.read()) for choice in live]
                 if not wrote and (wrote := any(choice.request.taken for choice in live)):
