@@ -41,9 +41,9 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # heart of it yourself.
 #
 # **You will learn**
-# what stages a chat model goes through, and what each one leaves behind;
-# how one token travels through the machine, from letters to the next letter;
-# what a gradient says, in one line that the whole course comes back to.
+# - what stages a chat model goes through, and what each one leaves behind;
+# - how one token travels through the machine, from letters to the next letter;
+# - what a gradient says, in one line that the whole course comes back to.
 #
 # **You need** Python, and the idea of a slope. New words link to the [glossary](glossary.ipynb).
 #

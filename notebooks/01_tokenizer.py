@@ -36,9 +36,9 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # of it as one long row of numbers.
 #
 # **You will learn**
-# how text is bytes, and how byte-pair encoding finds its tokens among them;
-# why text is cut into words first, and what happens if it is not;
-# what a vocabulary costs, which texts it serves, and why part of it may lie idle.
+# - how text is bytes, and how byte-pair encoding finds its tokens among them;
+# - why text is cut into words first, and what happens if it is not;
+# - what a vocabulary costs, which texts it serves, and why part of it may lie idle.
 #
 # **You need** Python, and [chapter 00](00_tour.ipynb) for the road ahead.
 #

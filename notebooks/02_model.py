@@ -34,9 +34,10 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # A language model is a function. It takes the tokens so far and gives a score to every token that
 # might come next. What is inside that function, and why that and not something simpler?
 #
-# **You will learn** how five words look at each other, in numbers small enough to print;
-# what each part of a Transformer is for, by writing three of them and breaking the rest;
-# why one number, the depth, decides the size of all of it.
+# **You will learn**
+# - how five words look at each other, in numbers small enough to print;
+# - what each part of a Transformer is for, by writing three of them and breaking the rest;
+# - why one number, the depth, decides the size of all of it.
 #
 # **You need** [chapter 01](01_tokenizer.ipynb), which turns text into numbers;
 # products of matrices, and what sine and cosine do;

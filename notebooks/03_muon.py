@@ -34,9 +34,10 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # A gradient says for every weight which way is uphill. It does not say how far to go the other way. How
 # far, then, and is "weight by weight" even the right way to look at a matrix?
 #
-# **You will learn** why momentum helps, and what AdamW does in ten lines;
-# what is lopsided about the gradient of a matrix, and how Muon evens it out with products alone;
-# who gets which rule, why rates depend on the width, and what clipping is for.
+# **You will learn**
+# - why momentum helps, and what AdamW does in ten lines;
+# - what is lopsided about the gradient of a matrix, and how Muon evens it out with products alone;
+# - who gets which rule, why rates depend on the width, and what clipping is for.
 #
 # **You need** [chapter 02](02_model.ipynb), whose model is trained here in small;
 # products of matrices; the singular value decomposition is explained where it is needed;

@@ -35,9 +35,10 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # position it says what may come next, the text shows what did, and the weights move a little. What does
 # it pick up that way, in which order, and what can it not learn at all?
 #
-# **You will learn** how to write a training loop and what its loss divides by;
-# what is learned first, what only later, and which heads do the later part;
-# what a base model is good at, where it fails, and how size pays.
+# **You will learn**
+# - how to write a training loop and what its loss divides by;
+# - what is learned first, what only later, and which heads do the later part;
+# - what a base model is good at, where it fails, and how size pays.
 #
 # **You need** [chapter 02](02_model.ipynb), the model, and [chapter 03](03_muon.ipynb), the optimizer;
 # what a logarithm and a gradient are.

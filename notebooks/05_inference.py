@@ -35,9 +35,10 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # it, ask again. That is four lines. They are slow, write one text at a time, and cannot calculate. What
 # does it take to mend all three?
 #
-# **You will learn** what a KV cache keeps, by writing it, and what limits the speed then;
-# how a token is drawn, and how a seed gives the same text whatever is written beside it;
-# how a tool's result gets into an answer, and what becomes of it if the tool lies.
+# **You will learn**
+# - what a KV cache keeps, by writing it, and what limits the speed then;
+# - how a token is drawn, and how a seed gives the same text whatever is written beside it;
+# - how a tool's result gets into an answer, and what becomes of it if the tool lies.
 #
 # **You need** [attention](02_model.ipynb) and its causal mask;
 # [chapter 04](04_pretraining.ipynb), whose model is used here, and made first if it is not there.

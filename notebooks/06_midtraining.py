@@ -37,9 +37,10 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # that it may ask a calculator? And what does it lose while it learns? **Midtraining** is the same training
 # as before, on other text.
 #
-# **You will learn** how chats, quizzes and word problems become one grammar, and text becomes a tool call;
-# what a mixture really weighs, what the model gains from it, what it forgets, and what helps;
-# how to find out whether a model believes its tool, by lying to it.
+# **You will learn**
+# - how chats, quizzes and word problems become one grammar, and text becomes a tool call;
+# - what a mixture really weighs, what the model gains from it, what it forgets, and what helps;
+# - how to find out whether a model believes its tool, by lying to it.
 #
 # **You need** special tokens ([chapter 01](01_tokenizer.ipynb)) and the training loop
 # ([chapter 04](04_pretraining.ipynb));

@@ -36,9 +36,10 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # and better conversations and smaller steps. Which tokens does it learn from, exactly? How do conversations
 # of all lengths fit into rows? And what does it buy: which answers does it mend, and which does it spoil?
 #
-# **You will learn** who is graded in a conversation, and how one wrong shift or one wrong division spoils it;
-# how to compare two models question by question, and tell a gain from noise;
-# why a model may know an answer and still fail a multiple-choice test.
+# **You will learn**
+# - who is graded in a conversation, and how one wrong shift or one wrong division spoils it;
+# - how to compare two models question by question, and tell a gain from noise;
+# - why a model may know an answer and still fail a multiple-choice test.
 #
 # **You need** the chat template and the tool ([chapter 06](06_midtraining.ipynb));
 # the loss and the training loop ([chapter 04](04_pretraining.ipynb)).

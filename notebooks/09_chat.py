@@ -36,9 +36,10 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # yours: how do you teach it something that nobody has taught it?
 #
 # **You will learn**
-# what base, mid, SFT and GRPO really say to the same eight questions, jokes and failures included;
-# how a chat keeps its memory, its tool and its special tokens in order;
-# to add an ability with ten conversations of your own, to see what it costs, and to price what comes next.
+# - what base, mid, SFT and GRPO really say to the same eight questions, jokes and failures included;
+# - how a chat keeps its memory, its tool and its special tokens in order;
+# - to add an ability with ten conversations of your own, to see what it costs, and to price what comes
+#   next.
 #
 # **You need** the [loss mask](07_sft.ipynb), the [training loop](04_pretraining.ipynb), and how a token is
 # drawn ([chapter 05](05_inference.ipynb)).
@@ -138,12 +139,13 @@ for name in models:
 print({name: len(found) for name, found in answers.items()})
 
 # %%
+LEFT = 'style="text-align:left;vertical-align:top"'
 cells = [[turns[-1], *row] for turns, *row in zip(EIGHT, *answers.values(), strict=True)]
 head, body = ["asked", *models], ""
 for row in cells:
-    columns = "".join(f"<td>{html.escape(cell) or '(nothing)'}</td>" for cell in row)
-    body += f'<tr style="vertical-align:top;text-align:left">{columns}</tr>'
-titles = "".join(f"<th>{name}</th>" for name in head)
+    columns = "".join(f"<td {LEFT}>{html.escape(cell) or '(nothing)'}</td>" for cell in row)
+    body += f"<tr>{columns}</tr>"
+titles = "".join(f"<th {LEFT}>{name}</th>" for name in head)
 plain = [" ┃ ".join(row).replace("\n", " ") for row in [head, *cells]]
 lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 
