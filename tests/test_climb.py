@@ -31,14 +31,14 @@ def test_every_trial_that_was_started_is_a_row(bench):
     )  # fmt: skip
     lines = climb.table(bench).splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
-    assert [row[:4] for row in cells] == [
+    assert [[*row[:3], row[4]] for row in cells] == [
         ["grpo", "1", "4", "0.500 → 0.750"],
         ["grpo", "2", "4", "not finished"],
         ["shuffled", "1", "4", "not finished"],
     ]
     # Gains of 0.25, 0.25, 0 and 0.5: their deviation of 0.177 divided by √4.
-    assert cells[0][4] == "+25.0 ± 8.8"
-    assert cells[0][12] == "0.125" and cells[0][-1] == "3.0 min"
+    assert cells[0][5] == "+25.0 ± 8.8"
+    assert cells[0][13] == "0.125" and cells[0][-1] == "3.0 min"
 
 
 def test_the_pilot_tries_every_sft_and_training_every_arm_and_seed(bench):

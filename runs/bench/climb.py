@@ -300,13 +300,27 @@ def table(bench: Bench) -> str:
         about = {key: started[key] for key in ABOUT}
         found = [row for row in scored if same(row, about)] or [None]
         rows += [_line(about, row) for row in found]
-    head = ["arm", "seed", "terms", "sampled", "gain ± se", "greedy", "of well-formatted"]
+    head = [
+        "arm",
+        "seed",
+        "terms",
+        "settings",
+        "sampled",
+        "gain ± se",
+        "greedy",
+        "of well-formatted",
+    ]
     head += ["format", "pass@4", "pass@16", "tokens", "entropy", "KL", "no signal", "SFT + GRPO"]
     return report.table(head, rows)
 
 
+def shared(about: Settings) -> Settings:
+    """What trials of several seeds and arms have in common."""
+    return about["sft"] | about["given"]
+
+
 def _line(about: Settings, row: Settings | None) -> list[str]:
-    first = [about["arm"], str(about["seed"]), str(about["terms"])]
+    first = [about["arm"], str(about["seed"]), str(about["terms"]), digest(shared(about))]
     if row is None:
         return [*first, "not finished", *[""] * 11]
     before, after = row["before"], row["after"]
@@ -341,14 +355,17 @@ def write_table(bench: Bench, target: Path) -> None:
     seeds = sorted({row["final_seed"] for row in scored})
     devices = sorted({row["device"] for row in scored})
     said = f"Final problems of seed {seeds}, {sorted({row['problems'] for row in scored})} each"
-    settings = sorted({json.dumps(row["sft"] | row["given"]) for row in scored})
+    known = {digest(shared(row)): shared(row) for row in bench.results("started")}
+    settings = "\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in known.items())
     text = f"""# GRPO on sums, and its control
 
 Written by `runs/bench/climb.py` on {rundir.now()[:10]}; profile {bench.profile}, {", ".join(devices)}.
 {said}, answers sampled at temperature 1. Before → after; gains in points with the standard error
-over questions; KL (to SFT's model) and entropy in nats a token. Settings: {"; ".join(settings)}.
+over questions; KL (to SFT's model) and entropy in nats a token.
 
 {table(bench)}
+
+{settings}
 """
     target.write_text(text, encoding="utf-8")
     print(text)
