@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def build(run: Run) -> str:
         stages=stages,
         summary=_summary(measures, [stage.of for stage in stages if stage.of], toy),
         originals=_originals() if toy else "",
+        paired=_paired(stages, toy),
         levels=_levels(measures, toy),
         commands=rundir.spent(run.path),
         environment=_environment(stages),
@@ -114,6 +115,8 @@ class Stage:
         self.held_out = _grid([scored[step] for step in steps])
 
         tasks = {task: it for task, it in self.result.items() if isinstance(it, dict)}
+        kept = ((task, it.get("right", {})) for task, it in tasks.items())  # not by older versions
+        self.right = {(task, how): bits for task, its in kept for how, bits in its.items()}
         self.scores = {task: plain for task, it in tasks.items() if (plain := _plain(it))}
         shown = {task: it for task, it in self.scores.items() if not task.startswith("core/")}
         self.task_table = _grid(
@@ -192,6 +195,27 @@ def _widest(scores: Iterable[float], questions: int | None) -> float | None:
     return z * math.sqrt(spread) / (1 + z**2 / questions)
 
 
+def _paired(stages: Iterable[Stage], toy: bool) -> str:
+    """Of each score the problems that a model gains and loses over the model before it."""
+    rows: dict[str, dict[str, str]] = {}
+    for before, after in pairwise(stage for stage in stages if stage.right):
+        for key, now in after.right.items():
+            if len(was := before.right.get(key, "")) == len(now):
+                gained = sum(a < b for a, b in zip(was, now, strict=True))
+                lost = sum(a > b for a, b in zip(was, now, strict=True))
+                p = f"{value:.3f}" if (value := sign_test(gained, lost)) >= 0.001 else "< 0.001"
+                row = rows.setdefault(label := _measure_label(*key, toy), {"": label})
+                row[f"{COLUMNS[before.of]} → {COLUMNS[after.of]}"] = f"+{gained} −{lost} (p {p})"
+    return _grid(list(rows.values()))
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """How likely a fair coin splits so unevenly or worse, on either side (McNemar, 1947; exact)."""
+    n, fewer = gained + lost, min(gained, lost)
+    ways = accumulate(range(fewer), lambda ways, k: ways * (n - k) // (k + 1), initial=1)
+    return min(1.0, 2 * sum(ways) / 2**n)
+
+
 def _originals() -> str:
     scores = [KNOWN["original"][of] for of in COLUMNS]
     rows = [[_label(t), *(its.get(t) for its in scores)] for t in dict.fromkeys(chain(*scores))]
@@ -248,8 +272,9 @@ def _environment(stages: Sequence[Stage]) -> list[list[str]]:
 def _core(measures: Measures) -> str:
     rows = []
     for (task, how), scores in measures.items():
-        if how == "accuracy" and (task == "core" or task.startswith("core/")):
-            row = {"task": task.removeprefix("core/") if task != "core" else CORE_MEAN}
+        if how.startswith("accuracy") and (task == "core" or task.startswith("core/")):
+            name = task.removeprefix("core/") if task != "core" else CORE_MEAN
+            row = {"task": name + how.removeprefix("accuracy")}
             row |= {key: _any(measures, task, key) for key in ("shots", "questions", "chance")}
             rows.append(row | {COLUMNS[of]: score for of, score in scores.items()})
     return _grid(rows)

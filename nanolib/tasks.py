@@ -1,5 +1,8 @@
 """Tasks: data sets of the hub as conversations, and how to grade answers to them."""
 
+from __future__ import annotations
+
+import copy
 import random
 import re
 import textwrap
@@ -74,6 +77,12 @@ class ChoiceTask(Task):
 
     def question(self, i: int) -> str:
         return self.row(i)["question"]
+
+    def without_questions(self) -> ChoiceTask:
+        """The same problems with only the choices left."""
+        blind = copy.copy(self)
+        blind.question = lambda i: ""
+        return blind
 
     def choices(self, i: int) -> list[str]:
         return self.row(i)["choices"]

@@ -56,6 +56,7 @@ def test_answers_are_graded_as_the_engine_gives_them(ask, monkeypatch):
     assert asked == [Conversation.ask(task.row(i)["question"]).prompt(TOKENIZER) for i in range(9)]
     assert (scores["accuracy"], scores["questions"]) == (6 / 9, 9)
     assert scores["samples"][1] == [task.row(1)["question"], texts[1], True]
+    assert scores["right"] == {"accuracy": "011011011"}
     assert len(scores["samples"]) == answers.SHOWN == 8
 
 

@@ -68,6 +68,35 @@ def test_by_letter_compares_the_letters_after_the_prompt(engine, mirror):
     assert 0 < sum(expected) < 24
 
 
+def test_without_the_question_only_the_choices_are_seen(engine, mirror):
+    task = tasks.load("arc_easy", "test", mirror)
+    end, letters = TOKENIZER.special("<|assistant_end|>"), [TOKENIZER.encode(c)[0] for c in "ABCD"]
+    by_text, by_letter = [], []
+    for i in range(24):
+        alone = Conversation.ask("").prompt(TOKENIZER)
+        answers = [[*TOKENIZER.encode(choice), end] for choice in task.choices(i)]
+        scores = [log_probability(engine, alone, answer) for answer in answers]
+        by_text.append(scores.index(max(scores)) == task.answer(i))
+        prompt = Conversation.ask(choice_question("", task.choices(i))).prompt(TOKENIZER)
+        logits = engine.model(torch.tensor([prompt]))[0, -1, letters]
+        by_letter.append(int(logits.argmax()) == task.answer(i))
+    scores = choices.evaluate(engine, task, range(24))
+    assert scores["text without the question"] == sum(by_text) / 24
+    assert scores["letters without the question"] == sum(by_letter) / 24
+    assert choices.by_text(engine, task.without_questions(), range(24)) != choices.by_text(
+        engine, task, range(24)
+    )
+    assert task.question(0), "the task itself keeps its questions"
+
+
+def test_each_problem_is_kept_as_right_or_wrong(engine, mirror):
+    task = tasks.load("mmlu", "test", mirror)
+    right = choices.evaluate(engine, task, range(20))["right"]
+    for name, way in (("text", choices.by_text), ("letters", choices.by_letter)):
+        assert right[name] == "".join(str(int(one)) for one, _ in way(engine, task, range(20)))
+        assert set(right[name]) == {"0", "1"}
+
+
 @pytest.fixture
 def arc(tmp_path):
     """Makes ARC-Easy of (question, choices); the first choice is right."""
@@ -151,7 +180,7 @@ def test_ranks_share_the_questions_and_agree(engine, mirror):
 
     results, parts = as_ranks(engine.runtime, 2, evaluate)
     assert results == [whole, whole] and whole["questions"] == 30 and whole["chance"] == 0.25
-    assert all(sum(right for (right, _), _ in part) > 0 for part in parts)
+    assert all(sum(right for (right, _), *_ in part) > 0 for part in parts)
 
 
 def test_rounds_change_nothing_and_can_be_stopped_between(engine, mirror, monkeypatch):

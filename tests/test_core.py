@@ -137,8 +137,24 @@ def test_scores_like_one_text_at_a_time(task, model, cpu):
     assert 0 < sum(right) < len(right)
     scores = core.evaluate(Engine(model, TOKENIZER, cpu), task)
     assert scores["accuracy"] == sum(right) / len(right)
+    assert scores["right"] == {"accuracy": "".join("01"[one] for one in right)}
     assert scores["questions"] == len(right)
     assert scores["cut"] == 0
+
+
+def test_without_the_question_its_examples_and_choices_are_left(model, cpu):
+    """Only multiple choice has something left to choose by."""
+    task = MADE[0]
+    right = []
+    for i, (options, gold) in enumerate(task.questions):
+        questions = list(task.questions)
+        questions[i] = core.Question([("", end) for _, end in options], gold)
+        right.append(plain_is_right(model, dataclasses.replace(task, questions=questions), i))
+    scores = [core.evaluate(Engine(model, TOKENIZER, cpu), made) for made in MADE]
+    assert scores[0]["accuracy without the question"] == sum(right) / len(right)
+    assert 0 < sum(right) < len(right)
+    assert scores[0]["accuracy"] != scores[0]["accuracy without the question"]
+    assert not any("without" in name for other in scores[1:] for name in other)
 
 
 def test_the_toy_bundle_like_one_text_at_a_time(toy_tasks, model, cpu):
@@ -392,7 +408,7 @@ def test_ranks_share_the_questions(model, cpu):
             cpu, 3, lambda part, task=task: core.evaluate(Engine(model, TOKENIZER, part), task)
         )
         assert results == [whole] * 3
-        right = [sum(right for right, _ in part) for part in parts]
+        right = [sum(right for (right, _), *_ in part) for part in parts]
         assert 0 < max(right) < sum(right) == round(len(task.questions) * whole["accuracy"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
@@ -116,6 +117,42 @@ def test_the_interval_is_wilsons_of_the_score_nearest_a_half():
     finish(real, "eval", {"gsm8k": {"accuracy": 1.0, "questions": 100}}, of="grpo")
     row = cells(section(report.build(real), "Summary"), "GSM8K")
     assert row[2:5] == ["0.8000", "1.0000", f"{(0.86663 - 0.71117) / 2:.4f}"]
+
+
+def test_two_models_are_compared_problem_by_problem(run):
+    """A p of 2 · (1 + 9) / 2^9 for one problem lost and eight gained."""
+    assert "From model to model" not in report.build(run)  # an older version kept no problems
+    mid = {"text": 0.5, "right": {"text": "0" * 8 + "1" * 8, "letters": "01"}}
+    sft = {"text": 0.9375, "right": {"text": "1" * 15 + "0", "letters": "011"}}
+    finish(run, "eval", {"mmlu": mid, "gsm8k": {"accuracy": 0.41}}, of="mid")
+    finish(run, "eval", {"mmlu": sft, "core/arc_easy": {"right": {"accuracy": "11"}}}, of="sft")
+    finish(run, "eval", {"mmlu": sft, "core/arc_easy": {"right": {"accuracy": "11"}}}, of="grpo")
+    table = section(report.build(run), "From model to model")
+    assert cells(table, "") == ["MID → SFT", "SFT → RL"]
+    assert cells(table, "toy-MMLU, text") == ["+8 −1 (p 0.039)", "+0 −0 (p 1.000)"]
+    assert cells(table, "toy-MMLU, letters") == ["—", "+0 −0 (p 1.000)"], "other problems"
+    assert cells(table, "core/arc easy") == ["—", "+0 −0 (p 1.000)"]
+
+
+def test_the_sign_test_counts_the_splits_of_a_fair_coin():
+    for gained, lost in itertools.product(range(6), range(6)):
+        n, fewer = gained + lost, min(gained, lost)
+        splits = [sum(throws) for throws in itertools.product((0, 1), repeat=n)]
+        uneven = sum(min(heads, n - heads) <= fewer for heads in splits)
+        assert report.sign_test(gained, lost) == uneven / 2**n
+    assert report.sign_test(7_000, 6_000) < 1e-15 < report.sign_test(6_500, 6_400) < 1
+
+
+def test_the_score_without_the_question_is_beside_the_one_with_it(run):
+    assert "without the question" not in report.build(run)  # an older version did not ask
+    blind = "text without the question"
+    mmlu = {"text": 0.9, blind: 0.275, "letters": 0.25, "chance": 0.25, "questions": 240}
+    toy = {"accuracy": 0.625, "accuracy without the question": 0.3, "centred": 0.5, "chance": 0.25}
+    finish(run, "eval", {"mmlu": mmlu, "core/toy_choices": toy}, of="grpo")
+    text = report.build(run)
+    assert cells(section(text, "Summary"), f"toy-MMLU, {blind}")[-3:] == ["0.2750", "0.0562", "0.2500"]  # fmt: skip
+    assert "*Without the question*" in section(text, "Summary")
+    assert cells(section(text, "CORE"), "toy_choices without the question")[-1] == "0.3000"
 
 
 def test_summary_of_real_tasks_has_the_originals_beside():

@@ -40,5 +40,10 @@ def accuracy(grades: Sequence[Grade]) -> float:
     return sum(right for right, _ in grades) / len(grades)
 
 
+def rights(grades: Sequence[Grade]) -> str:
+    """A character a question, 1 where it is right: what two models are compared by."""
+    return "".join("01"[right] for right, _ in grades)
+
+
 def notes(grades: Sequence[Grade]) -> dict[str, int]:
     return Counter(note for _, note in grades if note)

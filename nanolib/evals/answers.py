@@ -6,7 +6,7 @@ from typing import Any
 
 from nanolib.conversation import Message, answer_parts
 from nanolib.engine import Answer, Engine
-from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, score_all
+from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, rights, score_all
 from nanolib.runtime import seed_of
 from nanolib.tasks import GradedTask
 
@@ -72,7 +72,7 @@ def evaluate(
         for i, (text, (right, _)) in zip(indices[:SHOWN], found, strict=False)
     ]
     scores = {"accuracy": accuracy(grades), "questions": len(indices), "samples": shown}
-    return scores | notes(grades)
+    return scores | notes(grades) | {"right": {"accuracy": rights(grades)}}
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

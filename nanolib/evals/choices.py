@@ -11,25 +11,29 @@ import numpy as np
 
 from nanolib.conversation import LETTERS, Conversation
 from nanolib.engine import Engine
-from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, score_all
-from nanolib.evals.core import Prompt, Score, centred, grades, highest
+from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, rights, score_all
+from nanolib.evals.core import BLIND, Prompt, Score, centred, grades, highest
 from nanolib.tasks import ChoiceTask
 
 
 def evaluate(
     engine: Engine, task: ChoiceTask, questions: Sequence[int], progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Accuracy by text and by letter, and how many questions were cut or too long, in each way."""
+    """Accuracy by text and by letter, each also without the question; what was cut or too long."""
+    blind = task.without_questions()
 
-    def grade(some: Sequence[int]) -> list[tuple[Grade, Grade]]:
-        both = by_text(engine, task, some), by_letter(engine, task, some)
-        return list(zip(*both, strict=True))
+    def grade(some: Sequence[int]) -> list[tuple[Grade, ...]]:
+        ways = ((way, of) for way in (by_text, by_letter) for of in (task, blind))
+        return list(zip(*(way(engine, of, some) for way, of in ways), strict=True))
 
-    pairs = score_all(grade, questions, QUESTIONS_AT_ONCE, engine.runtime, progress)
-    text, letters = zip(*pairs, strict=True)
-    chance = float(np.mean([1 / len(task.choices(i)) for i in questions]))
-    scores = {"text": accuracy(text), "letters": accuracy(letters), "chance": chance}
-    return scores | {"questions": len(questions)} | notes(text + letters)
+    graded = score_all(grade, questions, QUESTIONS_AT_ONCE, engine.runtime, progress)
+    names = ("text", f"text{BLIND}", "letters", f"letters{BLIND}")
+    ways = dict(zip(names, zip(*graded, strict=True), strict=True))
+    text, letters = ways["text"], ways["letters"]
+    scores: dict[str, Any] = {name: accuracy(grades) for name, grades in ways.items()}
+    scores["chance"] = float(np.mean([1 / len(task.choices(i)) for i in questions]))
+    scores |= {"questions": len(questions)} | notes(text + letters)
+    return scores | {"right": {"text": rights(text), "letters": rights(letters)}}
 
 
 def by_letter(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:

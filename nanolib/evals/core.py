@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ import yaml
 
 from nanolib.data.packing import groups, padded
 from nanolib.engine import Engine
-from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, score_all
+from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, rights, score_all
 from nanolib.model import GPT, KVCache
 from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ DELIMITER = " "  # between context and continuation where core.yaml names none
 SHUFFLE_SEED = 1337  # of a task's questions, as in nanochat
 EXAMPLES_SEED = 1234  # plus a question's index after shuffling: of the examples before it
 TOKENS_AT_ONCE = 16_384
+BLIND = " without the question"  # after a score's name: with the choices alone
 # What reading a bundle may raise: damage, or something malformed.
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, LookupError, TypeError, ValueError)
 
@@ -144,14 +146,15 @@ def examples(task: CoreTask, index: int) -> list[int]:
     return random.Random(EXAMPLES_SEED + index).sample(others, min(task.shots, len(others)))
 
 
-def prompts(task: CoreTask, index: int, tokenizer: Tokenizer) -> list[Prompt]:
+def prompts(task: CoreTask, index: int, tokenizer: Tokenizer, blind: bool = False) -> list[Prompt]:
     """What to score for a question: one context with all choices, or one context per option.
 
+    blind: with the question's own context left out; the solved examples keep theirs.
     Continuations are found by comparing ids, as in the reference: a token may straddle both.
     """
     solved = [task.questions[i] for i in examples(task, index)]
     before = "".join(f"{task.delimiter.join(one.options[one.gold])}\n\n" for one in solved)
-    options = task.questions[index].options
+    options = [("" if blind else context, end) for context, end in task.questions[index].options]
     texts = [before + task.delimiter.join(option) for option in options]
     if task.kind == "language_modeling":
         texts.append((before + options[0][0] + task.delimiter).strip())
@@ -240,11 +243,18 @@ def score(
 
 
 def evaluate(engine: Engine, task: CoreTask, progress: Progress | None = None) -> dict[str, Any]:
-    """Accuracy, also centred, on all questions of a task, and how many were cut or too long."""
+    """Accuracy, also centred, on all questions of a task, and how many were cut or too long.
 
-    def grade(some: Sequence[int]) -> list[Grade]:
-        asked = ((prompts(task, i, engine.tokenizer), task.questions[i].gold) for i in some)
-        return grades(engine, asked, right)
+    Of multiple choice also the accuracy without the question.
+    """
+    ways = (False, True) if task.kind == "multiple_choice" else (False,)
+
+    def grade(some: Sequence[int]) -> list[tuple[Grade, ...]]:
+        def asked(blind: bool) -> list[tuple[list[Prompt], int]]:
+            read = partial(prompts, task, tokenizer=engine.tokenizer, blind=blind)
+            return [(read(i), task.questions[i].gold) for i in some]
+
+        return list(zip(*(grades(engine, asked(blind), right) for blind in ways), strict=True))
 
     def right(scores: Sequence[Score], gold: int) -> bool:
         if task.kind == "language_modeling":
@@ -252,10 +262,13 @@ def evaluate(engine: Engine, task: CoreTask, progress: Progress | None = None) -
         return highest([score.logprob / score.tokens for score in scores]) == gold
 
     questions = range(len(task.questions))
-    graded = score_all(grade, questions, QUESTIONS_AT_ONCE, engine.runtime, progress)
-    scores = {"accuracy": accuracy(graded), "centred": centred(accuracy(graded), task.chance)}
-    scores |= {"chance": task.chance, "questions": len(graded), "shots": task.shots, "cut": 0}
-    return scores | notes(graded)
+    found = score_all(grade, questions, QUESTIONS_AT_ONCE, engine.runtime, progress)
+    graded, *control = zip(*found, strict=True)
+    scores: dict[str, Any] = {"accuracy": accuracy(graded)}
+    scores |= {f"accuracy{BLIND}": accuracy(blind) for blind in control}
+    scores |= {"centred": centred(scores["accuracy"], task.chance), "chance": task.chance}
+    scores |= {"questions": len(graded), "shots": task.shots, "cut": 0}
+    return scores | notes(graded) | {"right": {"accuracy": rights(graded)}}
 
 
 def highest(scores: Sequence[float]) -> int:
