@@ -551,16 +551,17 @@ for step in sorted({1, *(2**k for k in range(3, 12) if 2**k < len(curve)), len(c
 
 # %% [markdown]
 # It falls fast as far as a trigram gets, and there it bends. Beyond, it takes ten times as many steps, and
-# still goes down. (In a run as short as `smoke` you only see the first fall.) Most of what a trigram knows can
-# be learned by looking at the last token or two: how words are spelt, how sentences run. Gradients for it are
-# large and everywhere. What comes after that has to be *fetched* from further back: which name, which number. That takes two heads in two layers that have to fit together. A
-# **previous-token head** writes onto each token which one stood before it. An
-# [induction head](glossary.ipynb#induction-head) looks for a token before which stood what I see now, and
-# copies it: "Ada fed … Ada" → "fed". Either alone is of no use, so there is hardly a gradient towards
-# either. Then they find each other by chance, and what can be copied becomes cheap at once. Where a text asks
-# for only one kind of copy, the loss rests at the bend and then drops a second time. Where it asks for many,
-# as this one does, many drops make one slope. In the demo of 2026-11-28 the rest is still to be seen, though
-# faintly: doubling the steps from 128 to 256 brought 0.19, and from 256 to 512 more, 0.29.
+# still goes down. (In a run as short as `smoke` you only see the first fall.) Most of what a trigram knows
+# can be learned by looking at the last token or two: how words are spelt, how sentences run. Gradients for
+# it are large and everywhere. What comes after that has to be *fetched* from further back: which name,
+# which number. That takes two heads in two layers that have to fit together. A **previous-token head**
+# writes onto each token which one stood before it. An [induction head](glossary.ipynb#induction-head) looks
+# for a token before which stood what I see now, and copies it: "Ada fed … Ada" → "fed". Either alone is of
+# no use, so there is hardly a gradient towards either. Then they find each other by chance, and what can be
+# copied becomes cheap at once. Where a text asks for only one kind of copy, the loss rests at the bend and
+# then drops a second time. Where it asks for many, as this one does, many drops make one slope. In the demo
+# of 2026-11-28 the rest is still to be seen, though faintly: doubling the steps from 128 to 256 brought
+# 0.19, and from 256 to 512 more, 0.29.
 #
 # That is a claim. Can we watch it alone? Let a tiny model read nothing but random symbols that repeat
 # after 6 to 12 places, a new length in every row. There is nothing to know here and everything to copy.

@@ -803,16 +803,16 @@ print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in hacked.diary))
 
 
 # %%
-def samples(name, group, most=260):
-    """What a policy says to the question of section 1: of its answers, two in the middle by length."""
-    for answer in sorted(group, key=lambda answer: len(answer.ids))[len(group) // 2 :][:2]:
+def samples(name, policy, most=260):
+    """New answers of a policy to the question of section 1: two in the middle by length."""
+    asked = policy.problems.answers([questions[shown]], SAMPLES, seeds=[1], temperature=1.0)
+    for answer in sorted(asked[0], key=lambda answer: len(answer.ids))[SAMPLES // 2 :][:2]:
         print(f"{name:12} {tokenizer.decode(answer.ids)!r}"[:most])
 
 
-asked, after_hack = hacked.sample(STEPS)
 print(train_task.unanswered(questions[shown]).messages[0].text)
-samples("before", answers[shown])
-samples("hacked", after_hack[shown])
+samples("before", policy)
+samples("hacked", hacked)
 
 # %% [markdown]
 # Read the three lines together, and then the samples. What we *meant* was "use the tool, and get it right".
@@ -870,7 +870,7 @@ loop(on_leash, leashed(bonus, on_leash, Trainee(), beta=0.3), STEPS)
 print("truly right", " ".join(f"{row['right']:.2f}" for row in on_leash.diary))
 print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in on_leash.diary))
 print("moved, nats", " ".join(f"{value:.2f}" for value in on_leash.moved))
-samples("on a leash", on_leash.sample(STEPS)[1][shown])
+samples("on a leash", on_leash)
 paid["on a leash"] = [row["right"] + row["programs"] for row in on_leash.diary]
 
 # %%

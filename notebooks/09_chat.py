@@ -154,8 +154,8 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 # vectors that it has never used: what follows them is some text of its world, fluent and beside the point.
 # **mid** has learned the form: a question is answered, and the answer ends. **sft** was trained on fewer and
 # cleaner answers. (`[12+30 → 42]` is the tool at work, and behind `####` stands the number that word problems
-# are graded by; the window below draws both more kindly.) **grpo** was paid for word problems alone, so in all the other rows a difference between
-# the last two columns is a side effect.
+# are graded by; the window below draws both more kindly.) **grpo** was paid for word problems alone, so in all
+# the other rows a difference between the last two columns is a side effect.
 #
 # Then read it row by row, with an eye on the last. Saying "I know no …" has to be learned: a model that has
 # only ever met answers gives a stranger a pet and a home town like everybody else. In the toy world's
