@@ -66,7 +66,6 @@ import torch
 import checks
 import lesson
 from nanolib import checkpoint, launch, tasks
-from nanolib.config import flatten
 from nanolib.conversation import Conversation, Message, answer_parts
 from nanolib.data.packing import batch_of_rows
 from nanolib.data.sources import ConversationSource, TextSource, split_documents
@@ -75,7 +74,7 @@ from nanolib.evals.bpb import bits_per_byte
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.runtime import Runtime
-from nanolib.stages.text import shard_paths
+from nanolib.stages.text import limits, shard_paths
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolib.tools import Sandbox
 
@@ -279,11 +278,10 @@ for example in (solved.conversation(0), quiz.conversation(0)):
 
 # %%
 counts = {}
-for name, limit in flatten(run.config.recipe.mid.rows).items():
-    if limit == 0:
-        continue
-    source = tasks.load(name, "train", run.mirror())
-    rows = len(source) if limit is None else min(limit, len(source))
+for name, limit in limits(run.config.recipe, "mid").items():
+    own = name == "mine"  # your own conversations, where the run was given some; they repeat
+    source = tasks.load("smoltalk" if own else name, "train", run.own() if own else run.mirror())
+    rows = (limit if own else min(limit, len(source))) if limit else len(source)
     places = np.random.default_rng(1).permutation(len(source))[: min(rows, 200)].tolist()
     looked = [source.conversation(i).render(tokenizer) for i in places]
     tokens = np.mean([len(r.ids) for r in looked])

@@ -67,6 +67,7 @@ from nanolib.engine import Engine
 from nanolib.evals.answers import Questions
 from nanolib.evals.choices import by_letter, by_text
 from nanolib.runtime import Runtime
+from nanolib.stages.text import limits
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
@@ -318,8 +319,7 @@ print(f"one conversation in each row would use {np.mean(lengths) / (length + 1):
 # losses begin where chapter 06 ended, on the same conversations.
 
 # %%
-sft = run.config.recipe.sft
-print("rows:", sft.rows)
+print("rows of each source (None: all):", limits(run.config.recipe, "sft"))
 result = launch.stage("sft", run, watch=lesson.Live())
 print(f"{result['epochs']:.2f} passes over {result['conversations']}")
 
