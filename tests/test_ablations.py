@@ -40,11 +40,11 @@ def test_taking_an_ingredient_out_leaves_the_others():
 def test_the_table_pairs_seeds(rows, tmp_path):
     rows("classic", {1: 1.0, 2: 1.2, 3: 1.4})
     rows("+x0", {1: 0.9, 2: 1.1, 3: 1.3}, seconds=1.5)  # the seeds differ by more than the gain
-    rows("+smear", {1: 1.1, 2: 1.1, 3: 1.4})
+    rows("+smear", {1: 1.1, 2: 1.1, 3: 1.4}, seconds=None)
     ablations.write_table()
     table = (tmp_path / "ablations.md").read_text()
     assert "| `x0` | **-0.1000** ± 0.0000, 1.50 × | — |" in table
-    assert "| `smear` | +0.0000 ± 0.1155, 1.00 × | — |" in table
+    assert "| `smear` | +0.0000 ± 0.1155 | — |" in table
 
 
 def test_only_what_is_missing_is_trained(rows, tmp_path, monkeypatch):
@@ -61,6 +61,6 @@ def test_only_what_is_missing_is_trained(rows, tmp_path, monkeypatch):
     ablations.main(["toy", "--only=classic,+x0,-x0", "--threads", "1", "--steps", "9"])
     without = ablations.variants()["-x0"]
     assert asked == [
-        [str(tmp_path), "toy", 9, "classic", {}, [2], 1],
-        [str(tmp_path), "toy", 9, "-x0", without, [1, 2, 3], 1],
+        [str(tmp_path), "toy", 9, "classic", {}, [2], 1, False],
+        [str(tmp_path), "toy", 9, "-x0", without, [1, 2, 3], 1, False],
     ]

@@ -1,9 +1,9 @@
 """The ablation lab: what does each ingredient of `modern` do, at which scale, beyond the noise?
 
 ``nanolib bench ablations SCALE [--mirror DIR] [--gpus N]`` trains classic, classic with one
-ingredient (+NAME), modern, and modern without one (-NAME), from each seed, on the same tokens, and
-takes each one's pace; so what an ingredient is worth in time can be told on a machine that does other
-things too. A row is appended to ablations.jsonl for each finished trial: the same command goes on
+ingredient (+NAME), modern, and modern without one (-NAME), from each seed, on the same tokens: so
+neighbours on the machine change nothing. Where there are none (``--quiet``) it takes each one's pace
+too. ``--at-once`` runs several on each GPU, or on the CPU. A row is appended to ablations.jsonl for each finished trial: the same command goes on
 where it stopped. ``--table`` writes ablations.md from the rows. ``--try NAME --set PATH=VALUE`` adds
 a variant of your own.
 """
@@ -98,6 +98,7 @@ def trial(
     settings: dict,
     seeds: list[int],
     threads: int,
+    quiet: bool,
 ) -> None:
     """Train one variant from each seed, with what was compiled once, and append its rows."""
     import torch
@@ -170,7 +171,7 @@ def trial(
             "settings": settings,
             "steps": steps,
             "tokens": steps * recipe.base.batch_tokens,
-            "step_seconds": round(seconds, 5),
+            "step_seconds": round(seconds, 5) if quiet else None,
             "loss": round(loss, 5),
             "bpb": round(bits_per_byte(model, documents, tokenizer, runtime), 5),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -202,16 +203,16 @@ def run_all(given: argparse.Namespace, wanted: dict[str, dict[str, Any]]) -> Non
             jobs.put((variant, settings, missing))
     steps = given.steps or SCALES[given.scale].steps
     # As many threads as cores would have the processes wait for each other at every small sum.
-    places = given.gpus or given.at_once
+    places = (given.gpus or 1) * given.at_once
     threads = given.threads or max(1, (os.cpu_count() or 1) // places)
     deadline = time.monotonic() + 60 * given.minutes
 
     def work(place: int) -> None:
         while not jobs.empty() and time.monotonic() < deadline:
-            job = json.dumps([str(prepared), given.scale, steps, *jobs.get(), threads])
+            job = json.dumps([str(prepared), given.scale, steps, *jobs.get(), threads, given.quiet])
             environment = dict(os.environ)
             if given.gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = str(place)
+                environment["CUDA_VISIBLE_DEVICES"] = str(place % given.gpus)
             command = [sys.executable, "-m", "runs.bench.ablations", "--trial", job]
             if failed := subprocess.run(command, env=environment).returncode:
                 print(f"{job} ended with exit code {failed}", flush=True)
@@ -231,9 +232,10 @@ def rows() -> list[dict[str, Any]]:
 
 HEAD = """# The transfer table
 
-What each ingredient of preset `modern` does to bits per byte (lower is better) at equal tokens, and
-to the time of a step: with it minus without it, mean ± two standard errors over the same seeds, bold
-where that is beyond the noise. "+": alone on `classic`. "-": the last to join the others in `modern`.
+Made by `nanolib bench ablations`. What each ingredient of preset `modern` does to bits per byte
+(lower is better) at equal tokens and, where it was taken, to the time of a step: with it minus
+without it, mean ± two standard errors of the same seeds, bold where that is beyond the noise. "+":
+alone on `classic`. "-": the last to join the others in `modern`.
 
 """
 
@@ -286,10 +288,12 @@ def _difference(more: dict[int, dict], less: dict[int, dict]) -> str:
     if len(seeds := sorted(more.keys() & less.keys())) < 2:
         return "—"
     gains = [more[seed]["bpb"] - less[seed]["bpb"] for seed in seeds]
-    noise = 2 * stdev(gains) / math.sqrt(len(gains))  # about 95 %, few seeds
-    times = [more[seed]["step_seconds"] / less[seed]["step_seconds"] for seed in seeds]
-    beats = "**" if abs(mean(gains)) > noise else ""
-    return f"{beats}{mean(gains):+.4f}{beats} ± {noise:.4f}, {mean(times):.2f} ×"
+    noise = 2 * stdev(gains) / math.sqrt(len(gains))
+    paces = [it[seed]["step_seconds"] for seed in seeds for it in (more, less)]
+    pace = f", {mean(paces[::2]) / mean(paces[1::2]):.2f} ×" if all(paces) else ""
+    beats = "**" if abs(mean(gains)) > noise and len(seeds) > 2 else ""
+    few = "" if len(seeds) > 2 else ", two seeds"
+    return f"{beats}{mean(gains):+.4f}{beats} ± {noise:.4f}{pace}{few}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -297,7 +301,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("scale", nargs="?", choices=SCALES, default="pack")
     parser.add_argument("--mirror")
     parser.add_argument("--gpus", type=int, default=0)
-    parser.add_argument("--at-once", type=int, default=1, help="processes without GPUs")
+    parser.add_argument("--at-once", type=int, default=1, help="on each GPU, or on the CPU")
+    parser.add_argument("--quiet", action="store_true", help="nothing runs beside: take the pace")
     parser.add_argument("--threads", type=int, help="of each process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--minutes", type=float, default=1e9, help="start no trial after these")
