@@ -841,9 +841,10 @@ for row, question in enumerate(questions):
 
 # %% [markdown]
 # Now watch the six rows of nanolib's engine together. Each column is a step, in which every row that is not
-# over gets one token. No row waits for another: while a result is forced into one, the others write on. A
-# row that is over leaves its place at once, to a question that waits or to the last row. This is called
-# [continuous batching](glossary.ipynb#continuous-batching); a server lives by it.
+# over gets one token. No row waits for another: while one's program runs (its cell stays empty) or a result is
+# forced into it, the others write on. A row that is over leaves its place at once, to a question that waits
+# or to the last row. This is called [continuous batching](glossary.ipynb#continuous-batching); a server
+# lives by it.
 
 # %%
 signs = {PYTHON: "▸", PYTHON_END: "◂", OUTPUT: "«", OUTPUT_END: "»", END: "■"}
