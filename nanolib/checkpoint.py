@@ -1,8 +1,8 @@
-"""Checkpoints that survive a crash at any instant and load on any number of ranks.
+"""Checkpoints: atomic (safe against crashes), and loadable on any number of ranks.
 
-``<stage>/checkpoints/step_00000100/`` holds ``index.json`` and two safetensors files of each rank:
-weights, and optimizer state (one file of both in the first edition). A logical tensor (a weight, or
-a slot such as ``head.weight.momentum``) is written in parts by the ranks that own its rows.
+``<stage>/checkpoints/step_00000100/`` holds ``index.json`` and two safetensors files per rank:
+weights and optimizer state (a single file in the first edition). A tensor (a weight, or optimizer
+state such as ``head.weight.moment1``) is saved in parts by the ranks that own its rows.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from nanolib.optim import MuonAdamW
 from nanolib.rundir import saved_recipe, whole_file, write_atomic, write_json
 
 VERSION = 1
-KEPT = 2
-OPTIMIZER = ".optimizer.safetensors"  # how the name of a file with optimizer state ends
+KEPT = 2  # checkpoints per stage
+OPTIMIZER = ".optimizer.safetensors"  # suffix of the optimizer files
 
-Owned = tuple[str, list[int], list[int], Tensor]  # a tensor's name, rows, shape of all, the rows
+Owned = tuple[str, list[int], list[int], Tensor]  # name, [first, last + 1] row, full shape, values
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint folder that cannot be trusted; the message names the file and what is wrong."""
+    """A damaged checkpoint; the message names the file and the problem."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Checkpoint:
         return self.index["step"]
 
     def tensor(self, name: str) -> Tensor:
-        """A whole logical tensor, assembled from its parts, on the CPU."""
+        """Load a full tensor on the CPU, assembled from its parts."""
         entry = self.index["tensors"][name]
         whole = torch.empty(entry["shape"])
         for part in entry["parts"]:
@@ -60,7 +60,7 @@ class Checkpoint:
 def save(
     folder: Path, step: int, model: GPT, optimizer: MuonAdamW, about: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint with all ranks together and wait for it; see `begin`."""
+    """Write a checkpoint and wait until all ranks have finished; see `begin`."""
     begin(folder, step, model, optimizer, about).result()
     optimizer.runtime.barrier()
 
@@ -68,12 +68,12 @@ def save(
 def begin(
     folder: Path, step: int, model: GPT, optimizer: MuonAdamW, about: Mapping[str, Any]
 ) -> Future[None]:
-    """Write ``folder/step_<step>``, whole or not at all, beside what goes on; keep the last two.
+    """Write ``folder/step_<step>`` atomically in the background; keep the last two.
 
-    Each rank copies its share before this returns and writes it in a thread, one at a time. The
-    lead rank's future ends when the checkpoint of all ranks is in its place.
+    All ranks call it. Each copies its shard to host memory before this returns, and a thread writes
+    it. Rank 0's future completes once the whole checkpoint is in place.
 
-    about, kept in the index: the recipe (flat), vocabulary size and tokenizer fingerprint.
+    about: saved in the index; the flat recipe, vocabulary size and tokenizer fingerprint.
     """
     partial, runtime = folder / f"step_{step:08d}.partial", optimizer.runtime
     about = {"version": VERSION, "step": step, "updates": optimizer.steps, **about}
@@ -95,7 +95,7 @@ def begin(
 
 
 def _share(model: GPT, optimizer: MuonAdamW) -> tuple[list[Owned], list[Owned]]:
-    """The weights and the optimizer state that this rank owns, copied to the host's memory."""
+    """This rank's shard of the weights and of the optimizer state, copied to host memory."""
     rank, params = optimizer.runtime.rank, dict(model.named_parameters())
     weights, states = [], []
     for group in optimizer.groups:
@@ -105,13 +105,13 @@ def _share(model: GPT, optimizer: MuonAdamW) -> tuple[list[Owned], list[Owned]]:
             weights.append((name, where, shape, values.to("cpu", copy=True)))
             for slot, state in group.state.items():
                 value = state[inner].reshape(len(values), -1).to("cpu", copy=True)
-                whole = [shape[0], value.shape[1]]  # of NorMuon's squares [R, 1]
+                whole = [shape[0], value.shape[1]]  # one column for NorMuon's squares
                 states.append((f"{name}.{slot}", where, whole, value))
     return weights, states
 
 
 def _write_file(path: Path, owned: Sequence[Owned]) -> tuple[str, str, list]:
-    """(the file's name, its hash, [tensor, rows, shape of all] of each part)."""
+    """Returns (file name, SHA-256, [tensor name, rows, full shape] of each part)."""
     data = to_safetensors({f"{name}@{at[0]}": x.contiguous() for name, at, _, x in owned})
     with whole_file(path) as file:
         file.write(data)
@@ -119,7 +119,7 @@ def _write_file(path: Path, owned: Sequence[Owned]) -> tuple[str, str, list]:
 
 
 def _complete(partial: Path, ranks: int, about: Mapping[str, Any]) -> None:
-    """Wait for all ranks' files, index them, and put the folder in its place."""
+    """Wait for all ranks' files, write the index, rename the folder, delete old ones."""
     folder, final = partial.parent, partial.with_suffix("")
     files, tensors = {}, {}
     for written in [partial / f"rank_{rank}.json" for rank in range(ranks)]:
@@ -133,7 +133,7 @@ def _complete(partial: Path, ranks: int, about: Mapping[str, Any]) -> None:
         written.unlink()
     write_atomic(partial / "index.json", json.dumps({**about, "files": files, "tensors": tensors}))
     _sync_folder(partial)
-    if final.exists():  # a damaged one that we resumed behind
+    if final.exists():  # damaged: we resumed from an earlier one
         shutil.rmtree(final)
     partial.rename(final)
     _sync_folder(folder)
@@ -142,7 +142,7 @@ def _complete(partial: Path, ranks: int, about: Mapping[str, Any]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What processes that were killed left; called before any rank begins a checkpoint."""
+    """Delete partial checkpoints of killed processes; call before any rank starts one."""
     for partial in folder.glob("*.partial"):
         shutil.rmtree(partial)
 
@@ -161,8 +161,8 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
-    """The checkpoint in a folder, each file (weights_only: not the optimizer's state) checked
-    against the index's hashes; DamagedCheckpoint names one that differs."""
+    """Check a checkpoint's files against the hashes in its index and return it; DamagedCheckpoint
+    if one differs. weights_only: skip the optimizer files."""
     file = path / "index.json"
     try:
         index = json.loads(file.read_bytes())
@@ -179,7 +179,7 @@ def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
 
 
 def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
-    """The newest undamaged checkpoint below `folder`, or None where there never was one."""
+    """The newest intact checkpoint, or None if there are none; raises if all are damaged."""
     errors = []
     for path in _folders(folder):
         try:
@@ -194,7 +194,7 @@ def latest(folder: Path, *, weights_only: bool = False) -> Checkpoint | None:
 
 
 def load_model(folder: Path, device: torch.device, about: Mapping[str, Any] | None = None) -> GPT:
-    """The model of a stage's newest checkpoint, which must be of what `about` says, if given."""
+    """Load the model from a stage's newest checkpoint; `about`, if given, must match it."""
     if (checkpoint := latest(folder, weights_only=True)) is None:
         stage = folder.parent.name
         raise ValueError(f"there is no {stage} model yet in {folder}: nanolib stage {stage}")
@@ -214,7 +214,7 @@ def restore_model(checkpoint: Checkpoint, model: GPT) -> None:
 
 @torch.no_grad()
 def restore_optimizer(checkpoint: Checkpoint, optimizer: MuonAdamW) -> None:
-    """This rank's share of the optimizer state, whatever number of ranks saved it."""
+    """Load this rank's shard of the optimizer state, however many ranks saved it."""
     optimizer.steps = checkpoint.index["updates"]
     for group in optimizer.groups:
         for name, rows, inner in group.owned(optimizer.runtime.rank):
@@ -224,7 +224,7 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: MuonAdamW) -> None:
 
 
 def check_same(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a checkpoint was made by the recipe and tokenizer of `about`."""
+    """Raise ValueError unless a checkpoint has the recipe and tokenizer in `about`."""
     saved = saved_recipe(checkpoint.index["recipe"], checkpoint.path)
     theirs = {**flatten(replace_settings(Recipe(), saved)), **checkpoint.index}
     mine = {**about["recipe"], **about, "recipe": theirs["recipe"]}

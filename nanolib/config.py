@@ -1,8 +1,8 @@
 """Every setting of a run, with its default and its bounds.
 
 A setting is named by its dotted path: TOML ``[base] steps = 100``, CLI ``--base.steps 100``, notebook
-``overrides = {"base.steps": 100}``. The recipe is what is computed, a run's identity; the machine is
-what computes it, and may differ each time a run is opened.
+``overrides = {"base.steps": 100}``. Recipe settings define the result and identify the run; machine
+settings say where and how it is computed, and may change each time a run is opened.
 """
 
 import dataclasses
@@ -18,31 +18,31 @@ from typing import Annotated, Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROFILES = REPOSITORY / "runs"
-MODELS = ("base", "mid", "sft", "grpo")  # the stages that leave a model, in order
+MODELS = ("base", "mid", "sft", "grpo")  # stages that train a model, in order
 STAGES = ("data", "tokenizer", "shards", *MODELS, "eval", "report")
-# What newer settings must be for a recipe that the first edition saved: it lacks them.
+# Values for settings that are missing from recipes saved by the first edition.
 FIRST_EDITION = {"optim.every_stage": True}
-# What model and optimizer may have on top of the October 2025 architecture, by `model.ingredients`.
+# Optional additions to the October 2025 model and optimizer, chosen by `model.ingredients`.
 INGREDIENTS = {
-    "value_embeddings": "every other layer adds a learned vector of each token to its values",
-    "x0": "each layer begins with a learned mix of the residual stream and the embedding",
-    "smear": "a gated share of the previous token's embedding is added to each token's",
-    "backout": "a learned share of the middle layer's residual is taken off before the head",
-    "windows": "three layers of four see half of the context",
-    "document_mask": "attention does not cross from one document to another",
-    "polar_express": "Muon's polynomial changes from iteration to iteration",
-    "normuon": "Muon's update has rows of about equal size",
-    "cautious_decay": "weight decay of matrices where the update too makes the weight smaller",
-    "multi_token": "pretraining's loss has a share, falling to 0, of the token after the next",
+    "value_embeddings": "every other layer adds a learned token embedding to its attention values",
+    "x0": "each layer's input is a learned mix of the residual stream and the token embedding",
+    "smear": "adds a gated fraction of the previous token's embedding to each token's embedding",
+    "backout": "subtracts a learned fraction of the middle layer's output before the head",
+    "windows": "three of every four layers attend to only half the context",
+    "document_mask": "attention does not cross document boundaries",
+    "polar_express": "Muon uses a different polynomial in each orthogonalisation step",
+    "normuon": "the rows of Muon's update are normalised to about equal size",
+    "cautious_decay": "matrix weights decay only where the update also shrinks them",
+    "multi_token": "pretraining also predicts the token after next, with a weight that falls to 0",
 }
-# Those that leave the model alone.
+# Ingredients that change training but not the forward pass.
 TRAINING = {"polar_express", "normuon", "cautious_decay", "multi_token"}
 NOT_MODERN = {"windows", "document_mask", "multi_token"}
 PRESETS = {"classic": (), "modern": tuple(name for name in INGREDIENTS if name not in NOT_MODERN)}
-GATE_WIDTH = 16  # numbers of a token's vector that an ingredient's gate looks at
+GATE_WIDTH = 16  # leading channels of a token's vector that feed a gate
 
 
-# A type, and its bound as a function and in the words of an error: "base.steps must be ...".
+# A type, its bound in the words of an error ("base.steps must be ..."), and a check of it.
 Count = Annotated[int, "at least 1", lambda value: value >= 1]
 Limit = Annotated[int, "0 or more, or none for all", lambda value: value >= 0]
 Positive = Annotated[float, "more than 0", lambda value: value > 0]
@@ -50,42 +50,40 @@ NotNegative = Annotated[float, "0 or more", lambda value: value >= 0]
 Fraction = Annotated[float, "a fraction from 0 to 1", lambda value: 0 <= value <= 1]
 Terms = Annotated[int, "at least 2", lambda value: value >= 2]
 Largest = Annotated[int, "at least 9", lambda value: value >= 9]
-HeadDim = Annotated[int, "even (RoPE turns pairs) and not 0", lambda n: n > 0 and n % 2 == 0]
+HeadDim = Annotated[int, "even (RoPE rotates pairs) and not 0", lambda n: n > 0 and n % 2 == 0]
 VocabSize = Annotated[int, "at least 265 (256 bytes and 9 special tokens)", lambda n: n >= 265]
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 class Settings:
-    """A frozen dataclass whose fields are given by name."""
+    """Base class: makes each subclass a frozen, keyword-only dataclass."""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
 
 
 class DataConfig(Settings):
-    source: Literal["toyworld", "hub"] = "hub"  # "hub": the mirror if one is given, else the hub
+    source: Literal["toyworld", "hub"] = "hub"  # "hub": machine.mirror if set, else the hub
     repository: str = "karpathy/fineweb-edu-100b-shuffle"  # pretraining text on the hub
-    text_shards: Count | None = None  # training shards to use; None: all the mirror has, or enough
-    text: str | None = (
-        None  # pretraining text of your own: a folder or file of txt, jsonl or parquet
-    )
-    conversations: str | None = None  # of your own, jsonl: {"messages": [{"role", "content"}, …]}
+    text_shards: Count | None = None  # training shards; None: all of a mirror, else enough
+    text: str | None = None  # your own pretraining text: a folder or file of txt, jsonl or parquet
+    conversations: str | None = None  # your own, jsonl: {"messages": [{"role", "content"}, …]}
 
 
 class TokenizerConfig(Settings):
-    vocab_size: VocabSize = 65_536  # rows of the embedding: 256 bytes, merges and special tokens
-    max_chars: Count = 2_000_000_000  # text to train on
-    max_document_chars: Count = 10_000  # of each document, so that no single one dominates
+    vocab_size: VocabSize = 65_536  # bytes, merges and special tokens
+    max_chars: Count = 2_000_000_000  # total text to train on
+    max_document_chars: Count = 10_000  # per document, so that no single one dominates
 
 
 class ModelConfig(Settings):
     preset: Literal["classic", "modern"] = "classic"  # "classic": the October 2025 architecture
-    ingredients: tuple[str, ...] | None = None  # of `INGREDIENTS`; None: the preset's own
+    ingredients: tuple[str, ...] | None = None  # from `INGREDIENTS`; None: the preset's
     depth: Count = 20
     aspect: Count = 64  # width = aspect * depth, rounded up to a multiple of head_dim
     head_dim: HeadDim = 128
     kv_heads: Count | None = None  # key/value heads (GQA); None: as many as query heads
-    sequence_len: Count = 2048  # T: tokens a row, and the longest context
+    sequence_len: Count = 2048  # T: tokens per row, and the maximum context
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.uses - INGREDIENTS.keys()):
@@ -100,23 +98,23 @@ class ModelConfig(Settings):
 
     @property
     def architecture(self) -> frozenset[str]:
-        """Those of `uses` that change what the model computes from its weights."""
+        """The ingredients in use that change the forward pass."""
         return self.uses - TRAINING
 
     @property
     def value_layers(self) -> tuple[int, ...]:
-        """The layers with value embeddings: every other one, among them the last."""
+        """The layers with value embeddings: every other one, ending with the last."""
         wanted = "value_embeddings" in self.uses
         return tuple(range((self.depth - 1) % 2, self.depth, 2)) if wanted else ()
 
     @property
     def short_layers(self) -> tuple[int, ...]:
-        """Those with a window: all but every fourth and the last."""
+        """The layers with a short attention window: all but every fourth and the last."""
         short = [layer for layer in range(self.depth - 1) if layer % 4 != 3]
         return tuple(short) if "windows" in self.uses else ()
 
     def extras(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the ingredients' parameters: tables, and scalars for gates and shares."""
+        """Names and shapes of the parameters that ingredients add: tables, gates and scalars."""
         gate, layers, kv_heads = min(GATE_WIDTH, self.width), self.value_layers, self.num_kv_heads
         table = (vocab_size, kv_heads * self.head_dim)
         shapes = {"x0": (self.depth, 2), "smear": (1 + gate,), "backout": (1,)}
@@ -162,59 +160,59 @@ class OptimConfig(Settings):
     adam_beta2: float = 0.95
     adam_eps: float = 1e-10
     weight_decay: float = 0.0  # AdamW, decoupled
-    momentum: float = 0.95  # Muon, Nesterov, after its warmup
+    momentum: float = 0.95  # Muon, Nesterov; the value after warmup
     momentum_start: float = 0.85
     momentum_warmup: Count = 300  # steps
     newton_schulz_steps: Count = 5
     matrix_decay: float | None = None  # Muon, decoupled; None: 0.1 with cautious_decay, else 0
     clip: Positive | None = 1.0  # global gradient norm
-    # True: every stage clips gradients and warms momentum up. False, as in the original: only base
-    # clips, only base and mid warm up.
+    # True: every stage clips gradients and warms up momentum. False, as in nanochat: only base
+    # clips, and only base and mid warm up.
     every_stage: bool = False
 
 
 class Schedule(Settings):
-    """What all training stages share; `nanolib.train.lr_scale` shows the learning rate."""
+    """Settings of every training stage; see `nanolib.train.lr_scale` for the learning rate."""
 
     enabled: bool = True
-    seed: int | None = None  # of this stage's draws; None: the run's
+    seed: int | None = None  # for this stage; None: the run's seed
     steps: Count | None = None
-    eval_every: Count | None = None  # steps between scores; None: about ten times a stage
-    save_every: Count | None = None  # steps between checkpoints; None: about ten times a stage
+    eval_every: Count | None = None  # steps between evaluations; None: about ten per stage
+    save_every: Count | None = None  # steps between checkpoints; None: about ten per stage
     lr: Positive = 1.0  # multiplies every learning rate of [optim]
     warmup: Fraction = 0.0  # fraction of the steps
     warmdown: Fraction = 0.2  # fraction of the steps
-    final: Fraction = 0.0  # fraction of lr at the end of the last step
+    final: Fraction = 0.0  # fraction of lr left after the last step
 
 
 class BaseConfig(Schedule):
-    tokens_per_parameter: Positive = 20.0  # the horizon, when steps is not given
+    tokens_per_parameter: Positive = 20.0  # sets the steps if they are not given
     batch_tokens: Count = 524_288  # over all ranks and micro-batches
-    eval_documents: Count | None = None  # of the validation shard; None: all
+    eval_documents: Count | None = None  # from the validation shard; None: all
 
 
 class SumsConfig(Settings):
-    """How hard the problems of `nanolib.tasks.Sums` are."""
+    """Difficulty of the problems in `nanolib.tasks.Sums`."""
 
-    fewest: Terms = 2  # terms
+    fewest: Terms = 2  # number of terms
     most: Terms = 4
-    largest: Largest = 9  # term
+    largest: Largest = 9  # value of a term
 
 
 class Mixture(Settings):
-    """Training rows taken from each source: None means all of them, 0 none."""
+    """Number of training rows from each source: None means all, 0 none."""
 
     smoltalk: Limit | None = None
     mmlu: Limit | None = 0
     arc_easy: Limit | None = None
     arc_challenge: Limit | None = None
     gsm8k: Limit | None = None
-    sums: Limit | None = 0  # problems of `nanolib.tasks.Sums`, worked in steps
-    mine: Limit | None = None  # of data.conversations; where N is more than there are, they repeat
+    sums: Limit | None = 0  # problems from `nanolib.tasks.Sums`, solved step by step
+    mine: Limit | None = None  # from data.conversations; repeated if there are fewer
 
 
 class ConversationConfig(Schedule):
-    """A stage that trains on what the assistant says in a mixture of conversations."""
+    """A stage that trains on the assistant's tokens in a mixture of conversations."""
 
     epochs: Positive = 1.0  # passes over the mixture, when steps is not given
     batch_tokens: Count = 524_288  # over all ranks and micro-batches, padding included
@@ -223,13 +221,13 @@ class ConversationConfig(Schedule):
 
 
 class MidConfig(ConversationConfig):
-    """Midtraining: conversations, four choices and the tool, at pretraining's rates."""
+    """Midtraining: chat, multiple choice and tool use, at the learning rates of pretraining."""
 
     rows: Mixture = Mixture(mmlu=100_000, arc_easy=0, arc_challenge=0)
 
 
 class SFTConfig(ConversationConfig):
-    """Supervised finetuning on a small, clean mixture, at low rates."""
+    """Supervised fine-tuning on a small, clean mixture, at low learning rates."""
 
     lr: Positive = 0.02
     warmdown: Fraction = 1.0
@@ -242,38 +240,38 @@ class GRPOConfig(Schedule):
 
     lr: Positive = 0.05
     warmdown: Fraction = 1.0
-    task: str = "gsm8k"  # a task of `nanolib.tasks` that can be graded
-    sums: SumsConfig = SumsConfig()  # where that is sums
+    task: str = "gsm8k"  # a graded task of `nanolib.tasks`
+    sums: SumsConfig = SumsConfig()  # used if task is sums
     epochs: Positive = 1.0  # passes over the task's questions, when steps is not given
-    questions: Count = 16  # a step, over all ranks
-    samples: Count = 16  # answers to each
+    questions: Count = 16  # per step, over all ranks
+    samples: Count = 16  # answers per question
     max_new_tokens: Count = 256
     temperature: Positive = 1.0
     top_k: Count | None = 50
-    updates_each: Count = 1  # optimizer updates on the same answers; clipped from the second on
-    clip: Positive = 0.2  # of the probability ratio, in further updates
-    clip_high: Positive | None = None  # of ratios above 1; None: as `clip` (DAPO: 0.28)
-    objective: Literal["ppo", "cispo"] = "ppo"  # with clipped ratios, in further updates
-    kl: NotNegative = 0.0  # weight of the penalty for leaving the start (0.04 in arXiv:2402.03300)
-    deviation: bool = False  # divide a question's advantages by their deviation, as there
-    sequence_mean: bool = False  # each answer counts alike, as there; False: each token
-    skip_equal: bool = False  # leave out questions whose answers all earn the same (DAPO)
-    shuffled: bool = False  # a control: each question's rewards are shuffled among its answers
-    eval_questions: Count = 400  # held-out questions in each evaluation
-    eval_samples: Count = 8  # of each, for pass@1 to pass@8; with `top_k`, at temperature 1
+    updates_each: Count = 1  # updates per rollout; the ratio is clipped from the second on
+    clip: Positive = 0.2  # bound on the probability ratio, from the second update on
+    clip_high: Positive | None = None  # upper bound; None: same as `clip` (DAPO: 0.28)
+    objective: Literal["ppo", "cispo"] = "ppo"  # from the second update on
+    kl: NotNegative = 0.0  # weight of the KL to the initial policy (0.04 in arXiv:2402.03300)
+    deviation: bool = False  # divide advantages by each question's std, as in that paper
+    sequence_mean: bool = False  # average per answer, as in that paper; False: over tokens
+    skip_equal: bool = False  # skip questions whose answers all get the same reward (DAPO)
+    shuffled: bool = False  # control experiment: shuffle rewards among a question's answers
+    eval_questions: Count = 400  # held-out questions per evaluation
+    eval_samples: Count = 8  # per question, for pass@1 to pass@8; temperature 1, with `top_k`
 
 
 class EvalConfig(Settings):
-    """Scores of every model: bits per byte, CORE, and (from mid on) the tasks."""
+    """What each model is scored on: bits per byte, CORE, and (from mid on) tasks."""
 
     tasks: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
-    max_problems: Count | None = None  # of each task; None: all
-    max_new_tokens: Count = 512  # for answers by generation
-    core_problems: Limit | None = None  # of each CORE task; None: all, 0: no CORE
+    max_problems: Count | None = None  # per task; None: all
+    max_new_tokens: Count = 512  # for generated answers
+    core_problems: Limit | None = None  # per CORE task; None: all, 0: skip CORE
 
 
 class Recipe(Settings):
-    """What is computed; saved in the manifest and in every checkpoint."""
+    """Settings that define the result; saved in the manifest and in every checkpoint."""
 
     seed: int = 1
     data: DataConfig = DataConfig()
@@ -288,7 +286,7 @@ class Recipe(Settings):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The enabled stages that leave a model, in order."""
+        """The enabled stages that produce a model, in order."""
         return tuple(name for name in MODELS if getattr(self, name).enabled)
 
     @property
@@ -298,16 +296,16 @@ class Recipe(Settings):
 
 
 class MachineConfig(Settings):
-    """What computes it: may differ each time a run is opened."""
+    """Where and how a run is computed; may change each time it is opened."""
 
-    ranks: Count | None = None  # processes; None: one a GPU, or one
+    ranks: Count | None = None  # processes; None: one per GPU, or one on CPU
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
-    device_batch: Count | None = None  # rows a micro-batch on one rank; None: the stage's share
-    threads: Count | None = None  # CPU threads a rank; None: the cores divided by the ranks
-    mirror: str | None = None  # a folder in the mirror's layout instead of the hub
-    save_minutes: Positive | None = None  # between checkpoints at most; None: 10 on CUDA, else any
-    dollars_per_hour: float | None = None  # of the whole machine, for the report's cost
+    device_batch: Count | None = None  # rows per micro-batch on a rank; None: all of its rows
+    threads: Count | None = None  # CPU threads per rank; None: cores / ranks
+    mirror: str | None = None  # a local mirror folder to use instead of the hub
+    save_minutes: Positive | None = None  # longest time between saves; None: 10 on CUDA only
+    dollars_per_hour: float | None = None  # for the whole machine; used in the report
 
 
 class Config(Settings):
@@ -326,7 +324,7 @@ Overrides = Mapping[str, Any] | None  # dotted path or short form -> value
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries, a config dataclass or the types of one, as a flat dictionary of paths."""
+    """A flat {dotted path: value} from nested dicts or a config (from its class: types)."""
     hints = typing.get_type_hints(tree, include_extras=True) if isinstance(tree, type) else {}
     flat: dict[str, Any] = {}
     for name, value in (hints or (tree if isinstance(tree, Mapping) else vars(tree))).items():
@@ -339,12 +337,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def settings() -> Mapping[str, Any]:
-    """Dotted path -> type of every setting that a profile or an override may name."""
+    """{dotted path: type} of every setting that a profile or an override can set."""
     return flatten(Recipe) | flatten(MachineConfig, "machine.")
 
 
 def replace_settings(tree: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
-    """A config dataclass with the settings that `flat` names; other names are ignored."""
+    """A copy of a config dataclass with the values in `flat`; unknown paths are ignored."""
     values: dict[str, Any] = {}
     for name, value in vars(tree).items():
         value = flat.get(prefix + name, value)
@@ -364,14 +362,14 @@ KINDS = {
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as it is written on the command line: `mmlu,facts`, `none`, `0.5`."""
+    """A value in command-line syntax, such as `mmlu,facts`, `none` or `0.5`."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return "none" if value is None else str(value)
 
 
 def _coerce(path: str, hint: Any, value: Any) -> Any:
-    """`value`, given as text or as a Python value, as the type of setting `path`."""
+    """Convert `value`, text or a Python value, to the type of setting `path`, and check it."""
     optional, text = type(None) in typing.get_args(hint), as_text(value)
     if optional and text.lower() in ("none", "null"):
         return None
@@ -390,11 +388,11 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
 
 
 def _convert(kind: Any, text: str) -> Any:
-    """`text` as one of KINDS or a Literal; any error means that it is none of that kind."""
+    """Convert `text` to one of KINDS or a Literal; raises if it does not parse."""
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
     if kind in (int, float):
-        number = kind(float(text))  # "1e3" is whole; int refuses infinity and nan
+        number = kind(float(text))  # accepts "1e3" as an int; int() rejects inf and nan
         if number != float(text) or not math.isfinite(number):
             raise ValueError
         return number
@@ -406,7 +404,7 @@ def _convert(kind: Any, text: str) -> Any:
 
 
 def check_overrides(overrides: Overrides) -> dict[str, Any]:
-    """Overrides with aliases resolved and values coerced; ValueError for an unknown path or value."""
+    """Resolve aliases and convert values; ValueError for an unknown path or a bad value."""
     known, checked = settings(), {}
     for path, value in (overrides or {}).items():
         path = ALIASES.get(path, path)
@@ -419,7 +417,7 @@ def check_overrides(overrides: Overrides) -> dict[str, Any]:
 
 
 def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Settings (``--base.steps 9``, ``--nproc=2``) apart from a command's own words."""
+    """Split a command line into other words and settings (``--base.steps 9``, ``--nproc=2``)."""
     words, given, rest = [], {}, iter(arguments)
     for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")
@@ -432,8 +430,8 @@ def split_settings(arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]
             raise ValueError(f"--{name} needs a value")
     overrides = check_overrides(given)
     for path in ("machine.mirror", "data.text", "data.conversations"):
-        if place := overrides.get(path):
-            overrides[path] = str(Path(place).expanduser().absolute())
+        if folder := overrides.get(path):
+            overrides[path] = str(Path(folder).expanduser().absolute())
     return words, overrides
 
 
@@ -456,7 +454,7 @@ def load_profile(profile: str) -> dict[str, Any]:
 
 
 def resolve(profile: str, overrides: Overrides = None) -> Config:
-    """A profile with overrides; ValueError for what is unknown or contradicts something else."""
+    """A profile with overrides applied; ValueError for unknown or conflicting settings."""
     return from_flat(profile, load_profile(profile) | check_overrides(overrides))
 
 
@@ -466,7 +464,7 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
     machine = replace_settings(MachineConfig(), flat, "machine.")
     check_together(recipe, machine)
     base = recipe.base
-    # Value embeddings do not lengthen the horizon: presets see the same number of tokens.
+    # Value embeddings are not counted, so that all presets train on the same number of tokens.
     parts = recipe.model.parts(recipe.tokenizer.vocab_size)
     tokens = base.tokens_per_parameter * (sum(parts.values()) - parts.get("value_embeddings", 0))
     steps = base.steps or math.ceil(tokens / base.batch_tokens)
@@ -477,7 +475,7 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
 
 
 def check_together(recipe: Recipe, machine: MachineConfig) -> None:
-    """Raise ValueError for settings that contradict, with their values and what would do."""
+    """Raise ValueError if settings conflict, naming their values and a fix."""
     model, ranks, row = recipe.model, machine.ranks or 1, recipe.model.sequence_len
     heads, kv_heads, questions = model.heads, model.kv_heads, recipe.grpo.questions
     if heads % model.num_kv_heads:
@@ -517,7 +515,7 @@ def check_together(recipe: Recipe, machine: MachineConfig) -> None:
 
 
 def up_to(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The flat settings that a stage's (not eval's) result depends on: its own and earlier ones."""
+    """Flat settings that a stage's result depends on: its own and earlier ones (not for eval)."""
     order = ("seed", "data", "tokenizer", "model", "optim", *MODELS)
     last = "tokenizer" if stage == "shards" else stage
     sections = order[: order.index(last) + 1]
@@ -528,7 +526,7 @@ def up_to(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def recipe_difference(mine: Recipe, theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(path, mine, theirs) for every setting in which a recipe and a saved flat one differ."""
+    """(path, mine, theirs) for each setting that differs between a recipe and a flat saved one."""
     flat = flatten(mine)
     paths = sorted(flat.keys() | theirs.keys())
     return [(p, flat.get(p), theirs.get(p)) for p in paths if flat.get(p) != theirs.get(p)]

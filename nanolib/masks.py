@@ -1,8 +1,8 @@
-"""What each layer of a model with windows or document masks sees (`nanolib.config.INGREDIENTS`).
+"""Attention masks for sliding windows and document boundaries (`nanolib.config.INGREDIENTS`).
 
-Windows as in Mistral (arXiv:2310.06825), three short layers to a long one as in modded-nanogpt and
-nanochat; documents as in Llama 3 (arXiv:2407.21783, section 3.2). Flash attention takes no mask: in
-the compiled programs of CUDA both go through FlexAttention, which skips blocks that nobody sees.
+Windows are as in Mistral (arXiv:2310.06825), three short layers per long one as in modded-nanogpt
+and nanochat; document masks as in Llama 3 (arXiv:2407.21783, section 3.2). Flash attention takes no
+mask, so compiled CUDA training uses FlexAttention, which skips fully masked blocks.
 
 Shapes as in `nanolib.model`.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanolib.config import ModelConfig
 
-SPECIAL = 9  # tokens at the end of a vocabulary, <|bos|> first
+SPECIAL = 9  # special tokens at the end of the vocabulary, <|bos|> first
 
 
 def by_layer(
@@ -27,10 +27,10 @@ def by_layer(
     seen_BS: Tensor,
     positions_BT: Tensor,
 ) -> list[Any]:
-    """Each layer's mask [B, T, S] (bool) of queries at these positions; flex: for `flex_attend`.
+    """One mask per layer, [B, T, S] bool or (flex) a block mask for `flex_attend`.
 
-    causal: the mask without ingredients, or None for as many keys as queries; it stays where none
-    asks for more. seen: the ids at each row's positions, of which none after a query's are seen.
+    causal: the plain causal mask, None if T = S; returned unchanged without these ingredients.
+    seen: the token ids at positions 0 ... S - 1 of each row. positions: those of the queries.
     """
     if not config.uses & {"windows", "document_mask"}:
         return [causal_BTS] * config.depth
@@ -57,7 +57,7 @@ def by_layer(
 
 
 def flex_attend(query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, mask: Any) -> Tensor:
-    """Attention through FlexAttention (arXiv:2412.05496); fast in a compiled program alone."""
+    """Attention through FlexAttention (arXiv:2412.05496); fast only when compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     grouped = query_BHTK.shape[1] != key_BGSK.shape[1]

@@ -1,12 +1,12 @@
-"""Muon for matrices, AdamW for embeddings, head and scalars, on one rank or many.
+"""Muon for matrices, AdamW for embeddings, head and scalars, sharded over ranks.
 
 `adamw_step` and `muon_step` are the two update rules as pure in-place functions on tensors.
-`MuonAdamW` applies them to a model. Gradients are summed over ranks by reduce-scatter: each rank
-clips and updates its share of every parameter, keeps optimizer state for that share alone (ZeRO-2,
-arXiv:1910.02054), and all-gathers the new weights.
+`MuonAdamW` applies them to a model. As in ZeRO-2 (arXiv:1910.02054), gradients are
+reduce-scattered, each rank clips and updates its shard of every parameter and keeps optimizer state
+for that shard only, and the new weights are all-gathered.
 
-A rank's share: an equal range of rows of the embedding and of the head, and of all matrices of one
-shape, stacked [N, R, C], an equal number of whole matrices. N is padded to a multiple of world_size.
+Embedding and head are sharded by rows; matrices of one shape are stacked [N, R, C] and sharded by
+whole matrices. N is padded to a multiple of world_size.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nanolib.runtime import Runtime
 if TYPE_CHECKING:
     from nanolib.model import GPT
 
-# Quintic Newton–Schulz coefficients of Muon (Keller Jordan, 2024): they maximise the slope at 0,
-# so singular values end near, not at, 1.
+# Quintic Newton–Schulz coefficients of Muon (Keller Jordan, 2024), chosen for the steepest slope at
+# 0: singular values end up near 1, not exactly at 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Polar Express (arXiv:2505.16932): the best polynomial for each iteration, for singular values from
-# 0.001 to 1.01 (rounding may lift one above 1). The last is repeated.
+# Polar Express (arXiv:2505.16932): the optimal polynomial for each iteration, for singular values
+# from 0.001 to 1.01 (rounding may push one above 1). Further iterations repeat the last.
 POLAR_EXPRESS = (
     (8.205160, -22.901935, 16.460725),
     (4.066395, -2.861154, 0.518400),
@@ -39,11 +39,11 @@ POLAR_EXPRESS = (
     (2.277873, -1.619822, 0.398481),
     (1.856436, -1.213238, 0.356800),
 )
-# AdamW's rates for gates and shares; of embedding_lr for value embeddings (nanochat, 2026).
+# AdamW learning rates of the ingredients' scalars, by parameter name (nanochat, 2026).
 SCALAR_LRS = {"x0": 0.02, "smear": 0.2, "backout": 0.2, "value_gates": 0.01}
-VALUE_EMBEDDING_LR = 0.5
+VALUE_EMBEDDING_LR = 0.5  # times embedding_lr
 
-SLOTS = {"muon": ("momentum",), "adamw": ("moment1", "moment2")}  # names of each rule's state
+SLOTS = {"muon": ("momentum",), "adamw": ("moment1", "moment2")}  # state tensors of each rule
 
 
 def adamw_step(
@@ -68,7 +68,7 @@ def adamw_step(
 
 
 def orthogonalise(matrices_NRC: Tensor, steps: int = 5, polar_express: bool = False) -> Tensor:
-    """Push the singular values of each matrix of a stack [N, R, C] towards 1.
+    """Orthogonalise each matrix of a stack [N, R, C]: push its singular values towards 1.
 
     The Newton–Schulz iteration of Muon, in bfloat16 on CUDA and in the given precision elsewhere.
     """
@@ -100,10 +100,10 @@ def muon_step(
 ) -> None:
     """One Muon update in place on a stack of matrices (https://kellerjordan.github.io/posts/muon).
 
-    Nesterov momentum, orthogonalised, scaled by √max(1, R/C). squares: of each row the running mean
-    square (0.95); its root divides the row, the matrix keeps its norm (NorMuon, arXiv:2510.05491).
-    decay: decoupled. uses: "polar_express"; "cautious_decay" of weights alone that the update too
-    makes smaller (arXiv:2510.12402).
+    The Nesterov momentum is orthogonalised and scaled by √max(1, R/C). squares: running mean square
+    of each row (decay 0.95), used to normalise rows while keeping the matrix norm (NorMuon,
+    arXiv:2510.05491). decay: decoupled weight decay. uses: "polar_express", and "cautious_decay"
+    to decay only weights that the update also shrinks (arXiv:2510.12402).
     """
     momenta_NRC.lerp_(grads_NRC, 1 - momentum)
     update = grads_NRC.lerp(momenta_NRC, momentum)
@@ -122,17 +122,17 @@ def muon_step(
 
 @dataclass
 class Group:
-    """Parameters of one shape and rule as a stack [N, R, C], and this rank's share of it.
+    """Parameters updated together, as a stack [N, R, C] sharded over ranks along N.
 
-    Muon: a stack of N matrices. AdamW: one matrix [V, D], or vector, as V rows [V, 1, D].
+    Muon: N matrices of one shape. AdamW: one matrix [V, D] (or a vector) as V rows [V, 1, D].
     """
 
     rule: str  # "muon" or "adamw"
     names: list[str]
     params: list[Tensor]
     lr: float
-    share: int  # of the stack's items on each rank; those of the last ranks may be padding
-    state: dict[str, Tensor] = field(default_factory=dict)  # slot -> [share, R, C], or R x 1
+    share: int  # items of the stack per rank; the last ranks may have padding
+    state: dict[str, Tensor] = field(default_factory=dict)  # slot -> [share, R, C or 1]
 
     def stack(self, tensors: list[Tensor], ranks: int) -> Tensor:
         """The tensors as one padded stack [share · ranks, R, C]."""
@@ -143,15 +143,15 @@ class Group:
         return stacked
 
     def unstack(self, stacked: Tensor) -> list[Tensor]:
-        """The inverse of `stack`: one tensor a parameter, padding dropped."""
+        """The inverse of `stack`: one tensor per parameter, without padding."""
         if self.rule == "muon":
             return list(stacked[: len(self.params)])
         return [stacked[: self.params[0].shape[0], 0]]
 
     def owned(self, rank: int) -> Iterator[tuple[str, slice, slice]]:
-        """(parameter, its rows, those rows within this rank's share) for a checkpoint.
+        """(parameter name, rows of it on `rank`, their slice of the shard), for checkpoints.
 
-        For Muon the inner slice has one element: the matrix's place in the share.
+        For Muon the inner slice has one element: the matrix's index in the shard.
         """
         first, last = rank * self.share, (rank + 1) * self.share
         if self.rule == "muon":
@@ -167,15 +167,15 @@ class Group:
 class MuonAdamW:
     """The optimizer of every stage.
 
-    A parameter's `grad` is this rank's part of the gradient. `reduce` sums the parts over ranks,
-    `update` clips by the global norm and changes the model in place; `step` does both. The trainer
-    calls the two itself and reads the norm from the device together with its own sums.
+    Each rank's `param.grad` is its local gradient. `reduce` sums them over ranks, `update` clips by
+    the global norm and changes the model in place; `step` does both. The trainer calls the two
+    separately, to fetch the norm and its own sums from the device in one transfer.
     """
 
     def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime):
         self.config, self.runtime, self.uses = config, runtime, model.config.uses
         self.groups = self._groups(model)
-        self.steps = 0  # updates made: AdamW's bias correction and Muon's momentum count them
+        self.steps = 0  # updates made, for AdamW's bias correction and the momentum warmup
         for group in self.groups:
             example = group.stack([p.detach() for p in group.params], runtime.world_size)
             shape = (group.share, *example.shape[1:])
@@ -188,7 +188,7 @@ class MuonAdamW:
 
     def _groups(self, model: GPT) -> list[Group]:
         width = model.get_parameter("embedding.weight").shape[1]
-        scale = (width / 768) ** -0.5  # the settings hold for width 768; wider: smaller steps
+        scale = (width / 768) ** -0.5  # the learning rates are tuned at width 768
         lrs = SCALAR_LRS | {
             "embedding.weight": self.config.embedding_lr * scale,
             "value_embeddings": self.config.embedding_lr * scale * VALUE_EMBEDDING_LR,
@@ -210,7 +210,7 @@ class MuonAdamW:
         return groups
 
     def momentum(self) -> float:
-        """Muon's momentum for the next update: a linear warmup."""
+        """Muon's momentum for the next update, with linear warmup."""
         c = self.config
         warm = min(1.0, self.steps / c.momentum_warmup) if c.momentum_warmup else 1.0
         return c.momentum_start + (c.momentum - c.momentum_start) * warm
@@ -224,16 +224,16 @@ class MuonAdamW:
 
     @torch.no_grad()
     def reduce(self) -> tuple[list[Tensor], Tensor]:
-        """This rank's share of the global gradient by group, and its sum of squares (float64)."""
+        """Reduce-scatter: this rank's gradient shard of each group, and their sum of squares."""
         grads = [self._reduce_group(group) for group in self.groups]
         squares = torch.stack([grad.square().sum(dtype=torch.float64) for grad in grads]).sum()
         return grads, squares
 
     @torch.no_grad()
     def update(self, grads: list[Tensor], norm: float, lr_scale: float) -> None:
-        """Update the model from what `reduce` gave; `norm` is that of all ranks' gradients.
+        """Update the model from the shards that `reduce` returned; `norm` is the global one.
 
-        Raises FloatingPointError, and changes nothing, when the norm is not finite.
+        Raises FloatingPointError before any change if the norm is not finite.
         """
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm} at update {self.steps + 1}")
@@ -251,7 +251,7 @@ class MuonAdamW:
                 param.grad = None
 
     def _reduce_group(self, group: Group) -> Tensor:
-        """This rank's share of the gradients, summed over ranks."""
+        """This rank's shard of the gradient, summed over ranks."""
         stacked = group.stack(
             [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params],
             self.runtime.world_size,
@@ -263,7 +263,7 @@ class MuonAdamW:
         return share
 
     def _update_group(self, group: Group, grad: Tensor, lr_scale: float, momentum: float) -> None:
-        """Update this rank's share of a group, then gather the whole."""
+        """Update this rank's shard of a group, then all-gather the weights."""
         stacked = group.stack([p.data for p in group.params], self.runtime.world_size)
         first = self.runtime.rank * group.share
         weight = stacked[first : first + group.share].clone()
@@ -275,7 +275,7 @@ class MuonAdamW:
             decay = decay if config.matrix_decay is None else config.matrix_decay
             muon_step(weight, grad, *moments, lr=lr, momentum=momentum, decay=decay, **settings)
         else:
-            decay = config.weight_decay if group.params[0].dim() == 2 else 0.0  # not of scalars
+            decay = config.weight_decay if group.params[0].dim() == 2 else 0.0  # none for scalars
             settings = {"eps": config.adam_eps, "weight_decay": decay}
             betas = (config.adam_beta1, config.adam_beta2)
             adamw_step(weight, grad, *moments, step=self.steps, lr=lr, betas=betas, **settings)

@@ -1,12 +1,12 @@
-"""A run is a directory, ``runs/out/<id>/``, that holds everything about it.
+"""Run directories: ``runs/out/<id>/`` holds everything that belongs to a run.
 
-    manifest.json           what is computed: the recipe; written once
-    <stage>/                done.json (its presence means finished), metrics.jsonl (`Metrics`), log.txt
-                            (locked while its processes run), attempts.jsonl, checkpoints/
-    eval/<stage>/           the same files for the evaluation of one stage's model
+    manifest.json           the recipe; written once
+    <stage>/                done.json (exists once finished), metrics.jsonl (`Metrics`), log.txt
+                            (locked while the stage runs), attempts.jsonl, checkpoints/
+    eval/<stage>/           the same files, for the evaluation of that stage's model
     chapters/, report.md    executed notebooks, the report card
 
-Every file has one writer. What must not be torn is written under another name, then renamed.
+Every file has one writer. Files that must be complete are written to a draft, then renamed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import IO, Any
 from nanolib import config as settings
 from nanolib.config import Config, Overrides
 
-LATEST = "latest"  # the name of a link to the run opened last
+LATEST = "latest"  # symlink to the run opened last
 MANIFEST = "manifest.json"
 ATTEMPTS = "attempts.jsonl"
 
@@ -41,7 +41,7 @@ def runs_folder() -> Path:
 
 
 def now() -> str:
-    """UTC to the second, as ISO 8601."""
+    """The current UTC time as ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -55,11 +55,11 @@ def warn_once(message: str) -> None:
 
 @contextlib.contextmanager
 def saving(path: Path) -> Generator[None, None, None]:
-    """Turn a full disk, whichever library reports it, into a ValueError with a remedy."""
+    """Turn "disk full" errors, from any library, into a ValueError with a remedy."""
     try:
         yield
     except Exception as error:
-        # OSError, safetensors and torch all use these words.
+        # OSError, safetensors and torch share this wording.
         if re.search("no space left on device|quota exceeded", str(error), re.IGNORECASE):
             remedy = "free some space and run the same command to go on"
             raise ValueError(f"the disk is full: {path} was not written; {remedy}") from error
@@ -68,7 +68,7 @@ def saving(path: Path) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Generator[IO[bytes], None, None]:
-    """A file to fill, on disk and in the place of `path` once the body ends without an error."""
+    """Write a file atomically: `path` is replaced (and synced) only if the body succeeds."""
     draft = path.with_name(f".{path.name}.{threading.get_native_id()}")
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +84,8 @@ def whole_file(path: Path) -> Generator[IO[bytes], None, None]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Generator[Path, None, None]:
-    """A folder to fill, in the place of `folder` once the body ends without an error."""
-    for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+    """Write a folder atomically: `folder` is replaced only if the body succeeds."""
+    for abandoned in folder.parent.glob(f".{folder.name}.*"):  # left by a killed process
         shutil.rmtree(abandoned)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     with saving(folder):
@@ -110,28 +110,28 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Rows of numbers in a JSONL file, written by one process and read by any number.
+    """A JSONL file of metrics with one writer and any number of readers.
 
     A row has ``step`` and ``kind`` ("train", "eval", "progress", "sample"). Only time, seconds,
-    seconds_left and tokens_per_second depend on the clock.
+    seconds_left and tokens_per_second vary between identical runs.
     """
 
     path: Path
 
     def append(self, **row: Any) -> None:
-        """Add one row, visible to readers at once."""
+        """Append one row; readers see it immediately."""
         with saving(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
                 end = size = file.seek(0, os.SEEK_END)
                 while end and file.seek(end - 1) >= 0 and file.read(1) != b"\n":
-                    end -= 1  # over what a killed writer left of a line
+                    end -= 1  # drop a partial line left by a killed writer
                 if end < size:
                     file.truncate(end)
                 file.write(json.dumps(row).encode() + b"\n")
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """All whole rows, or those of one kind; a torn last line is left out."""
+        """All rows, or those of one kind; an incomplete last line is ignored."""
         if not self.path.is_file():
             return []
         *lines, _torn = self.path.read_bytes().split(b"\n")
@@ -139,7 +139,7 @@ class Metrics:
         return [row for row in rows if kind is None or row["kind"] == kind]
 
     def truncate(self, step: int) -> None:
-        """Drop what lies after `step`: a resumed stage writes those rows again."""
+        """Drop the rows after `step`, which a resumed stage will write again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -149,9 +149,9 @@ class Metrics:
 
 @contextlib.contextmanager
 def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, None, None]:
-    """Record the body as one attempt at the work in `folder`: a row at its start and at its end.
+    """Record the body as one attempt at the work in `folder`, with its start and end time.
 
-    An attempt that was killed ended when a file in `folder` last changed.
+    A killed attempt is taken to have ended when a file in `folder` last changed.
     """
     rows = Metrics(folder / ATTEMPTS)
     if (before := rows.rows()) and before[-1]["ended"] is None:  # it was killed
@@ -165,7 +165,7 @@ def recorded(folder: Path, dollars_per_hour: float | None) -> Generator[None, No
 
 
 def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
-    """Of the work in `folder`, with an attempt under way until `now`, else the last change."""
+    """Attempts, seconds and dollars so far; an open attempt ends `now` (None: at the last change)."""
     seconds, dollars = 0.0, None
     attempts = {row["started"]: row for row in Metrics(folder / ATTEMPTS).rows()}
     for started, attempt in attempts.items():
@@ -177,7 +177,7 @@ def spent(folder: Path, now: float | None = None) -> dict[str, Any]:
 
 
 def _last_change(folder: Path) -> float:
-    """When the work last wrote a file; the report card and the attempts are not work."""
+    """Latest modification time in a folder, not counting the report and the attempts."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.name not in (ATTEMPTS, "report.md")]
     return max((path.stat().st_mtime for path in files), default=0.0)
 
@@ -203,14 +203,14 @@ class StageDir:
         return self.path / "log.txt"
 
     def done(self) -> dict[str, Any] | None:
-        """The done record; None while the stage is not finished."""
+        """The done record, or None if the stage is not finished."""
         try:
             return json.loads((self.path / "done.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
 
     def curve(self) -> list[tuple[int, float]]:
-        """What was learned: (step, training loss), of GRPO (step, mean reward)."""
+        """The learning curve: (step, training loss), or (step, mean reward) for GRPO."""
         kind, key = ("rollout", "reward") if self.name == "grpo" else ("train", "loss")
         return [(row["step"], row[key]) for row in self.metrics.rows(kind)]
 
@@ -237,15 +237,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What `load` finds this run by: its id, or its path outside the runs folder."""
+        """The name to pass to `load`: the id, or the path if outside the runs folder."""
         return self.id if self.path.parent == runs_folder().resolve() else str(self.path)
 
     @classmethod
     def open(cls, profile: str, run: str | None = None, overrides: Overrides = None) -> Run:
-        """Open a run, creating it if there is none; the same call twice opens the same run.
+        """Open a run, creating it if needed; the same arguments open the same run.
 
         run: an id, or a path (relative to the repository) if it has a slash; None: the profile's
-        name, and a hash where `overrides` change the recipe. ValueError if it has another recipe.
+        name, plus a hash if `overrides` change the recipe. ValueError if the recipes differ.
         """
         this = cls.peek(profile, run, overrides)
         if not this.exists() and not _create(this, overrides):
@@ -260,7 +260,7 @@ class Run:
 
     @classmethod
     def peek(cls, profile: str, run: str | None = None, overrides: Overrides = None) -> Run:
-        """The run that `open` would open or create; writes nothing, raises the same."""
+        """The run that `open` would return, with the same errors; writes nothing."""
         given, defaults = settings.check_overrides(overrides), settings.load_profile(profile)
         path = _locate(run or _default_id(profile, defaults, given))
         if path.name == LATEST:
@@ -275,8 +275,8 @@ class Run:
 
     @classmethod
     def load(cls, run: str | None = None, machine: Overrides = None) -> Run:
-        """An existing run, or the one opened last (None); `machine`: settings on top of its
-        profile's. The recipe is the manifest's: another value is refused."""
+        """Load an existing run (None: the one opened last). `machine` overrides its profile's
+        machine settings; ValueError if it changes the recipe."""
         path = _locate(run or LATEST).resolve()
         if not (path / MANIFEST).exists():
             lacks = f"no run {run!r} at {path}" if run else f"no run yet in {runs_folder()}"
@@ -291,7 +291,7 @@ class Run:
 
     @classmethod
     def _read(cls, path: Path, manifest: dict, defaults: dict, given: dict) -> Run:
-        """The run of a manifest; a setting newer than the run has its default."""
+        """Build the run from its manifest; settings newer than the run get their defaults."""
         profile, recipe = manifest["profile"], manifest["recipe"]
         asked = settings.from_flat(profile, recipe | defaults | given)
         saved = settings.from_flat(profile, recipe).recipe
@@ -313,7 +313,7 @@ class Run:
         return _read_manifest(self.path)
 
     def stage(self, name: str, of: str | None = None) -> StageDir:
-        """A stage's directory; evaluations are kept per model: ``stage("eval", of="sft")``."""
+        """A stage's directory; evaluations have one per model: ``stage("eval", of="sft")``."""
         return StageDir(name, self.path / name / of if of else self.path / name)
 
     def stages(self) -> list[StageDir]:
@@ -325,22 +325,22 @@ class Run:
         return [*stages, self.stage("report")]
 
     def own(self) -> Path:
-        """What its data stage made of the user's own data."""
+        """The user's own data as converted by the data stage."""
         return self.stage("data").path / "own"
 
     def text_mirror(self) -> Path:
-        """Where its pretraining text is."""
+        """The folder of the pretraining text."""
         return self.own() if self.config.recipe.data.text else self.mirror()
 
     def mirror(self) -> Path:
-        """This opening's machine.mirror, else the data stage's, else what that fetched or wrote."""
+        """machine.mirror if set, else the mirror that the data stage used or filled."""
         stage = self.stage("data")
         recorded = stage.result().get("mirror") or stage.path / "mirror"
         return settings.REPOSITORY / Path(self.config.machine.mirror or recorded).expanduser()
 
 
 def _default_id(profile: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """The profile's name, and a hash of the overrides that change its recipe if there are any."""
+    """The profile's name, plus a hash of the overrides if they change the recipe."""
     plain = settings.flatten(settings.from_flat(profile, defaults).recipe)
     asked = settings.flatten(given).items()
     changed = {path: value for path, value in asked if plain.get(path, value) != value}
@@ -357,7 +357,7 @@ def _locate(run: str) -> Path:
 
 
 def _create(run: Run, overrides: Overrides) -> bool:
-    """Write the manifest; False where another process did so first, and its own stands."""
+    """Write the manifest; False if another process created it first."""
     path = run.path
     if path.is_file() or (any(path.glob("[!.]*")) and not run.exists()):
         what = "a file, or a folder with other files and no manifest.json"
@@ -389,7 +389,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def saved_recipe(saved: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """A recipe in `file` as this version reads it; it names what it does not know."""
+    """A saved recipe checked by this version; warns about unknown settings and drops them."""
     if unknown := sorted(saved.keys() - settings.settings().keys()):
         warn_once(f"{file} has settings unknown here, which are left out: {', '.join(unknown)}")
     recipe = {key: value for key, value in saved.items() if key not in unknown}

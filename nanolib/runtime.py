@@ -1,4 +1,4 @@
-"""The process we run in: its device, number format, threads, ranks and random seeds.
+"""The current process: device, dtype, threads, ranks and random seeds.
 
 Nothing happens at import: a worker calls `Runtime.start` once and passes the result on.
 """
@@ -21,7 +21,7 @@ from nanolib.config import MachineConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where tensors live and which of how many processes this one is."""
+    """Device, dtype, rank and world size of this process."""
 
     device: torch.device
     dtype: torch.dtype  # of activations; weights and optimizer state stay float32
@@ -30,9 +30,9 @@ class Runtime:
 
     @classmethod
     def start(cls, machine: MachineConfig) -> Runtime:
-        """Choose device and threads, and join the other ranks if torchrun started us.
+        """Choose the device, set threads, and join the process group under torchrun.
 
-        Raises ValueError when the device that was asked for does not exist.
+        Raises ValueError if the requested device is not available.
         """
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = _device(machine.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -40,9 +40,9 @@ class Runtime:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-            # On an H100 torch would choose cuDNN's attention, which takes 40 to 240 ms to plan each
-            # new shape, and nearly every batch of prompts and answers has a new one. Training on
-            # rows of one length allows it (`GPT.compiled_nll`).
+            # On an H100, torch prefers cuDNN attention, which spends 40 to 240 ms planning each new
+            # shape; nearly every batch of prompts or answers has one. `GPT.compiled_nll` allows it
+            # for training on rows of equal length.
             torch.backends.cuda.enable_cudnn_sdp(False)
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -53,22 +53,22 @@ class Runtime:
 
     @property
     def is_lead(self) -> bool:
-        """Whether this rank writes what only one may write."""
+        """Whether this is rank 0, which writes the shared files."""
         return self.rank == 0
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
-        """Matrix products in `dtype`; a no-op in float32, or where it is not wanted."""
+        """Autocast to `dtype`; a no-op if that is float32 or `wanted` is False."""
         enabled = wanted and self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
     def sum(self, value: Tensor) -> Tensor:
-        """`value` summed over ranks, in place."""
+        """All-reduce: sum `value` over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
 
     def gather(self, value: object) -> list:
-        """Every rank's (picklable) value, in the order of ranks, on every rank."""
+        """All-gather of picklable values: a list indexed by rank, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
@@ -95,7 +95,7 @@ def _device(wanted: str, local_rank: int) -> torch.device:
 
 
 def processor() -> str:
-    """The processor's name (on Linux), else the architecture."""
+    """The CPU model name (Linux), or else the machine architecture."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     name = re.search(r"^model name\s*:(.*)", text, re.MULTILINE)
@@ -103,7 +103,7 @@ def processor() -> str:
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose, so that no generator's state ever needs saving.
+    """Derive a 63-bit seed for one purpose, so that no generator state has to be saved.
 
     >>> seed_of(1, "init") != seed_of(1, "rows", 0)
     True
@@ -115,5 +115,5 @@ def seed_of(seed: int, *purpose: str | int) -> int:
 def generator(
     seed: int, *purpose: str | int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A torch generator seeded by `seed_of`."""
+    """A torch generator seeded with `seed_of`."""
     return torch.Generator(device).manual_seed(seed_of(seed, *purpose))

@@ -1,8 +1,8 @@
-"""One trainer for every stage: base, mid, SFT and GRPO differ in their source and their loss.
+"""The trainer of every stage: base, mid, SFT and GRPO differ only in data source and loss.
 
-Sum first, divide once: a step's tokens are counted over micro-batches and ranks before the first
-backward pass, and that count divides the summed loss of each micro-batch. So any split of the same
-rows into micro-batches and ranks gives the same gradient.
+A step's target tokens are counted over all micro-batches and ranks before the first backward pass,
+and each micro-batch's summed loss is divided by that count. So the gradient does not depend on how
+rows are split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from nanolib.optim import MuonAdamW
 from nanolib.rundir import StageDir
 from nanolib.runtime import Runtime
 
-MULTI_TOKEN = 0.3  # the share at the first step; it falls to 0
+MULTI_TOKEN = 0.3  # initial weight of the next-but-one token; decays linearly to 0
 
 
 class Loss(Protocol):
-    """What a stage minimises: ``sum(nll) / count``, both over all ranks and micro-batches.
+    """A stage's loss is ``sum / count``, each totalled over all ranks and micro-batches.
 
-    `count` is asked of a batch in the host's memory, before it goes to the device.
+    `count` gets a batch in host memory, before it is moved to the device.
     """
 
     def count(self, batch: Batch) -> int: ...
@@ -41,7 +41,7 @@ class Loss(Protocol):
 
 
 class CrossEntropy:
-    """Mean negative log-likelihood of the targets that are not ignored."""
+    """Mean negative log-likelihood over the targets that are not ignored."""
 
     def count(self, batch: Batch) -> int:
         return int((batch.targets_BT != IGNORED).sum())
@@ -51,11 +51,11 @@ class CrossEntropy:
 
 
 class Stopped(Exception):
-    """The stage was asked to stop and has saved; the same command goes on from here."""
+    """The stage stopped on request after saving; running it again resumes."""
 
 
 def lr_scale(schedule: Schedule, step: int, steps: int) -> float:
-    """The learning rate's multiplier at a step (from 0): warmup, constant, warmdown.
+    """The learning-rate multiplier at a step (from 0): warmup, constant, warmdown.
 
     >>> [lr_scale(Schedule(warmup=0.25, warmdown=0.5), s, 8) for s in (0, 1, 3, 4, 7)]
     [0.5, 1.0, 1.0, 1.0, 0.25]
@@ -71,9 +71,9 @@ def lr_scale(schedule: Schedule, step: int, steps: int) -> float:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Train a model from its newest checkpoint to the last step, saving on the way.
+    """Trains a model from its newest checkpoint to the last step, saving regularly.
 
-    Raises Stopped when the guard asks for it, after saving.
+    Raises Stopped, after saving, if the guard requests a stop.
     """
 
     stage: StageDir
@@ -83,30 +83,30 @@ class Trainer:
     schedule: Schedule
     steps: int
     save_every: int  # steps
-    save_minutes: float | None = None  # save as often as this too, by the lead rank's clock
+    save_minutes: float | None = None  # also save this often, by rank 0's clock
     eval_every: int  # steps
     runtime: Runtime
     guard: Guard
-    about: Mapping[str, Any]  # what the checkpoints depend on
+    about: Mapping[str, Any]  # recipe and tokenizer, saved in checkpoints
     loss: Loss = field(default_factory=CrossEntropy)
-    nll: Callable[[Batch], Tensor] | None = None  # the model's, compiled; None: as it is
-    # Called after every step that `eval_every` divides and after the last one. It appends a row of
-    # kind "eval", without which a resumed stage calls it again.
+    nll: Callable[[Batch], Tensor] | None = None  # compiled `model.nll`; None: uncompiled
+    # Called every `eval_every` steps and after the last. Must append a row of kind "eval": without
+    # one for the current step, a resumed stage calls it again.
     score: Callable[[Trainer], None] | None = None
 
     step: int = field(default=0, init=False)  # steps done
     saved: int | None = field(default=None, init=False)  # the step of the newest checkpoint
-    _writing: Future[None] | None = field(default=None, init=False)  # a checkpoint on its way
-    _saved_at: float = field(default=0.0, init=False)  # by the clock, in seconds
-    _pace: float | None = field(default=None, init=False)  # seconds a step, smoothed
+    _writing: Future[None] | None = field(default=None, init=False)  # a checkpoint being written
+    _saved_at: float = field(default=0.0, init=False)  # time.monotonic()
+    _pace: float | None = field(default=None, init=False)  # seconds per step, smoothed
 
     def fit(self) -> None:
-        """Resume, train to the last step, save. Scores come after the save, and after a resume."""
+        """Resume, train to the last step and save; each evaluation follows its save."""
         self.resume()
         self._saved_at = time.monotonic()
         rows = self.stage.metrics.rows()
         if not any(row["kind"] == "eval" and row["step"] == self.step for row in rows):
-            self.run_score()  # the interruption came between the save and the score
+            self.run_score()  # interrupted between save and evaluation
         try:
             while self.step < self.steps:
                 started = time.perf_counter()
@@ -120,10 +120,10 @@ class Trainer:
             if self.saved != self.step:
                 self.save()
         finally:
-            self.finish_save()  # also of a checkpoint begun before an evaluation that was stopped
+            self.finish_save()  # also if an evaluation was interrupted
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint; metrics of lost steps are dropped."""
+        """Load the newest complete checkpoint, if any, and drop metrics of later steps."""
         if self.runtime.is_lead:
             checkpoint.remove_unfinished(self.stage.checkpoints)
         found = checkpoint.latest(self.stage.checkpoints)
@@ -138,9 +138,9 @@ class Trainer:
         self.runtime.barrier()
 
     def train_step(self) -> tuple[dict[str, Any], bool, bool]:
-        """One step: every update of the source's batches.
+        """Run one step: one or more optimizer updates, as the source provides.
 
-        Returns (metrics, whether to stop, whether to save); all ranks return the same.
+        Returns (metrics, whether to stop, whether to save), the same on all ranks.
         """
         scale = lr_scale(self.schedule, self.step, self.steps)
         loss, tokens, norm, stop, save = 0.0, 0, 0.0, False, False
@@ -151,7 +151,7 @@ class Trainer:
             part = self.forward_backward(batches, counts[0])
             grads, squares = self.optimizer.reduce()
             sums = self.runtime.sum(torch.stack((part, squares)))
-            # The one transfer from the device: it waits for everything above.
+            # The only device-to-host transfer of an update, so the only synchronisation.
             count, stops, saves, loss, squares = torch.cat((counts, sums)).tolist()
             self._check(count, loss)
             norm = math.sqrt(squares)
@@ -160,13 +160,13 @@ class Trainer:
             tokens += int(count)
             stop, save = stop or stops > 0, save or saves > 0
         self.step += 1
-        # "lr" is the schedule's multiplier of the rates in [optim], not a rate.
+        # "lr" is the schedule's multiplier, not a learning rate.
         return {"loss": loss, "grad_norm": norm, "lr": scale, "tokens": tokens}, stop, save
 
     def forward_backward(self, batches: Sequence[Batch], count: Tensor | int) -> Tensor:
-        """Add the gradient of each batch's sum / count; returns this rank's part of the loss.
+        """Accumulate the gradient of loss sum / count; returns this rank's part of the loss.
 
-        count: over all ranks. The parts add up to the global loss in nats a token.
+        count: over all ranks. Summed over ranks, the parts are the loss in nats per token.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for batch in batches:
@@ -179,20 +179,20 @@ class Trainer:
         return total
 
     def _ahead(self) -> dict[str, Tensor]:
-        """The share of the token after the next in pretraining's loss, if it has one."""
+        """Keyword argument for `nll`: the weight of multi-token prediction, if used."""
         if self.stage.name != "base" or "multi_token" not in self.model.config.uses:
             return {}
         share = MULTI_TOKEN * (1 - self.step / self.steps)
         return {"share": torch.full((), share, device=self.runtime.device)}
 
     def _save_due(self) -> bool:
-        """Whether `save_minutes` have passed on the lead rank's clock; other ranks never ask."""
+        """Whether `save_minutes` have passed since the last save; only rank 0 decides."""
         if self.save_minutes is None or not self.runtime.is_lead:
             return False
         return time.monotonic() - self._saved_at >= 60 * self.save_minutes
 
     def _check(self, count: float, loss: float) -> None:
-        """Raise, before the update, where there was nothing to learn or the loss is not finite."""
+        """Raise, before the update, if there are no targets or the loss is not finite."""
         name = self.stage.name
         if count == 0:
             raise ValueError(f"step {self.step} of {name} has no token to learn from")
@@ -203,7 +203,7 @@ class Trainer:
             )
 
     def log(self, row: Mapping[str, Any], seconds: float) -> None:
-        """Append one line to metrics.jsonl (the lead rank alone)."""
+        """Append one row to metrics.jsonl (rank 0 only)."""
         self._pace = seconds if self._pace is None else 0.9 * self._pace + 0.1 * seconds
         if self.runtime.is_lead:
             self.stage.metrics.append(
@@ -217,20 +217,20 @@ class Trainer:
             )
 
     def run_score(self) -> None:
-        """Score the model where this step is one of those that are scored."""
+        """Evaluate the model if this step is due for it."""
         due = self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
         if due and self.score is not None:
             self.score(self)
 
     def save(self) -> None:
-        """Begin to write a checkpoint of this step; it is there once `finish_save` has returned."""
+        """Start writing a checkpoint in the background; `finish_save` waits for it."""
         self.finish_save()
         self.saved, self._saved_at = self.step, time.monotonic()
         written = self.stage.checkpoints, self.step, self.model, self.optimizer, self.about
         self._writing = checkpoint.begin(*written)
 
     def finish_save(self) -> None:
-        """Wait for the checkpoint that is on its way, if there is one; raises its error."""
+        """Wait for the checkpoint being written, if any; raises its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
