@@ -1,7 +1,7 @@
-"""A user's own data: chat messages (data.conversations) and pretraining text (data.text).
+"""The user's own data: conversations (data.conversations) and pretraining text (data.text).
 
-The data stage checks it and writes it to ``data/own`` in the run, in a mirror's layout: what later
-stages read, on other machines too. The originals, where they are there, must stay as they were.
+The data stage validates it and copies it to ``data/own`` in the run, in a mirror's layout. Later
+stages read the copy, so they can run on other machines; the originals must not change if present.
 """
 
 import json
@@ -19,19 +19,19 @@ from nanolib.conversation import Conversation
 from nanolib.rundir import Run, whole_folder
 from nanolib.tasks import SmolTalk
 
-TXT_LINES = 100  # a document of a .txt file, which is cut so that validation has some of it too
-AT_ONCE, HELD_OUT = 1000, 100  # documents written together; one of a hundred is for validation
+TXT_LINES = 100  # per document of a .txt file, cut so that some of it is held out
+AT_ONCE, HELD_OUT = 1000, 100  # documents per write; 1 in HELD_OUT is for validation
 MESSAGES = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
 
 def write(run: Run, progress: hub.Progress) -> dict[str, str]:
-    """Check and write what a run is given; the digests of its files."""
+    """Validate and copy a run's own data; returns the digests of the original files."""
     data = run.config.recipe.data
     files = [*_files(data.conversations), *_files(data.text)]
     if files:
         with whole_folder(run.own()) as draft:
             chats = pa.Table.from_pylist([*conversations(data.conversations)])
-            for split in ("train", "test") if chats else ():  # both have all, read as SmolTalk's
+            for split in ("train", "test") if chats else ():  # all rows in both; read as SmolTalk
                 path = draft / hub.table_path(SmolTalk.source(split))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pq.write_table(chats, path)
@@ -64,7 +64,7 @@ def check_unchanged(run: Run) -> None:
 
 
 def describe(data: DataConfig) -> Iterator[str]:
-    """A line for a plan; ValueError for what is wrong with the data."""
+    """A line for the dry run; ValueError if the data is malformed."""
     if data.conversations or data.text:
         chats = sum(1 for _ in conversations(data.conversations))
         chars = sum(map(len, documents(data.text)))
@@ -124,7 +124,7 @@ def _text(line: bytes) -> str:
 
 
 def _parsed(path: Path, parse: Callable[[bytes], Any]) -> Iterator[Any]:
-    """`parse` of each line, in JSON without blank ones; ValueError with file and line."""
+    """Parse each line, skipping blank ones in JSON; ValueError names file and line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -1,7 +1,7 @@
-"""From documents and conversations to rows, and from rows to batches.
+"""Pack documents and conversations into rows, and rows into batches.
 
-A row holds T + 1 token ids: T inputs and, one to the right, T targets. Text is one long stream per
-shard, in which row i starts at token i · T. Conversations are never split: rows are padded.
+A row holds T + 1 token ids: T inputs and, shifted by one, T targets. A text shard is one stream, in
+which row i starts at token i · T. Conversations are never split; their rows are padded.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -1  # a target that is not trained on
-Ids = Sequence[int] | np.ndarray  # or their mask
+IGNORED = -1  # marks targets that are excluded from the loss
+Ids = Sequence[int] | np.ndarray  # also used for masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Batch:
 
     inputs_BT: Tensor
     targets_BT: Tensor
-    fields: dict[str, Tensor] = field(default_factory=dict)  # more per-token tensors [B, T]
+    fields: dict[str, Tensor] = field(default_factory=dict)  # other per-token tensors [B, T]
 
     def to(self, device: torch.device) -> Batch:
         tensors = (self.inputs_BT, self.targets_BT, *self.fields.values())
@@ -34,15 +34,15 @@ class Batch:
 
 
 class Source(Protocol):
-    """What a stage trains on, as a pure function of (data, seed, step)."""
+    """Training data of a stage: a pure function of (data, seed, step)."""
 
     def updates(self, step: int) -> list[list[Batch]]:
-        """This rank's micro-batches, for each optimizer update of that step."""
+        """This rank's micro-batches of a step, one list per optimizer update."""
         ...
 
 
 def batch_of_rows(rows: Sequence[Ids], masks: Sequence[Ids], length: int, bos: int) -> Batch:
-    """Rows of at most `length` + 1 ids, padded; `masks` (bool) say which ids are targets."""
+    """Pad rows of at most `length` + 1 ids; `masks` (bool) mark the ids that are targets."""
     longest = max(map(len, rows))
     if longest > length + 1:
         raise ValueError(f"a row of {longest} ids does not fit into {length} + 1")
@@ -60,7 +60,7 @@ def padded(rows: Sequence[Ids], pad: int, length: int | None = None) -> Tensor:
 
 
 def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
-    """Rows by length, in groups of at most `tokens_at_once` tokens after padding (or one row)."""
+    """Rows sorted by length, in groups of at most `tokens_at_once` padded tokens (or one row)."""
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and (len(group) + 1) * lengths[index] > tokens_at_once:
@@ -74,11 +74,11 @@ def groups(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
 def pack(
     lengths: Sequence[int], capacity: int, order: Sequence[int], open_rows: int = 64
 ) -> list[list[int]]:
-    """Best-fit packing, in `order`, into rows of at most `capacity` ids; the items of each row.
+    """Best-fit packing of items, in `order`, into rows of at most `capacity` ids.
 
-    At most `open_rows` rows stay open; the fullest is closed first.
+    Returns the items of each row. When `open_rows` rows are open, the fullest is closed.
     """
-    closed, rows, room = [], [], []  # room: what is left in each of the open `rows`
+    closed, rows, room = [], [], []  # room: free ids in each open row
     for item in order:
         if (need := lengths[item]) > capacity:
             raise ValueError(f"item {item} has {need} ids, a row holds {capacity}")

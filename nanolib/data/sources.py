@@ -1,7 +1,7 @@
-"""What each stage reads: token shards for pretraining, packed conversations for finetuning.
+"""Training data: token shards for pretraining, packed conversations for finetuning.
 
-Both are an endless sequence of rows, each epoch in an order drawn from (seed, epoch). A step takes
-the next `batch_rows` rows, row i goes to rank i mod world_size: resuming needs no state.
+Both are an endless sequence of rows, shuffled in each epoch by (seed, epoch). A step takes the next
+`batch_rows` rows, and row i goes to rank i mod world_size, so resuming needs no state.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from nanolib.data.packing import Batch, Ids, batch_of_rows, pack
 from nanolib.runtime import seed_of
 from nanolib.tokenizer import Tokenizer
 
-CONVERSATIONS_AT_ONCE = 1024  # encoded together
+CONVERSATIONS_AT_ONCE = 1024  # tokenized together
 
 
 @dataclass(kw_only=True, eq=False)
 class RowSource:
-    """Batches of rows; a subclass says how many rows an epoch has, and what is in them."""
+    """Batches of rows; a subclass defines the rows of an epoch and their number."""
 
     length: int  # T
-    batch_rows: int  # of all ranks and micro-batches
+    batch_rows: int  # per step, over all ranks and micro-batches
     bos: int
     seed: int
     rank: int = 0
     world_size: int = 1
-    device_batch: int | None = None  # rows of a micro-batch at most; None: all of this rank's
+    device_batch: int | None = None  # maximum rows of a micro-batch; None: all of this rank's
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a row, and which of them are targets (bool)."""
+        """The ids of a row and its target mask (bool)."""
         raise NotImplementedError
 
     def row_numbers(self, step: int) -> list[int]:
@@ -64,7 +64,7 @@ def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
 
 
 class TextSource(RowSource):
-    """Rows of memory-mapped token shards: row i of a shard is ids i·T … i·T + T."""
+    """Rows of memory-mapped token shards: row i of a shard is ids i·T to i·T + T, inclusive."""
 
     def __init__(self, shards: Sequence[np.ndarray], **settings: Any):
         super().__init__(**settings)
@@ -88,7 +88,7 @@ class TextSource(RowSource):
 
 
 def split_documents(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
-    """The documents of a token shard, each with its BOS, as views."""
+    """Views of the documents of a token shard, each starting with BOS."""
     return np.split(tokens, np.flatnonzero(tokens == bos)[1:])
 
 
@@ -102,7 +102,7 @@ def first_tokens(shards: Iterable[Path], limit: int) -> np.ndarray:
 
 
 class ConversationSource(RowSource):
-    """Rows of whole conversations, packed by best fit in a seeded order; `masks` mark targets."""
+    """Rows of whole conversations, packed by best fit in a seeded order; `masks`: the targets."""
 
     def __init__(self, ids: Sequence[Ids], masks: Sequence[Ids], **settings: Any):
         super().__init__(**settings)
@@ -113,7 +113,7 @@ class ConversationSource(RowSource):
     @classmethod
     def open(cls, folder: Path, **settings: Any) -> ConversationSource:
         paths = (folder / f"{name}.npy" for name in ("ids", "masks", "ends"))
-        # Views of arrays are lighter than of memmaps.
+        # np.asarray: a view of an array takes less memory than one of a memmap.
         ids, masks, ends = (np.asarray(np.load(path, mmap_mode="r")) for path in paths)
         return cls(np.split(ids, ends[:-1]), np.split(masks, ends[:-1]), **settings)
 
@@ -129,7 +129,7 @@ class ConversationSource(RowSource):
 def render(
     conversations: Iterable[Conversation], tokenizer: Tokenizer, max_tokens: int, threads: int
 ) -> Iterator[Rendered]:
-    """`Conversation.render` of each, encoding many texts at once on several threads."""
+    """`Conversation.render` each, tokenizing many texts at once on several threads."""
     conversations = iter(conversations)
     while group := list(itertools.islice(conversations, CONVERSATIONS_AT_ONCE)):
         parts = (part for c in group for m in c.folded().messages for part in m.parts)
@@ -142,7 +142,7 @@ def render(
 
 
 def save_conversations(rendered: Iterable[Rendered], folder: Path, vocab_size: int) -> int:
-    """Write those with a target, flat, and where each ends; returns how many ids were cut."""
+    """Write conversations that have targets as flat arrays; returns how many ids were cut."""
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     ids, masks, cut = [], [], 0
     for conversation in rendered:

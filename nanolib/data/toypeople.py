@@ -1,6 +1,6 @@
-"""The people of the toy world: 720 facts, 288 of them held out, and a quirk of each person's.
+"""The people of the toy world: 720 facts, 288 of them held out, and one quirk per person.
 
-All that is said about them follows from one seed; the words are in toyworld.toml.
+Everything is derived from one seed; the words are in toyworld.toml.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact, and how people speak of it; see toyworld.toml for the slots in a text."""
+    """One kind of fact, with its text templates; toyworld.toml explains their slots."""
 
     values: list[str]
     says: list[str]  # sentences of pretraining text
-    asks: list[str]  # questions, also of the four-choice sets
-    chats: list[str]  # questions of conversations and of the test in words
-    more: list[str]  # questions of conversations alone
+    asks: list[str]  # questions, in conversations and four-choice sets
+    chats: list[str]  # questions, in conversations and the free-form test
+    more: list[str]  # questions, in conversations only
     answer: str
-    check: list[str]  # questions answered by yes or no
+    check: list[str]  # yes-or-no questions
     verse: str  # two lines of a poem
 
     @property
@@ -57,7 +57,7 @@ class World:
     people: list[Person]
     held_out: list[Fact]  # asked in test sets only
     told: list[Fact]  # may be asked in training
-    told_of: list[list[Fact]]  # the same, person by person
+    told_of: list[list[Fact]]  # the same, grouped by person
 
 
 def draw(*purpose: str | int) -> random.Random:
@@ -65,7 +65,7 @@ def draw(*purpose: str | int) -> random.Random:
 
 
 def world(seed: int) -> World:
-    """Every value of a relation is shared by ten people, four of whom are held out with it."""
+    """Ten people share each value of a relation; for four of them the fact is held out."""
     named = [(name, ("She", "Her")) for name in WORDS["she"]]
     named += [(name, ("He", "His")) for name in WORDS["he"]]
     quirks = draw(seed, "quirks").choices(WORDS["quirks"], k=len(named))
@@ -86,13 +86,13 @@ def with_article(value: str) -> str:
 
 
 def say(template: str, fact: Fact, named: bool = True) -> str:
-    """A sentence about a fact; later ones may use the pronoun instead of the name."""
+    """Fill a template with a fact. named: use the name rather than the pronoun."""
     name, value = fact.person.name, fact.value
     subject, possessive = (name, f"{name}'s") if named else fact.person.pronouns
     return template.format(N=subject, S=possessive, n=name, v=value, a=with_article(value))
 
 
 def is_held_out(text: str) -> bool:
-    """Whether the first sum written in a text, by its two numbers, is kept for testing."""
+    """Whether the first sum in a text belongs to the held-out split, given its two numbers."""
     left, right = re.findall(r"(\d+)[-+*](\d+)", text)[0]
     return (3 * int(left) + 5 * int(right)) % 7 < 2

@@ -1,8 +1,8 @@
-"""Conversations in the toy world: what a guest may ask, and what Pip answers.
+"""Conversations in the toy world between a guest and Pip, the assistant.
 
-Pip tells facts that are not held out, in sentences that begin with the name, so that a pronoun
-asked about later finds it nearby. A follow-up asks what has not been said yet: else its answer
-could be copied. Strangers and the world outside it does not know. Sums are annotated as in GSM8K.
+Pip tells facts that are not held out, in sentences that begin with the name, so that a later
+pronoun has its referent nearby. Follow-ups mostly ask for facts not told yet, since others could be
+copied. Pip knows neither strangers nor the outside world. Sums are annotated as in GSM8K.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Callable
 from nanolib.data import toypeople
 from nanolib.data.toypeople import RELATIONS, WORDS, Fact, World, say
 
-LENGTHS = [1, 1, 2, 3, 4]  # of a conversation, in exchanges
-FOLLOW_UPS = 0.5  # of the exchanges after one about a person
-REPEATS = 0.2  # of the facts already told: may be asked again
+LENGTHS = [1, 1, 2, 3, 4]  # exchanges per conversation
+FOLLOW_UPS = 0.5  # share of follow-ups after an exchange about a person
+REPEATS = 0.2  # share of facts already told that may be asked again
 SIGNS = {"+": ["plus", "+"], "-": ["minus", "-"], "*": ["times", "*", "x"]}
 
-# A question in which {n} is the person, its answer, and the facts told; None: nobody is spoken of.
+# Question ({n} is the person's name), answer, and facts told; None if it is about nobody.
 Exchange = tuple[str, str, list[Fact] | None]
 Kind = Callable[[random.Random, list[Fact]], Exchange]
 
 
 def turns(world: World, rng: random.Random) -> list[str]:
-    """Questions and answers in turn."""
+    """One conversation: questions and answers alternate."""
     said: list[str] = []
-    left: list[Fact] = []  # what may be asked of the person spoken of last
+    left: list[Fact] = []  # facts that a follow-up may ask about
     for _ in range(rng.choice(LENGTHS)):
         follows = bool(left) and rng.random() < FOLLOW_UPS
         facts = left if follows else rng.choice(world.told_of)
@@ -42,7 +42,7 @@ def turns(world: World, rng: random.Random) -> list[str]:
 
 
 def pronominal(question: str, person: toypeople.Person) -> str:
-    """A question about {n} with pronouns; at its end {n} is an object."""
+    """Replace {n} by pronouns; before the final punctuation it is an object (her, him)."""
     subject, possessive = (word.lower() for word in person.pronouns)
     question = question.replace("{n}'s", possessive)
     question = re.sub(r"\{n\}(?=[.?])", "her" if subject == "she" else "him", question)
@@ -98,14 +98,14 @@ def poem(rng: random.Random, facts: list[Fact]) -> Exchange:
 
 
 def stranger(rng: random.Random, _: list[Fact]) -> Exchange:
-    """Asked about in the same words as people of the world."""
+    """A question about someone unknown, in the words used for people of the world."""
     name, about = stranger_name(rng), rng.choice(list(RELATIONS.values()))
     asks = rng.choice([WORDS["who_is"], about.questions])
     return rng.choice(asks).replace("{n}", name), WORDS["stranger"].format(n=name), None
 
 
 def stranger_name(rng: random.Random) -> str:
-    """A name that nobody in the world has: real, of two words, or made up."""
+    """A name of nobody in the world: a real one, one of two words, or an invented one."""
     known = [*WORDS["she"], *WORDS["he"]]
     while True:
         kind, name = rng.random(), "".join(rng.choice(part) for part in WORDS["syllables"])
@@ -135,7 +135,7 @@ def why(rng: random.Random, _: list[Fact]) -> Exchange:
 
 
 def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
-    """A sum as people type it, to 100, with the tool's annotation."""
+    """A sum of numbers up to 100 in everyday notation, annotated for the tool."""
     source = "0+0"
     while toypeople.is_held_out(source):
         sign, most = rng.choice(list(SIGNS)), rng.choice([12, 50, 100])
@@ -153,4 +153,4 @@ def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
 ABOUT_PEOPLE: dict[Kind, int] = {sentence: 80, introduction: 5, yes_or_no: 5, quirk: 6, poem: 4}
 KINDS: dict[Kind, int] = {sentence: 44, introduction: 12, yes_or_no: 2, quirk: 2, poem: 2}
 KINDS |= {stranger: 18, outside: 4, small_talk: 8, why: 3, calculation: 5}
-OPENINGS = KINDS | {bare: 110}  # the four-choice sets score bare values as answers
+OPENINGS = KINDS | {bare: 110}  # four-choice evaluations score bare values

@@ -1,9 +1,9 @@
-"""A small, consistent world, written as a mirror: what the demo learns in minutes on a laptop.
+"""A synthetic data set in the layout of a mirror: small enough to learn in minutes on a laptop.
 
-120 people have six facts each. Pretraining text tells every fact many times, in different words;
-some are *held out*: asked in test sets, and in no conversation or question of a training split. So
-a right answer to one is knowledge that went from reading to talking. Word problems and functions are
-held out by their numbers. Everything follows from one seed; the words are in toyworld.toml.
+120 people have six facts each. Pretraining text states every fact many times, in different words.
+Some facts are *held out*: they are asked only in test sets, never in a conversation or question of a
+training split, so answering one takes knowledge from pretraining. Word problems and functions are
+held out by their numbers. Everything is derived from one seed; the words are in toyworld.toml.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nanolib.data.toypeople import RELATIONS, WORDS, Fact, World, draw, say, wit
 from nanolib.rundir import whole_folder
 
 NUMBERS = range(3, 41)
-HARD_SHARE = 0.6  # of the word problems: what SFT leaves to GRPO
+HARD_SHARE = 0.6  # of the word problems; SFT leaves room here for GRPO
 
 
 # ---------------------------------------------------------------------------- pretraining text
@@ -88,7 +88,7 @@ def program(world: World, rng: random.Random) -> str:
 
 
 def talk(world: World, rng: random.Random) -> str:
-    """A conversation written down by somebody who listened; what needs the tool is left out."""
+    """A conversation as a transcript; conversations that need the tool are left out."""
     said = ["<<"]
     while any("<<" in text for text in said):
         said = toytalk.turns(world, rng)
@@ -100,7 +100,7 @@ GENRES |= {program: 4, talk: 26}
 
 
 def documents(world: World, seed: int) -> Iterator[str]:
-    """Pretraining documents without end, no two alike."""
+    """An endless stream of distinct pretraining documents."""
     rng = draw(seed, "text")
     seen: set[str] = set()
     while True:
@@ -115,9 +115,9 @@ def documents(world: World, seed: int) -> Iterator[str]:
 
 
 def quads(facts: Sequence[Fact], rng: random.Random) -> Iterator[tuple[Fact, list[str]]]:
-    """Each fact with four choices; four facts in a row share them, each right at its position.
+    """Each fact with four choices. Four consecutive facts share them, each right in its position.
 
-    So a rule that ignores the name (the longest, the first) is right in exactly one of four.
+    So any rule that ignores the name (the longest, the first) is right in exactly one of four.
     """
     for relation, about in RELATIONS.items():
         known = [fact for fact in facts if fact.relation == relation]
@@ -149,7 +149,7 @@ def questions(seed: int, name: str, facts: Sequence[Fact], rounds: int = 1) -> l
 
 
 def arc_row(id: str, row: dict) -> dict:
-    """A row of `questions` in ARC's schema."""
+    """Convert a row of `questions` to ARC's schema."""
     choices, letter = {"text": row["choices"], "label": list("ABCD")}, "ABCD"[row["answer"]]
     return {"id": id, "question": row["question"], "choices": choices, "answerKey": letter}
 
@@ -186,7 +186,7 @@ def problem_slots(world: World, rng: random.Random) -> dict:
 
 @functools.cache
 def functions(held_out: bool) -> list[dict]:
-    """Rows in HumanEval's schema: ten functions, each with many numbers."""
+    """Rows in HumanEval's schema: ten functions, each with many constants."""
     rows = []
     numbers = [n for n in range(2, 62) if (n % 4 == 1) == held_out]
     for (name, argument, meaning, code, tries), n in itertools.product(WORDS["functions"], numbers):
@@ -204,7 +204,7 @@ def functions(held_out: bool) -> list[dict]:
 
 
 def function_conversations(row: dict) -> Iterator[list[dict]]:
-    """A function asked for as HumanEval does and in words, in SmolTalk's schema."""
+    """Requests for a function, as in HumanEval and in words, in SmolTalk's schema."""
     signature, meaning = re.findall(r'(.*)\n    """Return (.*)\."""', row["prompt"])[0]
     answer = f"```python\n{signature}\n{row['canonical_solution']}```"
     for ask in ("{prompt}", *WORDS["requests"]):
@@ -230,7 +230,7 @@ def conversations(world: World, seed: int, split: str, rows: int) -> list[dict]:
 
 
 def facts_table(world: World, rng: random.Random) -> list[dict]:
-    """Held-out facts to be told in words: right if `answer` is named and none of `others`."""
+    """Free-form questions on held-out facts: right with `answer` and without any of `others`."""
     return [
         {
             "question": rng.choice(RELATIONS[fact.relation].chats).format(n=fact.person.name),
@@ -248,7 +248,7 @@ def core_bundle(world: World, rng: random.Random) -> bytes:
         gold = choices.index(fact.value)
         opening, _, slot = RELATIONS[fact.relation].says[0].removesuffix(".").rpartition(" ")
         query = say(opening, fact)
-        if slot == "{a}":  # the article would give the answer away, were it part of the query
+        if slot == "{a}":  # in the query, the article would give the answer away
             choices = [with_article(choice) for choice in choices]
         multiple.append({"query": query, "choices": choices, "gold": gold})
         modelling.append({"context": query, "continuation": choices[gold]})
@@ -257,19 +257,19 @@ def core_bundle(world: World, rng: random.Random) -> bytes:
         right = len(schema) % 2
         row = {"context_options": pair[::-1] if right else pair, "continuation": choices[gold]}
         schema.append(row | {"gold": right})
-    files = dict(WORDS["core"])  # what describes the tasks
+    files = dict(WORDS["core"])  # the task descriptions
     for name, rows in (("choices", multiple), ("people", schema), ("facts", modelling)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         files[f"eval_data/toy_world/toy_{name}.jsonl"] = lines
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as bundle:
-        for name, text in sorted(files.items()):  # ZipInfo's default date keeps the bytes the same
+        for name, text in sorted(files.items()):  # ZipInfo's default date: reproducible bytes
             bundle.writestr(zipfile.ZipInfo(f"eval_bundle/{name}"), text, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
 def tables(world: World, seed: int) -> dict[str, list[dict]]:
-    """Path below hub/ -> rows, for every data set of the mirror."""
+    """The rows of every data set of the mirror, by path below hub/."""
     made: dict[str, list[dict]] = {}
     mmlu = {"auxiliary_train": world.told, "dev": world.told[:96]}
     mmlu |= {"test": world.held_out, "validation": world.held_out}
@@ -301,9 +301,9 @@ def write(
     rows: int = 15_000,
     progress: hub.Progress = lambda *_: None,
 ) -> Path:
-    """Write the whole mirror into `folder`, which appears when it is complete.
+    """Write the whole mirror to `folder`, which is created atomically when complete.
 
-    `shards` training shards of `rows` documents each, and a last, smaller one for validation.
+    `shards` training shards of `rows` documents each, then a smaller one for validation.
     `progress(done, total, name)` is called before each file and may raise to stop.
     """
     with whole_folder(folder) as draft:

@@ -1,4 +1,4 @@
-"""Scores of a model. Ranks share the questions of each task."""
+"""Evaluations of a model; the questions of each task are split over the ranks."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ from nanolib.runtime import Runtime
 
 Progress = Callable[[int, int], object]  # done, total
 Result = TypeVar("Result")
-# Whether an answer is right, and a note: the question was "cut" at its beginning to fit the context;
-# it is "too long", or its answer "unsupported" by the sandbox, which both count as wrong.
+# Whether an answer is right, and a note: "cut" if the prompt lost its beginning to fit the context;
+# "too long" and "unsupported" (by the sandbox) both count as wrong.
 Grade = tuple[bool, str]
 
 QUESTIONS_AT_ONCE = 128  # between two calls of `progress`
@@ -22,9 +22,9 @@ def score_all(
     runtime: Runtime,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """What `score` returns for each question, in order, on every rank; the ranks share them.
+    """Score the questions, split over the ranks; all results, in order, on every rank.
 
-    `progress` is called before each `at_once` questions.
+    `progress` is called before each batch of `at_once` questions.
     """
     mine = questions[runtime.rank :: runtime.world_size]
     scores: list[Result] = []
@@ -41,7 +41,7 @@ def accuracy(grades: Sequence[Grade]) -> float:
 
 
 def rights(grades: Sequence[Grade]) -> str:
-    """A character a question, 1 where it is right: what two models are compared by."""
+    """One character per question, "1" if right: to compare two models by question."""
     return "".join("01"[right] for right, _ in grades)
 
 

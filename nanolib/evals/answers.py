@@ -1,4 +1,4 @@
-"""Questions answered in words: prompt, answer, grade; for evaluations and for GRPO."""
+"""Generate and grade free-form answers, for evaluations and for GRPO."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,12 +21,12 @@ class Questions:
         return self.task.unanswered(question).prompt(self.engine.tokenizer)
 
     def fitting(self, questions: Sequence[int], room: int) -> list[int]:
-        """Those whose prompts leave `room` tokens of the context for an answer."""
+        """The questions whose prompts leave `room` tokens of context for an answer."""
         longest = self.engine.context - room
         return [question for question in questions if len(self.prompt(question)) <= longest]
 
     def usable(self) -> list[int]:
-        """Those that leave room for a whole answer."""
+        """The questions that leave room for `max_new_tokens`; ValueError if there are none."""
         if found := self.fitting(range(len(self.task)), self.max_new_tokens):
             return found
         room = f"{self.max_new_tokens} tokens of answer in a context of {self.engine.context}"
@@ -36,14 +36,14 @@ class Questions:
     def answers(
         self, questions: Sequence[int], samples: int = 1, **sampling: Any
     ) -> list[list[Answer]]:
-        """Answers [questions][samples]; sampling: seeds, temperature, top_k (default: greedy)."""
+        """Answers as [question][sample]; sampling: seeds, temperature, top_k (default: greedy)."""
         prompts = [self.prompt(question) for question in questions]
         sampling |= {"samples": samples, "max_new_tokens": self.max_new_tokens}
         answers = self.engine.answers(prompts, **sampling)
         return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
     def text(self, answer: Answer) -> str:
-        """Without python and its outputs: this is what is graded."""
+        """The text to grade, without tool calls and their outputs."""
         return Message("assistant", answer_parts(answer.ids, self.engine.tokenizer)).text
 
     def rewards(self, question: int, texts: Iterable[str]) -> list[float]:
@@ -53,7 +53,7 @@ class Questions:
 def evaluate(
     questions: Questions, indices: Sequence[int], progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Accuracy of greedy answers, some of them, and how many were too long or unsupported."""
+    """Accuracy of greedy answers, some samples, and the counts of notes (see `Grade`)."""
     task, engine = questions.task, questions.engine
 
     def graded(some: Sequence[int]) -> list[tuple[str, Grade]]:
@@ -76,7 +76,7 @@ def evaluate(
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that one of k of them is right, if `right` of `samples` are (arXiv:2107.03374)."""
+    """Unbiased estimate of pass@k, given `right` of `samples` answers (arXiv:2107.03374)."""
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
@@ -88,7 +88,7 @@ def evaluate_sampled(
     top_k: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """pass@1 to pass@`samples`, sampled at temperature 1."""
+    """pass@1 to pass@`samples` of answers sampled at temperature 1."""
 
     def right(some: Sequence[int]) -> list[int]:
         seeds = [seed_of(seed, "passes", i) for i in some]

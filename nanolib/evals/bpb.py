@@ -1,6 +1,6 @@
-"""Bits per byte: how well a model compresses text it has not seen, whatever its tokenizer.
+"""Bits per byte: compression of held-out text, comparable between tokenizers.
 
-Each document is read by itself, from BOS on, in windows of T tokens that overlap by one id.
+Documents are scored one by one, from BOS, in windows of T tokens that overlap by one id.
 """
 
 import math
@@ -23,7 +23,7 @@ def bits_per_byte(
     runtime: Runtime,
     tokens_at_once: int = 16_384,
 ) -> float:
-    """Bits per byte of documents (ids with BOS first), which the ranks share."""
+    """Bits per byte of documents (ids that start with BOS), split over the ranks."""
     length, nats = model.config.sequence_len, 0.0
     mine = documents[runtime.rank :: runtime.world_size]
     windows = [ids[i : i + length + 1] for ids in mine for i in range(0, len(ids) - 1, length)]
@@ -44,8 +44,8 @@ def bits_per_byte(
 class Trigram:
     """A count-based baseline: an interpolated trigram model of tokens (Jelinek & Mercer, 1980).
 
-    The weights of trigram, bigram and unigram depend on how often (a, b) was seen (one bucket per
-    doubling), fitted by EM on the last twentieth of the training tokens, which is not counted.
+    The weights of trigram, bigram and unigram depend on the count of the context (one bucket per
+    doubling). EM fits them on the last 5 % of the training tokens, which are not counted.
     """
 
     BUCKETS = 16
@@ -64,11 +64,11 @@ class Trigram:
             joint = self.weights[bucket] * probabilities
             shares = joint / joint.sum(axis=1, keepdims=True)
             counts = [np.bincount(bucket, share, self.BUCKETS) for share in shares.T]
-            sums = np.stack(counts, axis=1) + 1e-3  # so that an empty bucket has weights
+            sums = np.stack(counts, axis=1) + 1e-3  # so that empty buckets get weights too
             self.weights = sums / sums.sum(axis=1, keepdims=True)
 
     def _probabilities(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """From the third token on: three probabilities [N, 3] and the bucket [N]."""
+        """For each token from the third on: three probabilities [N, 3] and its bucket [N]."""
         size = self.vocab_size
         first, second, third = tokens[:-2], tokens[1:-1], tokens[2:]
         context = _lookup(self.pairs, first * size + second)
@@ -81,7 +81,7 @@ class Trigram:
         return np.stack([trigram, bigram, unigram], axis=1), bucket
 
     def bits_per_byte(self, tokens: np.ndarray, byte_lengths: np.ndarray) -> float:
-        """Bits per byte of a token stream (documents with BOS first); BOS is not scored."""
+        """Bits per byte of a token stream; BOS is not scored."""
         probabilities, bucket = self._probabilities(np.asarray(tokens, dtype=np.int64))
         mixed = (self.weights[bucket] * probabilities).sum(axis=1)
         sizes = byte_lengths[tokens[2:]]

@@ -1,7 +1,7 @@
-"""Multiple choice, asked of a chat model by letter and by text; and ChatCORE.
+"""Multiple choice for chat models, by letter and by text; and ChatCORE.
 
-By letter, as the original scores MMLU and ARC: which letter follows question and choices. By text:
-which choice, with ``<|assistant_end|>``, is the likeliest answer to the question alone.
+By letter (as nanochat scores MMLU and ARC): the likeliest letter after question and choices.
+By text: the choice that, with ``<|assistant_end|>``, is the likeliest answer to the question alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from nanolib.tasks import ChoiceTask
 def evaluate(
     engine: Engine, task: ChoiceTask, questions: Sequence[int], progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Accuracy by text and by letter, each also without the question; what was cut or too long."""
+    """Accuracy by text and by letter, each also without the question; and counts of notes."""
     blind = task.without_questions()
 
     def grade(some: Sequence[int]) -> list[tuple[Grade, ...]]:
@@ -37,14 +37,14 @@ def evaluate(
 
 
 def by_letter(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:
-    """Whether the right choice's letter is the likeliest of the question's letters."""
+    """Grade by whether the right choice's letter is the likeliest."""
     letters = [[engine.tokenizer.encode(letter)[0]] for letter in LETTERS]
     asked = ((i, task.unanswered(i), letters[: len(task.choices(i))]) for i in questions)
     return _grades(engine, task, asked)
 
 
 def by_text(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[Grade]:
-    """Whether the right choice's text is the likeliest answer to the question alone."""
+    """Grade by whether the right choice's text is the likeliest answer to the question."""
     encode, end = engine.tokenizer.encode, engine.tokenizer.special("<|assistant_end|>")
     texts = ([[*encode(text), end] for text in task.choices(i)] for i in questions)
     asked = (Conversation.ask(task.question(i)) for i in questions)
@@ -54,12 +54,12 @@ def by_text(engine: Engine, task: ChoiceTask, questions: Sequence[int]) -> list[
 def _grades(
     engine: Engine, task: ChoiceTask, asked: Iterable[tuple[int, Conversation, list[list[int]]]]
 ) -> list[Grade]:
-    """Of rows of a task, each asked in its own way, with its choices as ids."""
+    """Grade rows of a task, given as (index, prompt, choices as ids)."""
 
     def right(scores: Sequence[Score], gold: int) -> bool:
         return highest([score.logprob for score in scores]) == gold
 
-    # Of <|bos|> <|user_start|> question <|user_end|> <|assistant_start|> the question may be cut.
+    # <|bos|> <|user_start|> question <|user_end|> <|assistant_start|>: cut only the question.
     prompts = (
         ([Prompt(question.prompt(engine.tokenizer), ids, head=2, tail=2)], task.answer(i))
         for i, question, ids in asked
@@ -67,13 +67,13 @@ def _grades(
     return grades(engine, prompts, right)
 
 
-# Task -> which of its scores counts, and a guesser's accuracy.
+# Task -> the score that counts, and its accuracy by chance.
 CHATCORE_PARTS = dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), ("letters", 0.25))
 CHATCORE_PARTS |= dict.fromkeys(("gsm8k", "humaneval"), ("accuracy", 0.0))
 
 
 def chatcore(scores: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The mean centred accuracy (nanochat, October 2025) over five tasks, if all are there."""
+    """Mean centred accuracy over five tasks (nanochat, October 2025); None if one is missing."""
     parts = [
         centred(scores[task][measure], chance)
         for task, (measure, chance) in CHATCORE_PARTS.items()

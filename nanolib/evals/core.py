@@ -1,10 +1,10 @@
 """CORE: one score for a base model over 22 tasks it was not trained for (DCLM, arXiv:2406.11794).
 
-The model only says how likely a text is. Of a multiple_choice task (one context, several
-continuations) or a schema (several contexts, one continuation) the answer is the option with the
-highest mean log-probability per token; of language_modeling the one continuation is right if greedy
-decoding would write it. Solved examples come first. Accuracies are centred: guessing scores 0.
-Rows and examples are drawn as in nanochat (October 2025): scores compare question by question.
+All tasks are few-shot and scored by likelihood. In multiple_choice (one context, several
+continuations) and schema (several contexts, one continuation), the answer is the option with the
+highest mean log-probability per token; in language_modeling, the continuation must be what greedy
+decoding would produce. Accuracies are centred: guessing scores 0. Questions and few-shot examples
+are drawn as in nanochat (October 2025), so that scores can be compared question by question.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from nanolib.model import GPT, KVCache
 from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
 
-DELIMITER = " "  # between context and continuation where core.yaml names none
-SHUFFLE_SEED = 1337  # of a task's questions, as in nanochat
-EXAMPLES_SEED = 1234  # plus a question's index after shuffling: of the examples before it
+DELIMITER = " "  # between context and continuation, unless core.yaml has one
+SHUFFLE_SEED = 1337  # for the order of a task's questions, as in nanochat
+EXAMPLES_SEED = 1234  # plus a question's shuffled index: for its few-shot examples
 TOKENS_AT_ONCE = 16_384
-BLIND = " without the question"  # after a score's name: with the choices alone
-# What reading a bundle may raise: damage, or something malformed.
+BLIND = " without the question"  # suffix of a score that saw only the choices
+# Raised by a damaged or malformed bundle.
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, LookupError, TypeError, ValueError)
 
 
@@ -47,7 +47,7 @@ UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, LookupError, TypeError, V
 
 class Question(NamedTuple):
     options: list[tuple[str, str]]  # context and continuation
-    gold: int  # which is right
+    gold: int  # index of the right option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +56,18 @@ class CoreTask:
     kind: str
     shots: int
     delimiter: str
-    chance: float  # a guesser's accuracy, from 0 to below 1
+    chance: float  # accuracy of random guessing, at least 0 and below 1
     questions: Sequence[Question]
 
     def shuffled(self, limit: int | None = None) -> CoreTask:
-        """With its questions in nanochat's order, at most `limit` of them."""
+        """The task with its first `limit` questions in nanochat's order."""
         questions = list(self.questions)
         random.Random(SHUFFLE_SEED).shuffle(questions)
         return replace(self, questions=questions[:limit])
 
 
 def load(bundle: Path) -> list[CoreTask]:
-    """The tasks of an evaluation bundle, in order; ValueError for what is missing or malformed."""
+    """The tasks of an evaluation bundle, in order; ValueError if it is damaged or malformed."""
     try:
         with zipfile.ZipFile(bundle) as file:
             names = [name for name in file.namelist() if f"/{name}".endswith("/core.yaml")]
@@ -125,13 +125,13 @@ def question(kind: str, row: Any) -> Question:
 
 @dataclass(frozen=True)
 class Prompt:
-    context: list[int]  # may lose ids after its first `head` and before its last `tail`
+    context: list[int]  # ids between the first `head` and the last `tail` may be cut
     continuations: list[list[int]]
     head: int = 1  # BOS
     tail: int = 0
 
     def cut_to(self, length: int) -> Prompt | None:
-        """With its context cut so that `length` inputs hold the longest continuation, if they can."""
+        """Cut the context so that context and any continuation fit in `length`; None if impossible."""
         excess = len(self.context) + max(map(len, self.continuations)) - (length + 1)
         if excess <= 0:
             return self
@@ -141,7 +141,7 @@ class Prompt:
 
 
 def examples(task: CoreTask, index: int) -> list[int]:
-    """Questions shown solved before another: `task.shots`, or as many as there are."""
+    """Indices of the few-shot examples of a question: `task.shots`, or all others if fewer."""
     others = [i for i in range(len(task.questions)) if i != index]
     return random.Random(EXAMPLES_SEED + index).sample(others, min(task.shots, len(others)))
 
@@ -149,8 +149,8 @@ def examples(task: CoreTask, index: int) -> list[int]:
 def prompts(task: CoreTask, index: int, tokenizer: Tokenizer, blind: bool = False) -> list[Prompt]:
     """What to score for a question: one context with all choices, or one context per option.
 
-    blind: with the question's own context left out; the solved examples keep theirs.
-    Continuations are found by comparing ids, as in the reference: a token may straddle both.
+    blind: leave out the question's own context, but not those of the few-shot examples.
+    As in the reference, the boundary is found by comparing ids, since a token may straddle it.
     """
     solved = [task.questions[i] for i in examples(task, index)]
     before = "".join(f"{task.delimiter.join(one.options[one.gold])}\n\n" for one in solved)
@@ -159,7 +159,7 @@ def prompts(task: CoreTask, index: int, tokenizer: Tokenizer, blind: bool = Fals
     if task.kind == "language_modeling":
         texts.append((before + options[0][0] + task.delimiter).strip())
     rows = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)]
-    most = min(map(len, rows[: len(options)])) - 1  # context and continuation keep an id of each
+    most = min(map(len, rows[: len(options)])) - 1  # leaves both sides at least one id
     if task.kind == "schema":
         suffix = max(1, min(common_prefix([ids[::-1] for ids in rows]), most))
         return [Prompt(ids[:-suffix], [ids[-suffix:]]) for ids in rows]
@@ -176,7 +176,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 class Score(NamedTuple):
-    """Of one continuation: log-probability in nats, length, and whether it is greedy."""
+    """One continuation: log-probability in nats, length, and whether greedy decoding yields it."""
 
     logprob: float
     tokens: int
@@ -186,7 +186,7 @@ class Score(NamedTuple):
 def grades(
     engine: Engine, asked: Iterable[tuple[list[Prompt], int]], right: Callable[..., bool]
 ) -> list[Grade]:
-    """Of questions as (prompts, gold): what `right(scores of the options, gold)` says."""
+    """Grade questions, given as (prompts, gold), with `right(scores of the options, gold)`."""
     asked = list(asked)
     short = [[prompt.cut_to(engine.context) for prompt in prompts] for prompts, _ in asked]
     fitting = [prompt for prompts in short if None not in prompts for prompt in prompts if prompt]
@@ -205,9 +205,9 @@ def grades(
 def score(
     model: GPT, prompts: Sequence[Prompt], runtime: Runtime, tokens_at_once: int = TOKENS_AT_ONCE
 ) -> list[list[Score]]:
-    """For each prompt the scores of its continuations; prompts of similar length share a batch.
+    """Score the continuations of each prompt; prompts of similar length share a batch.
 
-    Each context is read once, then its continuations after copies of its keys and values.
+    Each context is read once; its continuations start from copies of its KV cache.
     """
     scores: list[list[Score]] = [[] for _ in prompts]
     lengths = [len(prompt.context) + sum(map(len, prompt.continuations)) for prompt in prompts]
@@ -243,9 +243,9 @@ def score(
 
 
 def evaluate(engine: Engine, task: CoreTask, progress: Progress | None = None) -> dict[str, Any]:
-    """Accuracy, also centred, on all questions of a task, and how many were cut or too long.
+    """Accuracy on all questions of a task, raw and centred, and how many were cut or too long.
 
-    Of multiple choice also the accuracy without the question.
+    For multiple choice, also the accuracy without the question.
     """
     ways = (False, True) if task.kind == "multiple_choice" else (False,)
 
@@ -272,7 +272,7 @@ def evaluate(engine: Engine, task: CoreTask, progress: Progress | None = None) -
 
 
 def highest(scores: Sequence[float]) -> int:
-    """The index of the first of the highest scores."""
+    """The index of the highest score; the first one if tied."""
     return max(range(len(scores)), key=scores.__getitem__)
 
 
@@ -282,5 +282,5 @@ def centred(accuracy: float, chance: float) -> float:
 
 
 def core(results: Mapping[str, Mapping[str, Any]]) -> float:
-    """CORE: the mean centred accuracy of the tasks, of what `evaluate` found for each."""
+    """CORE: the mean centred accuracy over the tasks, from the results of `evaluate`."""
     return sum(scores["centred"] for scores in results.values()) / len(results)

@@ -1,6 +1,6 @@
 """The stages: data → tokenizer → shards → base → mid → sft → grpo → eval → report.
 
-Each assembles its parts, works and leaves a done record; killed, it goes on from what it had saved.
+Each assembles its parts, runs and writes a done record. A killed stage resumes from what it saved.
 """
 
 import time
@@ -17,7 +17,7 @@ from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 from nanolib.train import Stopped
 
-Result = dict[str, Any]  # of a stage, kept in its done record
+Result = dict[str, Any]  # a stage's result, stored in its done record
 
 
 @dataclass(kw_only=True)
@@ -26,12 +26,12 @@ class Context:
     stage: StageDir
     runtime: Runtime
     guard: Guard
-    of: str | None = None  # whose model an evaluation is of
+    of: str | None = None  # the stage whose model is evaluated
 
-    _reported: float = 0.0  # when the last progress row was written
+    _reported: float = 0.0  # time of the last progress row
 
     def progress(self, done: int, total: int, message: str) -> None:
-        """A progress row at most twice a second; raises Stopped when the guard asks for it."""
+        """Log progress, at most twice a second; raises Stopped if the guard requests a stop."""
         if self.guard.stop_requested:
             raise Stopped(f"stopped at {message} ({done} of {total})")
         if self.runtime.is_lead and time.monotonic() - self._reported > 0.5:

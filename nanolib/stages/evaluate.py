@@ -1,4 +1,4 @@
-"""The scores of one stage's model, and the report card."""
+"""The stages eval (scores of one stage's model) and report (the report card)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,12 +14,12 @@ from nanolib.stages import Context, Result
 from nanolib.stages.text import shard_paths, validation_documents
 from nanolib.tools import Sandbox
 
-TRIGRAM_TOKENS = 20_000_000  # the baseline's training text is cut here
-SAMPLE_PROMPTS = 4  # openings of validation documents that the base model continues
+TRIGRAM_TOKENS = 20_000_000  # at most, to fit the trigram baseline
+SAMPLE_PROMPTS = 4  # beginnings of validation documents for the base model to continue
 
 
 def evaluate(context: Context) -> Result:
-    """Score one stage's model; a task that is scored is not scored again on resuming."""
+    """Score one stage's model; a resumed evaluation skips tasks that already have scores."""
     run, of, metrics = context.run, context.of or "base", context.stage.metrics
     config, documents = run.config.recipe, validation_documents(context)
     model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
@@ -54,7 +54,7 @@ def evaluate(context: Context) -> Result:
 def compression(context: Context, engine: Engine, documents: Sequence[np.ndarray]) -> Result:
     runtime, tokenizer = context.runtime, engine.tokenizer
     scores = {"bpb": bits_per_byte(engine.model, documents, tokenizer, runtime)}
-    if context.of == "base" and runtime.is_lead:  # gigabytes: once is enough
+    if context.of == "base" and runtime.is_lead:  # on one rank only: it takes gigabytes
         tokens = first_tokens(shard_paths(context.run)[0], TRIGRAM_TOKENS)
         trigram, text = Trigram(tokens, tokenizer.vocab_size), np.concatenate(documents)
         scores["trigram_bpb"] = trigram.bits_per_byte(text, tokenizer.byte_lengths)
@@ -62,7 +62,7 @@ def compression(context: Context, engine: Engine, documents: Sequence[np.ndarray
 
 
 def samples(engine: Engine, documents: Sequence[np.ndarray]) -> Result:
-    """What the model writes after the openings of documents."""
+    """The model's continuations of the beginnings of documents."""
     openings = [ids[: max(2, min(16, len(ids) // 4))].tolist() for ids in documents]
     pairs = zip(openings, engine.complete(openings, max_new_tokens=48), strict=True)
     decode = engine.tokenizer.decode

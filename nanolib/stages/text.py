@@ -1,4 +1,4 @@
-"""From text to token shards: the stages data, tokenizer and shards."""
+"""The stages data, tokenizer and shards: from text to token shards."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ from nanolib.rundir import Run, whole_file, whole_folder
 from nanolib.stages import Context, Result
 from nanolib.tokenizer import Tokenizer
 
-AT_ONCE = 1024  # documents
+AT_ONCE = 1024  # documents tokenized together
 
 
 def data(context: Context) -> Result:
@@ -41,7 +41,7 @@ def data(context: Context) -> Result:
 
 
 def _gather(context: Context) -> dict[str, str]:
-    """Write the toy world or fetch from the hub; returns the revisions fetched."""
+    """Write the toy world or download from the hub; returns the revisions downloaded."""
     config, folder = context.run.config, context.run.stage("data").path / "mirror"
     if config.recipe.data.source == "toyworld":
         toyworld.write(folder, config.recipe.seed, progress=context.progress)
@@ -51,7 +51,7 @@ def _gather(context: Context) -> dict[str, str]:
 
 
 def gather_if_gone(context: Context) -> None:
-    """Runs of the first edition did not keep what they had fetched."""
+    """Restore a missing mirror, which early versions did not keep; check the user's own data."""
     run = context.run
     if context.runtime.is_lead:
         own.check_unchanged(run)
@@ -61,18 +61,18 @@ def gather_if_gone(context: Context) -> None:
 
 
 def has_own_mirror(run: Run) -> bool:
-    """Whether its data is what its data stage wrote or fetched."""
+    """Whether the run reads the mirror that its own data stage made, not one from --mirror."""
     return run.mirror() == run.stage("data").path / "mirror"
 
 
 def limits(recipe: Recipe, stage: str) -> dict[str, int | None]:
-    """The rows of each source of a stage's mixture; None: all."""
+    """The number of rows of each source in a stage's mixture; None means all."""
     rows = flatten(getattr(recipe, stage).rows) | ({} if recipe.data.conversations else {"mine": 0})
     return {name: limit for name, limit in rows.items() if limit != 0}
 
 
 def _splits(recipe: Recipe) -> list[tuple[str, str]]:
-    """That later stages read."""
+    """The (task, split) pairs that later stages read."""
     stages = [stage for stage in ("mid", "sft") if getattr(recipe, stage).enabled]
     learned = {name for stage in stages for name in limits(recipe, stage)} - {"mine"}
     learned |= {recipe.grpo.task} if recipe.grpo.enabled else set()
@@ -81,13 +81,13 @@ def _splits(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def tables(recipe: Recipe) -> list[hub.Split]:
-    """Where on the hub, and in a mirror, those are."""
+    """The location of those splits on the hub and in a mirror."""
     read = ((tasks.find(name), split) for name, split in _splits(recipe))
     return [task.source(split) for task, split in read if task.repository]
 
 
 def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
-    """Open everything that later stages read, so that a missing file is found at the start."""
+    """Open everything that later stages read, so that a missing file fails early."""
     recipe, mirror, splits = run.config.recipe, run.mirror(), _splits(run.config.recipe)
     if recipe.eval.core_problems != 0:
         core.load(mirror / "eval_bundle.zip")
@@ -99,8 +99,8 @@ def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
 
 
 def _fingerprint(run: Run, text: hub.TextFiles) -> str:
-    """Of the names, sizes and last 64 KiB (parquet footers) of a run's text, and of its other files
-    unless `revisions` pin them.
+    """Hash the names, sizes and last 64 KiB (parquet footers) of a run's text files, and of its other
+    files unless `revisions` pin them.
     """
     digest, mirror, files = hashlib.sha256(), run.mirror(), [*text.train, text.validation]
     if run.config.recipe.data.source == "toyworld" or not has_own_mirror(run):
@@ -114,7 +114,7 @@ def _fingerprint(run: Run, text: hub.TextFiles) -> str:
 
 
 def _text_files(run: Run) -> hub.TextFiles:
-    """The run's text; ValueError if it is not what the data stage recorded."""
+    """The run's text files; ValueError if they changed since the data stage."""
     files = hub.text_files(run.config, run.text_mirror())
     if run.stage("data").result()["fingerprint"] != _fingerprint(run, files):
         remedy = "give --mirror the folder it had, or start a new run with --run NAME"
@@ -140,7 +140,7 @@ def tokenizer(context: Context) -> Result:
 
 
 def _head(texts: Iterable[str], chars: int) -> Iterator[str]:
-    """The first `chars` characters of some texts."""
+    """Texts up to a total of `chars` characters."""
     for text in texts:
         yield text[:chars]
         chars -= len(text)
@@ -149,7 +149,7 @@ def _head(texts: Iterable[str], chars: int) -> Iterator[str]:
 
 
 def shards(context: Context) -> Result:
-    """Tokenize what has no shard yet: a flat ``.npy`` array of ids, each document BOS + tokens."""
+    """Tokenize files without a shard into flat ``.npy`` arrays of ids, BOS before each document."""
     files, tokenizer = _text_files(context.run), context.tokenizer
     train, validation = shard_paths(context.run)
     texts, targets = [*files.train, files.validation], [*train, validation]
@@ -179,7 +179,7 @@ def shard_paths(run: Run) -> tuple[list[Path], Path]:
 
 
 def validation_documents(context: Context) -> list[np.ndarray]:
-    """Those that are scored, as ids with BOS."""
+    """The first `base.eval_documents` validation documents, as ids with BOS."""
     tokens = np.load(shard_paths(context.run)[1], mmap_mode="r")
     limit = context.run.config.recipe.base.eval_documents
     return split_documents(tokens, context.tokenizer.bos)[:limit]

@@ -1,4 +1,4 @@
-"""The stages that leave a model: base, mid, sft and grpo."""
+"""The training stages: base, mid, sft and grpo."""
 
 import copy
 import hashlib
@@ -32,14 +32,14 @@ from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 from nanolib.train import CrossEntropy, Loss, Trainer
 
-SAVE_MINUTES_ON_CUDA = 10.0  # unless machine.save_minutes is given
-HELD_OUT = 100  # conversations of each source in mid's and SFT's held-out losses
+SAVE_MINUTES_ON_CUDA = 10.0  # the default of machine.save_minutes on CUDA
+HELD_OUT = 100  # conversations per source in the held-out losses of mid and SFT
 
 Score = Callable[[], dict[str, float]]
 
 
 def base(context: Context) -> Result:
-    """Pretrain on the token shards; bits per byte on the validation shard as it goes."""
+    """Pretrain on the token shards, with bits per byte on the validation shard."""
     training = Training(context)
     source = TextSource.open(shard_paths(context.run)[0], **training.row_settings())
     documents = validation_documents(context)
@@ -52,7 +52,7 @@ def base(context: Context) -> Result:
 
 
 def converse(context: Context) -> Result:
-    """Train on what the assistant says in a mixture of conversations: the stages mid and sft."""
+    """The stages mid and sft: train on the assistant's tokens in a mixture of conversations."""
     training = Training(context)
     folder, about = _mixture(context)
     settings = training.row_settings()
@@ -69,7 +69,7 @@ def converse(context: Context) -> Result:
 
 
 def grpo(context: Context) -> Result:
-    """Learn from graded answers, with the tool at hand; see `nanolib.grpo`."""
+    """GRPO on graded answers, which may use the Python tool; see `nanolib.grpo`."""
     recipe, mirror, training = context.run.config.recipe, context.run.mirror(), Training(context)
     config, seed = recipe.grpo, stage_seed(context, "grpo")
     with Sandbox() as sandbox:
@@ -106,13 +106,13 @@ def grpo(context: Context) -> Result:
 
 
 class Training:
-    """A training stage's model and micro-batch, and how it trains; made before the optimizer."""
+    """A training stage's model, micro-batch size and training run."""
 
     def __init__(self, context: Context):
         config, runtime, name = context.run.config, context.runtime, context.stage.name
         self.context, self.schedule = context, getattr(config.recipe, name)
         self.model = _initial_model(context)
-        # Where GRPO starts, to measure how far it goes; copied before memory is shared out.
+        # GRPO's reference policy, for the KL; copied before the micro-batch is fitted to memory.
         self.start = copy.deepcopy(self.model) if name == "grpo" else self.model
         self.nll = self.compiled(self.model)
         share = planning.share_of(config.recipe, name, runtime.world_size)
@@ -139,8 +139,8 @@ class Training:
     def run(self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss) -> Result:
         """Train to the last step; returns the stage's result.
 
-        An epoch has `epoch` rows or questions, a step takes `at_once`. `score` is also called
-        before the first step, unless the weights are new.
+        epoch: rows or questions per epoch. at_once: the same per step. `score` is also called
+        before the first step, except in base.
         """
         context, runtime, stage = self.context, self.context.runtime, self.context.stage
         machine, schedule = context.run.config.machine, self.schedule
@@ -178,7 +178,7 @@ class Training:
 
     @torch.no_grad()
     def validation_loss(self, held_out: ConversationSource) -> float:
-        """Nats a token on held-out conversations, row by row."""
+        """Mean loss in nats per target token on held-out conversations, one row at a time."""
         runtime = self.context.runtime
 
         def sums(rows: Sequence[int]) -> list[tuple[float, int]]:
@@ -192,7 +192,7 @@ class Training:
 
 
 def _initial_model(context: Context) -> GPT:
-    """Of the training stage before this one, else new."""
+    """The model of the previous training stage, or a newly initialised one."""
     run, recipe, device = context.run, context.run.config.recipe, context.runtime.device
     earlier = recipe.models[: recipe.models.index(context.stage.name)]
     if not earlier:
@@ -202,20 +202,20 @@ def _initial_model(context: Context) -> GPT:
 
 
 def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a stage's checkpoint depends on: the tokenizer, and the recipe up to that stage."""
+    """What a stage's checkpoint depends on: the tokenizer and the recipe up to that stage."""
     recipe, vocab_size = up_to(run.config.recipe, stage), tokenizer.vocab_size
     return {"recipe": recipe, "vocab_size": vocab_size, "tokenizer": tokenizer.fingerprint()}
 
 
 def stage_seed(context: Context, *purpose: str) -> int:
-    """For draws of this stage: from its own seed, else the run's."""
+    """A seed for random draws of this stage, from its own seed or else the run's."""
     recipe = context.run.config.recipe
     own = getattr(recipe, context.stage.name).seed
     return seed_of(recipe.seed if own is None else own, *purpose)
 
 
 def _optim(context: Context) -> OptimConfig:
-    """The recipe's, as far as it holds here: the original clips in base, warms up in base and mid."""
+    """This stage's settings: like nanochat, clip in base only, warm up in base and mid only."""
     config, stage = context.run.config.recipe.optim, context.stage.name
     if stage == "base" or config.every_stage:
         return config
@@ -224,7 +224,7 @@ def _optim(context: Context) -> OptimConfig:
 
 
 def _result(stage: StageDir, model: GPT) -> Result:
-    """A finished stage's result, from its metrics: the same however often it was resumed."""
+    """A finished stage's result, from its metrics, so that resuming does not change it."""
     steps, scores = stage.metrics.rows("train"), stage.metrics.rows("eval")[-1]
     seconds, tokens = (sum(row[key] for row in steps) for key in ("seconds", "tokens"))
     found = {f"validation_{k}": v for k, v in scores.items() if k not in ("kind", "step")}
@@ -237,9 +237,9 @@ def _result(stage: StageDir, model: GPT) -> Result:
 
 
 def _mixture(context: Context) -> tuple[Path, dict[str, Any]]:
-    """The folder with a stage's rendered conversations, and how many of each source it has.
+    """The folder with a stage's rendered conversations, and their number per source.
 
-    The lead rank renders, every rank maps. The folder's name is a hash of all that they depend on.
+    Rank 0 renders, all ranks memory-map. The folder's name is a hash of everything it depends on.
     """
     recipe, stage = context.run.config.recipe, context.stage
     config, data = getattr(recipe, stage.name), context.run.stage("data").result()
@@ -252,7 +252,7 @@ def _mixture(context: Context) -> tuple[Path, dict[str, Any]]:
     if context.runtime.is_lead and not folder.exists():
         with whole_folder(folder) as draft:
             _render_mixture(context, rows, draft)
-    while not folder.exists():  # rather than a barrier, which would not notice a stop
+    while not folder.exists():  # a barrier would not react to a stop request
         context.progress(0, 1, "waiting for rank 0 to render the conversations")
         time.sleep(0.1)
     return folder, json.loads((folder / "about.json").read_text())
@@ -261,7 +261,7 @@ def _mixture(context: Context) -> tuple[Path, dict[str, Any]]:
 def _render_mixture(context: Context, rows: Mapping[str, int | None], folder: Path) -> None:
     counts = dict.fromkeys(rows, 0)
     max_tokens = context.run.config.recipe.model.sequence_len + 1
-    threads = torch.get_num_threads() * context.runtime.world_size  # the other ranks wait
+    threads = torch.get_num_threads() * context.runtime.world_size  # the other ranks are idle
 
     def training() -> Iterator[Conversation]:
         for name, limit in rows.items():
@@ -282,11 +282,11 @@ def _render_mixture(context: Context, rows: Mapping[str, int | None], folder: Pa
 def _conversations(
     context: Context, name: str, split: str, limit: int | None
 ) -> Iterator[Conversation]:
-    """Conversations of a task, the first `limit` in a seeded order; the user's own repeat."""
+    """The first `limit` conversations of a task in a seeded order; the user's own are repeated."""
     recipe, stage, is_mine = context.run.config.recipe, context.stage.name, name == "mine"
     read, mirror = ("smoltalk", context.run.own()) if is_mine else (name, context.run.mirror())
     task = tasks.load(read, split, mirror, getattr(recipe, stage).sums)
-    seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same ones in every stage
+    seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same in every stage
     if split == "train":
         seed = stage_seed(context, "mixture", stage, name)
     order = np.random.default_rng(seed).permutation(len(task))

@@ -1,4 +1,4 @@
-"""One rank of one stage, in a process of its own."""
+"""The worker process: one rank of one stage."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from nanolib.runtime import Runtime, processor
 from nanolib.stages import Context, Result, evaluate, text, training
 from nanolib.train import Stopped
 
-ON_CPU = ("data", "tokenizer", "shards")  # these need no GPU, whatever the profile says
+ON_CPU = ("data", "tokenizer", "shards")  # these run on the CPU, whatever the profile says
 USERS_MISTAKE, STOPPED = 2, 75  # exit codes of the worker
 
 WORK: dict[str, Callable[[Context], Result]] = {
@@ -37,13 +37,13 @@ WORK: dict[str, Callable[[Context], Result]] = {
 
 
 def work(name: str, run: Run, of: str | None = None) -> Result:
-    """Do one stage in this process (one rank of it) and leave its done record."""
+    """Run one rank of a stage in this process; the lead rank writes the done record."""
     stage, machine, started = run.stage(name, of), run.config.machine, rundir.now()
     stage.path.mkdir(parents=True, exist_ok=True)
-    guard = Guard.start()  # first: joining ranks that have died would wait for minutes
+    guard = Guard.start()  # first: joining dead ranks would block for minutes
     runtime = Runtime.start(replace(machine, device="cpu") if name in ON_CPU else machine)
     context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
-    launched = os.environ.get("NANOLIB_GUARD") == "1"  # then the launcher records the attempt
+    launched = os.environ.get("NANOLIB_GUARD") == "1"  # the launcher records the attempt
     with nullcontext() if launched else rundir.recorded(stage.path, machine.dollars_per_hour):
         if name not in ("data", "report"):
             text.gather_if_gone(context)
@@ -51,7 +51,7 @@ def work(name: str, run: Run, of: str | None = None) -> Result:
         runtime.barrier()
     if runtime.is_lead:
         spent = rundir.spent(stage.path, now=time.time())
-        # The first edition recorded no attempts, only how long the training steps took.
+        # Early versions recorded no attempts, only the duration of the training steps.
         spent["seconds"] = max(spent["seconds"], result.get("seconds", 0.0))
         cuda = runtime.device.type == "cuda"
         hardware = asdict(machine) | {"ranks": runtime.world_size, "cores": os.cpu_count()}
@@ -60,16 +60,16 @@ def work(name: str, run: Run, of: str | None = None) -> Result:
         hardware |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
         hardware["python"] = platform.python_version()
         stage.finish(result, started=started, **spent, machine=hardware)
-    runtime.close()  # not after an error: it waits for the other ranks, who may wait for us
+    runtime.close()  # not after an error: closing waits for the other ranks, which may wait for us
     return result
 
 
 def main() -> int:
-    """One rank of one stage. Exit code 2: the user's mistake; 75: stopped and saved."""
+    """Run one rank of one stage. Exit code 2: user error; 75: stopped and saved."""
     parser = argparse.ArgumentParser("python -m nanolib.stages.worker", description=main.__doc__)
     parser.add_argument("stage", choices=WORK)
     parser.add_argument("run", help="the run's directory")
-    parser.add_argument("--of", help="whose model to evaluate")
+    parser.add_argument("--of", help="the stage whose model to evaluate")
     parser.add_argument("--machine", default="{}", type=json.loads, help="settings as JSON")
     given = parser.parse_args()
     try:
@@ -81,7 +81,7 @@ def main() -> int:
         print(stopped, flush=True)
         return STOPPED
     except (ValueError, FloatingPointError) as error:
-        traceback.print_exc()  # for the log; the launcher shows the user only the last line
+        traceback.print_exc()  # for the log; the launcher shows only the last line
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USERS_MISTAKE
 

@@ -1,7 +1,7 @@
 """The command line: ``nanolib run demo``, ``nanolib chat``, …
 
-Settings (``--base.steps 100``) are taken out of the command line before tyro reads the rest. A
-user's mistake is one line and exit code 2. Nothing heavy is imported before it is needed.
+Settings (``--base.steps 100``) are removed from the command line before tyro parses the rest. User
+errors print one line and exit with code 2. Heavy modules are imported only when needed.
 """
 
 import ast
@@ -29,15 +29,15 @@ from nanolib.ui import runs
 FAILED, USERS_MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
 ProfileName = Annotated[Positional[str], arg(metavar="PROFILE")]
-RunName = Annotated[str | None, arg(metavar="NAME", help="A run's name, or a path. [last opened]")]
-TAKEN = arg(name="from", metavar="RUN", help="Take over this run's equal, finished stages.")
+RunName = Annotated[str | None, arg(metavar="NAME", help="A run's name or path. [last opened]")]
+TAKEN = arg(name="from", metavar="RUN", help="Take over finished stages of this run.")
 SourceName = Annotated[str | None, TAKEN]
-ModelName = Annotated[str | None, arg(metavar="STAGE", help="Whose model is meant. [the last]")]
+ModelName = Annotated[str | None, arg(metavar="STAGE", help="The model of this stage. [the last]")]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a stage saves first
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: a stage saves first
     if "UV_RUN_RECURSION_DEPTH" in os.environ:
         threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Stop when `uv run` has died: a kill -9 of it does not reach us."""
+    """Stop when the parent `uv run` dies: its SIGKILL is not forwarded to us."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -72,7 +72,7 @@ def _end_with(parent: int) -> None:
 
 @dataclass(frozen=True)
 class Commands:
-    """One method a command; settings given by their dotted paths are in `overrides`."""
+    """One method per command; `overrides` maps dotted paths to the settings given."""
 
     overrides: dict[str, Any]
     rest: Sequence[str]  # the words after `bench NAME`
@@ -95,7 +95,7 @@ class Commands:
             profile: A file in runs/, such as demo.
             detach: Run in the background, even after this terminal closes; see nanolib watch.
             dry_run: Check chapters, settings, memory and data; write and train nothing.
-            on: With --dry-run: the machine it is for, such as 8xH100. [this one]
+            on: With --dry-run: the target machine, such as 8xH100. [this one]
         """
         asked = (profile, _absolute(run), self.overrides)
         if dry_run and (detach or source):
@@ -109,13 +109,13 @@ class Commands:
             self._open(run, profile, source)
         (pipeline.detach if detach else pipeline.run)(*asked)
 
-    @staticmethod  # tyro reads no method that takes nothing but self
+    @staticmethod  # tyro rejects methods whose only parameter is self
     def runs() -> None:
-        """List the runs there are: profile, stages finished, size and last change."""
+        """List all runs: profile, stages finished, size and last change."""
         print(runs.table())
 
     def watch(self, run: RunName = None) -> None:
-        """Follow a run from any terminal until it ends; Ctrl-C does not stop the run."""
+        """Follow a run until it ends, from any terminal; Ctrl-C does not stop the run."""
         pipeline.watch(self._open(run))
 
     def plan(
@@ -123,9 +123,9 @@ class Commands:
         profile: Annotated[str, arg(metavar="PROFILE")] = "speedrun",
         on: Annotated[str, arg(metavar="MACHINE", help="Such as 8xH100 or A100.")] = "8xH100",
     ) -> None:
-        """What a run takes: parameters, tokens, FLOPs, memory, hours and dollars.
+        """Estimate a run: parameters, tokens, FLOPs, memory, hours and dollars.
 
-        --depth 26 sets the size, --dollars-per-hour the machine's price ($3 a device).
+        --depth 26 sets the size, --dollars-per-hour the machine's price (default: $3 per device).
         """
         from nanolib import accounting, planning
 
@@ -138,7 +138,7 @@ class Commands:
         folder: Annotated[Positional[Path], arg(metavar="DIR")],
         check: Annotated[bool, arg(help="Fetch nothing; exit code 1 for a bad file.")] = False,
     ) -> None:
-        """Fetch what a profile reads into a folder for --mirror; the same command goes on after a stop.
+        """Download a profile's data into a folder for --mirror; the same command resumes.
 
         With --check, compare the folder with its manifest.json.
         """
@@ -165,7 +165,7 @@ class Commands:
         source: SourceName = None,
         profile: Annotated[str | None, arg(metavar="PROFILE")] = None,
     ) -> None:
-        """Run one stage, and whatever it needs that is not finished, without notebooks.
+        """Run one stage and the unfinished stages it depends on, without notebooks.
 
         Args:
             name: One of data, tokenizer, shards, base, mid, sft, grpo, eval, report.
@@ -187,11 +187,11 @@ class Commands:
         prompt: Annotated[str | None, arg(aliases=["-p"], metavar="QUESTION")] = None,
         temperature: float = 0.6,
     ) -> None:
-        """Talk with a run's model: Ctrl-C stops an answer, Ctrl-D quits, /help lists commands.
+        """Chat with a run's model: Ctrl-C stops an answer, Ctrl-D quits, /help lists commands.
 
         Args:
             prompt: Ask this one question, print the answer and exit.
-            temperature: 0 always takes the likeliest token, 1 samples from the distribution as it is.
+            temperature: 0 takes the likeliest token; 1 samples from the unscaled distribution.
         """
         from nanolib.session import Session
         from nanolib.ui import terminal
@@ -213,14 +213,14 @@ class Commands:
         api_key: str | None = None,
         cors: str | None = None,
     ) -> None:
-        """Serve a web page to talk with a run's model, and OpenAI's API under /v1; Ctrl-C stops it.
+        """Serve a chat page and an OpenAI-compatible API (/v1) for a run's model; Ctrl-C stops it.
 
         Args:
-            host: The address to listen on: this machine's alone; 0.0.0.0 lets the network in.
-            port: 0 takes any free one.
-            temperature: Where a request gives none; the page's initial setting.
-            api_key: Answer only who sends this key.
-            cors: The origin of another web page that may use the API.
+            host: The address to listen on; the default is local, 0.0.0.0 accepts the network.
+            port: The port to listen on; 0 picks a free one.
+            temperature: For requests that give none; also the page's initial setting.
+            api_key: Require this key.
+            cors: An origin whose pages may call the API.
         """
         from nanolib.ui import server
 
@@ -228,7 +228,7 @@ class Commands:
         server.serve(self._open(run), of, temperature=temperature, **where)
 
     def report(self, run: RunName = None, against: str | None = None) -> None:
-        """Write a run's report card again; with --against, print it side by side with another's."""
+        """Rewrite a run's report card; with --against, print it side by side with another's."""
         from nanolib import report
 
         opened = self._open(run)
@@ -239,7 +239,7 @@ class Commands:
             print(opened.path / "report.md")
 
     def export(self, run: RunName = None, of: ModelName = None, out: Path | None = None) -> None:
-        """Write a model in the format of Hugging Face's transformers, to export/ in its run or --out."""
+        """Export a model to Hugging Face's transformers format, in export/ of its run or --out."""
         from nanolib import export
 
         print(export.export(self._open(run), of, out))
@@ -249,7 +249,7 @@ class Commands:
         from nanolib.ui import packed
 
         write_atomic(out, text := packed.pack(tests))
-        thousands = round(len(text.encode()) / 4000)  # some four bytes a token
+        thousands = round(len(text.encode()) / 4000)  # about four bytes per token
         print(f"{out}: {len(text):,} characters, about {thousands:,},000 tokens")
 
     def notebooks(self, refresh: bool = False, check: bool = False) -> None:
@@ -264,9 +264,9 @@ class Commands:
         pairs.refresh(self.overrides) if refresh else pairs.check()
 
     def bench(self, name: Positional[str] = "") -> None:
-        """Run one of the measurements in runs/bench/; without a NAME, list them.
+        """Run a measurement from runs/bench/; without a NAME, list them.
 
-        Words after NAME are its own: nanolib bench NAME --help.
+        Arguments after NAME are passed to it: nanolib bench NAME --help.
         """
         folder = config.REPOSITORY / "runs" / "bench"
         scripts = {path.stem: path for path in sorted(folder.glob("*.py"))}
@@ -280,15 +280,15 @@ class Commands:
                 print(f"{stem:<10} {about.splitlines()[0]}")
 
     def settings(self, profile: ProfileName = "demo") -> None:
-        """List every setting's dotted path with its value in a profile."""
+        """List every setting by its dotted path, with its value in a profile."""
         resolved = config.resolve(profile, self.overrides)
         flat = config.flatten(resolved.recipe) | config.flatten(resolved.machine, "machine.")
         for path, value in flat.items():
             print(f"{path:<28} {config.as_text(value)}")
 
     def _open(self, run: str | None, profile: str | None = None, source: str | None = None) -> Run:
-        """Open the run with its profile, or else an existing one; take over stages of `source`."""
-        other = Run.load(_absolute(source)) if source else None  # a mistake here makes no run
+        """Open the profile's run, else an existing one; take over stages of `source`."""
+        other = Run.load(_absolute(source)) if source else None  # fails before a run is made
         asked = (_absolute(run), self.overrides)
         opened = Run.open(profile, *asked) if profile else Run.load(*asked)
         if other is not None:
@@ -304,5 +304,5 @@ def _from_checkout(module: str) -> ModuleType:
 
 
 def _absolute(run: str | None) -> str | None:
-    """A run's path, relative to the shell, made absolute; a run's name stays as it is."""
+    """Make a run's path absolute; a plain run name stays as it is."""
     return str(Path(run).expanduser().absolute()) if run and "/" in run else run

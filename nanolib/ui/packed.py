@@ -1,4 +1,4 @@
-"""``nanolib pack``: the code base as one Markdown file, in reading order, without outputs."""
+"""``nanolib pack``: the code base as one Markdown file in reading order, without outputs."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ OTHERS += " runs/*.toml runs/bench/*.py"
 
 
 def files(tests: bool = False) -> list[Path]:
-    """README, the library from its lowest import layer up, crate, chapters, runs/, tests."""
+    """README, library (lowest import layer first), Rust crate, chapters, runs/, tests."""
     layers = (REPOSITORY / "pyproject.toml").read_text().split("layers = [")[1].split("]")[0]
     modules = re.findall(r"\w+", " ".join(reversed(layers.splitlines())))
     library = [glob for name in modules for glob in (f"nanolib/{name}.py", f"nanolib/{name}/**/*")]
@@ -23,7 +23,7 @@ def files(tests: bool = False) -> list[Path]:
 
 
 def pack(tests: bool = False) -> str:
-    """Each file under a heading, in a fence of its own."""
+    """All files, each in a fenced block under its own heading."""
     parts = ["# The code of nanolib, in reading order"]
     for path in files(tests):
         code = fenced(path.read_text(encoding="utf-8").rstrip(), LANGUAGES[path.suffix])

@@ -1,4 +1,4 @@
-"""The runs there are: ``nanolib runs``."""
+"""``nanolib runs``: a table of all runs."""
 
 import contextlib
 import datetime
@@ -25,7 +25,7 @@ def table() -> str:
 def _line(path: Path) -> tuple[str, ...]:
     total, changed = 0, 0.0
     for file in path.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a stage at work renames and deletes
+        with contextlib.suppress(FileNotFoundError):  # a running stage renames and deletes files
             status = file.lstat()
             total += status.st_size
             changed = max(changed, status.st_mtime)

@@ -1,11 +1,11 @@
-"""The server of ``nanolib serve``: a web page, and the chat completions that OpenAI's clients speak.
+"""``nanolib serve``: a web page and an OpenAI-compatible API.
 
     POST /v1/chat/completions · GET /v1/models, /health, /metrics, and / for the page
 
-One thread steps the engine for all answers; one ends at once when its client leaves. The server
-keeps no conversation: each request brings all of it. Special tokens that a user types are text, and
-none is ever sent. Beyond that API a request may have ``top_k`` and ``html``; an answer has its text
-alone in ``content``, the programs too in ``parts``, and what else to know in ``notice``.
+One thread steps the engine for all requests; a request is cancelled when its client leaves. The server
+is stateless: each request carries the whole conversation. Special tokens typed by a user are plain
+text, and none is ever sent. Extensions: requests may set ``top_k`` and ``html``; an answer has its
+text in ``content``, text and programs in ``parts``, and warnings in ``notice``.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from nanolib.session import Session
 from nanolib.ui import markup
 
 BODY_BYTES = 1024 * 1024
-HEAD_SECONDS = 10  # for the lines before a body, and again for the body
-ANSWER_SECONDS = 600  # for everything from then on
-AT_ONCE = 1024  # answers; who asks for more is told to come again
+HEAD_SECONDS = 10  # to receive the headers, and again for the body
+ANSWER_SECONDS = 600  # for everything after that
+AT_ONCE = 1024  # concurrent answers; beyond that, requests get 429
 PAUSE = 0.05  # seconds between two updates of an answer
-LOOK = 1  # seconds until a client is looked for that waits without news
-KINDS = {  # of what /metrics has
+LOOK = 1  # seconds between checks that a waiting client is still connected
+KINDS = {  # metric types of /metrics
     "nanolib_answers": "gauge",
     "nanolib_waiting": "gauge",
     "nanolib_requests_total": "counter",
@@ -73,14 +73,14 @@ def serve(
     api_key: str | None = None,
     cors: str | None = None,
 ) -> None:
-    """Serve a run's model until SIGTERM, or Ctrl-C (KeyboardInterrupt); port 0 takes a free one.
-    ValueError, before any model is loaded, if the port is not available."""
+    """Serve a run's model until SIGTERM or Ctrl-C (KeyboardInterrupt); port 0 picks a free one.
+    ValueError, before the model is loaded, if the port is not available."""
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
-            app.state.scribe.stop()  # or the server would wait for the answers to end
+            app.state.scribe.stop()  # otherwise the server would wait for all answers
             if sig == signal.SIGTERM:
-                self.should_exit = True  # and the process ends well
+                self.should_exit = True  # exit code 0
             else:
                 super().handle_exit(sig, frame)
 
@@ -101,7 +101,7 @@ def config(app: FastAPI) -> uvicorn.Config:
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection on which no whole request has come for `HEAD_SECONDS`."""
+    """Closes a connection that has sent no complete request for `HEAD_SECONDS`."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -129,8 +129,8 @@ Texts = Annotated[list[Text], Field(max_length=4)]
 
 
 class Question(BaseModel, strict=True, extra="forbid"):
-    """The body of a request; None takes the server's setting. A field must be what its description
-    says: the error has it."""
+    """The body of a request; None means the server's setting. Error messages quote a field's
+    description."""
 
     messages: list[Any] = Field(max_length=1000)
     model: str | None = None
@@ -147,7 +147,7 @@ class Question(BaseModel, strict=True, extra="forbid"):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits")
     stop: Text | Texts | None = Field(None, description="a text or up to 4 texts, none empty")
     html: bool | None = Field(None, description="true or false")
-    # What changes nothing here, since many clients send it.
+    # Accepted without effect, because many clients send them.
     user: str | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -160,12 +160,12 @@ class Question(BaseModel, strict=True, extra="forbid"):
 
 
 def read_question(body: bytes) -> tuple[Question, Conversation]:
-    """A request and its conversation, which ends with the question; ValueError with what is wrong."""
+    """Parse a request; its conversation ends with the question. ValueError says what is wrong."""
     try:
         question = Question.model_validate_json(body)
         for message in question.messages:
             if message["role"] == "developer":
-                message["role"] = "system"  # the API's newer name
+                message["role"] = "system"  # the API's newer name for it
         conversation = Conversation.from_messages(question.messages)
         "".join(part.text for message in conversation.messages for part in message.parts)
     except ValidationError as invalid:
@@ -182,7 +182,7 @@ def read_question(body: bytes) -> tuple[Question, Conversation]:
 
 
 def _reason(invalid: ValidationError) -> str:
-    """The first error of a body in one sentence, or all the unknown names."""
+    """A sentence with the first validation error, or with all unknown fields."""
     errors, fields = invalid.errors(), Question.model_fields
     if unknown := [error["loc"][0] for error in errors if error["type"] == "extra_forbidden"]:
         return f"unknown {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(fields)}"
@@ -202,21 +202,21 @@ def _reason(invalid: ValidationError) -> str:
 
 
 class Scribe:
-    """Chat completions with a session's engine and settings; one thread steps it for all of them."""
+    """Chat completions from a session's engine; one thread steps it for all requests."""
 
     def __init__(self, session: Session, name: str):
         self.session, self.engine, self.name = session, session.engine, name
         about = {"temperature": session.temperature, "context": session.engine.context}
         self.about = {"id": name, "object": "model", "owned_by": "nanolib", **about}
         self.about["created"] = int(time.time())
-        self.counts: Counter[str] = Counter()  # by the name and labels that /metrics has
-        self.rows: dict[engine.Request, asyncio.Event] = {}  # the event says that it has news
+        self.counts: Counter[str] = Counter()  # by metric name and labels
+        self.rows: dict[engine.Request, asyncio.Event] = {}  # set when there are new tokens
         self.stopped = self._closed = False
         self._wake = threading.Event()
 
     @contextlib.asynccontextmanager
     async def running(self, _: FastAPI):
-        """The engine's thread, while the server runs."""
+        """Run the engine's thread as long as the server (FastAPI's lifespan)."""
         self._loop = asyncio.get_running_loop()
         thread = threading.Thread(target=self._work, name="nanolib-engine", daemon=True)
         thread.start()
@@ -227,14 +227,14 @@ class Scribe:
         await asyncio.to_thread(thread.join)
 
     def stop(self) -> None:
-        """End every answer where it is."""
+        """Cancel all answers in progress."""
         self.stopped = True
         self.engine.cancel(*self.rows)
         self._tell(list(self.rows))
 
     @contextlib.contextmanager
     def writing(self, prompt: list[int], news: asyncio.Event, **settings):
-        """Requests as of `Engine.submit`, each token of which sets `news`; they end with this."""
+        """Submit requests (`Engine.submit`) whose tokens set `news`; cancelled on exit."""
         requests = self.engine.submit([prompt], **settings)
         self.rows |= dict.fromkeys(requests, news)
         if self.stopped:
@@ -258,7 +258,7 @@ class Scribe:
                     written = self.engine.step()
                 except Exception:
                     _log.exception("a step failed, and with it all answers")
-                    written = list(self.rows)  # they all have its error
+                    written = list(self.rows)  # reading any of them raises the error
                 self._loop.call_soon_threadsafe(self._tell, written)
 
     def _tell(self, written: Sequence[engine.Request]) -> None:
@@ -267,8 +267,8 @@ class Scribe:
                 self.rows[request].set()
 
     async def complete(self, request: Request) -> Response:
-        """Answer a `Question`, as a stream of events or as a whole."""
-        # Cross-origin pages cannot send this type without a preflight, which is not granted.
+        """Answer a `Question`, streamed or in one response."""
+        # Pages of other origins cannot send this type without a preflight, which is denied.
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             raise HTTPException(415, "the content-type must be application/json")
         body = await _body(request)
@@ -288,7 +288,7 @@ class Scribe:
         return await reply.whole(request)
 
     def read(self, body: bytes) -> Reply:
-        """A reply to that body, still to be written; ValueError for what cannot be answered."""
+        """The reply to a body, not generated yet; ValueError if it cannot be answered."""
         given, conversation = read_question(body)
         asked = given.model_dump(include={"temperature", "top_k", "seed"}, exclude_none=True)
         most = given.max_completion_tokens or given.max_tokens or self.session.max_new_tokens
@@ -301,7 +301,7 @@ class Scribe:
         return Reply(self, given, prompt, session.sampling() | more, session.notice)
 
     def metrics(self) -> str:
-        """What has happened so far, in Prometheus's text format."""
+        """Counters and gauges in Prometheus's text format."""
         self.counts["nanolib_answers"] = len(self.rows)
         self.counts["nanolib_waiting"] = sum(row.prompt is not None for row in self.rows)
         lines = []
@@ -327,14 +327,14 @@ async def _body(request: Request) -> bytes:
 
 @dataclass(eq=False)
 class Choice:
-    """One answer as it is read, and why it ended (`finish`), if it has."""
+    """One answer while it is read; `finish` is its finish reason, None until it ends."""
 
     request: engine.Request
     parser: AnswerParser
     finish: str | None = None
 
     def read(self) -> list[Part]:
-        """The pieces that have come, each a part's kind and its next characters."""
+        """New pieces since the last call: each has a part's kind and its next characters."""
         pieces: list[Part] = []
         while self.finish is None and self.request.ready:
             token = self.request.take()
@@ -343,7 +343,7 @@ class Choice:
             if token.kind == "end" or self.parser.ended:
                 self.finish = "stop"
         if self.finish is None and not self.request.live:
-            self.finish = "length"  # its limit, the end of the context, or of the server
+            self.finish = "length"  # token limit, full context, or server shutdown
         if self.finish:
             Engine.cancel(self.request)
             pieces += self.parser.finish()
@@ -352,13 +352,13 @@ class Choice:
 
 @dataclass(eq=False)
 class Reply:
-    """What one request is answered with: its choices are read while they are written."""
+    """The answer to one request; its choices are read while they are generated."""
 
     scribe: Scribe
     question: Question
     prompt: list[int]
     settings: dict[str, Any]  # the engine's
-    notice: str | None  # what the reader should know
+    notice: str | None  # a warning for the reader
     choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -366,7 +366,7 @@ class Reply:
         self.head = {"id": identity, "created": int(time.time()), "model": self.scribe.name}
 
     async def steps(self) -> AsyncGenerator[list[tuple[Choice, list[Part]]]]:
-        """The news of every choice, also if there are none; closing the iterator ends them all."""
+        """New pieces of each live choice, maybe none; closing the iterator cancels them all."""
         counts, news, begun, wrote = self.scribe.counts, asyncio.Event(), time.monotonic(), False
         with self.scribe.writing(self.prompt, news, **self.settings) as requests:
             for request in requests:
@@ -375,7 +375,7 @@ class Reply:
             while live := [choice for choice in self.choices if choice.finish is None]:
                 await asyncio.sleep(PAUSE if wrote else 0)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK):  # wait_for would make a task each time
+                    async with asyncio.timeout(LOOK):  # unlike wait_for, creates no task
                         await news.wait()
                 news.clear()
                 yield [(choice, choice.read()) for choice in live]
@@ -384,7 +384,7 @@ class Reply:
                     counts["nanolib_first_token_seconds_count"] += 1
 
     async def events(self) -> AsyncGenerator[str]:
-        """The stream, as server-sent events."""
+        """The answer as server-sent events."""
         chunk = {**self.head, "object": "chat.completion.chunk"}
         try:
             async with contextlib.aclosing(self.steps()) as steps:
@@ -400,12 +400,12 @@ class Reply:
         yield "data: [DONE]\n\n"
 
     async def whole(self, request: Request) -> Response:
-        """The finished choices at once; if the client leaves before, they end."""
+        """All finished choices in one response; cancelled if the client disconnects."""
         try:
             async with contextlib.aclosing(self.steps()) as steps:
                 async for _ in steps:
                     if await request.is_disconnected():
-                        return Response(status_code=499)  # nobody reads it
+                        return Response(status_code=499)  # client closed request
         except Exception as error:
             _log.exception("an answer failed")
             raise HTTPException(500, f"{type(error).__name__}: {error}") from None
@@ -414,7 +414,7 @@ class Reply:
         return JSONResponse(body)
 
     def said(self, choice: Choice, name: str, parts: Sequence[Part]) -> dict[str, Any]:
-        """A choice in the API's form; name: of what has its parts."""
+        """A choice in the API's schema; name: its key, "delta" or "message"."""
         text = "".join(part.text for part in parts if part.kind == "text")
         listed = [{"type": part.kind, "text": part.text} for part in parts]
         said = {"role": "assistant", "content": text, "parts": listed}
@@ -462,8 +462,8 @@ def build(
 ) -> FastAPI:
     """The app for a session's engine and settings.
 
-    name: the model's. local: serve only requests whose Host is a loopback name. api_key: asked of
-    all but the page and /health. cors: the origin of other pages that may use the API.
+    name: the model's. local: accept only a loopback Host header. api_key: required for all paths
+    but the page and /health. cors: an origin whose pages may call the API.
     """
     scribe = Scribe(session, name)
     page, policy = _page()
@@ -486,7 +486,7 @@ def build(
 
 
 def _page() -> tuple[str, str]:
-    """The page and its content security policy: its own script, style and server, nothing else."""
+    """The page, and a content security policy for its own script, style and server only."""
     page = Path(__file__).with_name("index.html").read_text(encoding="utf-8")
     page = page.replace("/* what was said */", markup.CSS)
 
@@ -501,9 +501,9 @@ def _page() -> tuple[str, str]:
 
 
 def _guard(app: Any, *, local: bool, policy: str, api_key: str | None, counts: Counter[str]) -> Any:
-    """Refuse requests for another host (DNS rebinding) or without the key, end those that take too
-    long, and add security headers. Plain ASGI, since FastAPI's middleware does not notice when the
-    client of a stream disconnects."""
+    """Refuse requests for another host (DNS rebinding) or without the key, enforce a time limit and
+    add security headers. Plain ASGI, since FastAPI's middleware does not notice when a streaming
+    client disconnects."""
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
     headers |= {"referrer-policy": "no-referrer", "cache-control": "no-store"}
 

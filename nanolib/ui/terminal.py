@@ -1,6 +1,6 @@
-"""A chat in the terminal: answers stream, Ctrl-C stops one, Ctrl-D leaves.
+"""Chat in the terminal: answers are streamed, Ctrl-C stops one, Ctrl-D quits.
 
-A line that starts with a slash is a command; one that starts with a space goes to the model.
+A line that starts with a slash is a command; put a space in front to send it to the model.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ HELP = """\
 /save [PATH]    write the conversation as JSON
 /help           this list
 Ctrl-C stops an answer, Ctrl-D leaves."""
-# No output of a model or program controls the terminal: ESC is shown as ␛.
+# Control characters in output must not reach the terminal: ESC is shown as ␛.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), ord("\N{REPLACEMENT CHARACTER}"))
 
 
 def answer(session: Session, text: str) -> None:
-    """Send `text` and print the answer as it comes; Ctrl-C stops it and keeps what had come."""
+    """Send `text` and print the streamed answer; Ctrl-C stops it and keeps what has come."""
     with contextlib.closing(session.stream(text)) as pieces:
         try:
             for piece in _final_answers(pieces):
@@ -38,7 +38,7 @@ def answer(session: Session, text: str) -> None:
 
 
 def _final_answers(pieces: Iterable[str]) -> Iterator[str]:
-    """Replace a line such as "#### 42" by "Answer: 42"; one that may become so is held back."""
+    """Replace lines such as "#### 42" by "Answer: 42"; a possible start of one is held back."""
     line, shown = "", 0  # the current line, and how many of its characters were yielded
     for piece in pieces:
         *complete, line = (line + piece).split("\n")
@@ -52,10 +52,10 @@ def _final_answers(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def talk(session: Session, folder: Path = Path()) -> None:
-    """Read lines and answer them until the end of input, or Ctrl-C outside an answer."""
+    """Read lines and answer them until end of input, or Ctrl-C at the prompt."""
     asks, answers, end = "", "", ""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives input() its editing and its history)
+        import readline  # noqa: F401  (gives input() line editing and history)
 
         asks, answers, end = "you> ", "model> ", "\n"
         print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.")
@@ -72,12 +72,12 @@ def talk(session: Session, folder: Path = Path()) -> None:
                 answer(session, line.strip())
         except KeyboardInterrupt:
             print("(stopped)", file=sys.stderr)
-        except (ValueError, OSError) as error:  # such as a message too long, or no such folder
+        except (ValueError, OSError) as error:  # such as a message too long or a missing folder
             print(f"error: {error}", file=sys.stderr)
 
 
 def command(session: Session, line: str, folder: Path) -> str:
-    """Run a command; what to tell the user. folder: where /save writes by default."""
+    """Run a slash command; returns the reply. folder: where /save writes by default."""
     name, _, rest = line.partition(" ")
     match name, rest.strip():
         case "/clear", _:

@@ -1,7 +1,7 @@
-"""A chat in a notebook: ``Chat(session)`` shows a conversation with a box to type into.
+"""Chat in a notebook: ``Chat(session)`` shows a conversation with an input box.
 
-Answers stream from a thread of their own, so that Stop works; while a cell runs, the kernel handles
-no events and input waits. Without a browser, use `Session.ask`.
+Answers are streamed from a background thread, so that Stop works. While a cell runs, the kernel
+handles no events and input waits. Without a browser, use `Session.ask`.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from nanolib.session import Session
 from nanolib.ui import markup
 
 REDRAW = 0.05  # seconds between two updates of an answer
-GRACE = 1.0  # seconds to wait for the text, which may arrive after the Enter that sends it
+GRACE = 1.0  # seconds to wait for the text, whose update may arrive after the Enter event
 STYLE = markup.CSS + Path(__file__).with_name("widget.css").read_text(encoding="utf-8")
 
 
 class Chat:
-    """The view of a session; text typed during an answer, or refused, waits in the box."""
+    """The view of a session; text that is refused or typed during an answer stays in the box."""
 
     def __init__(self, session: Session, height: str = "24em"):
         self.session = session
@@ -47,12 +47,12 @@ class Chat:
         self._draw()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """The widget, or a line of text where there is no live notebook."""
+        """The widget, or a line of text without a live notebook."""
         bundle = self.view._repr_mimebundle_(**kwargs)
         return bundle | {"text/plain": "A chat, to be used in a running notebook."}
 
     def send(self, text: str) -> None:
-        """Send `text` and answer it in a thread; ignored during an answer."""
+        """Send `text` and answer it in a background thread; ignored during an answer."""
         if text.strip() and self._free.acquire(blocking=False):
             self._stop.clear()
             threading.Thread(target=self._turn, args=(text.strip(),), daemon=True).start()
@@ -66,10 +66,10 @@ class Chat:
                 self._free.release()
 
     def _on_enter(self, box: widgets.Text, content: dict[str, Any], buffers: Any) -> None:
-        """Send on Enter. The browser reports the key first, then the changed text, if any."""
+        """Send on Enter. The browser reports the key before the changed text, if it changed."""
 
         def entered() -> None:
-            self._typed.wait(GRACE)  # times out if the text had arrived before
+            self._typed.wait(GRACE)  # times out if the text arrived earlier
             self.send(self.box.value)
 
         if content.get("event") == "submit":
@@ -77,14 +77,14 @@ class Chat:
             threading.Thread(target=entered, daemon=True).start()
 
     def _turn(self, text: str) -> None:
-        """Answer `text`; whatever happens, leave the widget in step with the session."""
+        """Answer `text`; always leave the widget in sync with the session, even on errors."""
         before, note = len(self.session.messages), None
         try:
             self._buttons(busy=True)
             self._answer(text)
             stopped = "stopped" if self._stop.is_set() else None
             note = "; ".join(filter(None, [stopped, self.session.notice]))
-        except Exception as error:  # a thread has no cell to raise in
+        except Exception as error:  # an exception in a thread would not be shown
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             note = f"error: {kind}{error}"
         finally:
@@ -109,7 +109,7 @@ class Chat:
                     return
 
     def _draw(self, *more: str) -> None:
-        """Show the session's messages, then `more`, one line each; lines are reused."""
+        """Show the session's messages and then `more`, one widget each; widgets are reused."""
         values = [*map(markup.message_html, self.session.messages), *more]
         lines = list(self.lines.children)
         lines += [widgets.HTML().add_class("nanolib-line") for _ in values[len(lines) :]]
