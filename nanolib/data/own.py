@@ -64,7 +64,7 @@ def check_unchanged(run: Run) -> None:
 
 
 def describe(data: DataConfig) -> Iterator[str]:
-    """A line for the dry run; ValueError if the data is malformed."""
+    """A line for the plan; ValueError if the data is malformed."""
     if data.conversations or data.text:
         chats = sum(1 for _ in conversations(data.conversations))
         chars = sum(map(len, documents(data.text)))

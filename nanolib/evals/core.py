@@ -131,7 +131,7 @@ class Prompt:
     tail: int = 0
 
     def cut_to(self, length: int) -> Prompt | None:
-        """Cut the context so that context and any continuation fit in `length`; None if impossible."""
+        """Cut the context so that all continuations fit in `length` inputs; None if impossible."""
         excess = len(self.context) + max(map(len, self.continuations)) - (length + 1)
         if excess <= 0:
             return self

@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions · GET /v1/models, /health, /metrics, and / for the page
 
-One thread steps the engine for all requests; a request is cancelled when its client leaves. The server
+One thread steps the engine for all requests; a request ends when its client disconnects. The server
 is stateless: each request carries the whole conversation. Special tokens typed by a user are plain
 text, and none is ever sent. Extensions: requests may set ``top_k`` and ``html``; an answer has its
 text in ``content``, text and programs in ``parts``, and warnings in ``notice``.
