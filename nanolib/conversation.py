@@ -3,8 +3,8 @@
     <|bos|> <|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|> …
 
 An assistant's parts are text, ``<|python_start|> source <|python_end|>`` and ``<|output_start|>
-printed <|output_end|>``. The loss covers all it says but outputs, markers and ``<|assistant_end|>``
-included. A system message is prepended to the first user message. A typed ``<|bos|>`` is text.
+printed <|output_end|>``. The loss covers assistant tokens, their markers included, but not outputs.
+A system message is prepended to the first user message. Special tokens in text are plain text.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Role = Literal["system", "user", "assistant"]
 Encode = Callable[[str], list[int]]
 PART_KINDS, ROLES = get_args(PartKind), get_args(Role)
 LETTERS = "ABCDEFGH"
-# An answer never contains these: any of them ends the assistant's turn.
+# Tokens that end the assistant's turn; an answer never contains them.
 END_NAMES = ("<|assistant_end|>", *SPECIAL_TOKENS[:4])
-# The kind of part that begins after each marker.
+# Kind of part that follows each marker token.
 MARKERS: dict[str, PartKind] = {
     "<|python_start|>": "python",
     "<|python_end|>": "text",
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; adjacent text parts are joined and empty ones dropped, as in its ids."""
+    """One turn, normalised: adjacent text parts are joined and empty ones dropped."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -69,7 +69,7 @@ class Message:
 
     @property
     def content(self) -> str | list[dict[str, str]]:
-        """The text, or all parts where some are not text."""
+        """The text, or a list of all parts if any is not text."""
         if all(part.kind == "text" for part in self.parts):
             return self.text
         return [{"type": part.kind, "text": part.text} for part in self.parts]
@@ -79,12 +79,12 @@ class Message:
 class Rendered:
     ids: list[int]
     loss_mask: list[bool]  # whether each id is a target of the loss
-    cut: int = 0  # ids dropped at the end to fit
+    cut: int = 0  # number of ids truncated at the end
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """An optional system message, then user and assistant in turn; ValueError for anything else."""
+    """An optional system message, then alternating user and assistant; else ValueError."""
 
     messages: tuple[Message, ...]
 
@@ -105,7 +105,7 @@ class Conversation:
 
     @classmethod
     def from_messages(cls, messages: Sequence[Mapping[str, Any]]) -> Conversation:
-        """From ``[{"role": …, "content": text or [{"type": kind of part, "text": …}]}]``."""
+        """From ``[{"role": …, "content": text or [{"type": part kind, "text": …}]}]``."""
 
         def parts(content: Any) -> tuple[Part, ...]:
             if isinstance(content, str):
@@ -116,11 +116,11 @@ class Conversation:
 
     @classmethod
     def ask(cls, text: str, answer: str | None = None) -> Conversation:
-        said = zip(("user", "assistant"), (text, answer), strict=True)
-        return cls(tuple(Message(role, (Part("text", t),)) for role, t in said if t is not None))
+        turns = zip(("user", "assistant"), (text, answer), strict=True)
+        return cls(tuple(Message(role, (Part("text", t),)) for role, t in turns if t is not None))
 
     def folded(self) -> Conversation:
-        """The same with the system message prepended to the first user message."""
+        """A copy with the system message merged into the first user message."""
         if self.turns is self.messages:
             return self
         system, question, *rest = self.messages
@@ -130,7 +130,7 @@ class Conversation:
     def render(
         self, tokenizer: Tokenizer, max_tokens: int | None = None, encode: Encode | None = None
     ) -> Rendered:
-        """Ids and loss mask, truncated to `max_tokens`. encode: instead of the tokenizer's."""
+        """Token ids and loss mask, truncated to `max_tokens`. encode: replaces tokenizer.encode."""
         special, encode = tokenizer.special, encode or tokenizer.encode
         pieces = [([tokenizer.bos], False)]  # ids, and whether they are targets of the loss
         for message in self.folded().messages:
@@ -149,7 +149,7 @@ class Conversation:
         return Rendered(ids[:keep], mask[:keep], cut=len(ids) - keep)
 
     def prompt(self, tokenizer: Tokenizer, encode: Encode | None = None) -> list[int]:
-        """Ids up to and including ``<|assistant_start|>``, for the assistant to continue."""
+        """Token ids up to and including ``<|assistant_start|>``, to generate an answer from."""
         if self.messages[-1].role != "user":
             raise ValueError("a prompt must end with the user's message; the assistant spoke last")
         ids = self.render(tokenizer, encode=encode).ids
@@ -160,12 +160,12 @@ class Conversation:
 
 
 class AnswerParser:
-    """Parses an answer from its token ids, one at a time.
+    """Incrementally parses an answer from its token ids.
 
-    `feed` and `finish` return pieces, each a part's kind and its next whole characters; an empty
-    one opens a python or output part. `parts` is the answer so far. A model may write anything: a
-    marker that no answer contains ends it, an open part extends to the end, stray closing markers
-    are ignored. Any of `stops` in a text ends it too; what may become one is held back.
+    `feed` and `finish` return new pieces, each with a part's kind and its next whole characters; an
+    empty piece opens a python or output part. `parts` is the answer so far. Malformed answers are
+    accepted: an end token ends any part, an open part extends to the end, stray closing markers are
+    ignored. A string in `stops` ends the answer too; text that may begin one is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -179,7 +179,7 @@ class AnswerParser:
         self._held = ""
 
     def feed(self, id: int) -> list[Part]:
-        """The pieces that one more token completes; none after the end."""
+        """Add one token; returns the pieces that it completes, none after the end."""
         self.ended = self.ended or id in self._ends
         if self.ended:
             return []
@@ -191,7 +191,7 @@ class AnswerParser:
         return pieces + opened
 
     def finish(self) -> list[Part]:
-        """The last piece: what was held back, and U+FFFD if the ids end inside a character."""
+        """Flush held-back text (with U+FFFD if the ids end inside a character)."""
         return self._add(self._decoder.decode(b"", final=True), last=True)
 
     def _add(self, text: str, last: bool = False) -> list[Part]:
@@ -226,13 +226,13 @@ def answer_parts(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[Part, ...]:
     return tuple(parser.parts)
 
 
-# ---------------------------------------------------------------------------- four choices
+# ---------------------------------------------------------------------------- multiple choice
 
 
 def choice_question(question: str, choices: Sequence[str]) -> str:
-    """A multiple-choice question; the answer is the bare letter.
+    """Format a multiple-choice question, to be answered with a bare letter.
 
-    Brackets, unlike a space, never merge with the letter: it is the same token as in the answer.
+    Unlike a space, a bracket never merges with the letter: it is the same token as in the answer.
     """
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"a question needs 2 to {len(LETTERS)} choices, got {len(choices)}")

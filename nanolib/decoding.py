@@ -1,4 +1,4 @@
-"""The forward pass of `nanolib.model` for writing on CUDA: bfloat16 weights and fused kernels.
+"""The forward pass of `nanolib.model` for decoding on CUDA: bfloat16 weights, fused kernels.
 
 Shapes as in `nanolib.model`, and N = B · T.
 """
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """A copy of a model's weights in bfloat16 at fixed addresses. `hidden` and `logits` equal the
-    model's; `refresh` copies the weights again after training has changed them."""
+    """A model for inference: a bfloat16 copy of the weights at fixed addresses (for CUDA graphs).
+    Call `refresh` to copy them again after training has changed them."""
 
     def __init__(self, model: GPT, dtype: torch.dtype = torch.bfloat16):
         self.model = model
         self.copies = [weight.to(dtype) for weight in self._weights()]
 
     def _weights(self) -> list[Tensor]:
-        """Embedding and head, then four matrices a layer: query, key and value as one."""
+        """Embedding, head, then four matrices per layer: fused QKV, output, MLP up and down."""
         weights = [self.model.embedding.weight, self.model.head.weight]
         for block in self.model.blocks:
             assert isinstance(block, Block)
@@ -41,9 +41,9 @@ class Writer:
         torch._foreach_copy_(self.copies, self._weights())
 
     def hidden(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
-        """The normalised last hidden states [B, T, D]; see `GPT.hidden`."""
+        """The final hidden states [B, T, D]; see `GPT.hidden`."""
         (B, T), K = ids_BT.shape, self.model.config.head_dim
-        # One token a row: `read_cache` knows from used_B what it sees. More: as the model does.
+        # Decoding (T = 1) needs no mask: `read_cache` takes lengths from used_B. Prefill does.
         mask_BTS = None if T == 1 else cache.mask(cache.positions(T))
         reach = T if mask_BTS is None else mask_BTS.shape[-1]
         cos_sin = self.model.rotary_tables(ids_BT.device)
@@ -65,5 +65,5 @@ class Writer:
         return norm(x_ND).view(B, T, -1)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Float32 scores [N, V]."""
+        """Float32 logits [N, V]."""
         return self.model.capped(kernels.linear(hidden_ND, self.copies[1]))

@@ -1,9 +1,9 @@
-"""Generation for many at once: rows of a KV cache that come and go (continuous batching).
+"""Batched generation with continuous batching and chunked prefill.
 
-`Engine.step` reads a chunk of the prompts that wait, gives those that are read a slot of the cache,
-and writes one token of every row; a finished row leaves its slot at once. A row's draws come from
-its own seed, so its tokens do not depend on the other rows. With a tool, a program's result is
-forced into its row one token a step; until it is there, the row repeats its last step.
+`Engine.step` prefills a chunk of the waiting prompts, moves ready ones into slots of the KV cache
+and decodes one token for every active row; finished rows free their slot at once. Each row has its
+own seed, so its tokens do not depend on other rows. With a tool, a program's output is forced into
+its row one token per step; until it is available, the row repeats its last step.
 
 Shapes: B rows, T time, V vocabulary, L layers, G key/value heads, S cached positions, K head size.
 """
@@ -35,27 +35,27 @@ if TYPE_CHECKING:
     from nanolib.decoding import Writer
     from nanolib.tokenizer import Tokenizer
 
-OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # only a tool's result has these
-TOOL_CALLS = 16  # per row; the result of any further call is an error
-PROGRAMS = 4  # run at once
-WAIT = 0.05  # seconds for a program, where no other row can go on
-OUTPUT_TOKENS = 128  # per result; a longer one is truncated to leave room for the answer
-ROWS = 256  # written at once; further ones wait
-CHUNK = {"cpu": 512, "cuda": 8192}  # prompt tokens read between two tokens of the rows
-FINE_REACH = 16  # cached positions are read in multiples of this, where no step is recorded
-KEPT_BYTES = {"cpu": 2**27, "cuda": 2**31}  # of finished rows' keys and values
+OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # appear only around a tool's result
+TOOL_CALLS = 16  # per row; further calls return an error
+PROGRAMS = 4  # tool programs that run at once
+WAIT = 0.05  # seconds to wait for a program when no other row can advance
+OUTPUT_TOKENS = 128  # per tool result; longer ones are truncated
+ROWS = 256  # decoded at once; further requests wait
+CHUNK = {"cpu": 512, "cuda": 8192}  # prompt tokens prefilled per step
+FINE_REACH = 16  # as REACH, for steps that are not captured in a CUDA graph
+KEPT_BYTES = {"cpu": 2**27, "cuda": 2**31}  # prefix cache: keys and values of finished rows
 
 Tool = Callable[[str], str]  # a program's source -> its output or error
 
 
 # ---------------------------------------------------------------------------- CUDA graphs
 
-Record = Callable[[Replay], Replay]  # work on tensors at fixed addresses -> its replay
+Record = Callable[[Replay], Replay]  # a function on tensors at fixed addresses -> its replay
 
 
 def record_graph(work: Replay) -> Replay:
-    """Capture `work`, which must have run before, as a CUDA graph: one launch instead of several
-    hundred. A replay reads its inputs' current contents and overwrites the previous result."""
+    """Capture `work` as a CUDA graph: one launch instead of hundreds. `work` must have run before.
+    A replay reads the inputs' current contents and overwrites the previous result."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = work()
@@ -69,7 +69,7 @@ def record_graph(work: Replay) -> Replay:
 
 # ---------------------------------------------------------------------------- rows
 
-Kind = Literal["chosen", "forced", "end"]  # by the model, by a tool's result; what ends a row
+Kind = Literal["chosen", "forced", "end"]  # by the model; by a tool; ends the row
 
 
 class Token(NamedTuple):
@@ -82,24 +82,24 @@ class Token(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """A finished row."""
+    """A finished answer."""
 
     ids: list[int] = field(default_factory=list)  # without the end token
-    chosen: list[bool] = field(default_factory=list)  # by the model, not forced by a tool
-    end: int | None = None  # the token that ended it; None: it reached a limit
+    chosen: list[bool] = field(default_factory=list)  # False: forced by a tool's result
+    end: int | None = None  # the end token; None: a length limit was reached
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How prompts are continued; ValueError for a value out of bounds."""
+    """Sampling settings; ValueError for a value out of bounds."""
 
-    max_new_tokens: int  # forced ones count
-    samples: int = 1  # of each prompt
+    max_new_tokens: int  # including forced ones
+    samples: int = 1  # per prompt
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
-    # Begin with the keys and values of an earlier row that kept its own, as far as it has the same
-    # ids, and keep these for later ones; not where weights change meanwhile.
+    # Prefix caching: reuse the keys and values of an earlier row with the same beginning, and keep
+    # these for later rows. Do not use it while the weights change.
     keep: bool = False
 
     def __post_init__(self) -> None:
@@ -112,51 +112,51 @@ class Settings:
 
 @dataclass(eq=False, slots=True)
 class _Prompt:
-    """What its samples have in common."""
+    """What all samples of a prompt share."""
 
     ids: list[int]
     keep: bool
-    read: KeysValues | None = None  # of all ids but the last, once they are read
+    read: KeysValues | None = None  # of all ids but the last, once prefilled
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One sample of a prompt, and what was written of it."""
+    """One sample of a prompt: its state and the tokens so far."""
 
     row: int
-    key: int  # of its draws
+    key: int  # seed of its draws
     settings: Settings
     ids: list[int]  # the prompt's
-    prompt: _Prompt | None  # until it has a slot: its memory is needed no more
-    left: int  # tokens it may still produce; 0: finished
-    tokens: list[tuple[int, Kind]] = field(default_factory=list)  # its own ids
-    taken: int = 0  # tokens that `take` returned
-    error: BaseException | None = None  # what ended it, if the engine failed
+    prompt: _Prompt | None  # None once it has a slot, to free memory
+    left: int  # tokens that may still be generated; 0: finished
+    tokens: list[tuple[int, Kind]] = field(default_factory=list)  # generated ids
+    taken: int = 0  # tokens already returned by `take`
+    error: BaseException | None = None  # set if the engine failed
     cancelled: bool = False
-    source: list[int] | None = None  # ids of the open python part
-    program: Future[list[int]] | None = None  # that runs, and what it will force into the row
-    forced: deque[int] = field(default_factory=deque)  # the rest of a tool's result
+    source: list[int] | None = None  # ids of the python part being written
+    program: Future[list[int]] | None = None  # running; its result is forced into the row
+    forced: deque[int] = field(default_factory=deque)  # tokens of a tool's result still to come
     calls: int = 0
 
     @property
     def ready(self) -> bool:
-        """Whether `take` has a token, or an error."""
+        """Whether `take` would return a token or raise."""
         return self.taken < len(self.tokens) or self.error is not None
 
     @property
     def live(self) -> bool:
-        """Whether there is anything to be taken, now or later."""
+        """Whether more tokens or an error are available, now or later."""
         return self.ready or (self.left > 0 and not self.cancelled)
 
     def take(self) -> Token:
-        """The next token; raises `error` if there is none because the engine failed."""
+        """The next token; raises `error` after the last one if the engine failed."""
         if self.error is not None and self.taken == len(self.tokens):
             raise self.error
         self.taken += 1
         return Token(self.row, *self.tokens[self.taken - 1])
 
     def answer(self) -> Answer:
-        """The whole row; raises `error` if the engine failed."""
+        """All tokens so far as an Answer; raises `error` if the engine failed."""
         if self.error is not None:
             raise self.error
         own = [(id, kind == "chosen") for id, kind in self.tokens if kind != "end"]
@@ -168,11 +168,11 @@ class Request:
 
 
 class Engine:
-    """A model with its tokenizer: `submit` queues requests and `step` writes a token of each;
-    `generate`, `answers` and `complete` do both. Several threads may do so at once.
+    """Generates text: `submit` queues requests, and each `step` decodes one token of every row;
+    `generate`, `answers` and `complete` do both. Thread-safe.
 
-    With a `tool`, a row in which the model itself writes an output marker ends there. At most
-    `max_rows` are written at once. The memory for them grows with need; `release` gives it back.
+    With a `tool`, a row ends if the model itself writes an output marker. At most `max_rows` rows
+    are decoded at once. The KV cache grows as needed; `release` frees it.
     """
 
     def __init__(
@@ -195,13 +195,13 @@ class Engine:
             self.writer = Writer(model)
         self.max_rows, self.chunk = max_rows, CHUNK.get(runtime.device.type, CHUNK["cpu"])
         self._lock, self._programs = threading.RLock(), ThreadPoolExecutor(PROGRAMS)
-        self._waiting = deque[Request]()  # any thread may append, only a step removes
-        self._rows: list[Request] = []  # by slot; who ended or was cancelled leaves with a step
+        self._waiting = deque[Request]()  # any thread may append; only `step` removes
+        self._rows: list[Request] = []  # by slot; finished and cancelled rows leave in `step`
         self.release()
 
     @property
     def context(self) -> int:
-        """The most tokens that prompt and answer may have together."""
+        """Maximum number of tokens of prompt and answer together."""
         return self.model.config.sequence_len
 
     @property
@@ -210,30 +210,30 @@ class Engine:
         return bool(self._waiting) or any(request.left for request in self._rows)
 
     def release(self) -> None:
-        """Give the cache's memory back and forget the kept rows: the weights may change now."""
+        """Free the KV cache and the prefix cache; call it before the weights change."""
         if not all(request.cancelled for request in self._flight()):
             raise RuntimeError("rows are being written: cancel them, or step until they end")
         kept = KEPT_BYTES.get(self.runtime.device.type, KEPT_BYTES["cpu"])
         self._rows, self._kept = [], Kept(kept)
         self._waiting.clear()
         self._slots = self._read = self._cache(0, 0)
-        self._reading: list[_Prompt] = []  # in the rows of `_read`
-        self._sampling = False, 0, False  # of all rows together: see `_decode`
+        self._reading: list[_Prompt] = []  # prompts being prefilled, by row of `_read`
+        self._sampling = False, 0, False  # over all rows; see `_decode`
 
     def _flight(self) -> list[Request]:
-        """Every request that is not finished."""
+        """All unfinished requests."""
         return [request for request in (*self._rows, *self._waiting) if request.left]
 
-    # ------------------------------------------------------------------------ for callers
+    # ------------------------------------------------------------------------ public methods
 
     def submit(
         self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int] | None = None, **settings
     ) -> list[Request]:
-        """Queue `samples` of each prompt, whose tokens come with the next steps; waits for none.
+        """Queue `samples` requests per prompt and return at once; `step` generates their tokens.
 
-        Row p · samples + s is sample s of prompt p. settings: `Settings`, and seeds, one per prompt,
-        by default 0, 1, …; a row depends only on its prompt, its seed and s. Raises ValueError for
-        a prompt that leaves no room, and for bad settings.
+        Row p · samples + s is sample s of prompt p. settings: those of `Settings`. seeds: one per
+        prompt, by default 0, 1, …; a row depends only on its prompt, seed and s. Raises ValueError
+        for bad settings and for prompts too long for the context.
         """
         given, requests = Settings(**settings), list[Request]()
         seeds = range(len(prompts)) if seeds is None else seeds
@@ -253,8 +253,8 @@ class Engine:
         return requests
 
     def generate(self, prompts: Sequence[Sequence[int]], **settings) -> Iterator[list[Token]]:
-        """As `submit`; each step yields one token of every active row. A row's last token is of kind
-        "end", unless it reached max_new_tokens or the end of the context first."""
+        """Like `submit`, but yields the new tokens of each step, one per active row. A row's last
+        token has kind "end", unless it reached max_new_tokens or the context's end first."""
         going = self.submit(prompts, **settings)
         try:
             while going := [request for request in going if request.live]:
@@ -266,7 +266,7 @@ class Engine:
             self.cancel(*going)
 
     def answers(self, prompts: Sequence[Sequence[int]], **settings) -> list[Answer]:
-        """All rows of `submit`, finished."""
+        """Like `submit`, but generates and returns the complete answers."""
         requests = self.submit(prompts, **settings)
         try:
             while any(request.left for request in requests):
@@ -281,17 +281,17 @@ class Engine:
 
     @staticmethod
     def cancel(*requests: Request) -> None:
-        """Let the next step drop them, from any thread; a finished one stays as it is."""
+        """Cancel requests, from any thread: the next step drops them. Finished ones are kept."""
         for request in requests:
             request.cancelled = True
 
-    # ------------------------------------------------------------------------ a step
+    # ------------------------------------------------------------------------ one step
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Read one chunk of prompts and write one token of every row; the rows that got one.
+        """Prefill one chunk and decode one token per row; returns the rows that advanced.
 
-        If it fails, every request ends with that error.
+        If it fails, all requests end with that error.
         """
         with self._lock:
             try:
@@ -310,7 +310,7 @@ class Engine:
                 raise
 
     def _schedule(self) -> None:
-        """Let rows leave, read a chunk of what the free slots wait for, and close the gaps."""
+        """Remove finished rows, prefill a chunk, fill free slots with ready prompts, compact."""
         gaps = [slot for slot, row in enumerate(self._rows) if row.cancelled or not row.left]
         for slot in gaps:
             if (row := self._rows[slot]).settings.keep:
@@ -333,14 +333,14 @@ class Engine:
         self._sampling = greedy, max((s.top_k or 0 for s in given), default=0), top_p
 
     def _read_chunk(self, free: int) -> list[Request]:
-        """Go on with the prompts that are being read, or begin with the next; the requests that
-        may take the free slots, first come, first served."""
+        """Prefill one chunk, of the current prompts or of the next ones; returns the requests that
+        can take the free slots, first come, first served."""
         for request in self._waiting.copy():
             if request.cancelled:
                 self._waiting.remove(request)
         nexts = [*islice(self._waiting, free)]
         prompts = dict.fromkeys(request.prompt for request in nexts if request.prompt)
-        if not any(prompt in prompts for prompt in self._reading):  # none, or all were cancelled
+        if not any(prompt in prompts for prompt in self._reading):  # none left, or all cancelled
             self._begin([prompt for prompt in prompts if prompt.read is None])
         known = zip(self._reading, self._read.used, strict=False)
         unread = [prompt.ids[used:-1] for prompt, used in known]
@@ -357,8 +357,8 @@ class Engine:
         return [*takewhile(lambda request: request.prompt and request.prompt.read, nexts)]
 
     def _begin(self, unread: Sequence[_Prompt]) -> None:
-        """Take the first prompts that are a chunk together to be read, in a cache of their own; of
-        a kept row's beginning it has the keys and values."""
+        """Start prefilling the first prompts that fit a chunk together, in a separate cache that
+        starts with their cached prefixes."""
         longest = [*accumulate((len(prompt.ids) for prompt in unread), max)]
         fitting = sum(n * (i + 1) <= self.chunk for i, n in enumerate(longest))
         self._reading = [*unread[: max(1, fitting)]]
@@ -369,14 +369,14 @@ class Engine:
         found = [self._kept.find(p.ids[:-1]) if p.keep else None for p in self._reading]
         known = [0 if read is None else read[0].shape[2] for read in found]
         rest = [len(p.ids) - 1 - k for p, k in zip(self._reading, known, strict=True)]
-        length = max(known) + max(rest)  # room for the shorter ones' padding
+        length = max(known) + max(rest)  # including padding of shorter ones
         self._read = self._cache(len(found), max(1, length))
         for row, read in enumerate(found):
             if read is not None:
                 self._read.write_row(row, read)
 
     def _seat(self, requests: Sequence[Request], gaps: Sequence[int]) -> None:
-        """Let the queue's first requests take free slots, in larger memory if need be."""
+        """Move the first queued requests into free slots, growing the cache if needed."""
         old, flight = self._slots, [r for r in self._flight() if not r.cancelled]
         rows = min(self.max_rows, 1 << (len(flight) - 1).bit_length())
         length = max(len(row.ids) + len(row.tokens) + row.left for row in flight)
@@ -400,9 +400,9 @@ class Engine:
         return cache
 
     def _run(self) -> list[int]:
-        """The next token of every row, as drawn."""
+        """Sample the next token of every row and advance the cache."""
         slots, rows = self._slots, len(self._rows)
-        # A recording serves as many rows as it was made with.
+        # A CUDA graph has a fixed number of rows.
         view = slots.first(rows if self.record is None else 1 << (rows - 1).bit_length())
         drawn_B = self._draw(view)[:rows]
         slots.ids_B1[:rows, 0] = drawn_B
@@ -411,11 +411,11 @@ class Engine:
         return drawn_B.tolist()
 
     def _draw(self, slots: Slots) -> Tensor:
-        """One decoding step. The first of its kind runs eagerly; later ones replay a recording."""
+        """One decoding step: eager the first time for each configuration, then a CUDA graph."""
         work = partial(self._decode, slots, *self._sampling)
         if self.record is None:
             return work()
-        # The writer's kernel reads as much as each row has: one recording for every reach.
+        # The writer's kernel handles row lengths itself, so one graph serves every reach.
         reach = (0, False) if self.writer else (slots.reach(1), any(slots.used))
         kind = *reach, *self._sampling
         if kind not in slots.replays:
@@ -429,10 +429,10 @@ class Engine:
         return replay()
 
     def _decode(self, slots: Slots, greedy: bool, top_k: int, top_p: bool) -> Tensor:
-        """The next token [B] of every row, from tensors of fixed address and shape alone.
+        """The next token [B] of every row; uses only tensors of fixed address and shape.
 
-        That all rows are `greedy`, the largest `top_k` (or 0) and whether any row has a `top_p` only
-        spare work; they change no row's token.
+        greedy: all rows are greedy. top_k: the largest (0: none). top_p: whether any row has one.
+        They only save work and change no row's token.
         """
         if self.writer is not None:
             logits_BV = self.writer.logits(self.writer.hidden(slots.ids_B1, slots)[:, -1])
@@ -446,7 +446,7 @@ class Engine:
         return choose(logits_BV, uniform_B, slots.temperature_B, top_k_B, top_p_B, top_k)
 
     def _take_over(self, drawn: list[int]) -> list[Request]:
-        """Give each row its token, unless it waits for its program."""
+        """Append a token to each row, except rows that wait for a program."""
         for slot, (request, id) in enumerate(zip(self._rows, drawn, strict=True)):
             kind = "end" if id in self.ends else "chosen"
             if request.program is not None:
@@ -465,7 +465,7 @@ class Engine:
         return list(self._rows)
 
     def _follow(self, request: Request, id: int) -> None:
-        """Collect a python part; where it closes, let a thread run it."""
+        """Collect the tokens of a python part; at its end, run it in a thread."""
         if id == self.program or request.source is None:
             request.source = []
         elif id != self.tokenizer.special("<|python_end|>"):
@@ -476,7 +476,7 @@ class Engine:
             request.source = None
 
     def _result(self, source: list[int], call: int) -> list[int]:
-        """The ids that a program's result forces into its row."""
+        """Run a program; returns the ids of its output, to be forced into the row."""
         output = f"RuntimeError: no more than {TOOL_CALLS} programs in an answer"
         if self.tool is not None and call <= TOOL_CALLS:
             output = self.tool(self.tokenizer.decode(source))

@@ -1,9 +1,9 @@
-"""GRPO: learn from answers that can be graded (arXiv:2402.03300, simplified as in the original).
+"""GRPO: reinforcement learning from graded answers (arXiv:2402.03300, simplified as in nanochat).
 
-A step samples several answers to each of some questions and raises the probability of those better
-than their question's average: advantage = reward − mean. No value network, and unless asked for no KL penalty
-and no division by the standard deviation (arXiv:2503.20783). The loss is a mean over all tokens of
-the step that the policy chose. To the `Trainer` this is a source and a loss, as in any other stage.
+Each step samples several answers per question and raises the probability of those with a higher
+reward than their question's mean: advantage = reward − mean. There is no value network and, by
+default, no KL penalty and no division by the standard deviation (arXiv:2503.20783). The loss is the
+mean over all tokens sampled in the step. The `Trainer` gets a source and a loss, as in any stage.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ PADDING = 16  # a batch's length is a multiple of this: fewer shapes to compile 
 
 
 def advantages(rewards: Sequence[float], deviation: bool = False) -> list[float]:
-    """How much better each of a question's answers is than their average.
+    """Reward minus the mean reward, for all answers to one question.
 
-    deviation: in standard deviations, as GRPO was first written; questions that are nearly always or
-    nearly never answered then weigh as much as the others.
+    deviation: also divide by the standard deviation, as in the GRPO paper, so that questions nearly
+    always or nearly never answered get as much weight as the others.
     """
     mean = sum(rewards) / len(rewards)
     scale = float(np.std(rewards)) + 1e-6 if deviation else 1.0
@@ -43,22 +43,22 @@ def advantages(rewards: Sequence[float], deviation: bool = False) -> list[float]
 
 
 def kl_k3(nll: Tensor, reference_nll: Tensor) -> Tensor:
-    """KL(policy ‖ reference) from the policy's own samples, token by token; none is negative.
+    """Per-token, non-negative estimate of KL(policy ‖ reference) from the policy's samples.
 
-    With r = p_reference / p it is r − 1 − log r (Schulman's k3, GRPO's equation 4).
+    With r = p_reference / p it is r − 1 − log r (Schulman's k3 estimator; equation 4 of GRPO).
     """
     log_ratio = nll - reference_nll
     return log_ratio.exp() - 1 - log_ratio
 
 
 class PolicyGradient:
-    """−Σ advantage · log p / tokens, or a clipped objective where a rollout is used again.
+    """Loss −Σ advantage · log p / tokens, or a clipped objective for repeated updates.
 
-    A field "old_nll" (`nll` before the first update) brings in the ratio of new to old probability.
-    PPO (arXiv:1707.06347) clips it to 1 − `clip` … 1 + `clip_high`, wider above in DAPO
-    (arXiv:2503.14476), and what is clipped no longer pulls. CISPO (arXiv:2506.13585) only limits
-    from above how hard each token pulls. At a ratio of 1 the gradients of all three are the same.
-    `kl` weighs `kl_k3` to the field "reference_nll"; a field "weight" weighs tokens.
+    Field "old_nll" (`nll` before the first update) enables the ratio of new to old probability. PPO
+    (arXiv:1707.06347) clips it to 1 − `clip` … 1 + `clip_high` (DAPO, arXiv:2503.14476: a higher
+    upper bound); clipped tokens get no gradient. CISPO (arXiv:2506.13585) caps the ratio and uses it
+    as a constant weight. At ratio 1 all three have the same gradient. `kl` is the weight of `kl_k3`
+    to field "reference_nll"; field "weight" holds token weights.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class Rollout:
 
 @dataclass(kw_only=True, eq=False)
 class RolloutSource:
-    """Batches of a step's own rollouts: a function of (weights, seed, step).
+    """Samples rollouts from the current policy and batches them; depends on (weights, seed, step).
 
-    Each epoch draws a new order of the questions; question i of a step goes, with all its samples,
-    to rank i mod world size. A micro-batch has at most the tokens of `device_batch` whole contexts
-    (None: this rank's share). `nll` is the training forward pass, `reference` that of the model at
-    the start, `reward` None the task's grade. Each step appends a row of kind "rollout" to `metrics`.
+    Questions are shuffled each epoch; question i of a step, with all samples, goes to rank i mod
+    world size. A micro-batch holds at most as many tokens as `device_batch` full contexts (None: no
+    limit). `nll`: the training forward pass. `reference`: that of the initial model.
+    `reward`: None for the task's grade. Each step appends a "rollout" row to `metrics`.
     """
 
     questions: Questions
@@ -131,7 +131,7 @@ class RolloutSource:
 
     def updates(self, step: int) -> list[list[Batch]]:
         rollouts = kept = self.rollouts(step)
-        if self.config.skip_equal:  # DAPO would also draw other questions in their place
+        if self.config.skip_equal:  # unlike DAPO, without drawing replacements
             kept = [r for r in rollouts if len(set(r.rewards)) > 1] or rollouts[:1]
         batches, sums = [], torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
         for batch in self._batches(kept):
@@ -143,7 +143,7 @@ class RolloutSource:
 
     @torch.no_grad()
     def _measured(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """With the fields that the loss will ask for; and (tokens, Σ nll, Σ KL to the start)."""
+        """Add the fields that the loss needs; also returns (tokens, Σ nll, Σ KL to `reference`)."""
         there = batch.to(self.runtime.device)
         with self.runtime.autocast():
             nll_BT = (self.nll or self.engine.model.nll)(there)
@@ -159,7 +159,7 @@ class RolloutSource:
         return replace(batch, fields=fields), sums
 
     def rollouts(self, step: int) -> list[Rollout]:
-        """This rank's."""
+        """This rank's rollouts for a step."""
         config, count, orders = self.config, len(self.usable), {}
         first = step * config.questions
         draws = range(first, first + config.questions)[self.runtime.rank :: self.runtime.world_size]
@@ -170,7 +170,7 @@ class RolloutSource:
         seeds = [seed_of(self.seed, "rollout", draw) for draw in draws]
         sampling = {"temperature": config.temperature, "top_k": config.top_k}
         answers = self.questions.answers(questions, config.samples, seeds=seeds, **sampling)
-        self.engine.release()  # training needs the memory, and changes the weights
+        self.engine.release()  # frees memory for training, which changes the weights
         return [self._graded(*pair) for pair in zip(questions, answers, strict=True)]
 
     def _graded(self, question: int, answers: list[Answer]) -> Rollout:
@@ -189,12 +189,12 @@ class RolloutSource:
         return Rollout(question, answers, texts, rewards)
 
     def _batches(self, rollouts: Sequence[Rollout]) -> Iterator[Batch]:
-        rows: list[tuple[np.ndarray, np.ndarray, float]] = []  # ids, targets or not, advantage
+        rows: list[tuple[np.ndarray, np.ndarray, float]] = []  # ids, target mask, advantage
         for rollout in rollouts:
             prompt = self.questions.prompt(rollout.question)
             values = advantages(rollout.rewards, self.config.deviation)
             for answer, advantage in zip(rollout.answers, values, strict=True):
-                end = [] if answer.end is None else [answer.end]  # the policy chose it too
+                end = [] if answer.end is None else [answer.end]  # also sampled by the policy
                 chosen = [False] * len(prompt) + answer.chosen + [True] * len(end)
                 rows.append((np.array(prompt + answer.ids + end), np.array(chosen), advantage))
         rows.sort(key=lambda row: len(row[0]))
@@ -210,7 +210,7 @@ class RolloutSource:
             yield replace(batch, fields=spread)
 
     def _weights(self, tokens: list[int]) -> Tensor | None:
-        """Of each answer's tokens, so that a mean over all tokens is one of the answers' means."""
+        """Per-answer token weights that turn the mean over tokens into a mean over answers."""
         if not self.config.sequence_mean:
             return None
         total = torch.tensor([sum(tokens), len(tokens)], device=self.runtime.device)
@@ -218,7 +218,7 @@ class RolloutSource:
         return all_tokens / answers / torch.tensor(tokens)
 
     def _record(self, step: int, rollouts: Sequence[Rollout], sums: Sequence[float]) -> None:
-        """One metrics row over all ranks' rollouts, with two answers to one question."""
+        """Append one metrics row for all ranks' rollouts, with two sample answers."""
         formatted = self.questions.task.formatted
         triples = (it for r in rollouts for it in zip(r.answers, r.texts, r.rewards, strict=True))
         mine = [
@@ -238,19 +238,19 @@ class RolloutSource:
             kind="rollout",
             step=step,
             reward=reward,
-            # Of the questions: where all answers earn the same, nothing is learned.
+            # Fraction of questions with unequal rewards: the others give no gradient.
             mixed=sum(mixed for _, mixed in gathered) / self.config.questions,
             answer_tokens=length,
-            cut=cut,  # answers that reached a limit
-            formatted=formatted,  # in the form that is graded, right or wrong
-            tool=tool,  # answers in which a program ran
-            entropy=nll / tokens,  # nats a token, estimated: −log p of what was drawn
-            kl=kl / tokens,  # nats a token from the start, of the policy before this step's update
+            cut=cut,  # fraction of answers that reached a length limit
+            formatted=formatted,  # fraction in the form that grading expects
+            tool=tool,  # fraction of answers that used the tool
+            entropy=nll / tokens,  # nats per token, estimated as the mean nll of sampled tokens
+            kl=kl / tokens,  # nats per token to the initial model, before this step's update
             samples=list(self._extremes(rollouts)),
         )
 
     def _extremes(self, rollouts: Sequence[Rollout]) -> Iterator[list[Any]]:
-        """The best and the worst answer to the question with the widest range of rewards."""
+        """Best and worst answer to the question with the widest range of rewards."""
         rollout = max(rollouts, key=lambda r: max(r.rewards) - min(r.rewards))
         question = self.questions.task.unanswered(rollout.question).messages[-1].text
         order = np.argsort(rollout.rewards, kind="stable").tolist()

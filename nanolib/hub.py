@@ -1,8 +1,8 @@
-"""A mirror: a folder that holds everything a run reads.
+"""Reads mirrors, folders with all the data of a run, and fetches files from the Hugging Face hub.
 
-It has ``text/*.parquet`` (pretraining text; the last name is the validation shard),
-``hub/REPOSITORY/[CONFIG/]SPLIT.parquet`` and ``eval_bundle.zip``, whether it is the user's own, the
-toy world, or filled from the Hugging Face hub by `nanolib.mirror`.
+A mirror has ``text/*.parquet`` (pretraining text; the last file is the validation shard),
+``hub/REPOSITORY/[CONFIG/]SPLIT.parquet`` and ``eval_bundle.zip``. It can be the user's own, the toy
+world, or filled by `nanolib.mirror`.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ import pyarrow.parquet as pq
 from nanolib.config import Config
 from nanolib.rundir import whole_file
 
-BYTES_PER_TOKEN = 5.0  # of a 65,536-token vocabulary on English, rounded up: 4.8 was measured
+BYTES_PER_TOKEN = 5.0  # English, 65,536-token vocabulary; 4.8 measured, rounded up
 EVAL_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's
-DOCUMENTS_AT_ONCE = 1024  # read from a shard together
+DOCUMENTS_AT_ONCE = 1024  # batch size when reading a shard
 LOOK_ELSEWHERE = "give --mirror DIR with a complete mirror, or leave --mirror out to use the hub"
 OFFLINE = "run it again, give --mirror DIR, or data.source = toyworld to work offline"
 
 Split = tuple[str, str | None, str]  # repository, configuration, split
-Progress = Callable[[int, int, str], object]  # done, total, what is next; may raise to stop
+Progress = Callable[[int, int, str], object]  # done, total, message; may raise to stop
 
 
 class TextFiles(NamedTuple):
     train: list[Path]
-    validation: Path  # the last name of the full listing, whatever is used
+    validation: Path  # the last file of all, whatever `text_shards` is
 
 
 def text_files(config: Config, mirror: Path) -> TextFiles:
-    """The shards of pretraining text; ``data.text_shards`` limits the training ones."""
+    """The pretraining shards of a mirror; ``data.text_shards`` limits the training ones."""
     data, folder = config.recipe.data, mirror / "text"
     wanted = None if data.text else data.text_shards
     files = sorted(folder.glob("*.parquet"))
@@ -67,7 +67,7 @@ def _check_count(found: int, where: object, wanted: int | None) -> None:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Generator[None, None, None]:
-    """Turn Arrow's errors, for damage and for text that is not UTF-8, into a ValueError."""
+    """Turn Arrow errors (damaged files, text that is not UTF-8) into a ValueError."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -122,7 +122,7 @@ def table_path(split: Split) -> str:
 
 
 class Remote(NamedTuple):
-    """A file of the hub, with what the hub says of it."""
+    """A file on the hub, with its metadata."""
 
     repository: str
     revision: str
@@ -131,16 +131,16 @@ class Remote(NamedTuple):
     sha256: str | None
 
 
-Wanted = dict[str, list[Remote]]  # a mirror's path -> the hub's files, whose rows it has in order
+Wanted = dict[str, list[Remote]]  # path in the mirror -> hub files that are concatenated into it
 
 
 def wanted(
     config: Config, splits: Sequence[Split], folder: Path, revisions: dict[str, str]
 ) -> Iterator[Wanted]:
-    """What a run reads of the hub, in groups; ask for the next when one is in `folder`.
+    """Groups of files that a run needs; fetch each into `folder` before asking for the next.
 
-    Text is as much as ``data.text_shards`` says, or as pretraining will read of shards like those
-    that are there. `revisions` has, or is given, each repository's commit hash.
+    The number of text shards is ``data.text_shards``, or estimated from the size of those fetched so
+    far. `revisions` pins commit hashes by repository; missing ones are filled in.
     """
     data, base = config.recipe.data, config.recipe.base
     listed = functools.cache(partial(_listing, revisions=revisions))
@@ -163,7 +163,7 @@ def wanted(
 
 
 def _listing(repository: str, revisions: dict[str, str]) -> list[Remote]:
-    """A data set's parquet files."""
+    """The parquet files of a data set on the hub."""
     from huggingface_hub import HfApi
 
     with _network(repository):
@@ -178,7 +178,7 @@ def _listing(repository: str, revisions: dict[str, str]) -> list[Remote]:
 
 
 def _parts(split: Split, listed: Sequence[Remote]) -> list[Remote]:
-    """The files of one split: the hub cuts large ones, as in data/train-00000-of-00004.parquet."""
+    """The files of one split; large ones are sharded, as in data/train-00000-of-00004.parquet."""
     repository, name, part = split
     pattern = f"{name or '*'}/{part}[-.]*parquet"
     if not (found := [file for file in listed if fnmatch.fnmatch(file.name, pattern)]):
@@ -187,7 +187,7 @@ def _parts(split: Split, listed: Sequence[Remote]) -> list[Remote]:
 
 
 def join(parts: Sequence[Path], target: Path) -> None:
-    """Write the rows of several parquet files as one."""
+    """Concatenate parquet files."""
     from datasets import Dataset
 
     with tempfile.TemporaryDirectory(dir=target.parent) as cache, whole_file(target) as file:
@@ -200,13 +200,13 @@ def _network(what: str, remedy: str = OFFLINE) -> Generator[None, None, None]:
     """Turn network errors into a ValueError with a remedy. Wrap library calls only."""
     try:
         yield
-    except Exception as error:  # httpx2, hf_xet and huggingface_hub have no common base
+    except Exception as error:  # httpx2, hf_xet and huggingface_hub share no base class
         kind = type(error).__name__
         raise ValueError(f"cannot fetch {what} ({kind}: {error}); {remedy}") from error
 
 
 def fetch_file(file: Remote, folder: Path | None, meter: Any) -> Path:
-    """One file in `folder` or the user's cache, length and hash checked; a damaged one is removed."""
+    """Download a file to `folder` (None: the hub cache) and check it; delete it if damaged."""
     from huggingface_hub import hf_hub_download
 
     fetch = partial(hf_hub_download, repo_type="dataset", local_dir=folder, tqdm_class=meter)
@@ -220,7 +220,7 @@ def fetch_file(file: Remote, folder: Path | None, meter: Any) -> Path:
 
 
 def difference(path: Path, length: int | None, sha256: str | None) -> str:
-    """Between a file and what is recorded of it; empty if there is none."""
+    """How a file differs from its recorded length and hash; empty if it does not."""
     found = path.stat().st_size
     if length not in (None, found):
         return f"has {found} of {length} bytes"
@@ -233,7 +233,7 @@ def digest(path: Path) -> str:
 
 
 def _text_bytes(path: Path) -> int:
-    """Of a shard, estimated from its footer."""
+    """Uncompressed size of a shard's text, from its parquet footer."""
     _check_text(path)
     shard = pq.read_metadata(path)
     column, groups = shard.schema.names.index("text"), range(shard.num_row_groups)
@@ -241,7 +241,7 @@ def _text_bytes(path: Path) -> int:
 
 
 def fetch_bundle(target: Path | None = None) -> Path:
-    """CORE's evaluation bundle, if not elsewhere in the user's cache; a damaged one is fetched again."""
+    """Download CORE's evaluation bundle (None: to the user's cache) unless an intact one exists."""
     target = target or Path.home() / ".cache/nanolib/eval_bundle.zip"
     if target.is_file():
         if not (problem := _zip_problem(target)):

@@ -1,7 +1,7 @@
 """Triton kernels for training on Hopper GPUs and for decoding on any CUDA device.
 
-Import it only where there is Triton: `GPT.fast_kernels` does so, and returns the module only if
-tiny launches on that device gave the right numbers.
+Importing it requires Triton. Use `GPT.fast_kernels`, which returns this module only if the kernels
+pass a small numerical check on the device.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-EPS = 1e-6  # of RMS norm, as in the model
-PROGRAMS = 2048  # so many small ones keep a whole GPU busy (`read_cache`)
-FEW_ROWS = 4  # up to so many rows, `linear` uses its own kernel instead of torch's product
+EPS = 1e-6  # for RMS norm, as in the model
+PROGRAMS = 2048  # enough small ones to keep a whole GPU busy (`read_cache`)
+FEW_ROWS = 4  # up to this many rows, `linear` uses its own kernel instead of torch's matmul
 
 # ---------------------------------------------------------------------------- the MLP in training
-# Between its two matrix products is an activation four times as wide as the residual stream, which
-# an elementwise step would read and write once more. Here that step happens in the product's own
-# tile: ReLU² after the first product u = x upᵀ, and in the backward pass its derivative. With
-# h = ReLU(u)² that is 2 ReLU(u) = 2 √h, so h is kept for it and u is not.
+# The hidden activation is four times as wide as the residual stream, and a separate elementwise
+# kernel would read and write it once more. So ReLU² is fused into the epilogue of the first matmul
+# u = x upᵀ, and its derivative into the backward matmul. With h = ReLU(u)² the derivative is
+# 2 ReLU(u) = 2 √h, so only h has to be saved, not u.
 
 TILE = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "GROUP": 8}
 
@@ -38,7 +38,7 @@ def _product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    GROUP: tl.constexpr,  # tiles of rows that share a tile of b while it is in the cache
+    GROUP: tl.constexpr,  # row tiles that reuse a tile of b while it is in the L2 cache
     PROGRAMS: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
@@ -53,7 +53,7 @@ def _product(
             a = a_desc.load([row, k])
             b = b_desc.load([k, column]) if BACKWARD else b_desc.load([column, k]).T
             total = tl.dot(a, b, total)
-        # Half a tile at a time: less shared memory, so more of the products' loads in flight.
+        # Store half a tile at a time: less shared memory leaves room for more loads in flight.
         halves = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
         for half in tl.static_range(2):
             at = column + half * (COLUMNS // 2)
@@ -67,7 +67,7 @@ def _product(
 
 
 def _launch(a_MK: Tensor, b: Tensor, h_MN: Tensor | None) -> Tensor:
-    """ReLU(a bᵀ)² [M, N], or, backward, (a b) · 2 √h elementwise, if h is given; in bfloat16."""
+    """ReLU(a bᵀ)² [M, N], or the backward (a b) · 2 √h, elementwise, if h is given; bfloat16."""
     backward = h_MN is not None
     (M, K), N = a_MK.shape, b.shape[1 if backward else 0]
     out_MN = a_MK.new_empty(M, N)
@@ -99,13 +99,13 @@ def up_squared_relu(x_ND: Tensor, up_FD: Tensor) -> Tensor:
 
 @torch.library.custom_op("nanolib::squared_relu_backward", mutates_args=())
 def squared_relu_backward(grad_ND: Tensor, down_DF: Tensor, h_NF: Tensor) -> Tensor:
-    """The gradient [N, F] of ReLU²'s input, from that of the MLP's output h downᵀ [N, D]."""
+    """Gradient [N, F] w.r.t. ReLU²'s input, given that of the MLP's output h downᵀ [N, D]."""
     return _launch(grad_ND, down_DF, h_NF)
 
 
 @up_squared_relu.register_fake
 def _(x_ND: Tensor, up_FD: Tensor) -> Tensor:
-    return x_ND.new_empty(x_ND.shape[0], up_FD.shape[0])  # len() would fix the number of rows
+    return x_ND.new_empty(x_ND.shape[0], up_FD.shape[0])  # len() would specialise on N
 
 
 @squared_relu_backward.register_fake
@@ -131,7 +131,7 @@ class SquaredReLUMLP(torch.autograd.Function):
         return grad_NF @ up_FD, grad_NF.mT @ x_ND, grad_ND.mT @ h_NF
 
 
-# ---------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------- decoding
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def _few_rows(
         weight_FD = tl.load(weight + at_FD, mask=inside_FD, other=0.0).to(tl.float32)
         total += tl.sum(weight_FD * x_D[None], 1)
         square += tl.sum(x_D * x_D, 0)
-    if NORM:  # a factor of the row, so it may come after the product
+    if NORM:  # a factor per row, so it can be applied after the dot product
         total *= tl.rsqrt(square / D + EPS)
     if SQUARED_RELU:
         total = tl.maximum(total, 0.0) * tl.maximum(total, 0.0)
@@ -177,10 +177,10 @@ def linear(
     squared_relu: bool = False,
     residual_NF: Tensor | None = None,
 ) -> Tensor:
-    """act(norm(x) weightᵀ) + residual [N, F], each part where asked for. May overwrite the residual.
+    """act(norm(x) weightᵀ) + residual [N, F]; all but the product optional. May overwrite residual.
 
-    With few rows, reading the weights takes nearly all the time: one kernel does everything while
-    it passes over them.
+    With few rows, nearly all time goes into reading the weights, so one kernel does everything in a
+    single pass over them.
     """
     (N, D), F_ = x_ND.shape, len(weight_FD)
     if N > FEW_ROWS:
@@ -216,13 +216,13 @@ def _place(
     qkv,  # [B, T, H + 2 G, K]
     cos,  # [positions, K / 2]
     sin,
-    used,  # [B]: positions before the first of the T
+    used,  # [B]: cached positions before the T new ones
     query,  # [B, T, H, K] out
     keys,  # [B, G, S, K] out, at the new positions
     values,
     T,
     S,
-    last,  # position of the tables' last row
+    last,  # last position in the cos and sin tables
     EPS: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -261,9 +261,9 @@ def place(
     keys_BGSK: Tensor,
     values_BGSK: Tensor,
 ) -> Tensor:
-    """Norm and rotate queries and keys; keys and values go to the cache. The queries [B, T, H, K].
+    """Apply QK-norm and RoPE, write keys and values to the cache, return the queries [B, T, H, K].
 
-    qkv holds H query, G key and G value heads; the cache has the queries' number format.
+    qkv holds H query, G key and G value heads; the cache has the same dtype.
     """
     (B, T, heads, K), (G, S) = qkv_BTNK.shape, keys_BGSK.shape[1:3]
     cos, sin = cos_sin
@@ -287,9 +287,9 @@ def _read_cache(
     query,  # [B, H, K]
     keys,  # [B, G, S, K]
     values,
-    used,  # [B]: the query's own position, the last it sees
-    mixed,  # [B, H, PARTS, K] out: Σ exp(score) · value over each part of the positions
-    weight,  # [B, H, PARTS] out: Σ exp(score)
+    used,  # [B]: the query's position, the last one it attends to
+    mixed,  # [B, H, PARTS, K] out: Σ exp(score) · value over each part
+    weight,  # [B, H, PARTS] out: Σ exp(score) over each part
     scale,
     H,
     G,
@@ -312,7 +312,7 @@ def _read_cache(
         here_S1 = (start + s < last)[:, None]
         key_SK = tl.load(keys_SK + start * K, mask=here_S1, other=0.0).to(tl.float32)
         value_SK = tl.load(values_SK + start * K, mask=here_S1, other=0.0).to(tl.float32)
-        # Normalised queries and keys have no score above √K: exp needs no maximum subtracted.
+        # QK-norm bounds scores by √K, so exp cannot overflow: no need to subtract the maximum.
         weight_S = tl.where(start + s < last, tl.exp(tl.sum(key_SK * query_K[None], 1)), 0.0)
         sum_S += weight_S
         sum_SK += weight_S[:, None] * value_SK
@@ -330,9 +330,9 @@ def _combine(mixed, weight, out, PARTS: tl.constexpr, K: tl.constexpr):
 
 
 def read_cache(query_BHK: Tensor, keys_BGSK: Tensor, values_BGSK: Tensor, used_B: Tensor) -> Tensor:
-    """Attention [B, H, K] of one query a row to its cached positions 0 … used.
+    """Attention [B, H, K] of one query per row over cached positions 0 … used.
 
-    Few rows share their positions among several programs each, to use the whole GPU.
+    With few rows, the positions of each are split over several programs to fill the GPU.
     """
     (B, H, K), (G, S) = query_BHK.shape, keys_BGSK.shape[1:3]
     parts = max(1, min(64, triton.next_power_of_2(PROGRAMS // (B * H))))
@@ -352,11 +352,11 @@ def read_cache(query_BHK: Tensor, keys_BGSK: Tensor, values_BGSK: Tensor, used_B
     return out_BHK
 
 
-# ---------------------------------------------------------------------------- proof
+# ---------------------------------------------------------------------------- checks
 
 
 def prove_training(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Run both kernels of the MLP on small random inputs; AssertionError where one is wrong."""
+    """Check both MLP kernels against torch on small random inputs; AssertionError if wrong."""
     x, up, down = (_normal(device, dtype, *shape) for shape in ((130, 64), (264, 64), (64, 264)))
     h = F.relu(x.float() @ up.float().mT).square()
     _same(up_squared_relu(x, up), h)
@@ -365,7 +365,7 @@ def prove_training(device: torch.device, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def prove_writing(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-    """The same for `linear`, `place` and `read_cache`."""
+    """Check `linear`, `place` and `read_cache` in the same way."""
     x, weight = _normal(device, dtype, FEW_ROWS, 64), _normal(device, dtype, 100, 64)
     for rows in (1, FEW_ROWS):
         few, more = x[:rows], weight[:rows].repeat(1, 2)[:, :100].contiguous()

@@ -1,7 +1,7 @@
-"""Fills a mirror from the hub: for `nanolib mirror`, and for a run that was given none.
+"""Fills a mirror from the hub, for `nanolib mirror` and for runs without a mirror of their own.
 
-``manifest.json`` has each repository's revision and each file's length and SHA-256; a file is moved,
-or linked, into its place once both are checked.
+``manifest.json`` records each repository's revision and each file's length and SHA-256; a file is
+moved or linked into place only after both have been checked.
 """
 
 import json
@@ -19,16 +19,16 @@ from nanolib.progress import clock
 from nanolib.rundir import write_json
 
 MANIFEST, BUNDLE = "manifest.json", "eval_bundle.zip"
-AT_ONCE = 8  # downloads
-PAUSES = 2, 8, 30  # seconds before a download that failed is tried again
+AT_ONCE = 8  # concurrent downloads
+PAUSES = 2, 8, 30  # seconds before each retry of a failed download
 
-Splits = Sequence[hub.Split]  # the tables that a run reads
+Splits = Sequence[hub.Split]  # data set splits that a run reads
 
 
 def fill(config: Config, splits: Splits, folder: Path, progress: hub.Progress, link: bool) -> dict:
-    """Fetch what is not there as recorded (`link`: into the user's cache, which runs share).
+    """Fetch all missing or changed files (`link`: as links to the hub cache, shared by runs).
 
-    Returns each repository's revision (commit hash).
+    Returns {repository: revision (commit hash)}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mirror = Mirror(folder, progress, link)
@@ -43,7 +43,7 @@ def fill(config: Config, splits: Splits, folder: Path, progress: hub.Progress, l
 
 
 def check(config: Config, splits: Splits, folder: Path) -> list[str]:
-    """What is wrong with a mirror, a line a file, found without the network."""
+    """Problems of a mirror, one line per file; works offline."""
     mirror = Mirror(folder)
     names = {*mirror.manifest["files"], *map(hub.table_path, splits)}
     names |= {BUNDLE} if config.recipe.eval.core_problems != 0 else set()
@@ -54,7 +54,7 @@ def check(config: Config, splits: Splits, folder: Path) -> list[str]:
 
 
 class Mirror:
-    """A folder that a pool of threads fills."""
+    """A mirror folder, filled by a thread pool."""
 
     def __init__(self, folder: Path, progress: hub.Progress = print, link: bool = False):
         self.folder, self.progress, self.link = folder, progress, link
@@ -64,7 +64,7 @@ class Mirror:
         self.lock, self.stop, self.received = threading.Lock(), threading.Event(), 0
 
     def problem(self, name: str) -> str:
-        """Why a file cannot be used; empty if it is as recorded."""
+        """Why a file cannot be used; empty if it matches its record."""
         if not (self.folder / name).is_file():
             return "is missing"
         if name not in self.manifest["files"]:
@@ -72,7 +72,7 @@ class Mirror:
         return hub.difference(self.folder / name, **self.manifest["files"][name])
 
     def get(self, group: hub.Wanted) -> None:
-        """Fetch a group of files; the first error, or Ctrl-C, stops all that are on their way."""
+        """Fetch a group of files; the first error, or Ctrl-C, stops all downloads."""
         missing = [it for name in group if not (self.folder / name).exists() for it in group[name]]
         total, free = sum(it.length or 0 for it in missing), shutil.disk_usage(self.folder).free
         if total > free and not self.link:
@@ -109,7 +109,7 @@ class Mirror:
                     raise
 
     def _meter(self) -> type:
-        """A progress bar that draws nothing: huggingface_hub tells it of each piece that has come."""
+        """A silent progress bar class, through which huggingface_hub reports received bytes."""
         from huggingface_hub.utils import disable_progress_bars, tqdm
 
         def update(_: Any, n: float | None = 1) -> None:
@@ -121,7 +121,7 @@ class Mirror:
         return type("Meter", (tqdm,), {"update": update})
 
     def put(self, name: str, parts: Sequence[Path]) -> None:
-        """Put a file into its place and on record."""
+        """Move a file into place and record it in the manifest."""
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if len(parts) > 1:

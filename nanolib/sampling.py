@@ -1,6 +1,6 @@
-"""How a next token is drawn: from a model's scores, a row's settings and a number from its own seed.
+"""Sampling the next token: temperature, top-k, top-p, and reproducible draws per row.
 
-Shapes: B rows, V vocabulary, K of its likeliest tokens.
+Shapes: B rows, V vocabulary, K the largest top-k.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def uniforms(keys_B: Tensor, positions_B: Tensor) -> Tensor:
-    """A row's draw [B] from [0, 1) at a position: a hash of both (splitmix64), on any device.
+    """Uniform draws [B] from [0, 1): a hash (splitmix64) of each row's key and position.
 
-    Without a generator's state a draw depends on nothing that was drawn before.
+    Stateless, so a draw does not depend on earlier draws, other rows or the device.
     """
     mixed_B = keys_B + positions_B * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
@@ -23,7 +23,7 @@ def uniforms(keys_B: Tensor, positions_B: Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """int64 shifted right as if unsigned."""
+    """Logical right shift of int64."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
@@ -36,10 +36,10 @@ def probabilities(
 ) -> Tensor:
     """The distribution [B, V] that `choose` samples from; temperature must be positive.
 
-    top_k keeps each row's k most likely tokens; top_p (arXiv:1904.09751) then the fewest of the
-    most likely ones that have this share together; both keep all that tie with the last one kept.
-    A setting is the same for all rows or a tensor [B]; of a tensor of top_k, 0 keeps all, and
-    `most` is the largest.
+    top_k keeps the k most likely tokens; top_p (arXiv:1904.09751) then keeps the smallest set of
+    most likely tokens with at least this total probability. Ties with the last one kept stay too.
+    Settings are scalars or tensors [B]; in a top_k tensor, 0 means no limit, and `most` must be its
+    maximum.
     """
     logits_BV = logits_BV.float() / _column(temperature, logits_BV)
     most = min(top_k if isinstance(top_k, int) else most or 0, logits_BV.shape[-1])
@@ -51,7 +51,7 @@ def probabilities(
     probabilities_BV = logits_BV.softmax(dim=-1)
     if top_p is None:
         return probabilities_BV
-    p_B1 = _column(top_p, logits_BV).clamp(min=1e-6)  # the likeliest always stays
+    p_B1 = _column(top_p, logits_BV).clamp(min=1e-6)  # always keep the most likely token
     falling_BV = probabilities_BV.sort(dim=-1, descending=True).values
     before_BV = falling_BV.cumsum(dim=-1) - falling_BV
     least_B1 = falling_BV.masked_fill(before_BV >= p_B1, torch.inf).amin(dim=-1, keepdim=True)
@@ -59,7 +59,7 @@ def probabilities(
 
 
 def _column(setting: float | Tensor, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A setting of all rows, or of each, as [1, 1] or [B, 1]."""
+    """A scalar as [1, 1], or per-row values as [B, 1]."""
     return torch.as_tensor(setting, device=like.device, dtype=dtype).reshape(-1, 1)
 
 
@@ -82,7 +82,7 @@ def choose(
     top_p: float | Tensor | None = None,
     most: int | None = None,
 ) -> Tensor:
-    """The next token [B] of each row: the most likely one at temperature 0, else a sample.
+    """The next token [B] of each row: argmax at temperature 0, else a sample.
 
     Settings as for `probabilities`.
     """

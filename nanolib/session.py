@@ -1,10 +1,10 @@
-"""A conversation with a model: what the command line, the page and the notebook talk through.
+"""Chat sessions, used by the command line, the web page and the notebook widget.
 
     session = Session.open(run)
     for piece in session.stream("Where does Ada live?"):
         print(piece, end="", flush=True)
 
-What a user types is ordinary text, special tokens included. Python that the model writes runs in
+Special tokens typed by the user are treated as ordinary text. Python written by the model runs in
 the session's own sandbox.
 """
 
@@ -41,16 +41,16 @@ class Session:
     max_new_tokens: int = 256
     seed: int = 1
     messages: list[Message] = field(default_factory=list)  # without the system message
-    answer: list[Part] = field(default_factory=list)  # the latest so far
-    notice: str | None = None  # what to tell the user besides the answer
+    answer: list[Part] = field(default_factory=list)  # the latest answer so far
+    notice: str | None = None  # shown to the user with the answer
     of: str | None = None  # the stage whose model `open` loaded
-    _left_out = 0  # messages that the user knows were left out of the prompt
+    _left_out = 0  # truncated messages already reported to the user
     _close: weakref.finalize | None = None  # closes the sandbox that `open` started
 
     @classmethod
     def open(cls, run: Run, of: str | None = None, **settings) -> Session:
-        """Load the model of a run's stage `of`, by default the last that has one, and start a
-        sandbox: close the session or use ``with``. ValueError if there is no such model yet."""
+        """Load the model of a run's stage `of` (None: the last one trained) and start a sandbox;
+        close the session or use ``with``. ValueError if there is no such model yet."""
         of = stage_with_model(run, of, "to talk to")
         runtime = Runtime.start(run.config.machine)
         model = checkpoint.load_model(run.stage(of).checkpoints, runtime.device)
@@ -60,7 +60,7 @@ class Session:
         return cls(engine, of=of, _close=weakref.finalize(engine, sandbox.close), **settings)
 
     def close(self, *_: object) -> None:
-        """Close the sandbox that `open` started, which else ends with the engine."""
+        """Close the sandbox; otherwise it is closed when the engine is collected."""
         if self._close is not None:
             self._close()
 
@@ -72,12 +72,12 @@ class Session:
     # ------------------------------------------------------------------------ talking
 
     def stream(self, text: str) -> Generator[str]:
-        """As `parts`, but plain text: ``[python]`` or ``[output]`` on a new line announces one."""
+        """Like `parts`, but as plain text: ``[python]`` and ``[output]`` labels on new lines."""
         return _labelled(self.parts(text))
 
     def parts(self, text: str) -> Generator[Part]:
-        """Send `text`; yield the answer as the pieces of `AnswerParser`. Closing the iterator stops
-        it and keeps in `messages` what had arrived. ValueError, at once, for a text too long."""
+        """Send `text` and yield the answer in pieces, as from `AnswerParser`. Closing the iterator
+        stops and keeps the partial answer in `messages`. ValueError if `text` is too long."""
         question = Message("user", (Part("text", text),))
         return self._answer(question, self.prompt(question))
 
@@ -97,10 +97,10 @@ class Session:
         messages = [*self._system(), *self.messages]
         return [{"role": message.role, "content": message.content} for message in messages]
 
-    # ------------------------------------------------------------------------ how
+    # ------------------------------------------------------------------------ prompt and sampling
 
     def prompt(self, question: Message) -> list[int]:
-        """Ids of the question after as much history as leaves room for an answer."""
+        """Token ids of the question and as much history as fits beside an answer."""
         tokenizer, context = self.engine.tokenizer, self.engine.context
         room = context - min(self.max_new_tokens, context // 4)
         encode = functools.cache(tokenizer.encode)
@@ -122,7 +122,7 @@ class Session:
         return prompt(left_out)
 
     def sampling(self) -> dict[str, Any]:
-        """The engine's settings for the next answer."""
+        """Engine settings for the next answer."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -135,7 +135,7 @@ class Session:
         return [Message("system", (Part("text", self.system),))] if self.system else []
 
     def _answer(self, question: Message, prompt: list[int]) -> Generator[Part]:
-        """Stream the answer, and add both turns to `messages` however it ends."""
+        """Stream the answer, then add both turns to `messages`, even if it is interrupted."""
         steps = self.engine.generate([prompt], **self.sampling())
         parser, finished = AnswerParser(self.engine.tokenizer), False
         self.answer = parser.parts
@@ -151,13 +151,13 @@ class Session:
             finished = True
             yield from parser.finish()
         finally:
-            if parser.parts or finished:  # a question stopped before the first word was never asked
+            if parser.parts or finished:  # nothing is kept if stopped before the first piece
                 self.messages += [question, Message("assistant", tuple(parser.parts))]
 
 
 def stage_with_model(run: Run, of: str | None, purpose: str) -> str:
-    """`of`, or by default the last stage of the run that has saved a model; ValueError if there is
-    none for this purpose, such as "to talk to"."""
+    """Returns `of`, or by default the run's last stage with a saved model; ValueError if there is
+    none. purpose: for the error message, such as "to talk to"."""
     if of not in (None, *MODELS):
         raise ValueError(f"stage {of!r} leaves no model {purpose}; try {' or '.join(MODELS)}")
     has = [name for name in MODELS if any(run.stage(name).checkpoints.glob("step_????????"))]
@@ -171,7 +171,7 @@ def stage_with_model(run: Run, of: str | None, purpose: str) -> str:
 
 
 def _labelled(pieces: Generator[Part]) -> Generator[str]:
-    """Pieces as plain text, with a line break where the kind changes."""
+    """Pieces as plain text, with labels, and a line break where the kind changes."""
     kind = "text"
     with contextlib.closing(pieces):  # closing this generator stops the answer at once
         for piece in pieces:

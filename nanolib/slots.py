@@ -1,6 +1,6 @@
-"""The engine's memory: slots that rows are written in, and what finished rows leave behind.
+"""The engine's KV cache with per-row sampling state, and its prefix cache.
 
-Shapes: B rows, L layers, G key/value heads, S cached positions, T a row's own, K head size.
+Shapes: B rows, L layers, G key/value heads, S cached positions, T those of one row, K head size.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from nanolib.model import KVCache
 
-KEPT_LEAST = 16  # a shorter common beginning is read again
+KEPT_LEAST = 16  # tokens; shorter common prefixes are not reused
 
-KeysValues = tuple[Tensor, Tensor, Tensor]  # of one row, [L, G, T, K] each, and its ids [T]
+KeysValues = tuple[Tensor, Tensor, Tensor]  # of one row: keys and values [L, G, T, K], ids [T]
 Replay = Callable[[], Tensor]
 
 
 class Slots(KVCache):
-    """A KV cache with what a decoding step reads of each row, and recordings of that step."""
+    """A KV cache with each row's sampling state, and CUDA graphs of the decoding step."""
 
     def __init__(self, *given):
         super().__init__(*given)
@@ -30,17 +30,17 @@ class Slots(KVCache):
         self.temperature_B = torch.zeros_like(self.used_B, dtype=torch.float32)
         self.top_p_B = torch.ones_like(self.temperature_B)
         self.views: dict[int, Slots] = {}
-        self.replays: dict[tuple, Replay | None] = {}  # None: ran once, not recorded
+        self.replays: dict[tuple, Replay | None] = {}  # None: ran once, not captured yet
 
     def settings(self) -> tuple[Tensor, ...]:
-        """What a step reads of each row beside keys and values, [B] each."""
+        """The per-row state, [B] each: latest token, seed, temperature, top-k, top-p."""
         return self.ids_B1[:, 0], self.key_B, self.temperature_B, self.top_k_B, self.top_p_B
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def first(self, rows: int) -> Slots:
-        """The first rows alone, in the same memory."""
+        """A view of the first rows, sharing memory."""
         if rows not in self.views:
             view = self.views[rows] = copy.copy(self)
             view.views, view.replays = {}, {}
@@ -50,7 +50,7 @@ class Slots(KVCache):
         return self.views[rows]
 
     def fill(self, other: Slots) -> None:
-        """Begin with all that a smaller one holds."""
+        """Copy the contents of a smaller cache."""
         mine = self.tensors()
         for name, theirs in other.tensors().items():
             mine[name][tuple(map(slice, theirs.shape))] = theirs
@@ -67,32 +67,32 @@ class Slots(KVCache):
         self.ids_BS[row, :used] = read[2]
 
     def begin(self, rows: Sequence[int], settings: Sequence[tuple]) -> None:
-        """Give these rows their `settings`, a tuple for each row."""
+        """Set the per-row state of these rows, one `settings` tuple per row."""
         rows_N = torch.tensor(rows, device=self.used_B.device)
         for mine_B, values in zip(self.settings(), zip(*settings, strict=True), strict=True):
             mine_B[rows_N] = torch.tensor(values, dtype=mine_B.dtype, device=mine_B.device)
 
     def move(self, row: int, to: int) -> None:
-        """Let a row go on in another's place."""
+        """Copy row `row`, with its state, to row `to`."""
         self.write_row(to, self.read_row(row))
         for mine_B in self.settings():
             mine_B[to] = mine_B[row]
 
     def hold(self, row: int, id: int) -> None:
-        """Take a row's step back: the next one reads the same token, `id`, again."""
+        """Undo a row's last step: the next one processes the same token, `id`, again."""
         self.ids_B1[row] = id
         self.used_B[row] -= 1
         self.used[row] -= 1
 
     def trim(self, rows: int) -> None:
-        """Forget what further rows hold: it must not count in `reach`."""
+        """Clear the rows from `rows` on, so that they do not count in `reach`."""
         self.used_B[rows:] = 0
         self.used[rows:] = [0] * (len(self.used) - rows)
 
 
 class Kept:
-    """At most so many bytes of finished rows' keys and values, for prompts that begin alike; the
-    latest used last."""
+    """An LRU prefix cache of finished rows' keys and values, of at most `most_bytes`, for prompts
+    that share a beginning."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
@@ -106,7 +106,7 @@ class Kept:
             del self.rows[0]
 
     def find(self, ids: list[int]) -> KeysValues | None:
-        """Those of the longest beginning of `ids` that a row has, if any is worth it."""
+        """Keys and values of the longest cached prefix of `ids`, or None if it is too short."""
         pairs = [zip(ids, row[0], strict=False) for row in self.rows]
         common = [len([*takewhile(lambda pair: pair[0] == pair[1], each)]) for each in pairs]
         longest = max(common, default=0)

@@ -1,4 +1,4 @@
-"""Tasks: data sets of the hub as conversations, and how to grade answers to them."""
+"""Tasks: hub data sets as conversations, and grading of answers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from nanolib.conversation import LETTERS, Conversation, Message, Part, choice_qu
 from nanolib.runtime import seed_of
 from nanolib.tools import Sandbox, without_commas
 
-PROGRAM_SECONDS = 6  # that a HumanEval function may take with its tests
-SUM = r"<<[\d\s.()+*/-]+=-?[\d.]+>>"  # the annotation of a calculation, in a chat's answer
+PROGRAM_SECONDS = 6  # time limit of a HumanEval function with its tests
+SUM = r"<<[\d\s.()+*/-]+=-?[\d.]+>>"  # a calculator annotation in an answer
 
 
 class Task:
     name: str
     repository: str
     config: str | None = None
-    train_split = "train"  # the repository's name for what we train on
+    train_split = "train"  # the repository's name for the training split
     columns: tuple[str, ...]
 
     def __init__(self, split: str, mirror: Path):
@@ -41,7 +41,7 @@ class Task:
 
     @classmethod
     def source(cls, split: str) -> hub.Split:
-        """Where a split is on the hub."""
+        """(repository, configuration, split name) on the hub."""
         return cls.repository, cls.config, cls.train_split if split == "train" else split
 
     def unusable(self, why: str) -> ValueError:
@@ -58,28 +58,28 @@ class Task:
         raise NotImplementedError
 
     def unanswered(self, i: int) -> Conversation:
-        """What a model is asked."""
+        """Row i without its answer: what the model is asked."""
         return Conversation(self.conversation(i).messages[:-1])
 
 
 class GradedTask(Task):
     def grade(self, i: int, answer: str) -> bool | None:
-        """Whether an answer to row i is right; None where that cannot be found out here."""
+        """Whether an answer to row i is right; None if it cannot be graded here."""
         raise NotImplementedError
 
     def formatted(self, answer: str) -> bool:
-        """Whether it has the form in which answers are graded, right or wrong."""
+        """Whether an answer, right or wrong, has the form that grading expects."""
         return True
 
 
 class ChoiceTask(Task):
-    """Multiple choice, one choice right; in training the answer is its letter."""
+    """Multiple choice with one right answer; the reference answer is its letter."""
 
     def question(self, i: int) -> str:
         return self.row(i)["question"]
 
     def without_questions(self) -> ChoiceTask:
-        """The same problems with only the choices left."""
+        """The same problems with the question removed, as a baseline."""
         blind = copy.copy(self)
         blind.question = lambda i: ""
         return blind
@@ -127,7 +127,7 @@ class ARCChallenge(ARC):
 
 
 class SmolTalk(Task):
-    """Conversations (arXiv:2502.02737); ``<<a+b=c>>`` in an answer is a tool call, as in GSM8K."""
+    """Conversations (arXiv:2502.02737); ``<<a+b=c>>`` becomes a tool call, as in GSM8K."""
 
     name, repository = "smoltalk", "HuggingFaceTB/smol-smoltalk"
     columns = ("messages",)
@@ -145,7 +145,7 @@ class SmolTalk(Task):
 
 
 class GSM8K(GradedTask):
-    """Grade-school word problems (arXiv:2110.14168); ``<<48/2=24>>`` is a tool call, giving 24.0."""
+    """Grade-school word problems (arXiv:2110.14168); ``<<48/2=24>>`` becomes a tool call."""
 
     name, repository, config = "gsm8k", "openai/gsm8k", "main"
     columns = ("question", "answer")
@@ -170,9 +170,9 @@ class GSM8K(GradedTask):
 
 
 def calculator_parts(answer: str, run: bool = False) -> tuple[Part, ...]:
-    """GSM8K's annotations as parts: text, a python expression, its output, text, …
+    """Split GSM8K's annotated answer into parts: text, python expression, output, text, …
 
-    run: with the outputs that Python prints.
+    run: evaluate the expressions (48/2 gives 24.0), instead of using the annotated results.
     """
     parts: list[Part] = []
     for number, piece in enumerate(re.split(r"<<([^<>]*)>>", answer)):
@@ -186,7 +186,7 @@ def calculator_parts(answer: str, run: bool = False) -> tuple[Part, ...]:
 
 
 def evaluated(expression: str) -> str | None:
-    """What the tool prints for arithmetic on numbers; None for any other source."""
+    """What the tool prints for an arithmetic expression; None for any other source."""
     expression = without_commas(expression.strip())
     if not re.fullmatch(r"[0-9\s.()+*/%-]+", expression) or "**" in expression:
         return None
@@ -197,7 +197,7 @@ def evaluated(expression: str) -> str | None:
 
 
 def final_number(text: str) -> str | None:
-    """The number after the last ####, without thousands' commas; None where there is none."""
+    """The number after the last ####, without thousands separators; None if there is none."""
     found = re.findall(r"####\s*(-?[\d.,]*\d)", text)
     return found[-1].replace(",", "") if found else None
 
@@ -223,9 +223,9 @@ class HumanEval(GradedTask):
 
 
 def program(row: Mapping[str, str], answer: str) -> str:
-    """An answer's function (or only the body that continues the prompt), its tests and a call.
+    """A test program: the answer's function (or prompt + answer, if it is only a body) and tests.
 
-    Fenced code counts alone, else everything from the first line of code on.
+    Uses fenced code if there is any, else everything from the first line of code on.
     """
     prompt, name = row["prompt"], row["entry_point"]
     code = _code(answer, name)
@@ -259,15 +259,15 @@ class Facts(GradedTask):
         return Conversation.ask(row["question"], row["answer"])
 
     def grade(self, i: int, answer: str) -> bool:
-        """Whether the answer names the right value and no other of its kind."""
+        """Whether the answer names the right value and none of the wrong ones."""
         row, words = self.row(i), set(re.findall(r"\w+", answer))
         return row["answer"] in words and not words & set(row["others"])
 
 
 class Sums(GradedTask):
-    """Sums such as 3 + 8 - 4 with a dial, drawn here and worked in steps; no total is below 0.
+    """Generated sums such as 3 + 8 - 4, solved step by step; `dial` sets the difficulty.
 
-    The splits, "train", "test" and "final SEED", share no problem: its text decides where it goes.
+    No total is negative. A hash of the problem keeps "train", "test" and "final SEED" disjoint.
     """
 
     name, repository = "sums", ""
@@ -279,7 +279,7 @@ class Sums(GradedTask):
         return 20_000 if self.part == "train" else 2000
 
     def problem(self, i: int) -> tuple[str, list[str], int]:
-        """The sum, its steps and its result."""
+        """(the sum as text, its steps, its result)."""
         rng, dial = random.Random(seed_of(0, "sums", self.split, i)), self.dial
         while True:
             text = str(total := rng.randint(1, dial.largest))
@@ -316,7 +316,7 @@ def find(name: str) -> type[Task]:
 
 
 def load(name: str, split: str, mirror: Path, dial: SumsConfig | None = None) -> Task:
-    """A split of a task; `dial`: how hard sums are."""
+    """Load a split of a task; `dial`: difficulty of sums."""
     return Sums(split, dial) if name == Sums.name else find(name)(split, mirror)
 
 

@@ -1,7 +1,7 @@
-"""Byte-level BPE: trained by the Rust crate, encoded by tiktoken.
+"""Byte-level BPE tokenizer: trained by the Rust crate, encoding by tiktoken.
 
-Ids 0 to 255 are the bytes, then come the merges in order, then `SPECIAL_TOKENS`. Encoding treats a
-special token in text as ordinary text: only `Tokenizer.special` returns its id.
+Ids 0 to 255 are bytes, followed by the merges in order, then `SPECIAL_TOKENS`. Special tokens in
+text are encoded as ordinary text; only `Tokenizer.special` returns their ids.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import tiktoken
 import rust_tokenizer
 from nanolib.rundir import write_atomic
 
-ENCLOSED = ("user", "assistant", "python", "output")  # by a start and an end token
+ENCLOSED = ("user", "assistant", "python", "output")  # each has a start and an end token
 SPECIAL_TOKENS = ("<|bos|>", *(f"<|{it}_{end}|>" for it in ENCLOSED for end in ("start", "end")))
-# GPT-4's pattern, but digits in groups of one or two: a small vocabulary has few ids to spare.
+# GPT-4's pattern, but with digits in groups of at most two, to save ids in a small vocabulary.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int | None], object]  # phase, done, total
 
 
 class Tokenizer:
-    """A trained vocabulary, immutable: `merges[n] = (left id, right id)` defines id 256 + n."""
+    """An immutable trained tokenizer: `merges[n] = (left id, right id)` defines id 256 + n."""
 
     def __init__(self, merges: Iterable[tuple[int, int]], pattern: str = PATTERN):
         self.pattern = pattern
@@ -51,8 +51,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """Train on `documents`; `vocab_size` counts bytes, merges and special tokens.
 
-        `progress` is called about every 50 ms: in phase "count" with the bytes read (total None),
-        then in "merge" with the merges done.
+        `progress` is called about every 50 ms: with the bytes read in phase "count" (total None),
+        then with the merges done in phase "merge".
         """
         fewest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < fewest:
@@ -86,11 +86,11 @@ class Tokenizer:
         write_atomic(Path(path), self._to_json())
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that identify the tokenizer."""
+        """A 16-digit hexadecimal hash of the tokenizer."""
         return hashlib.sha256(self._to_json().encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, never a special token's."""
+        """Token ids of `text`; never special tokens."""
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
@@ -99,7 +99,7 @@ class Tokenizer:
     def encode_flat(
         self, texts: Iterable[str], threads: int = 1, bos: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All texts in one array: ids [N] (uint16 if they fit, else uint32), offsets [texts + 1].
+        """Encode all texts into one array: ids [N] (uint16 or uint32), offsets [texts + 1].
 
         Text i is ``ids[offsets[i]:offsets[i + 1]]``, with BOS first if `bos`.
         """
@@ -112,7 +112,7 @@ class Tokenizer:
         return rust_tokenizer.Encoder(self.merges, self.pattern)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, with U+FFFD for invalid UTF-8 and special tokens by name."""
+        """Text of `ids`, with U+FFFD for invalid UTF-8 and special tokens as their names."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
@@ -129,7 +129,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """[V] int32: bytes of text per token (of a str they would count wrong), 0 if special."""
+        """Bytes of text per token, int32 [V]; 0 for special tokens (used for bits per byte)."""
         lengths = np.array([*map(len, self._bytes)], dtype=np.int32)
         lengths[-len(SPECIAL_TOKENS) :] = 0
         lengths.flags.writeable = False
@@ -137,7 +137,7 @@ class Tokenizer:
 
 
 def _token_bytes(merges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes of every ordinary token; ValueError if BPE cannot have produced `merges`."""
+    """The bytes of every ordinary token; ValueError if `merges` is not a valid BPE."""
     tokens = [bytes([byte]) for byte in range(256)]
     known = set(tokens)
     for number, (left, right) in enumerate(merges):

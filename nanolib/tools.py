@@ -1,9 +1,9 @@
 """The sandboxed Python tool: the only place where code written by a model runs.
 
 `Sandbox` keeps worker processes of pydantic-monty, a Python interpreter in Rust without files,
-network or environment, and limits time, memory, recursion and output. Only printed text leaves a
-worker: the host would convert values outside every limit. Monty lacks generators, inheritance and
-most modules: `ToolResult.passed` tells a program that needs them from a wrong one.
+network or environment, and limits time, memory, recursion and output. Workers return only printed
+text: the limits do not cover converting values on the host. Monty lacks generators, inheritance
+and most modules; `ToolResult.passed` is None for programs that may need them.
 """
 
 import builtins
@@ -28,8 +28,8 @@ SOURCE_BYTES = 16 * 1024
 OUTPUT_BYTES = 4 * 1024
 MEMORY_BYTES = 32 * 1024 * 1024
 ERROR_CHARACTERS = 200
-# A worker serves this many calls, or one slow one, so it needs only a few CPU seconds in its life.
-# A limit on those ends even a worker that a killed host left in the middle of a long operation.
+# A worker is replaced after this many calls, or one slow one, so it uses only a few CPU seconds in
+# total. RLIMIT_CPU can therefore end a busy worker even if its host was killed.
 CALLS_PER_WORKER = 50
 SLOW_SECONDS = 0.05
 _LIMITS: monty.ResourceLimits = {
@@ -39,8 +39,8 @@ _LIMITS: monty.ResourceLimits = {
     "max_total_sleep_secs": 0,
 }
 
-# Runs before the source, which sees only `names`. Monty's own `round` multiplies and divides (wrong
-# for 5 % of halves); Python rounds the exact decimal expansion, as `:.2f` does.
+# Runs before the source, which sees only `names`. Monty's `round` multiplies and divides, which is
+# wrong for 5 % of halves; CPython rounds the exact decimal expansion, as `:.2f` does.
 _PRELUDE = """
 builtin_round = round
 def exact_round(number, ndigits=None):
@@ -50,7 +50,7 @@ def exact_round(number, ndigits=None):
 names = {"round": exact_round}
 value = None
 """
-# Both end in None, since a snippet's last value is sent to the host.
+# Both end in None, because a snippet's last value would be sent to the host.
 _RUN = f"""{_PRELUDE}
 try:
     value = eval(source, names)
@@ -64,7 +64,7 @@ exec(source, names)
 if mark not in names:
     raise RuntimeError("the program ended before its last line")
 None"""
-# Monty's errors for what it lacks. A program that forges one gains nothing.
+# Errors that Monty raises for missing features. A program gains nothing by forging one.
 _LACKING = re.compile(
     r"ModuleNotFoundError: |ImportError: cannot import name |AttributeError: module "
     r"|NotImplementedError: .*not (?:yet )?support"
@@ -75,19 +75,19 @@ _LACKING = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a program printed, or its value's repr, and its error as one short line, if any."""
+    """A program's output (or its value's repr), and its error, if any, as one short line."""
 
     output: str
     error: str | None = None
 
     @property
     def text(self) -> str:
-        """What the model sees."""
+        """The text given to the model."""
         return "\n".join(part for part in (self.output, self.error) if part)
 
     @property
     def passed(self) -> bool | None:
-        """Whether there was no error; None where the sandbox lacks what CPython has or may have."""
+        """True without an error; None if it may be due to a feature that only CPython has."""
         if (found := _LACKING.match(self.error or "")) is None:
             return self.error is None
         owner = getattr(builtins, found["type"], object) if found["type"] else builtins
@@ -96,9 +96,9 @@ class ToolResult:
 
 
 class Sandbox:
-    """A pool of workers for any thread: ``with Sandbox() as sandbox: …``.
+    """A thread-safe pool of sandbox workers: ``with Sandbox() as sandbox: …``.
 
-    `seconds` limits each call, `workers` the calls that run at once (default: one per CPU).
+    `seconds` limits each call, `workers` the number of concurrent calls (default: one per CPU).
     """
 
     def __init__(self, *, seconds: float = 2.0, workers: int | None = None) -> None:
@@ -117,33 +117,33 @@ class Sandbox:
             )
             self._pool = stack.enter_context(pool)
             self._stack = stack.pop_all()
-        probe = self.run("6*7")  # else every program would seem wrong where no worker can start
+        probe = self.run("6*7")  # or every program would seem wrong if no worker can start
         if probe.output != "42":
             self.close()
             raise RuntimeError(f"no sandbox worker starts here (`{find_monty_binary()}`): {probe}")
         return self
 
     def close(self, *_: object) -> None:
-        """End the workers; may be called twice."""
+        """Stop the workers; may be called twice."""
         self._pool = None
         self._stack.close()
 
     __exit__ = close
 
     def run(self, source: str) -> ToolResult:
-        """Run what a model wrote: an expression gives its repr, statements what they print.
+        """Run a model's code and return its printed output, or for an expression its repr.
 
-        Plain arithmetic may have commas. Errors of the program are returned, not raised.
+        Plain arithmetic may contain commas. Errors of the program are returned, not raised.
         """
         return self._feed(_RUN, source=without_commas(source.strip()))
 
     def check(self, program: str) -> ToolResult:
-        """Grade a program that ends with its own tests; one that does not reach its end fails."""
-        mark = f"reached_{secrets.token_hex(8)}"  # set last; cannot be guessed
+        """Run a program that ends with its tests; fails if it stops before its last line."""
+        mark = f"reached_{secrets.token_hex(8)}"  # set by the last line; cannot be guessed
         return self._feed(_CHECK, source=f"{program}\n{mark} = True\n", mark=mark)
 
     def _feed(self, code: str, **inputs: str) -> ToolResult:
-        pool = self._pool  # another thread may close the sandbox
+        pool = self._pool  # another thread may set it to None
         if pool is None:
             raise RuntimeError("the sandbox is closed: use it inside `with Sandbox() as sandbox:`")
         if len(inputs["source"].encode(errors="replace")) > SOURCE_BYTES:
@@ -174,7 +174,7 @@ class Sandbox:
         return ToolResult(output.output.rstrip("\n"), error and self._plain(error))
 
     def _plain(self, error: str) -> str:
-        """One line of at most `ERROR_CHARACTERS`, without numbers that vary from run to run."""
+        """Shorten an error to one line of `ERROR_CHARACTERS`, without run-dependent numbers."""
         if "feed time limit exceeded" in error:
             return f"TimeoutError: the program took longer than {self.seconds:g} s"
         if "memory limit exceeded" in error or "exceeded its memory limit" in error:
@@ -187,16 +187,16 @@ class Sandbox:
 
 
 def without_commas(source: str) -> str:
-    """Plain arithmetic without the commas between its digits: ``1,000*3`` becomes ``1000*3``.
+    """Remove commas between digits in plain arithmetic: ``1,000*3`` becomes ``1000*3``.
 
-    As in nanochat's calculator, also in ``(1,2)``; any other source (``max(12,300)``) stays.
+    As in nanochat's calculator, this includes ``(1,2)``; other source (``max(12,300)``) stays.
     """
     plain = re.fullmatch(r"[0-9\s.,()+\-*/%]*", source)
     return re.sub(r"(?<=[0-9]),(?=[0-9])", "", source) if plain else source
 
 
 def _write_launcher(folder: Path, seconds: float) -> Path:
-    """A script that closes descriptors (a host has many), lowers its rlimits, becomes the worker."""
+    """Write a script that closes inherited descriptors, sets rlimits and execs the worker."""
     limits = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": 16}
     limits["RLIMIT_CPU"] = math.ceil(CALLS_PER_WORKER * SLOW_SECONDS + seconds + 0.5)
     if sys.platform == "linux":  # macOS refuses to limit the address space
