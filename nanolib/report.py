@@ -4,6 +4,7 @@ This module gathers the figures; of the templates, ``report.md.j2`` has the word
 scores' names and what to compare them with.
 """
 
+import json
 import math
 import re
 import tomllib
@@ -48,6 +49,7 @@ def build(run: Run) -> str:
         commands=rundir.spent(run.path),
         environment=_environment(stages),
         core=_core(measures),
+        contamination=_contamination(run, toy),
     )
     write_atomic(run.path / "report.md", text)
     return text
@@ -278,6 +280,19 @@ def _core(measures: Measures) -> str:
             row |= {key: _any(measures, task, key) for key in ("shots", "questions", "chance")}
             rows.append(row | {COLUMNS[of]: score for of, score in scores.items()})
     return _grid(rows)
+
+
+def _contamination(run: Run, toy: bool) -> tuple[str, list[dict[str, Any]]]:
+    """A row a test set, a column a training source; then three passages."""
+    file = run.stage("data").path / "overlap.json"
+    if not file.exists():  # older versions did not look
+        return "", []
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    rows = []
+    for test, size in kept["problems"].items():
+        counts = (its[test] for its in kept["found"].values())
+        rows.append([_label(test, toy), *(f"{n:,} of {size:,}" if n else 0 for n in counts)])
+    return table(["", *kept["found"]], rows), kept["passages"][:3]
 
 
 def code_base() -> dict[str, int]:

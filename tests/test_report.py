@@ -134,6 +134,25 @@ def test_two_models_are_compared_problem_by_problem(run):
     assert cells(table, "core/arc easy") == ["—", "+0 −0 (p 1.000)"]
 
 
+def test_contamination_is_a_row_a_test_and_a_column_a_source(run):
+    assert "Contamination" not in report.build(run)  # an older version did not look
+    names = ["gsm8k", "core/arc_easy", "mmlu", "facts"]
+    passages = [{"test": it, "source": "text", "words": 80, "text": f"```{it}"} for it in names]
+    found = {
+        "text": dict.fromkeys(names, 0) | {"gsm8k": 1006},
+        "sft: mine": dict.fromkeys(names, 2),
+    }
+    kept = {"problems": dict.fromkeys(names, 1319), "found": found, "passages": passages}
+    rundir.write_json(run.stage("data").path / "overlap.json", kept)
+    part = section(report.build(run), "Contamination")
+    assert cells(part, "") == ["text", "sft: mine"]
+    assert cells(part, "toy-GSM8K") == ["1,006 of 1,319", "2 of 1,319"]
+    assert cells(part, "core/arc easy") == ["0", "2 of 1,319"]
+    assert "come from templates" in part
+    assert "mmlu, 80 words shared with text:\n\n````text\n```mmlu\n````\n" in part
+    assert part.count("80 words") == 3 and "```facts" not in part
+
+
 def test_the_sign_test_counts_the_splits_of_a_fair_coin():
     for gained, lost in itertools.product(range(6), range(6)):
         n, fewer = gained + lost, min(gained, lost)

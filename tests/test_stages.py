@@ -1,6 +1,7 @@
 """The stages in this process: what they read, what they resume, what they refuse."""
 
 import dataclasses
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -538,6 +539,37 @@ def test_text_is_prepared_on_a_computer_without_the_gpu_of_the_run(stage, run, t
     assert worker.work(stage, meant_for)
     with pytest.raises(ValueError, match="'cuda', which torch does not see"):
         worker.work("base", meant_for)
+
+
+def test_data_finds_test_problems_in_what_the_run_trains_on(run, mirror, monkeypatch):
+    """In every source as its stage uses it, and in no other rows; the older run is left alone."""
+    seen = {}
+
+    def overlap(tests, sources, threads, progress):
+        seen.update(tests=tests, sources={name: list(texts) for name, texts in sources.items()})
+        return {"kept": True}
+
+    monkeypatch.setattr(text, "overlap", overlap)
+    worker.work("data", mirror)
+    assert json.loads((mirror.stage("data").path / "overlap.json").read_text()) == {"kept": True}
+    files = text.hub.text_files(mirror.config, mirror.mirror())
+    texts = [it for path in files.train for it in text.hub.documents(path)]
+    expected = {"text": texts}
+    for stage in ("mid", "sft"):
+        for name, limit in text.limits(mirror.config.recipe, stage).items():
+            talks = list(training._conversations(_context(mirror, stage), name, "train", limit))
+            expected[f"{stage}: {name}"] = talks
+    assert seen["sources"].keys() == expected.keys() and seen["sources"]["text"] == texts
+    for name, talks in expected.items():
+        assert len(seen["sources"][name]) == len(talks) > 0
+        if "smoltalk" in name or "gsm8k" in name:
+            said = [" ".join(message.text for message in talk.messages) for talk in talks]
+            assert seen["sources"][name] == said
+    tests, easy = seen["tests"], tasks.load("arc_easy", "test", mirror.mirror())
+    assert [name for name in tests if "/" not in name] == ["arc_easy", "facts"]
+    right = easy.choices(3)[easy.answer(3)]
+    assert len(tests["arc_easy"]) == 4 and tests["arc_easy"][3] == f"{easy.question(3)} {right}"
+    assert {len(its) for name, its in tests.items() if "/" in name} == {4}
 
 
 def test_data_that_changed_under_a_run_is_refused(mirror, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from nanolib.config import Recipe, flatten
 from nanolib.data import own, toyworld
 from nanolib.data.sources import split_documents
 from nanolib.evals import core
-from nanolib.rundir import Run, whole_file, whole_folder
+from nanolib.evals.overlap import overlap
+from nanolib.rundir import Run, whole_file, whole_folder, write_json
+from nanolib.runtime import seed_of
 from nanolib.stages import Context, Result
 from nanolib.tokenizer import Tokenizer
 
@@ -28,6 +31,8 @@ def data(context: Context) -> Result:
     revisions = _gather(context) if run.config.machine.mirror is None else {}
     files = hub.text_files(run.config, run.text_mirror())
     check_tasks(run, context.progress)
+    found = overlap(_tests(run), _sources(run, files), torch.get_num_threads(), context.progress)
+    write_json(context.stage.path / "overlap.json", found)
     return {
         "mirror": run.config.machine.mirror and str(run.mirror()),
         "revisions": revisions,
@@ -96,6 +101,57 @@ def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
         tasks.load(name, split, mirror)
     if recipe.grpo.enabled:
         tasks.load_graded(recipe.grpo.task, "train", mirror)
+
+
+def chosen(
+    run: Run, stage: str, name: str, split: str, limit: int | None
+) -> tuple[tasks.Task, np.ndarray]:
+    """A task and its first `limit` rows in a seeded order; the user's own are repeated."""
+    recipe, is_mine = run.config.recipe, name == "mine"
+    read, mirror = ("smoltalk", run.own()) if is_mine else (name, run.mirror())
+    task = tasks.load(read, split, mirror, getattr(recipe, stage).sums)
+    seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same in every stage
+    if split == "train":
+        seed = stage_seed(recipe, stage, "mixture", stage, name)
+    order = np.random.default_rng(seed).permutation(len(task))
+    repeats = is_mine and split == "train"
+    return task, np.resize(order, limit or len(order)) if repeats else order[:limit]
+
+
+def stage_seed(recipe: Recipe, stage: str, *purpose: str) -> int:
+    """A seed for random draws of a stage, from its own seed or else the run's."""
+    own = getattr(recipe, stage).seed
+    return seed_of(recipe.seed if own is None else own, *purpose)
+
+
+def _tests(run: Run) -> dict[str, list[str]]:
+    """The problems that the run's models are scored on, each with its right answer."""
+    recipe, found = run.config.recipe, {}
+    for name in recipe.eval.tasks if set(recipe.models) - {"base"} else ():
+        task = tasks.load(name, "test", run.mirror())
+        found[name] = [_problem(task, i) for i in range(len(task))[: recipe.eval.max_problems]]
+    if (limit := recipe.eval.core_problems) != 0:
+        for task in core.load(run.mirror() / "eval_bundle.zip"):
+            asked = task.shuffled(limit).questions
+            found[f"core/{task.label}"] = [" ".join(one.options[one.gold]) for one in asked]
+    return found
+
+
+def _sources(run: Run, files: hub.TextFiles) -> dict[str, Iterator[str]]:
+    """What the run trains on: text, and of each source of its mixtures the rows taken."""
+    recipe = run.config.recipe
+    found = {"text": (text for path in files.train for text in hub.documents(path))}
+    for stage in ("mid", "sft"):
+        for name, limit in limits(recipe, stage).items() if getattr(recipe, stage).enabled else ():
+            task, rows = chosen(run, stage, name, "train", limit)
+            found[f"{stage}: {name}"] = map(partial(_problem, task), rows.tolist())
+    return found
+
+
+def _problem(task: tasks.Task, i: int) -> str:
+    if isinstance(task, tasks.ChoiceTask):
+        return f"{task.question(i)} {task.choices(i)[task.answer(i)]}"
+    return " ".join(message.text for message in task.conversation(i).messages)
 
 
 def _fingerprint(run: Run, text: hub.TextFiles) -> str:

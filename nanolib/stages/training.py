@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanolib import checkpoint, planning, tasks
@@ -25,9 +24,8 @@ from nanolib.grpo import PolicyGradient, RolloutSource
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import Run, StageDir, whole_folder, write_json
-from nanolib.runtime import seed_of
 from nanolib.stages import Context, Result
-from nanolib.stages.text import limits, shard_paths, validation_documents
+from nanolib.stages.text import chosen, limits, shard_paths, stage_seed, validation_documents
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 from nanolib.train import CrossEntropy, Loss, Trainer
@@ -71,7 +69,7 @@ def converse(context: Context) -> Result:
 def grpo(context: Context) -> Result:
     """GRPO on graded answers, which may use the Python tool; see `nanolib.grpo`."""
     recipe, mirror, training = context.run.config.recipe, context.run.mirror(), Training(context)
-    config, seed = recipe.grpo, stage_seed(context, "grpo")
+    config, seed = recipe.grpo, stage_seed(recipe, "grpo", "grpo")
     with Sandbox() as sandbox:
         engine = context.engine(training.model, sandbox)
         train, test = (
@@ -134,7 +132,8 @@ class Training:
         rows = {"length": length, "batch_rows": self.schedule.batch_tokens // length, "bos": bos}
         rows |= {"rank": runtime.rank, "world_size": runtime.world_size}
         rows |= {"device_batch": self.device_batch}
-        return rows | {"seed": stage_seed(self.context, self.context.stage.name)}
+        stage = self.context.stage.name
+        return rows | {"seed": stage_seed(self.context.run.config.recipe, stage, stage)}
 
     def run(self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss) -> Result:
         """Train to the last step; returns the stage's result.
@@ -207,13 +206,6 @@ def about_checkpoint(run: Run, stage: str, tokenizer: Tokenizer) -> dict[str, An
     return {"recipe": recipe, "vocab_size": vocab_size, "tokenizer": tokenizer.fingerprint()}
 
 
-def stage_seed(context: Context, *purpose: str) -> int:
-    """A seed for random draws of this stage, from its own seed or else the run's."""
-    recipe = context.run.config.recipe
-    own = getattr(recipe, context.stage.name).seed
-    return seed_of(recipe.seed if own is None else own, *purpose)
-
-
 def _optim(context: Context) -> OptimConfig:
     """This stage's settings: like nanochat, clip in base only, warm up in base and mid only."""
     config, stage = context.run.config.recipe.optim, context.stage.name
@@ -282,15 +274,7 @@ def _render_mixture(context: Context, rows: Mapping[str, int | None], folder: Pa
 def _conversations(
     context: Context, name: str, split: str, limit: int | None
 ) -> Iterator[Conversation]:
-    """The first `limit` conversations of a task in a seeded order; the user's own are repeated."""
-    recipe, stage, is_mine = context.run.config.recipe, context.stage.name, name == "mine"
-    read, mirror = ("smoltalk", context.run.own()) if is_mine else (name, context.run.mirror())
-    task = tasks.load(read, split, mirror, getattr(recipe, stage).sums)
-    seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same in every stage
-    if split == "train":
-        seed = stage_seed(context, "mixture", stage, name)
-    order = np.random.default_rng(seed).permutation(len(task))
-    order = np.resize(order, limit or len(order)) if is_mine and split == "train" else order[:limit]
+    task, order = chosen(context.run, context.stage.name, name, split, limit)
     for done, number in enumerate(order):
         context.progress(done, len(order), f"rendering {name} ({split})")
         yield task.conversation(int(number))
