@@ -12,25 +12,25 @@ def train(
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """Train byte-level BPE on the words that `pattern` finds in `documents`.
 
-    Returns the merges in order, as (left id, right id), and each one's count when it was merged;
-    ids 0 to 255 are the bytes and merge n makes id 256 + n. Fewer than `num_merges` come back when
-    the text runs out of pairs. Ties go to the smallest (left, right). Text that the pattern does
-    not match is left out.
+    Returns the merges in order, as (left id, right id), and the count of each at the time of
+    merging. Ids 0 to 255 are the bytes; merge n creates id 256 + n. Returns fewer than `num_merges`
+    if no pairs are left. Ties go to the smallest (left, right). Text that the pattern does not
+    match is skipped.
 
-    `threads` count words (None: one a core) in batches of about `batch_bytes`; neither changes the
-    result, nor does the order of the documents. `documents` is pulled in the calling thread, which
-    lets go of the GIL at least every 20 ms or so.
+    `threads` count words (None: one per core) in batches of about `batch_bytes`. Neither affects
+    the result, nor does the order of the documents. `documents` is iterated in the calling thread,
+    which releases the GIL about every 20 ms.
 
-    `progress(phase, done, total)` is called about every 50 ms: bytes read while counting, merges
-    while merging. Ctrl-C is answered within 100 ms. Exceptions of `documents` and `progress` pass
-    through unchanged. ValueError: a pattern that does not compile, a document with lone surrogates
-    (UnicodeEncodeError), 0 threads; TypeError: a document that is no str.
+    `progress(phase, done, total)` is called about every 50 ms, with bytes while counting and merges
+    while merging. Ctrl-C takes effect within 100 ms. Exceptions of `documents` and `progress` are
+    propagated. Raises ValueError for an invalid pattern, a document with lone surrogates
+    (UnicodeEncodeError) or 0 threads; TypeError for a document that is not a str.
     """
 
 class Encoder:
     """Encodes many texts into one array.
 
-    `merges` in order: merge n makes id 256 + n. ValueError for a pattern that does not compile.
+    `merges` in order: merge n creates id 256 + n. Raises ValueError for an invalid pattern.
     """
 
     def __init__(self, merges: Sequence[tuple[int, int]], pattern: str) -> None: ...
@@ -42,9 +42,9 @@ class Encoder:
         prefix: int | None = None,
         wide: bool = False,
     ) -> tuple[bytearray, bytearray]:
-        """All texts' ids back to back (uint16, or uint32 if `wide`) and offsets (uint64).
+        """The concatenated ids of all texts (uint16, or uint32 if `wide`) and offsets (uint64).
 
-        Text i has the ids from offset i up to offset i + 1; `prefix`, if given, comes before each
-        text's ids. Byte order is the machine's. ValueError: an id that needs `wide`, a text with
-        lone surrogates (UnicodeEncodeError), 0 threads; TypeError: a text that is no str.
+        Text i has the ids from offset i up to offset i + 1; `prefix`, if given, precedes each
+        text's ids. Native byte order. Raises ValueError for an id that needs `wide`, a text with
+        lone surrogates (UnicodeEncodeError) or 0 threads; TypeError for a text that is not a str.
         """

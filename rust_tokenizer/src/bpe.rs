@@ -1,29 +1,29 @@
-//! Byte-pair encoding, trained exactly.
+//! Exact training of byte-pair encoding.
 //!
-//! Ids 0 to 255 are the bytes; merge number n makes id 256 + n. Each step merges the pair with the
-//! highest count over all words, ties going to the smallest (left, right); inside a word, pairs
-//! are replaced from left to right.
+//! Ids 0 to 255 are the bytes; merge n creates id 256 + n. Each step merges the pair with the
+//! highest count over all words (ties: the smallest (left, right)); within a word, pairs are
+//! replaced from left to right.
 //!
-//! How it is fast. A merge changes few words, so counts are kept up to date instead of taken anew:
-//! * All words lie in one arena, a slot a byte. A token writes its id into its first and its last
-//!   slot, so both neighbours of a token are one look away and nothing is ever moved.
-//! * Every tracked pair has a list of the positions where it was born. Positions go stale when a
-//!   neighbour merges; that is seen in the slots, so nobody has to take them off the list. A pair
-//!   is born in a single merge, that of its younger half: its list is built once, exactly as long
-//!   as needed, and in rising order.
-//! * Words are laid out by falling count. Where few words share a count they are frequent and
-//!   close together; the long tail of rare words is a few runs with one count each. So a list in
-//!   rising order walks through `runs` once, and frequent words stay in the cache.
-//! * While one pair is merged, its neighbours' gains and losses are summed in arrays indexed by
-//!   the neighbour's id, and the map of pairs is asked once a neighbour, not once a position.
-//! * Most pairs are far too rare to be ever merged. Those born under a threshold are not tracked.
-//!   A pair's count only falls after its birth, so nothing is missed until the best tracked count
-//!   is under the threshold; then it is lowered and all pairs are counted anew.
-//! * The heap is lazy: an entry holds the count at the time; one that is out of date when it comes
-//!   to the top goes back with today's count.
+//! A merge changes few words, so counts are updated incrementally:
+//! * All words lie in one arena with one slot per byte. A token stores its id in its first and last
+//!   slot, so both its neighbours are one lookup away and nothing is ever moved.
+//! * Every tracked pair has a list of the positions where it was created. A position goes stale when
+//!   a neighbour merges; the slots show that, so lists need no deletions. A pair is created by a
+//!   single merge, that of its newer token, so its list is built once, with its exact size and in
+//!   ascending order.
+//! * Words are sorted by descending count. Frequent words are few and close together; the long tail
+//!   of rare words is a few runs of equal count. So an ascending list walks through `runs` once, and
+//!   frequent words stay in the cache.
+//! * During a merge, changes to the neighbouring pairs are summed in arrays indexed by the
+//!   neighbour's id, so the map of pairs is accessed once per neighbour, not once per position.
+//! * Most pairs are too rare to ever be merged, so pairs created below a threshold are not tracked.
+//!   A pair's count only falls after its creation, so none is missed until the best tracked count is
+//!   below the threshold; then the threshold is lowered and all pairs are counted again.
+//! * The heap is lazy: an entry holds an old count; if it is out of date when it reaches the top, it
+//!   is pushed back with the current count.
 //!
-//! Tried: a first threshold so high that the arena must be read again before the last merge, which
-//! costs a third more, and one so low that pairs are tracked for nothing, which costs a tenth.
+//! Tried: an initial threshold high enough to need a recount before the last merge (a third slower),
+//! and one low enough to track useless pairs (a tenth slower).
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -36,14 +36,14 @@ use crate::count::{prefetch, Watch, WordCounts};
 /// Left and right id.
 pub type Pair = (u32, u32);
 
-/// The merges in order, each with its count when it was merged.
+/// The merges in order, each with its count at the time of merging.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Merges {
     pub pairs: Vec<Pair>,
     pub counts: Vec<u64>,
 }
 
-/// More than the arena's 32-bit positions can hold.
+/// The words exceed the arena's 32-bit positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooManyWords(u64);
 
@@ -60,12 +60,12 @@ impl fmt::Display for TooManyWords {
 
 impl std::error::Error for TooManyWords {}
 
-/// Trains `num_merges` merges, or as many as there are pairs.
+/// Trains `num_merges` merges, or fewer if there are no pairs left.
 pub fn train(words: WordCounts, num_merges: usize, watch: &Watch) -> Result<Merges, TooManyWords> {
     train_from(words, num_merges, None, watch)
 }
 
-/// `train` with the first threshold given, so that tests can force any number of rebuilds.
+/// `train` with a given initial threshold, so that tests can force any number of recounts.
 pub fn train_from(
     words: WordCounts,
     num_merges: usize,
@@ -75,7 +75,7 @@ pub fn train_from(
     if num_merges == 0 {
         return Ok(Merges::default());
     }
-    // The last merge is never written into the arena, and one id stands for "nothing".
+    // The last merge is never written to the arena, and one id is reserved for NONE.
     if 256 + num_merges <= 1 << 16 {
         let arena = Arena::<u16>::lay_out(words, watch)?;
         Ok(Trainer::new(arena, num_merges, threshold, watch).run())
@@ -85,7 +85,7 @@ pub fn train_from(
     }
 }
 
-/// How ids are stored: half the width is half the cache misses.
+/// The integer type of stored ids: half the width halves the cache misses.
 trait Id: Copy + Eq {
     /// Between words, and inside tokens.
     const NONE: Self;
@@ -113,13 +113,13 @@ impl Id for u32 {
     }
 }
 
-/// All words by falling count, `NONE` before, between and after them.
+/// All words by descending count, with `NONE` before, between and after them.
 struct Arena<I> {
     slots: Vec<I>,
     runs: Vec<Run>,
 }
 
-/// Words with the same count, from slot `start` to the next run.
+/// Words with equal counts, from slot `start` to the next run.
 #[derive(Clone, Copy)]
 struct Run {
     start: u32,
@@ -127,7 +127,7 @@ struct Run {
 }
 
 impl<I: Id> Arena<I> {
-    /// A counting sort for the many words with small counts, an ordinary one for the few others.
+    /// Counting sort for the many words with small counts, an ordinary sort for the rest.
     fn lay_out(words: WordCounts, watch: &Watch) -> Result<Arena<I>, TooManyWords> {
         const SMALL: usize = 1 << 12;
         let mut sizes = vec![0u64; SMALL];
@@ -206,21 +206,21 @@ fn write_word<I: Id>(slots: &mut [I], at: usize, word: &[u8]) {
     }
 }
 
-/// A tracked pair: its count today and where it was born.
+/// A tracked pair: its current count, and the positions where it was created.
 #[derive(Default)]
 struct Tracked {
     count: u64,
     positions: Vec<u32>,
 }
 
-/// What a merge did beside one neighbour's id.
+/// The effect of a merge on the pairs with one neighbouring id.
 #[derive(Clone, Copy, Default)]
 struct Beside {
-    /// Sum of the counts of the words where it stood there.
+    /// Sum of the word counts over its positions.
     count: u64,
-    /// In how many positions it did.
+    /// Number of its positions.
     positions: u32,
-    /// Number of its new list, plus one; 0 for none.
+    /// Index of its new list plus one; 0 for none.
     list: u32,
 }
 
@@ -230,7 +230,7 @@ struct Trainer<'w, I> {
     threshold: u64,
     watch: &'w Watch,
     merges: Merges,
-    /// Bytes of each token, which are also its slots.
+    /// Length of each token in bytes, which is also its number of slots.
     lengths: Vec<u32>,
     pairs: HashMap<Pair, Tracked, BuildHasherDefault<PairHasher>>,
     heap: BinaryHeap<(u64, Reverse<Pair>)>,
@@ -261,8 +261,8 @@ impl<'w, I: Id> Trainer<'w, I> {
         trainer
     }
 
-    /// A little less than what the last merge will count, so that one pass over the arena is
-    /// enough as a rule: on English text merge n counts about 3 / n^1.5 of the text's bytes.
+    /// Slightly below the expected count of the last merge, so that one pass over the arena usually
+    /// suffices: on English text the count of merge n is about 3 / n^1.5 of the text's bytes.
     fn guess_threshold(&self) -> u64 {
         let bytes = self.arena.runs.windows(2).map(|run| {
             let end = (run[1].start as usize).min(self.arena.slots.len());
@@ -286,7 +286,7 @@ impl<'w, I: Id> Trainer<'w, I> {
         self.merges
     }
 
-    /// Merges the heap's top, or puts it back where it belongs.
+    /// Merges the pair at the top of the heap, or pushes it back with its current count.
     fn step(&mut self) {
         let Some((count, Reverse(pair))) = self.heap.pop() else {
             return;
@@ -311,7 +311,7 @@ impl<'w, I: Id> Trainer<'w, I> {
         self.watch.merges.store(self.merges.pairs.len(), Ordering::Relaxed);
     }
 
-    /// Replaces the pair by `id` at all `positions` that still hold it, and keeps the books.
+    /// Replaces the pair by `id` at all `positions` that still hold it, and updates the counts.
     fn merge(&mut self, pair: Pair, id: u32, mut positions: Vec<u32>) {
         let both = self.replace(pair, id, &mut positions);
         let (a, b) = pair;
@@ -332,7 +332,7 @@ impl<'w, I: Id> Trainer<'w, I> {
             let beside = &mut self.right[y as usize];
             lose(&mut self.pairs, (b, y), beside.count, self.threshold);
             if y == a {
-                // Where the next thing merged too, (id, a) became (id, id).
+                // Where the next pair was merged too, (id, a) became (id, id).
                 beside.count -= both.count;
                 beside.positions -= both.positions;
             }
@@ -358,8 +358,8 @@ impl<'w, I: Id> Trainer<'w, I> {
         }
     }
 
-    /// Rewrites the slots, keeps in `positions` those that held the pair, and sums up what stood
-    /// to the left and right of them. Returns what became a pair of two new tokens.
+    /// Rewrites the slots, reduces `positions` to those that held the pair, and sums up the
+    /// neighbours on both sides. Returns the occurrences that became (id, id).
     fn replace(&mut self, (a, b): Pair, id: u32, positions: &mut Vec<u32>) -> Beside {
         let slots = &mut self.arena.slots;
         let (a_slot, b_slot, id_slot) = (I::new(a), I::new(b), I::new(id));
@@ -400,7 +400,7 @@ impl<'w, I: Id> Trainer<'w, I> {
         both
     }
 
-    /// Writes the lists that were opened, now that their sizes are known.
+    /// Fills the new position lists, now that their sizes are known.
     fn fill(&self, id: u32, positions: &[u32], lists: &mut [(Pair, Tracked)], twice: u32) {
         if lists.is_empty() {
             return;
@@ -429,7 +429,7 @@ impl<'w, I: Id> Trainer<'w, I> {
         }
     }
 
-    /// Counts all pairs anew and tracks those that reach the threshold.
+    /// Counts all pairs from scratch and tracks those that reach the threshold.
     fn track_pairs(&mut self) {
         self.pairs = HashMap::default();
         self.heap.clear();
@@ -466,7 +466,7 @@ fn note(beside: &mut [Beside], touched: &mut Vec<u32>, id: u32, count: u64) {
     beside.positions += 1;
 }
 
-/// Takes `count` off a pair if it is tracked, and forgets it under the threshold.
+/// Subtracts `count` from a pair if it is tracked; drops it below the threshold.
 fn lose(
     pairs: &mut HashMap<Pair, Tracked, BuildHasherDefault<PairHasher>>,
     pair: Pair,
@@ -481,7 +481,7 @@ fn lose(
     }
 }
 
-/// Finds the count of positions that come in rising order.
+/// Finds the word counts of positions that come in ascending order.
 struct RunWalk<'r> {
     runs: &'r [Run],
     at: usize,
@@ -491,7 +491,7 @@ impl RunWalk<'_> {
     fn count(&mut self, position: u32) -> u64 {
         let mut step = 1;
         while self.runs[self.at + 1].start <= position {
-            // Gallop: double the stride until it is too far, then search in between.
+            // Galloping search: double the stride until it overshoots, then bisect.
             let ahead = (self.at + step).min(self.runs.len() - 1);
             if self.runs[ahead].start <= position {
                 self.at = ahead;
@@ -506,7 +506,7 @@ impl RunWalk<'_> {
     }
 }
 
-/// Open addressing from pair to `Beside`, for counting all pairs of the arena.
+/// Hash map from pair to `Beside` (open addressing), to count all pairs of the arena.
 struct PairTable {
     slots: Vec<(Pair, Beside)>,
     used: usize,
@@ -559,7 +559,7 @@ fn hash((left, right): Pair) -> u64 {
     mixed ^ mixed >> 32
 }
 
-/// One multiplication; the keys are two `u32`.
+/// A hash of two `u32` in one multiplication.
 #[derive(Default)]
 pub(crate) struct PairHasher(u64);
 
@@ -586,7 +586,7 @@ mod tests {
 
     use super::*;
 
-    /// The definition: count every pair anew for each merge.
+    /// The reference: count every pair again for each merge.
     fn naive(words: &[(&[u8], u64)], num_merges: usize) -> Merges {
         let mut words: Vec<(Vec<u32>, u64)> = words
             .iter()

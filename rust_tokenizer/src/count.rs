@@ -1,20 +1,20 @@
-//! How often each word occurs: the table that training starts from.
+//! Word counts: the table that training starts from.
 //!
-//! Most of training's time goes here, and most of that into waiting for memory, so everything is
-//! built around cache lines:
-//! * Documents are copied into batches that fit the second-level cache. The copy costs a few
-//!   percent; it lets go of the Python object at once, and there is padding behind the last byte,
-//!   so that any word can be read as one block.
+//! Most of the training time is spent here, and most of that waiting for memory, so the design
+//! minimises cache misses:
+//! * Documents are copied into batches that fit the L2 cache. The copy costs a few percent, but it
+//!   releases the Python object at once and adds padding after the last byte, so that any word can
+//!   be read as one block.
 //! * Nearly all words have at most 15 bytes. They are packed, with their length, into a `u128`:
-//!   comparing is one instruction, and no word is ever allocated. Longer ones go to `LongWords`.
-//! * Open addressing with linear probing in 32-byte slots: a word costs one cache line.
-//! * Words are queued by 64 and their slots prefetched before the first is counted. (32 and 128
-//!   are a little slower.)
-//! * One table a thread, added up at the end: nothing is shared while counting.
+//!   comparison is one instruction, without allocations. Longer words go to `LongWords`.
+//! * Open addressing with linear probing in 32-byte slots: one cache line per word.
+//! * Words are queued in groups of 64, and their slots prefetched before the first is counted. (32
+//!   and 128 are slightly slower.)
+//! * One table per thread, merged at the end: nothing is shared while counting.
 //!
-//! Tried and left out: a small table of recent words in front of the large one, at any size (its
-//! branch is mispredicted more often than it saves a miss); huge pages (no difference); word ends
-//! found byte by byte, or eight letters at a time (see `window`); link-time optimisation (only
+//! Tried and rejected: a small table of recent words in front of the large one, at any size (its
+//! branch mispredictions cost more than the misses it saves); huge pages (no difference); finding
+//! word ends byte by byte or eight letters at a time (see `window`); link-time optimisation (only
 //! compiles longer).
 
 use std::fmt;
@@ -29,10 +29,10 @@ use crate::pretokenize::{PatternError, Splitter, PADDING};
 const PACKED: usize = 15;
 const QUEUE: usize = 64;
 
-/// How counting and training in other threads are watched and ended.
+/// Progress of the counting and training threads, and a flag to stop them.
 #[derive(Debug, Default)]
 pub struct Watch {
-    /// Set to end the work within milliseconds, with what it has.
+    /// Set to stop within milliseconds and keep what is done.
     pub stop: AtomicBool,
     /// Bytes of text counted.
     pub bytes: AtomicUsize,
@@ -46,7 +46,7 @@ impl Watch {
     }
 }
 
-/// Texts back to back.
+/// Concatenated texts.
 #[derive(Debug, Default)]
 pub struct Batch {
     text: String,
@@ -54,7 +54,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Adds a part of a text; `end_text` finishes the text.
+    /// Appends a part of a text; `end_text` finishes the text.
     pub fn push(&mut self, part: &str) {
         self.text.push_str(part);
     }
@@ -63,7 +63,7 @@ impl Batch {
         self.ends.push(self.text.len());
     }
 
-    /// Bytes of the texts that have ended.
+    /// Bytes of the finished texts.
     pub fn len(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)
     }
@@ -72,14 +72,14 @@ impl Batch {
         self.ends.is_empty()
     }
 
-    /// All texts, padded, and where each ends.
+    /// All texts with padding, and the end of each text.
     pub fn close(&mut self) -> (&str, &[usize]) {
         self.text.truncate(self.len());
         self.text.push_str(&"\0".repeat(PADDING));
         (&self.text, &self.ends)
     }
 
-    /// Reads everything once: what reading alone costs.
+    /// Reads everything once, to measure the cost of reading.
     pub fn checksum(&self) -> u64 {
         let words = self.text.as_bytes().chunks_exact(8);
         words.fold(0, |sum: u64, eight| {
@@ -112,8 +112,8 @@ impl fmt::Display for CountError {
 
 impl std::error::Error for CountError {}
 
-/// Threads that count batches. A fixed number of batches goes round: `empty` lends one, `count`
-/// sends it off, a worker empties it.
+/// Threads that count batches. A fixed number of batches circulates: `empty` hands one out, `count`
+/// submits it, a worker empties it.
 pub struct Pool {
     full: Sender<Batch>,
     empty: Receiver<Batch>,
@@ -140,8 +140,8 @@ impl Pool {
         Pool { full, empty, workers, watch }
     }
 
-    /// An empty batch, or None if there was none for `patience`. An error means that the workers
-    /// are gone; `finish` says why.
+    /// An empty batch, or None after waiting for `patience`. An error means that the workers have
+    /// ended; `finish` says why.
     pub fn empty(&mut self, patience: Duration) -> Result<Option<Batch>, CountError> {
         match self.empty.recv_timeout(patience) {
             Ok(batch) => Ok(Some(batch)),
@@ -154,7 +154,7 @@ impl Pool {
         let _ = self.full.send(batch); // fails when all workers are gone; `finish` says why
     }
 
-    /// Waits for the workers and adds up their tables.
+    /// Waits for the workers and merges their tables.
     pub fn finish(self) -> Result<WordCounts, CountError> {
         drop(self.full);
         let mut total = WordCounts::default();
@@ -192,7 +192,7 @@ pub struct WordCounts {
     long: LongWords,
 }
 
-/// An empty slot has key 0: a word has at least one byte, so its key never is.
+/// Key 0 marks an empty slot; no word has it, since the key includes the length.
 #[derive(Clone, Copy, Default)]
 struct Slot {
     key: u128,
@@ -200,7 +200,7 @@ struct Slot {
 }
 
 /// The word `bytes[..length]` in the low bytes of a key and its length in the highest, if it fits.
-/// There are at least 16 bytes.
+/// `bytes` must hold at least 16 bytes.
 #[inline]
 pub(crate) fn pack(bytes: &[u8], length: usize) -> Option<u128> {
     if length > PACKED {
@@ -222,7 +222,7 @@ pub(crate) fn hash(key: u128) -> u64 {
     product as u64 ^ (product >> 64) as u64
 }
 
-/// The masks that keep the first n bytes of 16.
+/// Masks that keep the first n of 16 bytes.
 const KEEP: [u128; PACKED + 1] = {
     let mut masks = [0; PACKED + 1];
     let mut length = 1;
@@ -273,7 +273,7 @@ impl WordCounts {
         Ok(())
     }
 
-    /// Adds one word; for tests and for words counted elsewhere.
+    /// Adds one word: for tests, and for words counted elsewhere.
     pub fn add(&mut self, word: &[u8], count: u64) {
         if word.len() > PACKED {
             return self.long.add(word, count);
@@ -285,7 +285,7 @@ impl WordCounts {
         }
     }
 
-    /// Adds another table to this one.
+    /// Merges another table into this one.
     pub fn merge(&mut self, other: WordCounts, watch: &Watch) {
         let (mut small, large) = if self.used < other.used {
             (std::mem::replace(self, other), self)
@@ -309,7 +309,7 @@ impl WordCounts {
         }
     }
 
-    /// Number of different words.
+    /// Number of distinct words.
     pub fn len(&self) -> usize {
         self.used + self.long.entries.len()
     }
@@ -370,7 +370,7 @@ impl WordCounts {
     }
 }
 
-/// Asks for a cache line that is needed soon; a hint, and nothing where there is no such thing.
+/// Prefetches a cache line; a no-op on other architectures.
 pub(crate) fn prefetch<T>(items: &[T], index: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: prefetching never faults, whatever the address.
@@ -382,7 +382,7 @@ pub(crate) fn prefetch<T>(items: &[T], index: usize) {
     let _ = (items, index);
 }
 
-/// Words of 16 bytes and more: bytes in one arena, an index of entry numbers by hash.
+/// Words of 16 bytes or more: their bytes in one arena, and a hash index of entry numbers.
 #[derive(Default)]
 struct LongWords {
     bytes: Vec<u8>,

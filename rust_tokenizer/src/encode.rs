@@ -1,9 +1,9 @@
-//! Encoding many texts into one flat array of ids.
+//! Encodes many texts into one flat array of ids.
 //!
-//! Text repeats its words: nearly all of them are found in a small cache, and encoding runs at the
-//! speed of the scanner. What is not there is merged pair by pair, lowest id first, leftmost among
-//! equals. On merges that were trained this is what `tiktoken` does, which looks up bytes instead
-//! of pairs: training never makes the same bytes twice (see the tokenizer's tests).
+//! Nearly all words of a text are found in a small cache, so encoding runs at the speed of the
+//! scanner. Other words are merged pair by pair, lowest id first, leftmost on ties. For trained
+//! merges this gives the same result as `tiktoken`, which looks up bytes instead of pairs, because
+//! training never creates the same bytes twice (see the tokenizer's tests).
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -17,7 +17,7 @@ use crate::pretokenize::{PatternError, Splitter};
 
 const CACHED: usize = 1 << 15;
 const CACHED_IDS: usize = 7;
-/// From this many bytes on, a heap finds the next pair instead of a look at all.
+/// From this many bytes on, a heap finds the next pair instead of a linear scan.
 const LONG: usize = 100;
 const NONE: u32 = u32::MAX;
 
@@ -25,18 +25,18 @@ const NONE: u32 = u32::MAX;
 pub struct Encoder {
     splitter: Splitter,
     merged: HashMap<Pair, u32, BuildHasherDefault<PairHasher>>,
-    /// Those of threads that have ended, for the next ones.
+    /// Caches of finished threads, to be reused by later ones.
     caches: Mutex<Vec<Vec<Cached>>>,
 }
 
-/// The ids of texts back to back, and where each text's ids end.
+/// The concatenated ids of texts, and the end of each text's ids.
 #[derive(Debug, Default)]
 pub struct Encoded {
     pub ids: Vec<u32>,
     pub ends: Vec<usize>,
 }
 
-/// A word of at most 15 bytes and its few ids.
+/// A word of at most 15 bytes with its ids.
 #[derive(Clone, Copy, Default)]
 struct Cached {
     key: u128,
@@ -45,7 +45,7 @@ struct Cached {
 }
 
 impl Encoder {
-    /// Merge n, a pair of ids, makes id 256 + n.
+    /// `merges`: merge n, a pair of ids, creates id 256 + n.
     pub fn new(pattern: &str, merges: &[Pair]) -> Result<Encoder, PatternError> {
         Ok(Encoder {
             splitter: Splitter::new(pattern)?,
@@ -54,7 +54,7 @@ impl Encoder {
         })
     }
 
-    /// The ids of each batch; every text begins with `prefix` if there is one.
+    /// Encodes batches in parallel; every text starts with `prefix`, if given.
     pub fn encode(
         &self,
         batches: &[Mutex<Batch>],
@@ -177,7 +177,7 @@ impl Encoder {
         ids.truncate(start + length);
     }
 
-    /// The same in n log n.
+    /// The same in O(n log n), with a heap.
     fn merge_long(&self, word: &[u8], ids: &mut Vec<u32>) {
         let mut tokens: Vec<u32> = word.iter().map(|&byte| byte.into()).collect();
         let mut next: Vec<usize> = (1..=tokens.len()).collect();
@@ -190,7 +190,7 @@ impl Encoder {
             if id == NONE {
                 break;
             }
-            // Entries go stale when a neighbour merges; NONE marks what was merged away.
+            // Entries go stale when a neighbour merges; NONE marks tokens that no longer exist.
             let right = next[at];
             if tokens[at] == NONE
                 || right >= tokens.len()

@@ -1,6 +1,6 @@
-//! A fast, exact byte-level BPE trainer and encoder: `pretokenize` splits text into words, `count` counts
-//! them, `bpe` merges their bytes, `encode` applies the merges. This file is glue only: it converts, releases the GIL and maps
-//! errors.
+//! A fast, exact byte-level BPE trainer and encoder. `pretokenize` splits text into words, `count`
+//! counts them, `bpe` trains merges and `encode` applies them. This file is only the Python binding:
+//! it converts values, releases the GIL and maps errors.
 
 pub mod bpe;
 pub mod count;
@@ -26,12 +26,12 @@ mod rust_tokenizer {
     use crate::encode::{self, Encoded};
     use crate::pretokenize::Splitter;
 
-    /// The longest the GIL is held, and the longest that Ctrl-C waits for us, each with a margin.
+    /// Upper bounds, with a margin, on holding the GIL and on the response to Ctrl-C.
     const TURN: Duration = Duration::from_millis(20);
     const PROGRESS: Duration = Duration::from_millis(50);
-    /// Characters converted at a time: a few milliseconds.
+    /// Characters converted at a time, which takes a few milliseconds.
     const PART: usize = 1 << 20;
-    /// Bytes of text that an encoding thread takes at a time.
+    /// Bytes of text per unit of work of an encoding thread.
     const ENCODED_AT_ONCE: usize = 1 << 16;
 
     fn value_error(error: impl ToString) -> PyErr {
@@ -45,7 +45,7 @@ mod rust_tokenizer {
         }
     }
 
-    /// What the main thread does between turns: signals, and the progress callback.
+    /// The main thread's periodic work: signals and the progress callback.
     struct Ticker {
         progress: Option<Py<PyAny>>,
         last: Instant,
@@ -105,7 +105,7 @@ mod rust_tokenizer {
         outcome.map(|merges| (merges.pairs, merges.counts))
     }
 
-    /// Hands all documents to the pool.
+    /// Passes all documents to the pool.
     fn feed(
         documents: &Bound<'_, PyAny>,
         pool: &mut Pool,
@@ -136,10 +136,10 @@ mod rust_tokenizer {
         Ok(())
     }
 
-    /// Copies a document, a part at a time so that a huge one does not keep the GIL.
+    /// Copies a document in parts, so that a huge one does not hold the GIL for long.
     ///
-    /// ASCII is read in place. For other text Python would keep the UTF-8 it makes for us as long
-    /// as the document lives; a bytes object goes at once.
+    /// ASCII is read in place. For other text Python would cache the UTF-8 for the lifetime of the
+    /// document; a bytes object is freed at once.
     fn append(
         document: &Bound<'_, PyAny>,
         batch: &mut Batch,
@@ -175,7 +175,7 @@ mod rust_tokenizer {
         Ok(())
     }
 
-    /// Adds up the counts and trains, in a thread of its own so that this one stays responsive.
+    /// Merges the counts and trains in another thread, so that this one stays responsive.
     fn merge(
         py: Python<'_>,
         pool: Pool,

@@ -1,8 +1,8 @@
-//! Splitting text into the words that byte-pair merges never cross.
+//! Splits text into words, whose boundaries byte-pair merges never cross.
 //!
-//! The split is a regular expression. One family of expressions, GPT-4's with digits in groups of
-//! one to at most three, has a hand-written scanner; any other goes to `fancy-regex`, which is
-//! also the scanner's referee in the tests.
+//! The split is defined by a regular expression. One family, GPT-4's pattern with digits in groups
+//! of at most one, two or three, has a hand-written scanner; any other pattern uses `fancy-regex`,
+//! which is also the scanner's reference in the tests.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -11,16 +11,16 @@ use regex_syntax::hir::{Class, HirKind};
 
 use crate::window::{self, Starts, WINDOW};
 
-/// Bytes that must follow the last text, so that a window or a packed word can be read anywhere.
+/// Padding bytes after the last text, so that a window or packed word can be read anywhere.
 pub const PADDING: usize = WINDOW;
 
-/// What the scanner needs to know about a character.
+/// The character classes of the scanner.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 enum Kind {
-    /// Neither of the others: punctuation, symbols, marks, controls.
+    /// Everything else: punctuation, symbols, marks, control characters.
     Other = 0,
-    /// `\p{L}`. Not `char::is_alphabetic`, which also holds for some marks and numbers.
+    /// `\p{L}`. Not `char::is_alphabetic`, which also accepts some marks and numbers.
     Letter = 1,
     /// `\p{N}`.
     Number = 2,
@@ -30,14 +30,14 @@ enum Kind {
     Newline = 4,
 }
 
-/// The kind of every code point, as a two-stage table: blocks of 256, equal blocks stored once.
+/// The class of every code point, as a two-stage table: blocks of 256, equal ones stored once.
 struct Kinds {
     block_of: Vec<u16>,
     blocks: Vec<[Kind; 256]>,
 }
 
 impl Kinds {
-    /// Asks `regex-syntax`, so that scanner and `fancy-regex` know the same Unicode version.
+    /// Built with `regex-syntax`, so that scanner and `fancy-regex` agree on the Unicode version.
     fn build() -> Result<Kinds, PatternError> {
         let mut flat = vec![Kind::Other; 0x11_0000];
         for (class, kind) in
@@ -77,7 +77,7 @@ fn ranges(class: &str) -> Result<Vec<(char, char)>, PatternError> {
     }
 }
 
-/// A pattern that does not compile, or a text it cannot be matched against.
+/// The pattern does not compile, or matching failed on a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PatternError(String);
 
@@ -91,14 +91,14 @@ impl std::error::Error for PatternError {}
 
 /// A compiled split pattern.
 pub enum Splitter {
-    /// The GPT-4 family, by hand.
+    /// The hand-written scanner of the GPT-4 family.
     Scanner(Box<Scanner>),
     /// Any other pattern.
     Regex(Box<fancy_regex::Regex>),
 }
 
 impl Splitter {
-    /// Recognises the family by its spelling; compiles anything else.
+    /// Recognises the family by its source text; compiles any other pattern.
     pub fn new(pattern: &str) -> Result<Splitter, PatternError> {
         for digits in 1..=3 {
             if family(digits).iter().any(|known| known == pattern) {
@@ -108,16 +108,16 @@ impl Splitter {
         Splitter::regex(pattern)
     }
 
-    /// Always `fancy-regex`, also for the family: the referee.
+    /// Always uses `fancy-regex`, even for the family: the reference.
     pub fn regex(pattern: &str) -> Result<Splitter, PatternError> {
         let regex = fancy_regex::Regex::new(pattern);
         Ok(Splitter::Regex(Box::new(regex.map_err(|error| PatternError(error.to_string()))?)))
     }
 
     /// Calls `emit(start, end)` for every word of the texts `text[ends[i - 1]..ends[i]]`, in order,
-    /// until it returns false. What the pattern does not match is skipped.
+    /// until it returns false. Text that the pattern does not match is skipped.
     ///
-    /// `text` goes on for at least `PADDING` bytes after the last text.
+    /// `text` must have at least `PADDING` bytes after the last text.
     pub fn split(
         &self,
         text: &str,
@@ -164,8 +164,8 @@ impl Splitter {
     }
 }
 
-/// The spellings of the family: ours, and how others write the same language. `cl100k_base`
-/// itself is not in it: its `\s++$` keeps the newlines that end a text together.
+/// The spellings of the family: ours, and equivalent ones. `cl100k_base` itself is not equivalent:
+/// its `\s++$` keeps the newlines at the end of a text together.
 fn family(digits: usize) -> [String; 3] {
     let (rest, tail) = (r"[^\r\n\p{L}\p{N}]", r"\s*[\r\n]|\s+(?!\S)|\s+");
     let contraction = "'(?i:[sdmt]|ll|ve|re)";
@@ -181,8 +181,8 @@ fn family(digits: usize) -> [String; 3] {
 
 /// The family's scanner: one pass, no backtracking.
 ///
-/// `window` finds the starts of plain ASCII words 64 bytes at a time; what it does not tell,
-/// `word_end` finds character by character.
+/// `window` finds the starts of plain ASCII words 64 bytes at a time; where it cannot decide,
+/// `word_end` scans character by character.
 pub struct Scanner {
     digits: usize,
     kinds: &'static Kinds,
@@ -195,7 +195,7 @@ impl Scanner {
         Ok(Scanner { digits, kinds })
     }
 
-    /// Emits the words of `text[start..end]` until `emit` wants no more.
+    /// Emits the words of `text[start..end]` until `emit` returns false.
     #[inline]
     fn scan(
         &self,
@@ -281,7 +281,7 @@ impl Scanner {
         }
     }
 
-    /// One number was read; at most `digits` belong together.
+    /// One digit was read; a word has at most `digits` of them.
     fn numbers(&self, text: &str, mut at: usize) -> usize {
         for _ in 1..self.digits {
             match self.peek(text, at) {

@@ -1,14 +1,14 @@
-//! Word starts of 64 bytes at once, for the scanner's pattern family.
+//! Finds the word starts in 64 bytes at once, for the scanner's pattern family.
 //!
-//! A scanner that walks from byte to byte mispredicts where nearly every word ends. Here a window
-//! of 64 bytes becomes one `u64` of bits for each class of ASCII characters, and the pattern
-//! becomes a few shifts and ands on them: bit i tells something about byte i, `<< 1` is "the byte
-//! before", `>> 1` "the byte behind".
+//! A byte-by-byte scanner mispredicts a branch at the end of nearly every word. Here each class of
+//! ASCII characters is a `u64` bit mask over a window of 64 bytes, and the pattern becomes a few
+//! shifts and ands: bit i describes byte i, `<< 1` refers to the previous byte and `>> 1` to the
+//! next.
 
-/// Bytes a window looks at.
+/// Bytes in a window.
 pub const WINDOW: usize = 64;
 
-/// Which bytes of a window belong to which class.
+/// The bytes of a window by character class, as bit masks.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 struct Classes {
     letters: u64,
@@ -22,18 +22,18 @@ struct Classes {
     wide: u64,
 }
 
-/// What the bits say about the words behind the first, which starts at bit 0.
+/// The words after the first one, which starts at bit 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Starts {
-    /// Where words start. Only right below the first bit of `doubt`.
+    /// Word starts. Valid only below the first bit of `doubt`.
     pub starts: u64,
-    /// From where on the window does not tell: text that is not ASCII, its neighbourhood, and a
-    /// few things that are rare and would take many more operations.
+    /// Where the window cannot decide: non-ASCII text and its neighbours, and a few rare cases
+    /// that would take many more operations.
     pub doubt: u64,
 }
 
-/// The word starts of a text whose first word starts with the window and which has `length` bytes
-/// from there. The end of the text counts as a start.
+/// The word starts in a window at the start of a word, `length` bytes before the end of the text.
+/// The end of the text counts as a start.
 #[inline]
 pub fn starts(window: &[u8; WINDOW], length: usize, digits: usize) -> Starts {
     let (inside, end) = if length < WINDOW { ((1 << length) - 1, 1 << length) } else { (!0, 0) };
@@ -43,29 +43,29 @@ pub fn starts(window: &[u8; WINDOW], length: usize, digits: usize) -> Starts {
     let spaces = white & !newlines;
     let others = inside & !(letters | numbers | white | wide);
 
-    // A symbol starts a word unless symbols or a blank stand before it. Letters right behind such
-    // a start belong to it.
+    // A symbol starts a word unless a symbol or a blank precedes it. Letters right after such a
+    // start belong to the same word.
     let symbols = others & !(others << 1) & !(blanks << 1);
     let words = letters & !(letters << 1) & !(spaces << 1) & !(symbols << 1);
-    // A white run goes up to its last newline; newlines behind symbols belong to those; what is
-    // left of the run is one word but for its last space, which belongs to what follows.
+    // A whitespace word ends at the run's last newline; newlines after symbols belong to those; the
+    // rest of the run is one word, except its last space, which belongs to the next word.
     let gaps = (white & !(white << 1) & !(newlines & (others << 1)))
         | (spaces & (newlines << 1))
         | (spaces & !(white >> 1));
-    // Every `digits`-th number of a run starts a word: the first two are found here.
+    // Every `digits`-th digit of a run starts a word; the first two are found here.
     let first = numbers & !(numbers << 1);
     let mut full = numbers;
     for behind in 1..=digits {
         full &= numbers << behind;
     }
     let second = (first << digits) & full;
-    // The others, and runs that may have begun in wide numbers: to the run's end, by the carry.
+    // In doubt: the rest of the run (found by the carry), and runs after non-ASCII digits.
     let unknown = ((second << digits) & full) | (numbers & (wide << 1));
     let unknown = numbers & !numbers.wrapping_add(unknown);
 
     let contractions = (quotes & symbols) << 1 & (letters | wide);
     let mut doubt = contractions | unknown | (spaces & (end >> 1));
-    // Whether a newline comes later in a white run is unknown or takes looking for.
+    // In doubt: whether a newline comes later in a whitespace run.
     let mut later = (spaces & (newlines >> 1)) | (wide & inside) | (1 << (WINDOW - 1)) & inside;
     loop {
         let wider = later | (later >> 1 & (white | others));
@@ -88,7 +88,7 @@ fn classify(window: &[u8; WINDOW]) -> Classes {
         unsafe {
             let bytes = _mm_loadu_si128(window.as_ptr().add(16 * part).cast());
             let is = |byte: u8| _mm_cmpeq_epi8(bytes, _mm_set1_epi8(byte as i8));
-            // Signed comparisons: what is not ASCII is negative and in no range.
+            // Signed comparisons: non-ASCII bytes are negative and so in no range.
             let between = |bytes, low: u8, high: u8| {
                 let from = _mm_cmpgt_epi8(bytes, _mm_set1_epi8(low as i8 - 1));
                 _mm_and_si128(from, _mm_cmplt_epi8(bytes, _mm_set1_epi8(high as i8 + 1)))
@@ -118,8 +118,8 @@ fn classify_portably(window: &[u8; WINDOW]) -> Classes {
     let mut classes = Classes::default();
     for (part, bytes) in window.chunks_exact(8).enumerate() {
         let word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
-        // With the high bits out of the way, adding carries into a byte's high bit exactly when
-        // the byte is large enough.
+        // With the high bits cleared, the addition carries into a byte's high bit exactly when the
+        // byte is large enough.
         let at_least = |word: u64, low: u8| (word & (ONES * 0x7F)) + ONES * u64::from(0x80 - low);
         let between = |low: u8, high: u8| at_least(word, low) & !at_least(word, high + 1) & !word;
         let lower = word | (ONES * 0x20);
