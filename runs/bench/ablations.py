@@ -1,11 +1,11 @@
-"""The ablation lab: what does each ingredient of `modern` do, at which scale, beyond the noise?
+"""Ablations: what does each ingredient of `modern` contribute, at which scale, beyond noise?
 
 ``nanolib bench ablations SCALE [--mirror DIR] [--gpus N]`` trains classic, classic with one
-ingredient (+NAME), modern, and modern without one (-NAME), from each seed, on the same tokens: so
-neighbours on the machine change nothing. Where there are none (``--quiet``) it takes each one's pace
-too. ``--at-once`` runs several on each GPU, or on the CPU. A row is appended to ablations.jsonl for each finished trial: the same command goes on
-where it stopped. ``--table`` writes ablations.md from the rows. ``--try NAME --set PATH=VALUE`` adds
-a variant of your own.
+ingredient (+NAME), modern, and modern without one (-NAME), with each seed and on the same tokens, so
+other work on the machine does not affect the losses. On an otherwise idle machine, ``--quiet`` also
+measures step times. ``--at-once`` runs several trials per GPU, or on the CPU. Each finished trial
+appends a row to ablations.jsonl, and the same command resumes. ``--table`` writes ablations.md from
+the rows. ``--try NAME --set PATH=VALUE`` adds a variant of your own.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from statistics import mean, median, stdev
 from typing import Any
 
 ROWS = Path(__file__).with_suffix(".jsonl")
-WARM = 3  # steps that compile
-ROWS_AT_ONCE = 32  # of a micro-batch on a GPU
+WARM = 3  # warm-up steps, which compile
+ROWS_AT_ONCE = 32  # micro-batch size on a GPU
 DEEP = {"base.batch_tokens": 65_536, "model.depth": 12}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """A size of model, its data and its training."""
+    """A model size with its data and training length."""
 
     about: str
     profile: str
@@ -48,7 +48,7 @@ SCALES = {
     "pack": Scale("web text, depth 8, width 512", "h100", {"base.batch_tokens": 32_768}, 256),
     "deep": Scale("web text, depth 12, width 768", "h100", DEEP, 320),
 }
-CLAIMS = {  # what public records say, in short
+CLAIMS = {  # public results, in short
     "value_embeddings": "helps (modded-nanogpt, nanochat 2026)",
     "x0": "helps (both)",
     "smear": "helps (nanochat 2026); not in all records",
@@ -63,7 +63,7 @@ CLAIMS = {  # what public records say, in short
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """Name -> settings."""
+    """The settings of each variant, by name."""
     from nanolib.config import INGREDIENTS, PRESETS
 
     modern = PRESETS["modern"]
@@ -80,7 +80,7 @@ def variants() -> dict[str, dict[str, Any]]:
 
 
 def prepare(scale: Scale, mirror: str | None) -> Path:
-    """A run with text, tokenizer and token shards, made once."""
+    """The run with text, tokenizer and token shards, created if missing."""
     from nanolib import launch
     from nanolib.rundir import Run, runs_folder
 
@@ -100,7 +100,7 @@ def trial(
     threads: int,
     quiet: bool,
 ) -> None:
-    """Train one variant from each seed, with what was compiled once, and append its rows."""
+    """Train one variant with each seed, compiling once, and append its rows."""
     import torch
 
     from nanolib import config
@@ -153,7 +153,7 @@ def trial(
         )
 
     def train(seed: int, steps: int) -> tuple[float, float]:
-        """The last loss, and the median of the seconds that a step took."""
+        """The final loss and the median seconds per step."""
         this, loss, took = trainer(seed, steps), 0.0, []
         for _ in range(steps):
             started = time.perf_counter()
@@ -190,7 +190,7 @@ def trial(
 
 
 def run_all(given: argparse.Namespace, wanted: dict[str, dict[str, Any]]) -> None:
-    """Each variant in a process of its own, as many at once as there are GPUs or places."""
+    """Run each variant in its own process, as many at once as there are GPUs or slots."""
     prepared = prepare(SCALES[given.scale], given.mirror)
     jobs: queue.SimpleQueue[tuple[str, dict, list[int]]] = queue.SimpleQueue()
     for variant, settings in wanted.items():
@@ -202,7 +202,7 @@ def run_all(given: argparse.Namespace, wanted: dict[str, dict[str, Any]]) -> Non
         if missing := [seed for seed in given.seeds if seed not in done]:
             jobs.put((variant, settings, missing))
     steps = given.steps or SCALES[given.scale].steps
-    # As many threads as cores would have the processes wait for each other at every small sum.
+    # With a thread per core in each process, they would wait for each other in every small op.
     places = (given.gpus or 1) * given.at_once
     threads = given.threads or max(1, (os.cpu_count() or 1) // places)
     deadline = time.monotonic() + 60 * given.minutes
@@ -256,7 +256,7 @@ def _about(scales: Sequence[str]) -> str:
 
 
 def write_table() -> None:
-    """ablations.md: by ingredient and scale, alone on classic and taken from modern."""
+    """Write ablations.md: each ingredient by scale, added to classic and removed from modern."""
     scales = [name for name in SCALES if any(row["scale"] == name for row in rows())]
     heads = ["ingredient", *(f"{name}, {way}" for name in scales for way in "+-"), "public records"]
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
@@ -275,7 +275,7 @@ def _found(scale: str, variant: str) -> dict[int, dict[str, Any]]:
 
 
 def _effect(scale: str, way: str, name: str) -> str:
-    """What having the ingredient changes: bits per byte, paired by seed, and the time of a step."""
+    """The ingredient's effect on bits per byte, paired by seed, and on step time."""
     with_it, without = (f"+{name}", "classic") if way == "+" else ("modern", f"-{name}")
     return _difference(_found(scale, with_it), _found(scale, without))
 
@@ -301,13 +301,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("scale", nargs="?", choices=SCALES, default="pack")
     parser.add_argument("--mirror")
     parser.add_argument("--gpus", type=int, default=0)
-    parser.add_argument("--at-once", type=int, default=1, help="on each GPU, or on the CPU")
-    parser.add_argument("--quiet", action="store_true", help="nothing runs beside: take the pace")
-    parser.add_argument("--threads", type=int, help="of each process")
+    parser.add_argument("--at-once", type=int, default=1, help="trials per GPU, or on the CPU")
+    parser.add_argument("--quiet", action="store_true", help="idle machine: measure step times")
+    parser.add_argument("--threads", type=int, help="CPU threads per process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no trial after these")
-    parser.add_argument("--steps", type=int, help="instead of the scale's")
-    parser.add_argument("--only", metavar="A,B", help="of the variants, as --only=classic,+x0,-x0")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no trials after this")
+    parser.add_argument("--steps", type=int, help="override the scale's")
+    parser.add_argument("--only", metavar="A,B", help="variants, such as --only=classic,+x0,-x0")
     parser.add_argument("--try", dest="name", help="a variant of your own")
     parser.add_argument("--set", nargs="+", default=[], metavar="PATH=VALUE")
     parser.add_argument("--table", action="store_true")

@@ -1,19 +1,19 @@
-"""Does GRPO make a small model better at sums, and would shuffled rewards too?
+"""Does GRPO improve a small model at sums, and do shuffled rewards as well?
 
-From a run's finished mid stage, for each seed: SFT with a few hundred worked examples, then an arm:
-GRPO, a control with shuffled rewards, or one of GRPO's options (ARMS). In this order:
+Starting from a run's mid stage, for each seed: SFT with a few hundred worked examples, then one arm
+(ARMS): GRPO, a control with shuffled rewards, or GRPO with other options. In this order:
 
     alias climb="python -m runs.bench.climb"  # each with --mirror DIR --gpus 4 --minutes 9
-    climb pilot --rows 200,400 --epochs 4,8 --lr 0.02,0.1  # SFTs to choose from: accuracy by terms
+    climb pilot --rows 200,400 --epochs 4,8 --lr 0.02,0.1  # compare SFTs: accuracy by number of terms
     climb train --seeds 0 --arms slow,grpo,fast,faster --rows 400 --epochs 8 --lr 0.1 --terms 4
     climb train --rows 400 --epochs 8 --lr 0.1 --terms 4 --set grpo.lr=0.1  # seeds 1, 2, 3
-    climb score --final-seed N  # once the settings stand: draws new problems, writes climb.md
+    climb score --final-seed N  # with final settings: new problems, climb.md
 
-The parent run is trained where it is missing. Every command goes on where it was stopped, by itself
-after `--minutes`; a trial that was started stays in the table. `--set PATH=VALUE` changes any
-setting, `--arms A,B` and `--seeds 1,2` choose trials. Worth keeping of OUT: results/, climb.md and
-curves.jsonl; `table` writes the table beside this script from results/. It needs no packages but a
-worker's (`nanolib.stages.worker`).
+The parent run is trained if missing. A command stops after `--minutes` and resumes when given again;
+every trial that was started stays in the table. `--set PATH=VALUE` changes any setting, `--arms A,B`
+and `--seeds 1,2` select trials. Keep these from OUT: results/, climb.md and curves.jsonl. `table`
+writes the table beside this script from results/. It needs only the packages that a worker needs
+(`nanolib.stages.worker`).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from nanolib.tools import Sandbox
 
 Settings = dict[str, Any]
 
-SFT: Settings = {  # some chat beside the worked examples, so that it stays a chat model
-    "sft.steps": None,  # by epochs
+SFT: Settings = {  # some chat beside the worked examples, to keep it a chat model
+    "sft.steps": None,  # set by epochs
     "sft.rows.smoltalk": 1000,
     "sft.rows.mmlu": 0,
     "sft.rows.arc_easy": 0,
@@ -63,9 +63,9 @@ SFT: Settings = {  # some chat beside the worked examples, so that it stays a ch
 GRPO: Settings = {
     "grpo.task": "sums",
     "grpo.steps": 200,
-    "grpo.questions": 64,  # Muon steps as far whatever the signal: fewer answers, more noise
+    "grpo.questions": 64,  # Muon's step size ignores the gradient's scale: fewer answers, more noise
     "grpo.samples": 16,
-    # Muon's momentum averages some twenty steps; before it does, full rates follow noise downhill.
+    # Muon's momentum averages about 20 steps; before that, a full learning rate follows noise.
     "grpo.warmup": 0.2,
     "grpo.warmdown": 0.6,
     "grpo.max_new_tokens": 96,
@@ -75,7 +75,7 @@ GRPO: Settings = {
     "grpo.save_every": 25,
 }
 FOUR = {"grpo.updates_each": 4}
-HOT = {"grpo.lr": 0.4}  # eight times too much
+HOT = {"grpo.lr": 0.4}  # eight times too high
 ARMS: dict[str, Settings] = {
     "grpo": {},
     "shuffled": {"grpo.shuffled": True},
@@ -92,9 +92,9 @@ ARMS: dict[str, Settings] = {
     "hot": HOT,
     "hot-kl": HOT | {"grpo.kl": 0.2},
 }
-ABOUT = ("seed", "arm", "terms", "sft", "given")  # what makes a trial
+ABOUT = ("seed", "arm", "terms", "sft", "given")  # identifies a trial
 PASSES = (1, 2, 4, 8, 16)
-DIALS = range(2, 9)  # terms that the pilot tries
+DIALS = range(2, 9)  # numbers of terms that the pilot scores
 
 
 # ---------------------------------------------------------------------------- runs
@@ -102,7 +102,7 @@ DIALS = range(2, 9)  # terms that the pilot tries
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Where everything lies, and the settings that all trials share."""
+    """Paths, and the settings that all trials share."""
 
     out: Path
     profile: str
@@ -111,11 +111,11 @@ class Bench:
     given: Settings
 
     def machine(self) -> Settings:
-        """One process a run, wherever it is opened."""
+        """Machine settings: one process per run."""
         return {"machine.ranks": 1} | ({"machine.mirror": self.mirror} if self.mirror else {})
 
     def without(self, *stages: str) -> Settings:
-        """The given settings that these stages do not matter to."""
+        """The given settings, without those of these stages."""
         return {k: v for k, v in self.given.items() if k.split(".")[0] not in stages}
 
     def prepare(self) -> Run:
@@ -124,14 +124,14 @@ class Bench:
         return run
 
     def run(self, name: str, settings: Settings, source: Run) -> Run:
-        """A run of its own for these settings that begins with what `source` has of them."""
+        """A run for these settings, with the equal stages of `source` taken over."""
         path = str(self.out / f"{name}-{digest(settings)}")
         run = Run.open(self.profile, path, settings | self.machine())
         take_over(run, source)
         return run
 
     def started(self, seed: int, sft: Settings) -> Run:
-        """The run of a seed's SFT, finished."""
+        """The run with a seed's finished SFT."""
         settings = SFT | sft | {"sft.seed": seed} | self.without("grpo")
         run = self.run(f"sft-{seed}", settings, self.prepare())
         launch.stage("sft", run, watch=show)
@@ -142,7 +142,7 @@ class Bench:
         return [row for file in files for row in Metrics(file).rows(kind)]
 
     def file(self, about: Settings) -> Metrics:
-        """A trial's own, so that each has one writer."""
+        """The trial's own results file, so that each file has one writer."""
         name = f"{about['arm']}-{about['seed']}-{digest(about)}"
         return Metrics(self.out / "results" / f"{name}.jsonl")
 
@@ -152,7 +152,7 @@ def digest(value: Settings) -> str:
 
 
 def show(stage: rundir.StageDir, rows: Sequence[Settings]) -> None:
-    """A line on each evaluation, and when a stage is done."""
+    """Print a line for each evaluation and when a stage is done."""
     if rows and (rows[-1]["kind"] == "eval" or stage.done()):
         told = {k: round(v, 3) for k, v in rows[-1].items() if isinstance(v, int | float)}
         print(f"{stage.path.parent.name} {stage.name} {told}", flush=True)
@@ -172,7 +172,7 @@ class Kept(RolloutSource):
 
 
 class Judge:
-    """Asks models of one run's tokenizer the same problems."""
+    """Scores models that share a tokenizer on the same problems."""
 
     def __init__(self, run: Run, given: Settings):
         self.run, self.runtime = run, Runtime.start(run.config.machine)
@@ -183,7 +183,7 @@ class Judge:
         return checkpoint.load_model(run.stage(stage).checkpoints, self.runtime.device)
 
     def score(self, model, start, split: str, dial: SumsConfig, problems: int) -> Settings:
-        """Greedy and sampled answers to problems of a split; `start` is where KL is from."""
+        """Score greedy and sampled answers to a split's problems; `start` is the KL's reference."""
         ours = self.run.config.recipe.grpo
         settings = GRPOConfig(
             questions=problems, samples=max(PASSES), top_k=ours.top_k, temperature=1.0
@@ -236,7 +236,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def pilot(bench: Bench, seed: int, sft: Settings) -> None:
-    """One SFT, and how its model does at sums of more and more terms."""
+    """Train one SFT and score its model on sums of 2 to 8 terms."""
     run = bench.started(seed, sft)
     judge = Judge(run, bench.given)
     model = judge.model(run, "sft")
@@ -251,7 +251,7 @@ def pilot(bench: Bench, seed: int, sft: Settings) -> None:
 
 
 def trial(bench: Bench, seed: int, sft: Settings, arm: str, terms: int) -> None:
-    """SFT and one arm, with a row at the beginning and one at the end."""
+    """Train SFT and one arm; writes a row at the start and one at the end."""
     about = {"seed": seed, "arm": arm, "terms": terms, "sft": sft, "given": bench.given}
     results = bench.file(about)
     if results.rows("trained"):
@@ -270,7 +270,7 @@ def trial(bench: Bench, seed: int, sft: Settings, arm: str, terms: int) -> None:
 
 
 def score(bench: Bench, trained: Settings, final_seed: int, problems: int) -> None:
-    """A finished trial's first and last model on problems that nobody has seen."""
+    """Score a finished trial's first and last model on new problems."""
     results = bench.file({key: trained[key] for key in ABOUT})
     if any(row["final_seed"] == final_seed for row in results.rows("scored")):
         return
@@ -294,7 +294,7 @@ def same(row: Settings, about: Settings) -> bool:
 
 
 def table(bench: Bench) -> str:
-    """Every trial that was started, with what its models scored."""
+    """All started trials with their models' scores, as Markdown."""
     rows, scored = [], bench.results("scored")
     for started in bench.results("started"):
         about = {key: started[key] for key in ABOUT}
@@ -315,7 +315,7 @@ def table(bench: Bench) -> str:
 
 
 def shared(about: Settings) -> Settings:
-    """What trials of several seeds and arms have in common."""
+    """The settings that trials of several seeds and arms share."""
     return about["sft"] | about["given"]
 
 
@@ -372,7 +372,7 @@ over questions; KL (to SFT's model) and entropy in nats a token.
 
 
 def write_curves(bench: Bench) -> None:
-    """What each trial's metrics say of each step."""
+    """Write each trial's metrics by step to curves.jsonl."""
     curves = [
         {"arm": trained["arm"], "seed": trained["seed"], **row, "samples": []}
         for trained in bench.results("trained")
@@ -387,7 +387,7 @@ def write_curves(bench: Bench) -> None:
 
 
 def spread(jobs: Sequence[Settings], given: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Each job in a process of its own, as many at once as there are GPUs; how many did not end."""
+    """Run each job in its own process, one per GPU; returns how many failed."""
     gpus, ends = given.gpus, time.monotonic() + 60 * given.minutes
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     for gpu in range(max(1, gpus)):
@@ -405,7 +405,7 @@ def spread(jobs: Sequence[Settings], given: argparse.Namespace, arguments: Seque
         try:
             code = process.wait(max(1, ends - started))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # a stage saves before it ends
+            process.send_signal(signal.SIGINT)  # lets a stage save first
             code = process.wait()
         free.put(gpu)
         took = f"after {time.monotonic() - started:.0f} s on GPU {gpu}"
@@ -446,18 +446,18 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("pilot", "train", "score", "table"))
     parser.add_argument("--profile", default="h100")
-    parser.add_argument("--from", dest="parent", help="a run; by default OUT/parent")
+    parser.add_argument("--from", dest="parent", help="the parent run; by default OUT/parent")
     parser.add_argument("--mirror")
     parser.add_argument("--out", default=str(rundir.runs_folder() / "climb"))
-    parser.add_argument("--gpus", type=int, default=0, help="processes at once, one a GPU")
+    parser.add_argument("--gpus", type=int, default=0, help="processes at once, one per GPU")
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
     parser.add_argument("--rows", type=numbers, default=[400], help="worked examples in SFT")
-    parser.add_argument("--epochs", type=numbers, default=[8], help="of SFT")
-    parser.add_argument("--lr", type=floats, default=[0.02], help="of SFT: sft.lr")
-    parser.add_argument("--terms", type=int, default=4, help="of GRPO's sums")
+    parser.add_argument("--epochs", type=numbers, default=[8], help="epochs of SFT")
+    parser.add_argument("--lr", type=floats, default=[0.02], help="learning rates of SFT (sft.lr)")
+    parser.add_argument("--terms", type=int, default=4, help="terms of GRPO's sums")
     parser.add_argument("--arms", type=lambda text: text.split(","), default=["grpo", "shuffled"])
-    parser.add_argument("--final-seed", type=int, help="draws the final problems")
-    parser.add_argument("--minutes", type=float, default=600, help="stop and save after these")
+    parser.add_argument("--final-seed", type=int, help="seed of the final problems")
+    parser.add_argument("--minutes", type=float, default=600, help="stop and save after this")
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)

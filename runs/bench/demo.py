@@ -1,9 +1,9 @@
-"""Does the demo learn what it should? Several seeds, beside baselines that learn nothing.
+"""Does the demo learn what it should? Several seeds, compared with baselines and controls.
 
 ``nanolib bench demo --seeds 1 2 3 [--at-once N] [--threads N]`` trains the demo's stages (no notebooks)
-once a seed, once a seed without pretraining, and GRPO once more with shuffled rewards, and prints a
-table of their scores. The bars are those the toy world was made for; each must hold in every seed,
-but GRPO's second, which is about their mean.
+for each seed with and without pretraining, and GRPO again with shuffled rewards, and prints a table
+of scores. The bars are the targets of the toy world's design; each must hold for every seed, except
+GRPO's second, which is for the mean over seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MORE_PROBLEMS = {"grpo.eval_questions": 400, "grpo.eval_samples": 4}  # than the
 
 @dataclass(frozen=True)
 class Bar:
-    """One figure, and the bounds that it must keep."""
+    """One figure and its required bounds."""
 
     name: str
     value: Callable[[dict[str, Any]], float]
@@ -43,7 +43,7 @@ class Bar:
 
 
 def _text_accuracy(scores: dict[str, Any]) -> float:
-    """Of all four-choice questions together, scored by the choices' text."""
+    """Accuracy over all four-choice questions, scored by text."""
     parts = [scores[name] for name in CHOICE_TASKS]
     return sum(p["text"] * p["questions"] for p in parts) / sum(p["questions"] for p in parts)
 
@@ -65,7 +65,7 @@ BARS = (
 
 
 def scores_of(seed: int, threads: int, profile: str = "demo") -> dict[str, Any]:
-    """Train one seed's demo with and without base, and everything its bars need."""
+    """Train the demo for one seed with and without base; returns all scores for its bars."""
     name = f"{profile}-seed-{seed}"
     settings = {"seed": seed, "machine.threads": threads} | MORE_PROBLEMS
     run = Run.open(profile, name, settings)
@@ -88,7 +88,7 @@ def scores_of(seed: int, threads: int, profile: str = "demo") -> dict[str, Any]:
 
 
 def _fork(run: Run, name: str, overrides: dict[str, Any]) -> Run:
-    """A run that differs in GRPO alone, with what comes before taken over."""
+    """A run that differs only in GRPO, with the earlier stages taken over."""
     given = {"seed": run.config.recipe.seed} | MORE_PROBLEMS | overrides
     machine = {"machine.threads": run.config.machine.threads}
     fork = Run.open(run.config.profile, name, given | machine)
@@ -97,7 +97,7 @@ def _fork(run: Run, name: str, overrides: dict[str, Any]) -> Run:
 
 
 def _gains(run: Run) -> dict[str, float]:
-    """What GRPO changed on held-out problems, from before its first step to after its last."""
+    """GRPO's change in held-out scores, from before its first step to after its last."""
     launch.stage("grpo", run)
     rows = [row for row in run.stage("grpo").metrics.rows() if row["kind"] == "eval"]
     change = {key: rows[-1][key] - rows[0][key] for key in ("greedy", "pass@1")}
@@ -105,7 +105,7 @@ def _gains(run: Run) -> dict[str, float]:
 
 
 def _blind(run: Run) -> tuple[float, float]:
-    """Accuracy of always taking the first choice, and the longest, on the same questions."""
+    """Accuracy of always choosing the first and the longest choice, on the same questions."""
     limit = run.config.recipe.eval.max_problems
     first, longest = [], []
     for name in CHOICE_TASKS:
@@ -119,7 +119,7 @@ def _blind(run: Run) -> tuple[float, float]:
 
 
 def table(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> str:
-    """The scores as Markdown, a column a seed."""
+    """The scores as Markdown, one column per seed."""
     rows = []
     for bar in BARS:
         values = [bar.value(result) for result in results]
@@ -139,8 +139,8 @@ def table(seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--at-once", type=int, default=1, help="seeds that train side by side")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each")
+    parser.add_argument("--at-once", type=int, default=1, help="seeds trained in parallel")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads per seed")
     given = parser.parse_args(arguments)
     with ThreadPoolExecutor(given.at_once) as pool:
         results = list(pool.map(lambda seed: scores_of(seed, given.threads), given.seeds))

@@ -1,10 +1,10 @@
-"""What one device does with a profile's model, in some minutes: memory, speed, sampling.
+"""Measure a profile's model on one device in a few minutes: memory, speed, sampling.
 
     uv run nanolib bench device --profile h100 --model.depth 12 --nanochat ../nanochat
 
-Weights are random and nothing is read: run it first on a machine you have rented. Programs are what
-torch.compile has made since the model was built. With a checkout of nanochat its training is
-measured beside ours: full attention, the same rows at once, vocabulary and tokens a step.
+It uses random weights and no data, so run it first on a rented machine. "Programs" are the graphs
+that torch.compile has made since the model was built. With a checkout of nanochat, its training is
+measured too: full attention, and the same micro-batch, vocabulary and tokens per step.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from nanolib.runtime import Runtime, processor
 from nanolib.sampling import inverse_cdf
 from nanolib.tokenizer import Tokenizer
 
-Row = tuple[str, str]  # what was measured, and the figure
-LENGTHS = (0.15, 0.21, 0.19, 0.22, 0.13)  # of the context: the rows of five GRPO steps
+Row = tuple[str, str]  # label and figure
+LENGTHS = (0.15, 0.21, 0.19, 0.22, 0.13)  # shares of the context: row lengths of five GRPO steps
 
 
 class Bench:
@@ -47,13 +47,13 @@ class Bench:
         peer: Path | None = None,
     ):
         self.recipe, self.repeats, self.peer = recipe, repeats, peer
-        self.found = 1  # rows at once
+        self.found = 1  # micro-batch size
         self.runtime = Runtime.start(machine)
         self.device, self.cuda = self.runtime.device, self.runtime.device.type == "cuda"
         self.vocab = recipe.tokenizer.vocab_size
 
     def seconds(self, work: Callable[[], Any], times: int = 1) -> float:
-        """Mean seconds of `work`, the device waited for."""
+        """Mean seconds of `work`, with the device synchronised."""
         wait = torch.cuda.synchronize if self.cuda else lambda: None
         wait()
         started = time.perf_counter()
@@ -63,7 +63,7 @@ class Bench:
         return (time.perf_counter() - started) / times
 
     def model(self) -> GPT:
-        """With every weight drawn: a new model's zero projections would hide what goes wrong."""
+        """A model with all weights random: the zero projections of a new one would hide errors."""
         model = GPT.empty(self.recipe.model, self.vocab, self.device)
         generator = torch.Generator(self.device).manual_seed(1)
         for weight in model.parameters():
@@ -75,7 +75,7 @@ class Bench:
         return Batch(inputs_BT=ids_BT, targets_BT=ids_BT.roll(-1, 1))
 
     def rows(self) -> Iterator[Row]:
-        """Everything; a part that fails is a row of its own, and the next one follows."""
+        """All measurements; one that fails gives a row with its error, and the next follows."""
         for part in (self.training, self.nanochat, self.writing, self.drawing):
             try:
                 yield from part()
@@ -84,7 +84,7 @@ class Bench:
                 yield f"**{part.__name__} failed**", f"{type(error).__name__}: {error}"[:200]
 
     def training(self) -> Iterator[Row]:
-        """The micro-batch found, then speed and memory of forward, backward and update."""
+        """The fitting micro-batch; then speed and memory of forward, backward and update."""
         length, model = self.recipe.model.sequence_len, self.model()
         share = planning.share_of(self.recipe, "base", 1)
         nll = self.compiled(model)
@@ -104,7 +104,7 @@ class Bench:
         speed = tokens / self.seconds(self.step(nll, batch), self.repeats)
         yield "forward and backward", self._speed(speed)
         optimizer = MuonAdamW(model, self.recipe.optim, self.runtime)
-        optimizer.step(0.1)  # the first one loads its kernels
+        optimizer.step(0.1)  # warm-up: the first step loads kernels
         update = self.seconds(lambda: optimizer.step(0.1), self.repeats)
         yield "update", f"{1e3 * update:.1f} ms"
         micro_batches = max(1, self.recipe.base.batch_tokens // tokens)
@@ -138,7 +138,7 @@ class Bench:
         )
 
     def _lengths(self, model: GPT, tokens: int) -> Iterator[Row]:
-        """Rows of several lengths, with the program that GRPO compiles for them."""
+        """Rows of several lengths, with the graphs that GRPO compiles for them."""
         programs, nll = _programs(), self.compiled(model, cudnn=False)
         for part in LENGTHS:
             length = 16 * math.ceil(part * self.recipe.model.sequence_len / 16)
@@ -151,7 +151,7 @@ class Bench:
         return model.compiled_nll(cudnn) if self.cuda else model.nll
 
     def _kernels(self, work: Callable[[], None]) -> Iterator[Row]:
-        """Where the device's time goes, and how much of the time it waits."""
+        """The device's time by kernel, and its idle share."""
         took = self.seconds(work, self.repeats)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.seconds(work)
@@ -166,7 +166,7 @@ class Bench:
             yield f"- {kernel.key[:60]}", f"{share:.1%} in {kernel.count}"
 
     def nanochat(self) -> Iterator[Row]:
-        """Training of the peer in its checkout, as its own script does it."""
+        """Training speed of nanochat in its checkout, set up as in its own script."""
         if self.peer is None:
             return
         sys.path.insert(0, str(self.peer))
@@ -218,7 +218,7 @@ class Bench:
         return f"{tokens_per_second:,.0f} tokens/s" + (f", MFU {share:.1%}" if share else "")
 
     def writing(self) -> Iterator[Row]:
-        """Tokens a second of the engine, and whether a row says the same alone."""
+        """Tokens per second of the engine, and whether batching changes a row's output."""
         tokenizer = Tokenizer(merges=[])
         model = GPT.build(self.recipe.model, tokenizer.vocab_size, self.device, 1)
         with torch.no_grad():
@@ -231,7 +231,7 @@ class Bench:
             settings = {"max_new_tokens": new} | (
                 {"temperature": 1.0, "top_k": 50} if sampled else {}
             )
-            engine.ends, ends = frozenset(), engine.ends  # rows of one length
+            engine.ends, ends = frozenset(), engine.ends  # no early ends: rows of equal length
             engine.complete(prompts, **settings)
             took = self.seconds(lambda p=prompts, s=settings: engine.complete(p, **s), 2)
             engine.ends = ends
@@ -245,7 +245,7 @@ class Bench:
         yield "greedy rows that are the same alone and together", f"{same} of {len(prompts)}"
 
     def _reading(self, engine: Engine) -> Iterator[Row]:
-        """Prompts of a whole context into the cache; the head's work is not counted."""
+        """Prefill of prompts as long as the context; the head's FLOPs are not counted."""
         config, rows = self.recipe.model, 8
         cache = KVCache(config, rows, config.sequence_len, self.device, self.runtime.dtype)
         ids_BT = torch.randint(256, (rows, config.sequence_len), device=self.device)
@@ -264,7 +264,7 @@ class Bench:
         yield f"reading {rows} x {config.sequence_len}", f"{1e3 * took:.2f} ms{share}"
 
     def drawing(self) -> Iterator[Row]:
-        """Tokens of probability zero must never be drawn, however the device sums."""
+        """Tokens of probability zero must never be sampled, whatever the device's rounding."""
         chosen = torch.randint(self.vocab, (256, 50), device=self.device)
         weights = torch.zeros(256, self.vocab, device=self.device)
         weights.scatter_(1, chosen, torch.rand(256, 50, device=self.device))
@@ -275,8 +275,8 @@ class Bench:
 
 
 def _programs() -> int:
-    """Graphs that torch.compile has made in this process."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes seconds
+    """The number of graphs that torch.compile has made in this process."""
+    if "torch._dynamo" not in sys.modules:  # nothing compiled yet; the import takes seconds
         return 0
     from torch._dynamo.utils import counters
 
@@ -289,8 +289,8 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--profile", default="h100")
-    parser.add_argument("--repeats", type=int, default=5, help="steps that a figure is the mean of")
-    parser.add_argument("--nanochat", type=Path, help="a checkout of nanochat, to measure beside")
+    parser.add_argument("--repeats", type=int, default=5, help="steps to average over")
+    parser.add_argument("--nanochat", type=Path, help="a checkout of nanochat to compare with")
     given = parser.parse_args(words)
     settings = config.resolve(given.profile, {"machine.device": "auto"} | overrides)
     bench = Bench(settings.recipe, settings.machine, given.repeats, given.nanochat)

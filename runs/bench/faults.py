@@ -1,11 +1,11 @@
-"""Kill a run at seeded instants over all its stages; its numbers must come out the same.
+"""Kill a run at seeded times in all its stages; its results must not change.
 
     uv run nanolib bench faults --profile demo --kills 10 --seed 1
 
-Runs the profile once undisturbed, then once more while this script kills it: Ctrl-C of the
-command, ``kill -9`` of the kernel, of a training process and of the whole command by turns. After
-each kill nobody may be left, and the same command is given again. At the end results, metrics and
-weights, times excluded, must equal the undisturbed run's to the last bit.
+Runs the profile once undisturbed, and once while this script kills it: by turns Ctrl-C of the
+command, and ``kill -9`` of the kernel, a training process or the whole command. After each kill no
+process may survive, and the same command is started again. In the end results, metrics and weights
+must equal the undisturbed run's bit for bit, except for times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import psutil
 
 KINDS = ("ctrl-c", "kernel", "worker", "command")
-TIMED = ("time", "seconds", "seconds_left", "tokens_per_second")  # values the clock decides
+TIMED = ("time", "seconds", "seconds_left", "tokens_per_second")  # values that depend on time
 ROAD = (  # stage directories in the order a run fills them, those that train twice
     *("data", "tokenizer", "shards", "base", "base", "eval/base", "mid", "eval/mid"),
     *("sft", "eval/sft", "grpo", "grpo", "eval/grpo", "report"),
@@ -41,9 +41,9 @@ ROAD = (  # stage directories in the order a run fills them, those that train tw
 
 
 def outcome(run: Run) -> dict[str, Any]:
-    """All a finished run's numbers, times excluded: results, metric rows, hashes of weights.
+    """All numbers of a finished run except times: results, metric rows, hashes of weights.
 
-    The size of the code base is left out too: somebody may edit it between two runs.
+    The size of the code base is excluded too, since it may be edited between two runs.
     """
     found: dict[str, Any] = {}
     for place in run.stages():
@@ -65,13 +65,13 @@ def _timeless(value: Any) -> Any:
 
 
 def _weights(place: StageDir) -> dict[str, str] | None:
-    """The hashes in the newest checkpoint's index."""
+    """The hashes in the index of the latest checkpoint."""
     indices = sorted(place.checkpoints.glob("step_*/index.json"))
     return json.loads(indices[-1].read_text())["files"] if indices else None
 
 
 def differences(mine: Any, theirs: Any, path: str = "") -> Iterator[str]:
-    """Where two outcomes differ, as "sft/rows/3/loss: 2.5 != 2.4"."""
+    """The differences of two outcomes, such as "sft/rows/3/loss: 2.5 != 2.4"."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in sorted(mine.keys() | theirs.keys()):
             yield from differences(mine.get(key), theirs.get(key), f"{path}/{key}")
@@ -88,7 +88,7 @@ def differences(mine: Any, theirs: Any, path: str = "") -> Iterator[str]:
 def kill(kind: str, command: subprocess.Popen) -> list[psutil.Process]:
     """End a running command in one of KINDS; returns the processes it had.
 
-    Where the kernel or worker to kill does not live at this moment, it is Ctrl-C.
+    Falls back to Ctrl-C if the kernel or worker to kill is not running at that moment.
     """
     import psutil
 
@@ -114,7 +114,7 @@ def command_line(process: psutil.Process) -> list[str]:
 
 
 def survivors(family: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run; a zombie only waits to be counted by its parent."""
+    """The processes still running; zombies, which only wait to be reaped, do not count."""
     import psutil
 
     def runs(process: psutil.Process) -> bool:
@@ -127,7 +127,7 @@ def survivors(family: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def wait(condition: Callable[[], Any], seconds: float, pause: float = 0.02) -> Any:
-    """What the condition gives as soon as that is true, or false when time is up."""
+    """Wait for the condition; returns its first truthy value, or a falsy one on timeout."""
     deadline = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(pause)
@@ -139,7 +139,7 @@ def wait(condition: Callable[[], Any], seconds: float, pause: float = 0.02) -> A
 
 @dataclass(frozen=True)
 class Kill:
-    """One fault: which kind, and how long after which stage's start."""
+    """One fault: its kind, and its time after the start of a stage."""
 
     kind: str
     place: str
@@ -147,20 +147,20 @@ class Kill:
 
 
 def plan(straight: Run, kills: int, seed: int) -> list[Kill]:
-    """Instants spread over all stages, each at a random part of the undisturbed stage's time."""
+    """Kill times over all stages, each at a random fraction of the undisturbed stage's duration."""
     dice = random.Random(seed)
     chosen = sorted(round(number * len(ROAD) / kills) for number in range(kills))
     faults = []
     for number, where in enumerate(chosen):
         record = straight.stage(*ROAD[where].split("/")).done()
         lasts = record["seconds"] if record else 1.0
-        share = lasts / ROAD.count(ROAD[where])  # a stage struck twice has half of it left
+        share = lasts / ROAD.count(ROAD[where])  # a stage killed twice gets half for each
         faults.append(Kill(KINDS[number % len(KINDS)], ROAD[where], dice.uniform(0.1, 0.8) * share))
     return faults
 
 
 def start(profile: str, run: Path, log: Path) -> subprocess.Popen:
-    """`nanolib run` as a process of its own, its output in a file."""
+    """Start `nanolib run` as a process, with its output in a file."""
     with log.open("ab") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "nanolib", "run", profile, "--run", str(run)],
@@ -171,7 +171,7 @@ def start(profile: str, run: Path, log: Path) -> subprocess.Popen:
 
 
 def disturb(profile: str, folder: Path, faults: list[Kill], log: Path) -> Iterator[str]:
-    """Run the profile in `folder` with all faults; a Markdown row for each."""
+    """Run the profile in `folder` with all faults; yields a Markdown row for each."""
     for number, fault in enumerate(faults, 1):
         place = StageDir(fault.place, folder / fault.place)
         before = _finished(folder)

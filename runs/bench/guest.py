@@ -1,9 +1,9 @@
-"""Is the demo's chat worth a guest's time? Prompts written down before the world knew them.
+"""How good is the demo's chat? Prompts written before the toy world covered them.
 
 ``nanolib bench guest RUN [RUN …] [--of sft] [--show]`` asks each run's model the questions of
-guest.toml, each as the third turn or later of a conversation of its own, after two unrelated ones,
-with prompts, sampling and memory as the chat has them. Facts are the held-out ones, sums have
-held-out numbers. `--show` prints the wrong answers too.
+guest.toml, each as the third turn or later of its own conversation, after two unrelated turns, with
+the chat's prompts, sampling and memory. Facts and the numbers of sums are held out. `--show` also
+prints the wrong answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
 
 ASKS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-BARS = {  # kind -> the least or most share
+BARS = {  # kind -> minimum or maximum share
     "facts": ("≥", 0.85),
     "sums": ("≥", 0.75),
     "pronouns": ("≥", 0.80),
@@ -49,7 +49,7 @@ class Case:
 
 
 def cases(world: World) -> list[Case]:
-    """All questions about one world, always in the same order."""
+    """All questions about one world, in a fixed order."""
     made = [*_facts(world), *_sums(), *_pronouns(world), *_strangers(world), *_known(world)]
     made += [*_yes_or_no(world), *_reverse(world)]
     rng, opened = toyworld.draw("guest", "unrelated"), []
@@ -61,7 +61,7 @@ def cases(world: World) -> list[Case]:
 
 
 def _names(relation: str, value: str) -> Callable[[str], bool]:
-    """Whether an answer names this value and no other of its kind."""
+    """A grader: whether an answer names this value and no other of the relation."""
     others = {other for other in RELATIONS[relation].values if other != value}
 
     def counts(answer: str) -> bool:
@@ -89,7 +89,7 @@ def numbers(text: str) -> list[str]:
 
 
 def result(text: str) -> int:
-    """Of the sum that a guest typed."""
+    """The result of a sum as typed by a guest."""
     left, sign, right = re.findall(r"(\d+) ?(plus|minus|times|[-+*x]) ?(\d+)", text)[0]
     a, b = int(left), int(right)
     return {"p": a + b, "+": a + b, "m": a - b, "-": a - b}.get(sign[0], a * b)
@@ -154,7 +154,7 @@ def _reverse(world: World) -> Iterator[Case]:
 
 
 def ask(engine: Engine, made: Sequence[Case]) -> list[list[str]]:
-    """The answers [cases][turns], the turns of all conversations at once; case i has seed i."""
+    """Answers as [case][turn]; all conversations are batched, and case i has seed i."""
     sessions = [Session(engine, seed=i) for i in range(len(made))]
     answers: list[list[str]] = [[] for _ in made]
     for turn in range(max(len(case.turns) for case in made)):
@@ -176,7 +176,7 @@ def ask(engine: Engine, made: Sequence[Case]) -> list[list[str]]:
 
 
 def shares(made: Sequence[Case], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Kind -> the share of its last answers that count."""
+    """The share of correct last answers, by kind."""
     found: dict[str, list[bool]] = {kind: [] for kind in BARS}
     for case, said in zip(made, answers, strict=True):
         found[case.kind].append(case.counts(said[-1]))
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--of", help="the stage whose model answers; by default the last")
-    parser.add_argument("--show", action="store_true", help="print the wrong answers too")
+    parser.add_argument("--show", action="store_true", help="also print the wrong answers")
     given = parser.parse_args(arguments)
     results = [measure(Run.load(run), given.of, given.show) for run in given.runs]
     rows = []

@@ -1,14 +1,14 @@
-"""What more ranks give and what they cost: the same training on 1, 2, 4 … of them.
+"""Scaling over ranks: the same training with world size 1, 2, 4, ….
 
     uv run nanolib bench ranks --profile smoke --ranks 1 2 4 8 --steps 48 [--model.depth 4 …]
 
-On CPUs the ranks talk through gloo, on GPUs through NCCL. Every number of ranks trains base from the
-same rows, then GRPO, and scores the result; then one rank of the largest group is killed, and half of
-the ranks go on. Throughput is of the steps before the middle; after it every phase is waited for, so
-that its time is its own, and bytes are counted. Bytes sent are what a ring sends: of S bytes
-reduce-scattered or all-gathered among R ranks each sends S (R − 1) / R, all-reduced twice that.
+Ranks communicate through gloo on CPUs and NCCL on GPUs. Each world size trains base on the same rows,
+then GRPO, and scores the result; then one rank of the largest group is killed, and half of the ranks
+resume. Throughput is measured in the first half of the steps. In the second half, phases are
+synchronised to time them separately, and bytes are counted as a ring sends them: of S bytes
+reduce-scattered or all-gathered among R ranks, each sends S (R − 1) / R; all-reduced, twice that.
 
-As a program (``python -m runs.bench.ranks base DIR``) this module is the worker that counts.
+Run as a program (``python -m runs.bench.ranks base DIR``), this module is the instrumented worker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nanolib.config import split_settings
 from nanolib.rundir import Run, StageDir
 from runs.bench.faults import command_line
 
-# Collective -> how many times (R − 1) / R of its bytes a ring sends.
+# Collective -> the multiple of (R − 1) / R of its bytes that a ring sends.
 COLLECTIVES = {"reduce_scatter_tensor": 1, "all_gather_into_tensor": 1, "all_reduce": 2}
 SHORT = {"mid.enabled": False, "sft.steps": 8}  # between base and GRPO
 
@@ -39,17 +39,17 @@ SHORT = {"mid.enabled": False, "sft.steps": 8}  # between base and GRPO
 
 
 class Counts:
-    """Seconds and bytes a phase of the second half of training, on one rank."""
+    """Seconds and bytes per phase in the second half of training, on one rank."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.bytes: dict[str, int] = defaultdict(int)
         self.steps = self.state = 0  # steps counted; bytes of optimizer state
-        self._inner = 0.0  # seconds of the phases within the present one
+        self._inner = 0.0  # seconds of phases nested in the current one
 
     @contextlib.contextmanager
     def phase(self, name: str, size: int = 0) -> Generator[None]:
-        """Count a phase without those within it, waiting for the device before and after."""
+        """Time a phase, excluding nested ones, with the device synchronised before and after."""
         import torch
 
         wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -130,9 +130,9 @@ def work() -> int:
 
 
 def begin(profile: str, name: str, ranks: int, overrides: dict[str, Any], data: Run | None) -> Run:
-    """A new run of so many ranks, in place of an old one; `data`: whose tokens it takes over."""
+    """A new run with this world size, replacing an old one; `data`: the run to take tokens from."""
     path = rundir.runs_folder() / "ranks" / f"{profile}-{name}"
-    shutil.rmtree(path, ignore_errors=True)  # its times were measured on another day
+    shutil.rmtree(path, ignore_errors=True)  # its timings are out of date
     run = Run.open(profile, str(path), overrides | {"machine.ranks": ranks})
     if data is not None:
         for stage in ("data", "tokenizer", "shards"):
@@ -149,12 +149,12 @@ def _steps(place: StageDir) -> list[dict[str, Any]]:
 
 
 def furthest(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """The largest difference between two curves of one length."""
+    """The largest difference between two curves of equal length."""
     return max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
 
 
 def measured(run: Run, alone: Run) -> dict[str, str]:
-    """The figures of one group of ranks beside one rank."""
+    """The figures of one world size, compared with one rank."""
     place, ranks = run.stage("base"), run.config.machine.ranks or 1
     rows, first = _steps(place), _steps(alone.stage("base"))
     speed, speed_alone = _speed(rows), _speed(first)
@@ -196,13 +196,13 @@ def measured(run: Run, alone: Run) -> dict[str, str]:
 
 
 def _speed(rows: Sequence[dict[str, Any]]) -> float:
-    """Tokens a second in the second quarter: warm, and nothing is counted yet."""
+    """Tokens per second in the second quarter: warmed up, and not instrumented yet."""
     quarter = rows[len(rows) // 4 : len(rows) // 2]
     return sum(row["tokens"] for row in quarter) / sum(row["seconds"] for row in quarter)
 
 
 def _answers_per_second(run: Run) -> float:
-    """Over all steps but the first, their updates included."""
+    """Over all steps but the first, including updates."""
     config, rows = run.config.recipe.grpo, _steps(run.stage("grpo"))[1:]
     return len(rows) * config.questions * config.samples / sum(row["seconds"] for row in rows)
 
@@ -211,7 +211,7 @@ def _answers_per_second(run: Run) -> float:
 
 
 def strike(run: Run) -> float:
-    """Train base, kill -9 its last rank past the middle; seconds until the launcher has said so."""
+    """Train base and kill -9 its last rank past the middle; seconds until the launcher reports it."""
     import psutil
 
     struck: list[float] = []
@@ -237,7 +237,7 @@ def strike(run: Run) -> float:
 
 
 def struck_and_resumed(run: Run, alone: Run) -> str:
-    """What a kill of one rank does, and going on with half of them."""
+    """The effect of killing one rank and resuming with half of them."""
     from nanolib import checkpoint
 
     ranks = run.config.machine.ranks or 1
@@ -261,14 +261,14 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--profile", default="smoke")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--steps", type=int, default=48, help="of base")
+    parser.add_argument("--steps", type=int, default=48, help="steps of base")
     given = parser.parse_args(words)
     launch.WORKER = "runs.bench.ranks"
     most = max(given.ranks)
     overrides = SHORT | {
         "base.steps": given.steps,
         "base.save_every": max(1, given.steps // 4),
-        "grpo.questions": 2 * most,  # at least one a rank
+        "grpo.questions": 2 * most,  # at least one per rank
     }
     overrides |= settings
     runs: list[Run] = []

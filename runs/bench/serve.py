@@ -1,10 +1,10 @@
-"""How the server holds up: chats at once, their first words and last, and memory over many requests.
+"""Load test of the server: concurrent chats, time to first token and to the end, memory.
 
     uv run nanolib bench serve --run RUN [--clients 1 8 50 200] [--rounds 3] [--requests 10000] [--old DIR]
 
-Starts `nanolib serve` and asks it through HTTP. --old: a checkout of the version before the API
-(commit 4c8a548), whose server is asked the same beside the new one, in turns. --requests: so many
-short ones in a row, eight at a time, with the server's memory before, in the middle and after.
+Starts `nanolib serve` and sends requests over HTTP. --old: a checkout of the version before the API
+(commit 4c8a548), whose server gets the same requests in turns with the new one. --requests: the number
+of short requests, eight at a time, with the server's memory before, in the middle and after.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUESTIONS = (
 
 
 class Chat(NamedTuple):
-    """Seconds to the first word and to the end, and how many tokens."""
+    """Seconds to the first token and to the end, and the number of tokens."""
 
     first: float
     last: float
@@ -41,7 +41,7 @@ class Chat(NamedTuple):
 
 
 class Server:
-    """A server of a run, from one checkout."""
+    """A server process for a run, from one checkout."""
 
     def __init__(self, checkout: Path, run: str):
         self.old = not (checkout / "nanolib" / "decoding.py").exists()
@@ -58,12 +58,12 @@ class Server:
         self.port = int(found[1])
 
     def memory(self) -> int:
-        """Resident MB."""
+        """Resident memory in MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) // 1024
 
     async def chat(self, number: int, **options) -> Chat:
-        """One question on a connection of its own."""
+        """One question on its own connection."""
         text = QUESTIONS[number % len(QUESTIONS)].format(number % 50, number % 7 + 2)
         body = {"messages": [{"role": "user", "content": text}], "seed": number, **options}
         path, mark = "/chat", b'"type": "piece"'
@@ -86,7 +86,7 @@ class Server:
         return Chat(first or time.perf_counter() - began, time.perf_counter() - began, tokens)
 
     async def at_once(self, clients: int) -> tuple[float, list[Chat]]:
-        """Seconds for so many clients that each have one chat, and the chats."""
+        """One chat for each of `clients` concurrent clients: total seconds, and the chats."""
         began = time.perf_counter()
         chats = await asyncio.gather(*map(self.chat, range(clients)))
         return time.perf_counter() - began, chats
@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(servers: dict[str, Server], clients: int, rounds: int) -> None:
-    """Print medians over the rounds, in each of which every server has its turn."""
+    """Print medians over the rounds; in each round every server takes its turn."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in servers}
     for _ in range(rounds):
         for name, server in servers.items():

@@ -1,11 +1,11 @@
-"""The race of the BPE trainers: `nanolib bench tokenizer --mirror FOLDER`.
+"""Benchmark of BPE trainers: `nanolib bench tokenizer --mirror FOLDER`.
 
-Every measurement is a process of its own, and ours runs right before each of its peers, so that
-both see the same machine. Peers come from PyPI into a throwaway environment; one that cannot be
-had is left out. A measurement prints one JSON line; at the end stands a Markdown table.
+Each measurement runs in its own process, and ours runs right before each peer, so that both see the
+same machine. Peers are installed from PyPI into a temporary environment; those that cannot be
+installed are skipped. A measurement prints one JSON line; a Markdown table follows at the end.
 
-This file is also the program of the measuring processes, which know nothing of nanolib: at import
-it needs the standard library alone.
+This file is also the program of the measuring processes, which do without nanolib: importing it needs
+only the standard library.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def train_tokenizers(documents: Iterable[str], files: Path, job: dict) -> list[s
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return []  # breaks ties its own way
+    return []  # breaks ties differently
 
 
 def train_gigabpe(documents: Iterable[str], files: Path, job: dict) -> list[str]:
     import gigabpe  # ty: ignore[import-not-found]
 
-    paths = sorted(map(str, files.glob("*.txt")))  # files are all it takes, split as GPT-2 does
+    paths = sorted(map(str, files.glob("*.txt")))  # accepts only files, splits like GPT-2
     gigabpe.train_bpe(paths, job["vocab_size"], threads=job["threads"])
     return []
 
@@ -88,7 +88,7 @@ TRAINERS = {
 
 
 def read_documents(corpus: Path) -> list[str]:
-    """Documents are separated by NUL; read bit by bit, so that no second copy is in memory."""
+    """Documents separated by NUL, read in chunks, so that there is no second copy in memory."""
     documents, rest = [], ""
     with corpus.open(encoding="utf-8", newline="") as file:
         while part := file.read(1 << 20):
@@ -98,7 +98,7 @@ def read_documents(corpus: Path) -> list[str]:
 
 
 def memory(field: str) -> float:
-    """A field of this process's /proc status in MB; nan where there is no such thing."""
+    """A field of this process's /proc status in MB; nan if there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -107,16 +107,16 @@ def memory(field: str) -> float:
 
 
 def measure(job: dict) -> dict:
-    """Train once. Memory is the peak above what is in use after draining the same iterator."""
+    """Train once. Memory: the peak above the usage after exhausting the same iterator."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[-job["threads"] :]))
     corpus = Path(job["corpus"])
-    # gigabpe reads files: a list of documents would only stand in its way
+    # gigabpe reads files and needs no list of documents
     documents = [] if job["trainer"] == "gigabpe" else read_documents(corpus)
     for _ in (document for document in documents):
         pass
     if os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     used, cpu, start = memory("VmRSS"), time.process_time(), time.perf_counter()
     tokens = TRAINERS[job["trainer"]]((d for d in documents), corpus.parent / "files", job)
     return {
@@ -138,7 +138,7 @@ def hash_of(tokens: list[str]) -> str:
 
 
 def permuted(text: str, shift: int) -> str:
-    """Vowels and consonants moved on among themselves: another language of the same build."""
+    """Rotate vowels and consonants separately: different words with the same statistics."""
     table = {}
     for letters in ("aeiou", "bcdfghjklmnpqrstvwxyz"):
         for kind in (letters, letters.upper()):
@@ -183,7 +183,7 @@ def write_corpus(mirror: Path, folder: Path, num_bytes: int) -> tuple[int, int]:
 
 
 def peer_python(folder: Path, wanted: list[str]) -> tuple[Path, list[str]]:
-    """A throwaway environment with the wanted peers that can be had."""
+    """A temporary environment with the wanted peers that can be installed."""
     python = folder / "peers" / "bin" / "python"
     subprocess.run(["uv", "venv", "-q", "--python", sys.executable, folder / "peers"], check=True)
     found = []
@@ -208,7 +208,7 @@ def run(python: Path | str, **job: object) -> dict:
 
 
 def race(python: Path, peers: list[str], threads: list[int], rounds: int, job: dict) -> list[dict]:
-    """Rows of peers carry ours of the moment before as `ours`, and the ratios to it."""
+    """Each peer's row has our preceding measurement as `ours`, and the ratios to it."""
     rows = []
     for _ in range(rounds):
         for count in threads:
@@ -224,8 +224,8 @@ COLUMNS = {"seconds": "s", "cpu_seconds": "CPU s", "peak_mb": "MB"}
 
 
 def table(rows: list[dict], threads: list[int]) -> str:
-    """One line a trainer and number of threads: the best of each, and in brackets how many times
-    ours it is, the median over pairs."""
+    """One line per trainer and number of threads: the best of each, and in brackets the ratio to
+    ours, the median over pairs."""
     lines = [f"| trainer | threads | {' | '.join(COLUMNS.values())} |", "|---|---|---|---|---|"]
     for count in threads:
         for trainer in dict.fromkeys(row["trainer"] for row in rows):
@@ -240,7 +240,7 @@ def table(rows: list[dict], threads: list[int]) -> str:
 
 
 def more(rows: list[dict], threads: list[int], job: dict) -> str:
-    """What the table does not show: same merges, counting alone, a vocabulary twice as large."""
+    """Further results: equal merges, counting only, a vocabulary twice as large."""
     lines = []
     if any(row["trainer"] == "rustbpe" for row in rows):
         hashes = {row["tokens"] for row in rows if row["tokens"]}
@@ -257,7 +257,7 @@ def more(rows: list[dict], threads: list[int], job: dict) -> str:
 
 
 def microbenchmark(corpus: Path) -> str | None:
-    """The crate's own benchmark of reading, scanning and counting, where cargo is at hand."""
+    """The crate's benchmark of reading, scanning and counting, if cargo is available."""
     command = ["cargo", "bench", "--quiet", "--bench", "throughput"]
     environment = os.environ | {"CORPUS": str(corpus)}
     try:
@@ -312,9 +312,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=float, default=200.0)
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=1, help="races to take the best of")
+    parser.add_argument("--rounds", type=int, default=1, help="take the best of this many races")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--out", type=Path, help="write the table here, too")
+    parser.add_argument("--out", type=Path, help="also write the table here")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.job:
