@@ -1,7 +1,7 @@
-"""What a model costs in FLOPs and bytes, from its configuration alone, and on which devices.
+"""FLOPs and memory of a model, computed from its configuration, and device specifications.
 
-A multiply-add is two FLOPs. Only matrix products are counted: all else is under one percent of the
-arithmetic, though not of the time.
+A multiply-add counts as two FLOPs. Only matrix products are counted: everything else is under one
+percent of the arithmetic, though not of the time.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 
 from nanolib.config import ModelConfig
 
-DOLLARS_PER_GPU_HOUR = 3.0  # what the original paid for an H100; rents differ by place and day
+DOLLARS_PER_GPU_HOUR = 3.0  # what nanochat paid per H100; prices vary
 
-# Peak (dense bfloat16 FLOP/s) and memory (10⁹ bytes) from the data sheets; the first key that is
-# part of the name that torch gives counts.
+# Peak (dense bfloat16 FLOP/s) and memory (10⁹ bytes) from the data sheets; the first key contained
+# in torch's device name applies.
 DEVICES = {
     "H100 PCIe": (756e12, 80),
     "H100 NVL": (835e12, 94),
@@ -30,11 +30,11 @@ DEVICES = {
 }
 
 # Model FLOPs utilisation by depth on one H100 in bfloat16, update included (runs/bench/device.md):
-# 12 and 20 of whole steps on 2026-11-28, 32 put together from its parts, 8 of a run before that.
+# 12 and 20 from whole steps (2026-11-28), 32 summed from its parts, 8 from an earlier run.
 MEASURED_MFU = {8: 0.346, 12: 0.522, 20: 0.554, 32: 0.578}
 
-# The share of the layers' activations that a compiled bfloat16 program keeps: fitted so that the
-# estimate is within 10 % of the peaks measured on an H100 (runs/bench/device.md).
+# Fraction of the layers' activations that compiled bfloat16 code keeps, fitted so that the estimate
+# is within 10 % of the peaks measured on an H100 (runs/bench/device.md).
 KEPT_ON_CUDA = 0.71
 
 
@@ -42,14 +42,14 @@ KEPT_ON_CUDA = 0.71
 class Machine:
     name: str
     count: int
-    peak: float | None  # dense bfloat16 FLOP/s of one device; None: not known
-    memory: float  # GB of one device
+    peak: float | None  # dense bfloat16 FLOP/s per device; None: unknown
+    memory: float  # GB per device
     dollars_per_hour: float | None = None
     cuda: bool = True
 
     @classmethod
     def parse(cls, text: str, dollars_per_hour: float | None = None) -> Machine:
-        """Such as "8xH100"; ValueError for a device that is not in `DEVICES`."""
+        """Parse text such as "8xH100"; ValueError for a device that is not in `DEVICES`."""
         found = re.fullmatch(r"(?:([1-9]\d*)[x×])?(.+)", text.lower().replace(" ", ""))
         known = {name.lower().replace(" ", ""): name for name in DEVICES}
         if found is None or found[2] not in known:
@@ -63,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """An estimate of the bytes that training takes on each of `ranks` devices."""
+    """Estimated memory of training, in bytes per device."""
 
     model: ModelConfig
     vocab_size: int
@@ -77,24 +77,24 @@ class TrainingMemory:
 
     @property
     def optimizer(self) -> int:
-        """One number for each weight of Muon's, two for AdamW's, sharded over the ranks."""
+        """Optimizer state, sharded: one number per weight for Muon, two for AdamW."""
         counts = self.model.parts(self.vocab_size)
         numbers = 2 * sum(counts.values()) - counts["attention"] - counts["mlp"]
         return 4 * -(-numbers // self.ranks)
 
     @property
     def update(self) -> int:
-        """The optimizer's stacked copies of weights and gradients, after the backward pass."""
+        """The optimizer's temporary stacked copies of weights and gradients."""
         return 2 * self.weights
 
     def activations(self, rows: int) -> int:
-        """What the forward pass of `rows` rows keeps for the backward pass.
+        """What the forward pass of `rows` rows saves for the backward pass.
 
-        A layer keeps, for each token: both norms' inputs and outputs, queries and keys before and
-        after theirs, values, attention's output, and the MLP's 4 D before and after the square.
-        The head keeps the logits twice: after the soft cap and as exponentials (on CUDA, in
-        bfloat16, as scores and as their gradient). x0 keeps one input more of each layer, value
-        embeddings the tokens' vectors, smear the embedding and the one before.
+        Per layer and token: inputs and outputs of both norms, queries and keys before and after
+        QK-norm, values, the attention output, and the 4 D hidden units before and after squaring.
+        The head saves the logits twice: soft-capped and as exponentials (on CUDA, in bfloat16,
+        before the cap and as a gradient). x0 adds one input per layer, value embeddings one vector
+        per token and layer, smear two embeddings per token.
         """
         model, width, uses = self.model, self.model.width, self.model.uses
         kv_width = model.num_kv_heads * model.head_dim
@@ -106,19 +106,19 @@ class TrainingMemory:
         return int(rows * model.sequence_len * token)
 
     def total(self, rows: int) -> int:
-        """The peak: activations and the update's copies never exist at the same time."""
+        """Peak memory; activations and the copies for the update never coexist."""
         return 2 * self.weights + self.optimizer + max(self.activations(rows), self.update)
 
 
 def cache_bytes(config: ModelConfig, rows: int, length: int, bytes_per_number: int = 2) -> int:
-    """Bytes of the keys and values of `rows` sequences of `length` positions."""
+    """Bytes of a KV cache for `rows` sequences of `length` positions."""
     kv_width = config.num_kv_heads * config.head_dim
     return 2 * config.depth * rows * length * kv_width * bytes_per_number
 
 
 def forward_flops(config: ModelConfig, vocab_size: int) -> int:
-    """FLOPs per token of a forward pass over rows of T = sequence_len tokens: two for each weight in
-    a matrix product, and 4 T width a layer for attention (in full; a causal kernel does half)."""
+    """FLOPs per token of a forward pass over T = sequence_len tokens: two per weight in a matrix
+    product, plus 4 T D per layer for attention (non-causal; a causal kernel does half)."""
     counts = config.parts(vocab_size)
     spans = config.depth * config.sequence_len - len(config.short_layers) * (
         config.sequence_len // 2
@@ -128,24 +128,24 @@ def forward_flops(config: ModelConfig, vocab_size: int) -> int:
 
 
 def training_flops(config: ModelConfig, vocab_size: int) -> int:
-    """FLOPs per token of a forward and a backward pass, which does twice the forward's work."""
+    """FLOPs per token of a forward and a backward pass; backward costs twice the forward."""
     return 3 * forward_flops(config, vocab_size)
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device with that name; None if it is not in `DEVICES`."""
+    """Dense bfloat16 FLOP/s of a device by torch's name for it; None if unknown."""
     return next((peak for part, (peak, _) in DEVICES.items() if part in device), None)
 
 
 def mfu(
     config: ModelConfig, vocab_size: int, *, tokens_per_second: float, device: str, ranks: int = 1
 ) -> float | None:
-    """Model FLOPs utilisation (arXiv:2204.02311, appendix B); None where the peak is not known."""
+    """Model FLOPs utilisation (arXiv:2204.02311, appendix B); None if the peak is unknown."""
     if (peak := peak_flops(device)) is None:
         return None
     return training_flops(config, vocab_size) * tokens_per_second / (peak * ranks)
 
 
 def assumed_mfu(depth: int) -> float:
-    """The utilisation to expect at a depth: `MEASURED_MFU`, interpolated, flat beyond its ends."""
+    """Expected MFU at a depth: `MEASURED_MFU`, interpolated, constant beyond its ends."""
     return float(np.interp(depth, list(MEASURED_MFU), list(MEASURED_MFU.values())))

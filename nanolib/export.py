@@ -1,7 +1,7 @@
-"""Export to Hugging Face's format: a folder that transformers loads as `NanoChatForCausalLM`.
+"""Export to Hugging Face format: a folder that transformers loads as `NanoChatForCausalLM`.
 
-Preset ``classic`` gives the same logits there. The tokenizers differ in one thing: theirs turns a
-special token typed as plain text into the special token.
+Preset ``classic`` gives the same logits there. The tokenizer differs in one way: special tokens in
+plain text are encoded as special tokens.
 """
 
 import json
@@ -18,7 +18,7 @@ from nanolib.rundir import Run, whole_file, write_json
 from nanolib.session import stage_with_model
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-# Our parameter names -> those of transformers.
+# Our parameter names -> names in transformers.
 NAMES = {
     "embedding.": "model.embed_tokens.",
     "head.": "lm_head.",
@@ -32,11 +32,11 @@ NAMES = {
 }
 
 TEMPLATES = Path(__file__).parent / "templates"
-CONSTANT = json.loads((TEMPLATES / "export.json").read_text())  # file -> what is always the same
+CONSTANT = json.loads((TEMPLATES / "export.json").read_text())  # file -> its constant contents
 
 
 def export(run: Run, of: str | None = None, folder: Path | None = None) -> Path:
-    """Export the model of stage `of` (None: the last); returns `folder`, by default ``export``."""
+    """Export the model of stage `of` (None: the last) to `folder` (None: ``<run>/export``)."""
     stage = run.stage(stage_with_model(run, of, "to export"))
     trained = checkpoint.load_model(stage.checkpoints, torch.device("cpu"))
     tokenizer = Tokenizer.load(run.stage("tokenizer").path / "tokenizer.json")
@@ -91,8 +91,8 @@ def model_config(trained: GPT) -> dict[str, Any]:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """In the format of the `tokenizers` library."""
-    # A printable letter for each byte, as GPT-2 chose them: Latin-1 where that prints, others above.
+    """The tokenizer in the format of the `tokenizers` library."""
+    # GPT-2's printable character for each byte: itself if printable in Latin-1, else U+0100 and up.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     letters = [chr(byte if byte in printable else next(spare)) for byte in range(256)]

@@ -1,7 +1,7 @@
-"""The worker's side of the guard: stop when the launcher is gone.
+"""Stops a worker when its launcher exits.
 
-Standard input is a pipe that the launcher holds open and never writes to: however it ends, every
-rank reads end-of-file. (torchrun puts the ranks out of reach of a signal to the process group.)
+Standard input is a pipe that the launcher holds open and never writes to: when the launcher ends,
+for any reason, every rank reads end-of-file. (With torchrun, signals to the group miss the ranks.)
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ GRACE = 60.0  # seconds to finish the current step and save
 
 @dataclass
 class Guard:
-    """Tells the worker to save and end; `grace` seconds later the process kills itself."""
+    """Asks the worker to save and exit; kills the process if it has not after `grace` seconds."""
 
     grace: float = GRACE
     stop_requested: bool = False
 
     @classmethod
     def start(cls, grace: float = GRACE) -> Guard:
-        """Watch standard input if a launcher started this process (NANOLIB_GUARD=1)."""
+        """Start watching standard input if a launcher started us (NANOLIB_GUARD=1)."""
         guard = cls(grace)
         if os.environ.get("NANOLIB_GUARD") == "1":
             threading.Thread(target=guard._watch, name="guard", daemon=True).start()

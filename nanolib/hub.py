@@ -139,8 +139,8 @@ def wanted(
 ) -> Iterator[Wanted]:
     """Groups of files that a run needs; fetch each into `folder` before asking for the next.
 
-    The number of text shards is ``data.text_shards``, or estimated from the size of those fetched so
-    far. `revisions` pins commit hashes by repository; missing ones are filled in.
+    The number of text shards is ``data.text_shards``, or estimated from the size of those fetched.
+    `revisions` pins commit hashes by repository; missing ones are filled in.
     """
     data, base = config.recipe.data, config.recipe.base
     listed = functools.cache(partial(_listing, revisions=revisions))

@@ -67,7 +67,7 @@ def _product(
 
 
 def _launch(a_MK: Tensor, b: Tensor, h_MN: Tensor | None) -> Tensor:
-    """ReLU(a bᵀ)² [M, N], or the backward (a b) · 2 √h, elementwise, if h is given; bfloat16."""
+    """ReLU(a bᵀ)² [M, N] or, if h is given, the backward (a b) · 2 √h, elementwise; bfloat16."""
     backward = h_MN is not None
     (M, K), N = a_MK.shape, b.shape[1 if backward else 0]
     out_MN = a_MK.new_empty(M, N)

@@ -1,8 +1,8 @@
-"""Run a stage in processes of its own and follow it; the caller itself never trains.
+"""Runs a stage in worker processes and follows its progress; the caller itself never trains.
 
-The launcher locks ``<stage>/log.txt`` (flock) and hands it to the worker as standard output. The
-lock belongs to the open file: the last rank holds it to its end, even when launcher or torchrun is
-killed.
+The launcher locks ``<stage>/log.txt`` (flock) and passes it to the workers as standard output. The
+lock belongs to the open file, so it is held until the last rank exits, even if the launcher or
+torchrun is killed.
 """
 
 import contextlib
@@ -25,26 +25,26 @@ from nanolib.rundir import Run, StageDir
 
 WORKER: str = "nanolib.stages.worker"  # the module that runs a stage
 PARALLEL = (*config.MODELS, "eval")  # the stages that run on several ranks
-POLL = 0.2  # seconds between looks at what is running
-TAIL = 30  # lines of the log that an error shows
+POLL = 0.2  # seconds between checks of a running stage
+TAIL = 30  # log lines shown in an error
 
 Watch = Callable[[StageDir, Sequence[dict[str, Any]]], None]
 
 
 class StageError(ValueError):
-    """A user's mistake that keeps a stage from running or finishing."""
+    """A stage cannot run or finish because of a user error."""
 
 
 class WorkerError(RuntimeError):
-    """A stage's process ended without finishing; the message has the tail of its log."""
+    """A worker ended before its stage was finished; the message has the end of its log."""
 
 
 def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
-    """Finish a stage, and before it the stages it needs; returns the result in its done record.
+    """Run a stage, and any unfinished stages it needs; returns its result (from done.json).
 
-    of: the stage whose model ``eval`` scores; None: the run's last one. watch: see `Follower`. If
-    another process runs the stage, follow that one, and take over if it ends early. Raises StageError
-    for a user's mistake, WorkerError when the worker fails, KeyboardInterrupt after it has saved.
+    of: the stage whose model ``eval`` scores; None: the run's last. watch: see `Follower`. If
+    another process is running the stage, follow it, and take over if it ends early. Raises
+    StageError for user errors, WorkerError if the worker fails, KeyboardInterrupt after saving.
     """
     of = _scored_model(name, run, of)
     for needed in prerequisites(name, run, of):
@@ -54,7 +54,7 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
     if name == "report" and this.done():
         records = [it.path / "done.json" for it in run.stages() if it.done()]
         if (own := this.path / "done.json") != max(records, key=lambda it: it.stat().st_mtime_ns):
-            own.unlink()  # a stage has finished since
+            own.unlink()  # outdated: a stage has finished since
     follower = Follower([this], watch)
     while (record := this.done()) is None:
         with locked(this.log) as log:
@@ -73,7 +73,7 @@ def prerequisites(name: str, run: Run, of: str | None = None) -> list[str]:
 
 
 def _scored_model(name: str, run: Run, of: str | None) -> str | None:
-    """The stage whose model ``eval`` scores, None for others; StageError for no such stage."""
+    """The stage whose model ``eval`` scores (None for other stages); checks both names."""
     models = run.config.recipe.models
     if name not in config.STAGES:
         raise StageError(f"there is no stage {name!r}; there are {', '.join(config.STAGES)}")
@@ -88,14 +88,14 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
 
 
 class Follower:
-    """Calls `watch` with a stage's metric rows when there are new ones, and when it is done."""
+    """Calls `watch` with all metric rows of a stage when there are new ones or it finishes."""
 
     def __init__(self, stages: Iterable[StageDir], watch: Watch | None) -> None:
         self._watch = watch
         self._seen = dict.fromkeys(stages, (0, False))  # bytes of metrics, done
 
     def follow(self, working: Callable[[], bool]) -> None:
-        """Look again and again until `working` is false, and once after that."""
+        """Poll until `working()` is false, then once more."""
         while working():
             self.look()
             time.sleep(POLL)
@@ -127,13 +127,13 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Generator[FileIO | None, None, None]:
-    """The file open for appending and locked, or None while another process holds its lock."""
+    """Open a file for appending and lock it; yields None if another process holds the lock."""
     with rundir.saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab", buffering=0)
     with file:
         taken = None
-        for wait in (0.05, 0):  # the other one may only be asking, as `is_running` does
+        for wait in (0.05, 0):  # `is_running` elsewhere may hold it for a moment
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 taken = file
@@ -153,10 +153,10 @@ def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Foll
         stdout=log,
         stderr=subprocess.STDOUT,
         cwd=config.REPOSITORY,
-        start_new_session=True,  # Ctrl-C in a terminal reaches only us
+        start_new_session=True,  # so that Ctrl-C reaches only the launcher
     )
     try:
-        log.close()  # from here on the lock lives as long as the worker's processes
+        log.close()  # now only the worker processes hold the lock
         follower.follow(lambda: worker.poll() is None)
     finally:
         _end(worker, stage)
@@ -165,8 +165,8 @@ def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Foll
 
 
 def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str, Any]:
-    """The worker's command line and environment, with its share of the cores."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    """The worker's command line and environment."""
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     threads = run.config.machine.threads or max(1, cores // ranks)
     machine = config.flatten(run.config.machine, "machine.")
@@ -174,20 +174,20 @@ def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str,
     words = ["-m", WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
     words += ["--of", of] if of else []
     if ranks > 1:
-        # Without an address torchrun looks up this machine's host name, which need not resolve.
+        # By default torchrun uses this machine's host name, which may not resolve.
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         words = [*torchrun, f"--nproc-per-node={ranks}", *words]
     environment = {
         "NANOLIB_GUARD": "1",
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are ten times slower on a busy machine
+        "OMP_WAIT_POLICY": "PASSIVE",  # busy-waiting is ten times slower on a busy machine
         "PYTHONUNBUFFERED": "1",
     }
     return {"args": [sys.executable, *words], "env": os.environ | environment}
 
 
 def _ranks(run: Run) -> int:
-    """Without importing torch or touching a GPU."""
+    """Number of ranks, found without importing torch or touching a GPU."""
     machine, chosen = run.config.machine, os.environ.get("CUDA_VISIBLE_DEVICES")
     if machine.ranks is not None or machine.device not in ("auto", "cuda"):
         return machine.ranks or 1
@@ -199,21 +199,21 @@ def _ranks(run: Run) -> int:
 
 
 def _end(worker: subprocess.Popen, stage: StageDir) -> None:
-    """Close the guard pipe (`nanolib.guard`) and wait for the last of the worker's processes."""
+    """Close the guard pipe (see `nanolib.guard`) and wait for all worker processes."""
     assert worker.stdin is not None
     worker.stdin.close()
     try:
         worker.wait()
-    except KeyboardInterrupt:  # a second one: do not wait for the save
+    except KeyboardInterrupt:  # second Ctrl-C: do not wait for the save
         worker.kill()
         raise
     deadline = time.monotonic() + guard.GRACE + 5
     while stage.done() is None and is_running(stage) and time.monotonic() < deadline:
-        pass  # ranks may outlive a killed torchrun for a moment; each look waits a little
+        pass  # ranks may briefly outlive a killed torchrun; is_running() sleeps
 
 
 def _failure(stage: StageDir, code: int, start: int) -> Exception:
-    """What to raise for a worker that ended with `code`; its log begins at byte `start`."""
+    """The exception for a worker that exited with `code`; its log starts at byte `start`."""
     lines = stage.log.read_bytes()[start:].decode(errors="replace").splitlines()
     mistakes = [line for line in lines if line.startswith("error: ")]
     torchrun_saw = any(re.search(r"exitcode\s*: 2\b", line) for line in lines)

@@ -347,7 +347,7 @@ class GPT(nn.Module):
         """The normalised token embeddings [B, T, D], the input of the residual stream."""
         x_BTD = self.embedding(ids_BT)
         if torch.is_autocast_enabled(x_BTD.device.type):
-            # Keep the residual stream in the autocast dtype: float32 would double the memory traffic
+            # Keep the residual stream in the autocast dtype: float32 would double memory traffic
             # of every block (5 % of a step at depth 12 on an H100).
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
         return norm(x_BTD)

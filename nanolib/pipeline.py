@@ -1,8 +1,8 @@
-"""The chain: executing every chapter of the course, in order, is the training run.
+"""The pipeline: a training run executes all chapters of the course in order.
 
-papermill executes ``notebooks/NN_topic.py``; the chapters launch the stages. What is finished is
-skipped. A stage that fails stops the chain. A chapter's own code that fails (its lesson: an assert,
-a plot) does not: the command ends with an error and executes it again next time.
+papermill executes ``notebooks/NN_topic.py``, and the chapters launch the stages. Finished chapters
+and stages are skipped. A failed stage stops the run. An error in a chapter's own code (its lesson:
+an assert, a plot) does not, but it is reported at the end, and the next run executes it again.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 PARAMETERS = ("profile", "run", "overrides")
-COMMAND = (sys.executable, "-m", "nanolib")  # what `detach` starts; tests put their own here
+COMMAND = (sys.executable, "-m", "nanolib")  # what `detach` starts; replaced in tests
 
 
 class ChapterError(RuntimeError):
-    """A chapter ended early, or its lesson failed; the message says where to look."""
+    """A chapter was interrupted, or its lesson failed; the message says where to look."""
 
 
 def run(profile: str, run: str | None = None, overrides: Overrides = None) -> Run:
-    """Execute all chapters for a run, making it if there is none, and say where its results are.
+    """Execute all chapters for a run, creating it if needed, and print where its results are.
 
-    ChapterError: at once when a stage fails, at the end when a lesson did. Ctrl-C saves first.
+    Raises ChapterError at once if a stage fails, at the end if a lesson did. Ctrl-C saves first.
     """
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
@@ -70,7 +70,7 @@ def run(profile: str, run: str | None = None, overrides: Overrides = None) -> Ru
 def dry_run(
     profile: str, run: str | None, overrides: Mapping[str, Any], on: str | None = None
 ) -> Iterator[str]:
-    """What `run` would do on machine `on` ("8xH100"; None: this one), in lines; writes nothing."""
+    """Lines that say what `run` would do on machine `on` ("8xH100"; None: this one)."""
     from nanolib import accounting, hub, planning
     from nanolib.stages import text
 
@@ -101,7 +101,7 @@ def chapters() -> list[Path]:
 
 
 def read(source: Path) -> NotebookNode:
-    """A chapter as a notebook; ValueError unless its parameters cell sets PARAMETERS, in order."""
+    """Load a chapter as a notebook; ValueError unless its parameters cell sets PARAMETERS."""
     import jupytext
     from papermill.translators import PythonTranslator
 
@@ -124,7 +124,7 @@ def _fingerprint(run: Run, chapter: Path) -> str:
 
 
 def _record(run: Run, chapter: Path) -> dict[str, Any]:
-    """How a chapter ended with this source and recipe; empty until then."""
+    """How a chapter ended; empty if it has not run with this source and recipe."""
     notebook = executed(run, chapter)
     path = notebook.with_suffix(".done.json")
     record = json.loads(path.read_text()) if path.exists() and notebook.exists() else {}
@@ -134,7 +134,7 @@ def _record(run: Run, chapter: Path) -> dict[str, Any]:
 def _bring_to_end(
     run: Run, chapter: Path, parameters: dict[str, Any], follower: launch.Follower, line: Line
 ) -> None:
-    """Execute a chapter unless it is finished, and keep its notebook and record."""
+    """Execute a chapter, unless finished, and save its notebook and record."""
     if (before := _record(run, chapter)) and not before.get("failure"):
         line.say(f"chapter {chapter.stem}: finished before")
         return
@@ -159,16 +159,16 @@ def _bring_to_end(
 
 
 def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | None:
-    """Execute one chapter in a kernel; returns what its lesson failed with, if it did.
+    """Execute one chapter in a kernel; returns the error of its lesson, or None.
 
-    Raises ValueError for a user's mistake about a stage, ChapterError for one that failed.
+    Raises ValueError for a StageError (a user error), ChapterError if a stage failed.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    for logger in ("papermill", "asyncio"):  # both log a dead kernel, which an exception tells us
+    for logger in ("papermill", "asyncio"):  # both also log a dead kernel
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    # What chapters need beside them: a reader may run the executed ones again.
+    # Copy the helper files, so that a reader can rerun the executed chapters.
     others = shutil.ignore_patterns("[0-9][0-9]_*", ".*", "__pycache__")
     shutil.copytree(NOTEBOOKS, target.parent, ignore=others, dirs_exist_ok=True)
     try:
@@ -197,8 +197,8 @@ def _execute(chapter: Path, target: Path, parameters: dict[str, Any]) -> str | N
 
 
 def _execute_notebook(*given: Any, **settings: Any) -> None:
-    """papermill's. A kernel that dies as it starts, before any cell, is started again: another may
-    have taken one of its ports, which Jupyter chooses before the kernel binds them."""
+    """papermill.execute_notebook, retried if the kernel dies on startup: Jupyter picks ports before
+    the kernel binds them, so another process may have taken one."""
     import papermill
 
     for last in (False, False, True):
@@ -211,7 +211,7 @@ def _execute_notebook(*given: Any, **settings: Any) -> None:
 
 
 def _lock(run: Run) -> Path:
-    """Locked by the command that executes the run's chapters; it has the command's process id."""
+    """Lock file of the command that executes the run's chapters; contains its process id."""
     return run.path / "chapters" / ".lock"
 
 
@@ -227,7 +227,7 @@ def only_one(run: Run) -> Generator[None, None, None]:
 
 
 def running(run: Run) -> int | None:
-    """The process id of the command that is executing a run's chapters, if any."""
+    """Process id of the command executing a run's chapters, or None."""
     return int(_lock(run).read_text() or 0) if launch.is_locked(_lock(run)) else None
 
 
@@ -238,8 +238,8 @@ def _tell_finished(run: Run, line: Line) -> None:
     line.say(f"  chat      uv run nanolib chat --run {run.name}")
     failures = {source: _record(run, source).get("failure") for source in chapters()}
     if failed := [f"\n  {executed(run, it)}: {why}" for it, why in failures.items() if why]:
-        said = "these lessons failed; the same command tries them again:"
-        raise ChapterError(said + "".join(failed))
+        message = "these lessons failed; the same command tries them again:"
+        raise ChapterError(message + "".join(failed))
 
 
 def log_path(run: Run) -> Path:
@@ -247,7 +247,7 @@ def log_path(run: Run) -> Path:
 
 
 def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
-    """Start ``nanolib run`` in a session of its own; returns once the run is under way."""
+    """Start ``nanolib run`` in the background; returns once it is running."""
     this = Run.open(profile, run, overrides)
     with only_one(this):
         pass
@@ -259,7 +259,7 @@ def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            # With this variable it would end together with the `uv run` that started us.
+            # With this variable set, it would end together with our own `uv run`.
             env={k: v for k, v in os.environ.items() if k != "UV_RUN_RECURSION_DEPTH"},
             start_new_session=True,
         )
@@ -275,15 +275,14 @@ def detach(profile: str, run: str | None, overrides: Mapping[str, Any]) -> None:
 
 
 def _last_words(run: Run, begin: int = 0) -> str:
-    """The error that a run's log ends with from byte `begin` on, else its last line."""
+    """The last error in a run's log after byte `begin`, or else its last line."""
     text = log_path(run).read_bytes()[begin:].decode(errors="replace")
     _, found, error = ("\n" + text).rpartition("\nerror: ")
     return (error if found else text.strip().rpartition("\n")[2]).strip()
 
 
 def watch(run: Run) -> None:
-    """Show a run's finished stages, then follow what is working on it until nothing is; ChapterError
-    unless the run is finished."""
+    """Show a run's progress until no process works on it; ChapterError unless it is finished."""
     with contextlib.closing(Line()) as line:
         line.say(f"run {run.name}: {run.path}")
         follower = launch.Follower(run.stages(), line)
@@ -291,9 +290,9 @@ def watch(run: Run) -> None:
     if all(_record(run, source) for source in chapters()):
         _tell_finished(run, line)
         return
-    log, said = log_path(run), f"nothing is running, and run {run.name} is not finished; go on with"
-    said += f" it: nanolib run {run.config.profile} --run {run.name}"
+    log, message = log_path(run), f"nothing is running, and run {run.name} is not finished; go on"
+    message += f" with it: nanolib run {run.config.profile} --run {run.name}"
     # The log tells why, unless another command has run since.
     if log.exists() and log.stat().st_mtime >= _lock(run).stat().st_mtime:
-        said += f"; it said:\n{_last_words(run)}"
-    raise ChapterError(said)
+        message += f"; it said:\n{_last_words(run)}"
+    raise ChapterError(message)

@@ -1,6 +1,6 @@
-"""What fits on a device, and what a run will take.
+"""Finds the largest micro-batch that fits on a device, and projects a run's time and cost.
 
-The same rows in other micro-batches give the same gradient, so we look for the largest that fits.
+The micro-batch size does not affect the gradient, so the largest that fits is used.
 """
 
 import os
@@ -20,20 +20,20 @@ from nanolib.model import GPT
 from nanolib.progress import clock
 from nanolib.runtime import Runtime
 
-MARGIN = 0.92  # of a GPU's memory; the rest is for fragmentation and NCCL's buffers
-ENOUGH = 65_536  # tokens in a micro-batch, as in the original; more costs memory, saves no time
+MARGIN = 0.92  # usable fraction of GPU memory; the rest is for fragmentation and NCCL
+ENOUGH = 65_536  # tokens per micro-batch, as in nanochat; more is not faster
 
-Nll = Callable[[Batch], Tensor]  # what training will call, compiled if training compiles
+Nll = Callable[[Batch], Tensor]  # the loss function of training, compiled if training compiles
 
 
 def size(number: float) -> str:
-    """71,540,000,000 bytes as 71.5 GB, 12,300,000 as 12.3 MB."""
+    """Format bytes: 71,540,000,000 as 71.5 GB, 12,300,000 as 12.3 MB."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def estimated_rows(memory: TrainingMemory, share: int, room: float) -> int:
-    """The rows that should fit into `room` bytes: all of `share`, as far as `ENOUGH` tokens go, or
-    else a power of two; ValueError where not even one does."""
+    """Rows estimated to fit into `room` bytes: `share` (at most `ENOUGH` tokens) or else a power
+    of two; ValueError if not even one fits."""
     most = min(share, max(1, ENOUGH // memory.model.sequence_len))
     return _largest(lambda rows: memory.total(rows) <= room, most) or _too_small(memory, room)
 
@@ -46,17 +46,17 @@ def _too_small(memory: TrainingMemory, room: float) -> NoReturn:
 
 
 def _largest(fits: Callable[[int], bool], rows: int) -> int:
-    """The first of `rows` and the powers of two below it that fits; 0 if none does."""
+    """The largest of `rows` and the powers of two below it that fits; 0 if none does."""
     while rows and not fits(rows):
         rows = 1 << ((rows - 1).bit_length() - 1) if rows > 1 else 0
     return rows
 
 
 def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime) -> int:
-    """The rows of `length` tokens that one micro-batch can have on this device, at most `share`.
+    """Rows of `length` tokens that fit in a micro-batch on this device, at most `share`.
 
-    All ranks call it, before the optimizer is made. On CUDA the estimate is tried and halved until
-    it fits (training reuses what the trial compiles); elsewhere it is the answer.
+    All ranks must call it, before the optimizer exists. On CUDA the estimate is tried and halved
+    until it fits (training reuses the compiled code); elsewhere the estimate is returned.
     """
     runtime.sum(torch.zeros(1, device=runtime.device))  # NCCL allocates before we measure
     cuda, ranks = runtime.device.type == "cuda", runtime.world_size
@@ -64,7 +64,7 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
     if cuda:
         free, _ = torch.cuda.mem_get_info(runtime.device)
         room = MARGIN * (free + torch.cuda.memory_reserved(runtime.device))
-    room = min(runtime.gather(room))  # bytes that any rank may use, the weights included
+    room = min(runtime.gather(room))  # bytes available on every rank, weights included
     memory = TrainingMemory(model.config, model.vocab_size, ranks, cuda, runtime.dtype.itemsize)
     rows = estimated_rows(memory, share, room)
     if cuda:
@@ -74,13 +74,13 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
 
 
 def main_memory(ranks: int) -> float:
-    """For each rank; half of the total is left to everything else."""
+    """Bytes of host memory per rank; half of the total is left for everything else."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / ranks
 
 
 def _fits(rows: int, model: GPT, nll: Nll, length: int, room: float, runtime: Runtime) -> bool:
-    """Whether training steps of `rows` rows really fit; leaves no gradients and no memory behind.
-    No collectives: one rank may run out of memory where another does not."""
+    """Try training steps of `rows` rows; frees gradients and memory afterwards. Uses no
+    collectives, because only some ranks may run out of memory."""
     cuda = runtime.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(runtime.device)
@@ -89,23 +89,23 @@ def _fits(rows: int, model: GPT, nll: Nll, length: int, room: float, runtime: Ru
         fits = not cuda or torch.cuda.max_memory_allocated(runtime.device) <= room
     except torch.OutOfMemoryError:
         fits = False
-    model.zero_grad()  # after the `except`: its traceback keeps tensors alive
+    model.zero_grad()  # not in `except`, where the traceback keeps tensors alive
     if cuda:
         torch.cuda.empty_cache()
-        if not fits:  # or the next size would be compiled with dynamic shapes, which are slower
+        if not fits:  # else the next size compiles with dynamic shapes, which are slower
             torch.compiler.reset()
     return fits
 
 
 def _try(model: GPT, nll: Nll, length: int, rows: int, runtime: Runtime) -> None:
-    """Two forward and backward passes, then an update's memory, beside the optimizer's state."""
+    """Run two forward and backward passes and allocate as much as the optimizer would."""
     memory = TrainingMemory(model.config, model.vocab_size, runtime.world_size)
     state = torch.empty(memory.optimizer, dtype=torch.uint8, device=runtime.device)
     ids_BT = torch.arange(rows * length, device=runtime.device).view(rows, length)
     ids_BT = ids_BT % model.vocab_size
-    # Without the copy it would be compiled for targets that alias the inputs.
+    # Copied, or torch.compile would specialise on targets that alias the inputs.
     batch = Batch(inputs_BT=ids_BT, targets_BT=ids_BT.clone())
-    for _ in range(2):  # the second pass adds to the first one's gradients, as in training
+    for _ in range(2):  # the second pass accumulates gradients, as in training
         with runtime.autocast():
             nll_BT = nll(batch)
         nll_BT.sum().backward()
@@ -114,7 +114,7 @@ def _try(model: GPT, nll: Nll, length: int, rows: int, runtime: Runtime) -> None
 
 
 def share_of(recipe: Recipe, stage: str, ranks: int) -> int:
-    """Rows of one step of a stage on one rank. GRPO deals out questions with all their samples."""
+    """Rows per step and rank in a stage. GRPO keeps all samples of a question on one rank."""
     config = getattr(recipe, stage)
     if isinstance(config, GRPOConfig):
         return -(-config.questions // ranks) * config.samples
@@ -135,7 +135,7 @@ def this_machine(given: MachineConfig) -> Machine:
 
 
 def plan(config: Config, machine: Machine) -> Iterator[str]:
-    """Lines that say what a run takes on `machine.ranks` of a machine's devices, or on all."""
+    """Lines with the size, memory, time and cost of a run on `machine.ranks` (or all) devices."""
     ranks, recipe = config.machine.ranks or machine.count, config.recipe
     if ranks > machine.count:
         needs = f"machine.ranks = {ranks} needs as many devices, and there are {machine.count}"

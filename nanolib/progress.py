@@ -1,4 +1,4 @@
-"""A running stage's progress, as one line of text."""
+"""Progress of a running stage as one line of text."""
 
 import shutil
 import sys
@@ -10,7 +10,7 @@ from nanolib.rundir import StageDir
 
 
 def clock(seconds: float) -> str:
-    """3725 seconds as 1:02:05, 65 as 1:05."""
+    """Format seconds: 3725 as 1:02:05, 65 as 1:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -21,7 +21,7 @@ def title(stage: StageDir) -> str:
 
 
 def describe(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Such as "base  120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412", from what there is."""
+    """Such as "base  120/300  loss 2.314  11,532 tokens/s  1:20 left  bpb 0.412"."""
     last = next((row for row in reversed(rows) if row["kind"] in ("train", "progress")), {})
     evaluated = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
     record, speed = stage.done(), last.get("tokens_per_second")
@@ -40,14 +40,14 @@ def describe(stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Line:
-    """Prints progress: rewrites one line on a terminal, else prints one every few seconds."""
+    """Prints progress: one updating line on a terminal, else a new line every few seconds."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 5.0) -> None:
         self.stream = stream or sys.stdout
         self.every = every
         self._terminal = self.stream.isatty()
         self._printed_at = 0.0
-        self._stage: StageDir | None = None  # of the line shown last
+        self._stage: StageDir | None = None  # stage of the last line
         self._text = ""
 
     def __call__(self, stage: StageDir, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -58,7 +58,7 @@ class Line:
             self.show(describe(stage, rows), bool(is_other or stage.done()))
 
     def show(self, text: str, now: bool = False) -> None:
-        """`now` prints it even where a line was printed a moment ago."""
+        """now: print even if a line was printed just before."""
         if self._terminal:
             self.stream.write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K")
         elif text != self._text and (now or time.monotonic() - self._printed_at >= self.every):
@@ -74,7 +74,7 @@ class Line:
         print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
-        """End the line that is being rewritten."""
+        """End the updating line."""
         if self._terminal and self._text:
             self.stream.write("\n")
         self._stage, self._text = None, ""

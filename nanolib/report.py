@@ -1,7 +1,7 @@
-"""The report card: one Markdown file that says what a run did, from its directory alone.
+"""The report card: a Markdown summary of a run, built from its directory alone.
 
-This module gathers the figures; of the templates, ``report.md.j2`` has the words, ``report.toml`` the
-scores' names and what to compare them with.
+This module collects the figures; template ``report.md.j2`` has the text, ``report.toml`` the names
+of scores and the reference values.
 """
 
 import json
@@ -23,14 +23,14 @@ from nanolib.rundir import Run, StageDir, write_atomic
 TEMPLATES = Path(__file__).parent / "templates"
 KNOWN = tomllib.loads((TEMPLATES / "report.toml").read_text(encoding="utf-8"))
 COLUMNS: dict[str, str] = KNOWN["columns"]
-SAMPLES = 8  # shown of each evaluation
-EVALUATIONS = 12  # rows shown of a stage's scores along the way
-HIDDEN = ("kind", "steps", "time")  # of these
+SAMPLES = 8  # shown per evaluation
+EVALUATIONS = 12  # rows shown of the evaluations during a stage
+HIDDEN = ("kind", "steps", "time")  # columns left out there
 BARS = " ▁▂▃▄▅▆▇█"
 DASH = "—"
-AS_ORIGINAL = ("accuracy", "letters")  # scored as the original does
+AS_ORIGINAL = ("accuracy", "letters")  # scored in the same way as in nanochat
 CORE_MEAN = "**CORE** (mean of centred)"
-_INLINE = str.maketrans("|\n", "¦ ")  # what would end a table's cell
+_INLINE = str.maketrans("|\n", "¦ ")  # characters that would end a table cell
 
 
 def build(run: Run) -> str:
@@ -56,7 +56,7 @@ def build(run: Run) -> str:
 
 
 def compare(run: Run, other: Run) -> str:
-    """Two runs side by side, as Markdown: settings that differ, scores, time and money."""
+    """Compare two runs, as Markdown: differing settings, scores, time and cost."""
     differences = recipe_difference(run.config.recipe, flatten(other.config.recipe))
     stages, toy = _stages(run), _is_toy(run) and _is_toy(other)
     ours, theirs = _measures(stages), _measures(_stages(other))
@@ -96,14 +96,14 @@ def _render(template: str, **values: Any) -> str:
 
 
 class Stage:
-    """What a stage's directory holds, as the templates tell it."""
+    """The contents of a stage's directory, prepared for the templates."""
 
     def __init__(self, directory: StageDir, run: Run) -> None:
         self.name, record, rows = directory.name, directory.done(), directory.metrics.rows
-        self.of = directory.path.name if self.name == "eval" else ""  # whose model it scores
+        self.of = directory.path.name if self.name == "eval" else ""  # the stage that it scores
         self.title = f"eval/{self.of}" if self.of else self.name
-        older = {"attempts": None, "dollars": None, "taken_over": None}  # which lack these
-        self.record: dict[str, Any] = older | record if record else {}  # empty: not finished
+        older = {"attempts": None, "dollars": None, "taken_over": None}  # older records lack these
+        self.record: dict[str, Any] = older | record if record else {}  # empty: unfinished
         self.result, self.curve = directory.result(), directory.curve()
         self.state = "finished" if record else "not begun"
         if not record and (begun := rows("train" if self.name in MODELS else "progress")):
@@ -117,19 +117,19 @@ class Stage:
         self.held_out = _grid([scored[step] for step in steps])
 
         tasks = {task: it for task, it in self.result.items() if isinstance(it, dict)}
-        kept = ((task, it.get("right", {})) for task, it in tasks.items())  # not by older versions
+        kept = ((task, it.get("right", {})) for task, it in tasks.items())  # old runs have none
         self.right = {(task, how): bits for task, its in kept for how, bits in its.items()}
         self.scores = {task: plain for task, it in tasks.items() if (plain := _plain(it))}
         shown = {task: it for task, it in self.scores.items() if not task.startswith("core/")}
         self.task_table = _grid(
             [{"task": _label(t, _is_toy(run)), **it} for t, it in shown.items()]
         )
-        said = [sample for it in tasks.values() for sample in it.get("samples", [])][:SAMPLES]
-        self.samples = rollouts[-1]["samples"] if (rollouts := rows("rollout")) else said
+        samples = [it for task in tasks.values() for it in task.get("samples", [])][:SAMPLES]
+        self.samples = rollouts[-1]["samples"] if (rollouts := rows("rollout")) else samples
 
 
 def _utilisation(base: Stage, run: Run) -> float | None:
-    """Base's MFU; the other stages process more tokens than they count."""
+    """MFU of base; other stages process more tokens than they count, such as padding."""
     machine, recipe = base.record.get("machine", {}), run.config.recipe
     devices = {"device": machine.get("device", ""), "ranks": machine.get("ranks", 1)}
     speed, vocab_size = base.result.get("tokens_per_second", 0.0), recipe.tokenizer.vocab_size
@@ -137,7 +137,7 @@ def _utilisation(base: Stage, run: Run) -> float | None:
 
 
 def _stages(run: Run) -> list[Stage]:
-    """This card is the last one's."""
+    """All stages but the last, which is the report itself."""
     return [Stage(directory, run) for directory in run.stages()[:-1]]
 
 
@@ -147,7 +147,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------- sections
 
-# (task, what was measured) -> of each model its score, chance or count.
+# (task, measure) -> {model: score, chance level or count}
 Measures = dict[tuple[str, str], dict[str, Any]]
 
 
@@ -163,18 +163,18 @@ def _measures(stages: Iterable[Stage]) -> Measures:
 
 
 def _headlines(measures: Measures) -> list[tuple[str, str]]:
-    """The scores among them, without CORE's single tasks."""
+    """The measures shown in the summary: scores, without CORE's individual tasks."""
     scores = [key for key in measures if isinstance(_any(measures, *key), float)]
     return [(task, how) for task, how in scores if how != "chance" and "core/" not in task]
 
 
 def _any(measures: Measures, task: str, how: str) -> Any:
-    """A measure that is the same for all models; None where there is none."""
+    """A measure that is the same for all models, or None."""
     return next(iter(measures.get((task, how), {}).values()), None)
 
 
 def _summary(measures: Measures, models: Sequence[str], toy: bool) -> str:
-    """A column a model; on the real tasks the original's beside them."""
+    """The summary table: one column per model, and nanochat's scores for the real tasks."""
     rows = []
     for task, how in _headlines(measures):
         row: dict[str, Any] = {"": _measure_label(task, how, toy)}
@@ -189,7 +189,7 @@ def _summary(measures: Measures, models: Sequence[str], toy: bool) -> str:
 
 
 def _widest(scores: Iterable[float], questions: int | None) -> float | None:
-    """Half of the widest of these shares' 95 % intervals (Wilson, 1927); None without questions."""
+    """Half-width of the widest 95 % Wilson interval (1927) of `scores`; None without questions."""
     if not questions:
         return None
     z = 1.96
@@ -198,7 +198,7 @@ def _widest(scores: Iterable[float], questions: int | None) -> float | None:
 
 
 def _paired(stages: Iterable[Stage], toy: bool) -> str:
-    """Of each score the problems that a model gains and loses over the model before it."""
+    """Per score: problems gained and lost by each model relative to the one before it."""
     rows: dict[str, dict[str, str]] = {}
     for before, after in pairwise(stage for stage in stages if stage.right):
         for key, now in after.right.items():
@@ -212,7 +212,7 @@ def _paired(stages: Iterable[Stage], toy: bool) -> str:
 
 
 def sign_test(gained: int, lost: int) -> float:
-    """How likely a fair coin splits so unevenly or worse, on either side (McNemar, 1947; exact)."""
+    """Two-sided p-value of the exact sign test (McNemar, 1947)."""
     n, fewer = gained + lost, min(gained, lost)
     ways = accumulate(range(fewer), lambda ways, k: ways * (n - k) // (k + 1), initial=1)
     return min(1.0, 2 * sum(ways) / 2**n)
@@ -235,20 +235,20 @@ def _is_toy(run: Run) -> bool:
 
 
 def _label(name: str, toy: bool = False) -> str:
-    """A score's name; toy: of the toy world, whose tasks share only their form with the known."""
+    """A score's display name; toy: marks toy-world tasks, which only imitate the benchmarks."""
     label = KNOWN["labels"].get(name, name.replace("_", " "))
     return f"toy-{label}" if toy and name in KNOWN["benchmarks"] else label
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with a column for each key of its rows."""
+    """A Markdown table with one column per key."""
     columns = dict.fromkeys(column for row in rows for column in row)
     body = [[row.get(column) for column in columns] for row in rows]
     return table([*map(_label, columns)], body) if rows else ""
 
 
 def _levels(measures: Measures, toy: bool) -> list[list[Any]]:
-    """Each level with the run's best score, and whether that reaches it."""
+    """Rows of (level, bar, the run's best score, whether it passes)."""
     rows = []
     for level in KNOWN["levels"]["toyworld" if toy else "real"]:
         bar, found = level["bar"], measures.get((level["task"], level["score"]), {}).values()
@@ -260,7 +260,7 @@ def _levels(measures: Measures, toy: bool) -> list[list[Any]]:
 
 
 def _environment(stages: Sequence[Stage]) -> list[list[str]]:
-    """The machine of the stages: one value where they all agree."""
+    """The machine the stages ran on: one value if they agree, else one per stage."""
     machines = {stage.title: stage.record.get("machine", {}) for stage in stages if stage.record}
     rows = []
     for key in dict.fromkeys(key for machine in machines.values() for key in machine):
@@ -296,7 +296,7 @@ def _contamination(run: Run, toy: bool) -> tuple[str, list[dict[str, Any]]]:
 
 
 def code_base() -> dict[str, int]:
-    """Lines of this checkout by folder, blank ones left out, and its direct dependencies."""
+    """Non-blank lines of code by folder, and the number of direct dependencies."""
     counts = {}
     for folder in ("nanolib", "rust_tokenizer/src", "notebooks", "runs/bench", "tests"):
         files = [f for f in (REPOSITORY / folder).rglob("*") if f.suffix in (".py", ".rs")]
@@ -306,11 +306,11 @@ def code_base() -> dict[str, int]:
     return counts | {"dependencies": len(project["dependencies"])}
 
 
-# ---------------------------------------------------------------------------- Markdown of figures
+# ---------------------------------------------------------------------------- Markdown
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; a float has four decimals and a missing value is a dash."""
+    """A Markdown table; floats get four decimals, None becomes a dash."""
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *map(table_row, rows)]
     return "\n".join(lines)
 
@@ -321,7 +321,7 @@ def table_row(values: Sequence[Any]) -> str:
 
 
 def number(value: Any) -> str:
-    """A figure for a reader: 1,234,567 or 0.1235; None is a dash, words stay as they are."""
+    """Format a number (1,234,567 or 0.1235); None becomes a dash, text is unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return DASH if value is None else str(value)
     if isinstance(value, int):
@@ -338,7 +338,7 @@ def share(part: float | None, whole: float = 1.0) -> str:
 
 
 def quoted(sample: Sequence[str | bool | float]) -> str:
-    """A sample as text: the prompt, then each answer on a line of its own, with its grade."""
+    """A sample as text: the prompt, then one line per answer, with its grade."""
     text = f"> {sample[0]!r}"
     for part in sample[1:]:
         if isinstance(part, bool):
@@ -349,13 +349,13 @@ def quoted(sample: Sequence[str | bool | float]) -> str:
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """Text in a code fence that nothing in it can close."""
+    """Text in a code fence longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def chart(points: Sequence[tuple[float, float]], width: int = 64, height: int = 8) -> str:
-    """A curve as lines of text: a column shows the mean of its points, the extremes are named."""
+    """A text chart; each column is the mean of its points, labelled with minimum and maximum."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     if not finite:
         return "(nothing to draw)"

@@ -1,8 +1,8 @@
-"""The run book: a run's executed chapters as linked HTML pages that need nothing but themselves.
+"""The run book: a run's executed chapters as self-contained, linked HTML pages.
 
-``<run>/chapters/index.html`` has the contents, key figures and the report card; beside it are a page
-of each chapter and the glossary. nbconvert makes them with ``templates/runbook``. They load nothing
-from elsewhere and run no scripts: formulas stay as they were typed, widgets are left out.
+``<run>/chapters/index.html`` has the contents, key figures and the report card, next to a page per
+chapter and the glossary. nbconvert makes them from ``templates/runbook``. They load no external
+resources and run no scripts: formulas stay as TeX source, and widgets are left out.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from nbconvert import HTMLExporter
 
 TEMPLATES = Path(__file__).parent / "templates"
-# What a cell's output is shown as, the best first: never as a script or a widget.
+# Output formats in order of preference; never scripts or widgets.
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
 
 
 def write(run: Run, names: Sequence[str]) -> Path:
-    """Bring the run book up to date with all chapters, in order; returns its first page.
+    """Update the run book, with the chapters in order; returns its first page.
 
-    A finished chapter's page is written where it is missing, outdated, or has other links.
+    A finished chapter's page is written if it is missing, outdated, or its links have changed.
     """
     folder, exporter = run.path / "chapters", _exporter()
     titles: dict[str, str | None] = dict.fromkeys(names)
@@ -46,7 +46,7 @@ def write(run: Run, names: Sequence[str]) -> Path:
 def _write_page(
     run: Run, name: str, exporter: HTMLExporter, before: str | None = None, after: str | None = None
 ) -> str:
-    """Write a notebook's page, which links to those beside it, unless current; its title."""
+    """Write a notebook's page, unless current, with links to its neighbours; returns its title."""
     links = exporter.environment.get_template("page.html.j2").module.links
     source = run.path / "chapters" / f"{name}.ipynb"
     page, title = source.with_suffix(".html"), _title(source) or name
@@ -86,7 +86,7 @@ def _title(source: Path) -> str | None:
 
 
 def _first_page(run: Run, titles: dict[str, str | None], exporter: HTMLExporter) -> str:
-    """The contents, with the report card: without HTML and images, for it quotes models."""
+    """The index page; the report card is rendered without HTML and images, as it quotes models."""
     from markdown_it import MarkdownIt
 
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
@@ -103,7 +103,7 @@ def _first_page(run: Run, titles: dict[str, str | None], exporter: HTMLExporter)
 
 
 def _curves(run: Run) -> dict[str, str] | None:
-    """A figure of the whole run and its words: each stage's loss by step, and GRPO's reward."""
+    """A figure with alt text: each stage's loss by step, and GRPO's mean reward."""
     import numpy as np
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
-"""A run begins with another's finished stages where their recipe is the same: ``--from RUN``.
+"""Start a run from the finished stages of another with the same recipe: ``--from RUN``.
 
-Stages are taken over up to one whose settings differ (`config.up_to`), that the other run has not
-finished, or that this run has begun. The data stage always runs here: its fingerprint says whether
-both read the same files. Large files, which are never written in place, become hard links.
+Stages are copied up to the first one whose settings differ (`config.up_to`), that the other run has
+not finished, or that this run has started. The data stage always runs; its fingerprint shows
+whether both runs read the same files. Large files, never modified in place, become hard links.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ LINKED = (".safetensors", ".npy")
 
 
 def take_over(run: Run, source: Run, watch: launch.Watch | None = None) -> list[str]:
-    """Copy the stages of `source` that `run` would compute again; what was done, in sentences."""
+    """Copy the stages of `source` that `run` would repeat; returns messages for the user."""
     if run.path.resolve() == source.path.resolve():
         raise ValueError(f"run {run.name} cannot take over its own stages: give --run or --from")
     launch.stage("data", run, watch=watch)
     taken = []
     with (run.path / "manifest.json").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time copies; a killed one lets go
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one process copies; released if killed
         for name in run.config.recipe.road:
             if obstacle := _obstacle(run, source, name):
                 break
@@ -35,12 +35,12 @@ def take_over(run: Run, source: Run, watch: launch.Watch | None = None) -> list[
             if scores.done() and run.config.recipe.eval == source.config.recipe.eval:
                 taken.append(f"eval of {name}")
                 _copy(scores, run.stage("eval", of=name), source.name)
-    said = [f"taken over from run {source.name}: {', '.join(taken) or 'nothing'}"]
-    return [*said, f"{name} is not taken over: {obstacle}"] if obstacle else said
+    messages = [f"taken over from run {source.name}: {', '.join(taken) or 'nothing'}"]
+    return [*messages, f"{name} is not taken over: {obstacle}"] if obstacle else messages
 
 
 def _obstacle(run: Run, source: Run, name: str) -> str | None:
-    """Why a stage cannot be taken over; None where it can, or was."""
+    """Why a stage cannot be taken over; None if it can be, or already was."""
     theirs = config.up_to(source.config.recipe, name)
     for path, value in config.up_to(run.config.recipe, name).items():
         if theirs[path] != value:
@@ -51,7 +51,7 @@ def _obstacle(run: Run, source: Run, name: str) -> str | None:
     if here["fingerprint"] != there["fingerprint"]:
         return f"run {source.name} has read other files"
     if name in config.MODELS[1:]:
-        # Text may have a new revision and the same files, as its fingerprint has just said.
+        # The text may have a new revision: the equal fingerprints show that its files are the same.
         revisions, others = here.get("revisions", {}), there.get("revisions", {})
         both = revisions.keys() & others.keys() - {run.config.recipe.data.repository}
         if changed := sorted(it for it in both if revisions[it] != others[it]):
@@ -81,7 +81,7 @@ def _record(theirs: StageDir, origin: str) -> dict:
 
 def _link_or_copy(file: str, target: str) -> None:
     if file.endswith(LINKED):
-        with contextlib.suppress(OSError):  # another file system, or one without links
+        with contextlib.suppress(OSError):  # other file system, or no hard links
             os.link(file, target)
             return
     shutil.copy2(file, target)
