@@ -101,7 +101,7 @@ def test_a_wrong_conversation_is_named_by_file_and_line(name, tmp_path):
     path = tmp_path / "chats.jsonl"
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(f"{chat('a', 'b')}\n\n".encode() + line + f"\n{chat('c', 'd')}\n".encode())
-    with pytest.raises(ValueError, match=rf"chats.jsonl, line 3: .*{message}.*; mend that line"):
+    with pytest.raises(ValueError, match=rf"chats.jsonl, line 3: .*{message}.*; fix that line"):
         list(own.conversations(str(path)))
 
 
@@ -114,7 +114,7 @@ def test_a_wrong_conversation_is_named_by_file_and_line(name, tmp_path):
         ("a.txt", b"one\ntwo\nthr\xffee\nfour", r"a.txt, line 3: .*byte 0xff"),
         ("a.txt", b"x" * 99 + b"\n" + b"y\n" * 9000 + b"\xff", r"a.txt, line 9002: .*0xff"),
         ("a.parquet", b"PAR1", r"a.parquet is damaged"),
-        ("notes.md", b"hello", r"notes.md is none of .txt, .jsonl and .parquet"),
+        ("notes.md", b"hello", r"notes.md is not a .txt, .jsonl or .parquet file"),
     ],
 )
 def test_wrong_text_is_named_by_file_and_line(name, content, message, tmp_path):
@@ -129,7 +129,7 @@ def test_a_path_without_files_is_named(there, tmp_path):
     if there:
         (tmp_path / "text").mkdir()
     for read in (own.documents, own.conversations):
-        with pytest.raises(ValueError, match=r"text is missing or empty: mend data.conv"):
+        with pytest.raises(ValueError, match=r"text is missing or empty: fix data.conv"):
             list(read(str(tmp_path / "text")))
 
 

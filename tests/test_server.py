@@ -326,7 +326,7 @@ def test_too_many_are_told_to_come_again(client, monkeypatch):
     monkeypatch.setattr(server, "AT_ONCE", 2)
     first = client.post("count", stream=True)
     first.readline()
-    with pytest.raises(openai.RateLimitError, match="2 answers are being written; come again"):
+    with pytest.raises(openai.RateLimitError, match="2 answers are in progress; try again later"):
         client.ask("hello", n=2)
     assert client.ask("hello").choices
     leave(first)
@@ -342,7 +342,7 @@ def test_the_end_of_the_server_ends_answers_with_what_was_said(client):
         (choice,) = last["choices"]
         assert choice["finish_reason"] == "length"
         assert choice["notice"] == "the server ended before the answer"
-    with pytest.raises(openai.InternalServerError, match="the server is ending"):
+    with pytest.raises(openai.InternalServerError, match="the server is shutting down"):
         client.ask("hello")
     client.scribe.stopped = False
     with client.scribe.engine._lock:  # a question that the engine has not heard of ends as well
@@ -378,7 +378,7 @@ HI = {"role": "user", "content": "hi"}
         ({"messages": [HI | {"content": [{"type": "text", "text": 1}]}]}, 400, "a message must be"),
         ({"messages": [HI | {"content": [{"type": "text", "text": [1]}] * 2}]}, 400, "a message must be"),
         ({"messages": [HI | {"role": "wizard"}]}, 400, "one of system, user, assistant, got 'wiz"),
-        ({"messages": [HI | {"content": "\ud800"}]}, 400, "a message has half a character"),
+        ({"messages": [HI | {"content": "\ud800"}]}, 400, "a message has an invalid character"),
         ({"messages": [HI | {"content": [{"type": "python", "text": "1"}]}]}, 400, "only the assistant has python parts"),
         ({"messages": [HI | {"content": [{"type": "x", "text": "1"}]}]}, 400, "text, python, output, got 'x'"),
         ({"messages": [HI, HI]}, 400, "message 2 of a conversation must come from the assistant"),

@@ -461,7 +461,7 @@ def test_save_never_overwrites(tokenizer, monkeypatch, capsys, tmp_path):
     lines = ("/save", "hi", f"/save {tmp_path}/chat-1.json", f"/save {tmp_path}", "/save")
     out, errors = talked(monkeypatch, capsys, talk, *lines, folder=tmp_path)
     assert errors.splitlines() == [
-        "error: nothing was said yet, so there is nothing to save",
+        "error: there is no conversation to save yet",
         f"error: {tmp_path}/chat-1.json exists; give another name: /save PATH",
         f"error: {tmp_path} exists; give another name: /save PATH",
     ]

@@ -483,7 +483,7 @@ def test_a_run_that_kept_no_data_gathers_it_again_and_checks_it(hub_run, tmp_pat
     shutil.rmtree(hubbed.mirror())
     shards = sorted((tmp_path / "mirror/text").glob("*"))
     shutil.copy(shards[1], shards[0])
-    with pytest.raises(ValueError, match="is not what run hubbed began with"):
+    with pytest.raises(ValueError, match="differs from what run hubbed started with"):
         worker.work("shards", hubbed)
 
 
@@ -577,7 +577,7 @@ def test_data_that_changed_under_a_run_is_refused(mirror, tmp_path):
     worker.work("tokenizer", mirror)
     text = sorted((tmp_path / "mirror" / "text").glob("*.parquet"))
     shutil.copy(text[1], text[0])
-    with pytest.raises(ValueError, match="is not what run mirrored began with"):
+    with pytest.raises(ValueError, match="differs from what run mirrored started with"):
         worker.work("shards", mirror)
 
 

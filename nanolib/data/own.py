@@ -77,7 +77,7 @@ def _files(given: str | None, needed: bool = True) -> list[Path]:
     path = REPOSITORY / Path(given).expanduser()
     found = sorted(it for it in (path, *path.rglob("[!.]*")) if it.is_file())
     if needed and not found:
-        raise ValueError(f"{path} is missing or empty: mend data.conversations or data.text")
+        raise ValueError(f"{path} is missing or empty: fix data.conversations or data.text")
     return found
 
 
@@ -96,7 +96,7 @@ def documents(given: str | None) -> Iterator[str]:
             lines = _parsed(file, bytes.decode)
             found = iter(lambda lines=lines: "".join(islice(lines, TXT_LINES)), "")
         else:
-            raise ValueError(f"{file} is none of .txt, .jsonl and .parquet: rename or remove it")
+            raise ValueError(f"{file} is not a .txt, .jsonl or .parquet file: rename or remove it")
         yield from filter(str.strip, found)
 
 
@@ -131,4 +131,4 @@ def _parsed(path: Path, parse: Callable[[bytes], Any]) -> Iterator[Any]:
                 if line.strip() or parse is bytes.decode:
                     yield parse(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; mend that line") from None
+                raise ValueError(f"{path}, line {number}: {error}; fix that line") from None

@@ -174,7 +174,7 @@ def _text_files(run: Run) -> hub.TextFiles:
     files = hub.text_files(run.config, run.text_mirror())
     if run.stage("data").result()["fingerprint"] != _fingerprint(run, files):
         remedy = "give --mirror the folder it had, or start a new run with --run NAME"
-        raise ValueError(f"{run.mirror()} is not what run {run.id} began with; {remedy}")
+        raise ValueError(f"{run.mirror()} differs from what run {run.id} started with; {remedy}")
     return files
 
 

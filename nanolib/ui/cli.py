@@ -151,7 +151,7 @@ class Commands:
         asked = (resolved, text.tables(resolved.recipe), folder)
         if check:
             problems = mirror.check(*asked)
-            print("\n".join(problems) or f"{folder} is complete and whole")
+            print("\n".join(problems) or f"{folder} is complete and undamaged")
             sys.exit(FAILED if problems else 0)
         with contextlib.closing(Line()) as line:
             mirror.fill(*asked, lambda *now: line.show(f"mirror  {now[-1]}"), link=False)

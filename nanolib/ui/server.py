@@ -90,7 +90,7 @@ def serve(
         address = f"http://{host}:{listener.getsockname()[1]}"
         print(f"{run.name}'s {opened.of} model is at {address} (Ctrl-C ends)", flush=True)
         if not local and api_key is None:
-            print("everyone who reaches this machine can talk to it; --api-key KEY asks for a key")
+            print("anyone who can reach this machine can use it; --api-key KEY requires a key")
         Server(config(app)).run(sockets=[listener])
 
 
@@ -188,7 +188,7 @@ def _reason(invalid: ValidationError) -> str:
         return f"unknown {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(fields)}"
     match errors[0]:
         case {"type": "json_invalid", "msg": str(message)} if "hex escape" in message:
-            return f"a message has half a character (a lone surrogate): {message}"
+            return f"a message has an invalid character (a lone surrogate): {message}"
         case {"type": "json_invalid", "msg": message}:
             return f"the body must be JSON: {message}"
         case {"loc": ("messages",), "ctx": {"max_length": most, "actual_length": got}}:
@@ -280,9 +280,9 @@ class Scribe:
             reason = f"there is no model {reply.question.model!r}; there is {self.name!r}"
             raise HTTPException(404, reason)
         if self.stopped:
-            raise HTTPException(503, "the server is ending")
+            raise HTTPException(503, "the server is shutting down")
         if len(self.rows) + reply.settings["samples"] > AT_ONCE:
-            raise HTTPException(429, f"{AT_ONCE} answers are being written; come again")
+            raise HTTPException(429, f"{AT_ONCE} answers are in progress; try again later")
         if reply.question.stream:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
         return await reply.whole(request)

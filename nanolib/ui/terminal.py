@@ -90,7 +90,7 @@ def command(session: Session, line: str, folder: Path) -> str:
             session.clear()
             return "(system message set, conversation cleared)"
         case "/save", _ if not session.messages:
-            raise ValueError("nothing was said yet, so there is nothing to save")
+            raise ValueError("there is no conversation to save yet")
         case "/save", given:
             unused = (path for n in count(1) if not (path := folder / f"chat-{n}.json").exists())
             path = Path(given).expanduser().absolute() if given else next(unused).absolute()
