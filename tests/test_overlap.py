@@ -48,7 +48,7 @@ def test_counts_are_those_of_sets_of_words(threads, monkeypatch):
         first = min(place, len(words) - length)
         near = [prose(rng, 5), words[first : first + length], prose(rng, 5)]
         sources[source].append(" ".join(word for part in near for word in part))
-    found = overlap.overlap(tests, {k: iter(v) for k, v in sources.items()}, threads)
+    found = find(tests, {k: iter(v) for k, v in sources.items()}, threads)
     assert found["problems"] == {"one": 30, "two": 30, "short": 2}
     longest, windows = {test: [] for test in tests}, {}
     for source, test in product(sources, tests):
@@ -67,6 +67,10 @@ def test_counts_are_those_of_sets_of_words(threads, monkeypatch):
     assert first["words"] >= second["words"] > 13
 
 
+def find(tests, sources, threads=1) -> dict:
+    return overlap.overlap(tests, sources, threads, lambda *_: None)
+
+
 def runs(text: str, there: set) -> list[str]:
     """A character for each of its windows that stand there in a row."""
     return re.findall("x+", "".join("-x"[window in there] for window in naive(text)))
@@ -74,11 +78,22 @@ def runs(text: str, there: set) -> list[str]:
 
 def test_of_a_long_passage_the_beginning_is_kept():
     text = " ".join(map(str, range(100)))
-    (passage,) = overlap.overlap({"t": [f"x y {text} z"]}, {"web": [f"Well: {text}!"]})["passages"]
+    (passage,) = find({"t": [f"x y {text} z"]}, {"web": [f"Well: {text}!"]})["passages"]
     assert passage["words"] == 100 and passage["text"].split() == [*map(str, range(60)), "…"]
 
 
 def test_nothing_to_compare_is_nothing_found():
-    assert overlap.overlap({}, {"web": ["a " * 20]})["found"] == {"web": {}}
-    assert overlap.overlap({"t": ["a " * 20]}, {"web": []})["found"] == {"web": {"t": 0}}
-    assert overlap.overlap({"t": ["a " * 20]}, {})["passages"] == []
+    assert find({}, {"web": ["a " * 20]})["found"] == {"web": {}}
+    assert find({"t": ["a " * 20]}, {"web": []})["found"] == {"web": {"t": 0}}
+    assert find({"t": ["a " * 20]}, {})["passages"] == []
+
+
+def test_words_are_told_apart_by_where_they_end():
+    hashes, _ = overlap.windows([f"{two} {'c ' * 11}" for two in ("a ab", "aa b")])
+    assert len(set(hashes.tolist())) == 2
+
+
+def test_a_passage_ends_where_a_word_differs():
+    text = " ".join(map(str, range(50)))
+    (passage,) = find({"t": [text]}, {"web": [text.replace(" 20 ", " other ")]})["passages"]
+    assert passage["text"].split() == [*map(str, range(21, 50))]

@@ -6,19 +6,21 @@ tests/test_overlap.py compares the words themselves.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from nanolib.hub import Progress
+
 WORDS = 13
 SHOWN = 60  # words of a passage that are kept
 AT_ONCE = 512  # texts that a thread looks at together
-FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: it loses no bit
-POWERS = np.multiply.accumulate(np.full(256, FACTOR))  # by place in a word, over and over
+FACTOR = 0x9E3779B97F4A7C15  # of the powers in a hash; odd, so that it has an inverse
 IS_WORD = np.isin(np.arange(256), list(b"abcdefghijklmnopqrstuvwxyz0123456789"))
+Texts = Mapping[str, Iterable[str]]
 
 
 def windows(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -28,26 +30,21 @@ def windows(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     word_N = IS_WORD[bytes_N]
     steps_N = np.diff(word_N.view(np.int8), prepend=np.int8(0))
     starts, ends = np.flatnonzero(steps_N == 1), np.flatnonzero(steps_N == -1)
-    if (count := len(starts) - WORDS + 1) < 1:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    first = np.cumsum(ends - starts) - (ends - starts)
-    letters = bytes_N[word_N].astype(np.uint64)
-    letters *= POWERS[(np.arange(len(letters)) - np.repeat(first, ends - starts)) % len(POWERS)]
-    words = np.add.reduceat(letters, first)
-    words = (words ^ (words >> np.uint64(29))) * FACTOR
-    hashes = np.zeros(count, np.uint64)
-    for place in range(WORDS):
-        hashes = hashes * FACTOR + words[place : place + count]
+    first, end = starts[: 1 - WORDS], ends[WORDS - 1 :]
+    power_N = np.cumsum(word_N) + np.cumsum(steps_N == 1)  # one is left out between words
+    powers, inverses = (
+        np.multiply.accumulate(np.full(2 * len(bytes_N) + 1, it, np.uint64))
+        for it in (FACTOR, pow(FACTOR, -1, 2**64))
+    )
+    sums_N = np.cumsum(word_N * bytes_N * powers[power_N])  # a space is before each end
+    hashes = (sums_N[end] - sums_N[first - 1] * (first > 0)) * inverses[power_N[first]]
     owner = np.searchsorted(np.cumsum([*map(len, raw)]), starts, side="right")
-    within = owner[:count] == owner[WORDS - 1 :]
-    return hashes[within], owner[:count][within]
+    within = owner[: len(first)] == owner[WORDS - 1 :]
+    return hashes[within], owner[: len(first)][within]
 
 
 def overlap(
-    tests: Mapping[str, Sequence[str]],
-    sources: Mapping[str, Iterable[str]],
-    threads: int = 1,
-    progress: Callable[[int, int, str], object] = lambda *_: None,
+    tests: Mapping[str, Sequence[str]], sources: Texts, threads: int, progress: Progress
 ) -> dict[str, Any]:
     """How many problems of each test share words with each source, and of each test the longest
     passage: 13 of its words in a row stand in one text of the source, all of it perhaps in none.
