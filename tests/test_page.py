@@ -196,7 +196,7 @@ def test_keys_settings_and_mistakes(talk, client):  # noqa: F811
     talk.box.fill("")
     talk.ask("hello")
     assert client.watch.settings[-1]["temperature"] == 1.25
-    assert client.watch.settings[-1]["seed"] != client.watch.settings[-2]["seed"]
+    assert client.watch.settings[-1]["seeds"] != client.watch.settings[-2]["seeds"]
 
     long = "x" * 30_000
     talk.box.fill(long)
@@ -225,7 +225,7 @@ def test_a_question_is_edited_and_an_answer_written_again(talk, client):  # noqa
     wait_for(lambda: len(client.watch.asked) == 3, "the question to be asked again")
     talk.button("Send").wait_for()
     assert client.watch.asked[2] == client.watch.asked[1]
-    assert client.watch.settings[2]["seed"] != client.watch.settings[1]["seed"]
+    assert client.watch.settings[2]["seeds"] != client.watch.settings[1]["seeds"]
     assert talk.answers.count() == talk.users.count() == 2
 
     # An edited question replaces what followed it; Escape leaves everything as it was.
