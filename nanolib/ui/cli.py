@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +64,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _end_with(parent: int) -> None:
     """Stop when the parent `uv run` dies: its SIGKILL is not forwarded to us."""
+    pause = threading.Event()  # not time.sleep: tests that call `main` replace it
     while os.getppid() == parent:
-        time.sleep(0.5)
+        pause.wait(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
