@@ -27,6 +27,7 @@ from test_conversation import joined
 from nanolib.conversation import Part
 from nanolib.rundir import Run
 from nanolib.ui import cli, markup, server
+from runs.bench import serve as load
 
 KEY = "only for this test"
 SUM = "What is 12 plus 30?"
@@ -701,3 +702,34 @@ def test_the_command_where_the_port_is_taken_loads_no_model(monkeypatch, capsys)
     assert f"cannot listen on port {port} of '127.0.0.1'" in errors and "already in use" in errors
     assert cli.main(["serve", "--port", "0"]) == cli.USERS_MISTAKE
     assert "no trained model to talk to yet" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- the load test
+
+
+@pytest.mark.slow
+def test_the_load_test_needs_no_trained_run(capsys):
+    words = "--random smoke --machine.device cpu --clients 3 --seconds 0.5 --tokens 8 --processes 2"
+    load.main(words.split())
+    line, codes = capsys.readouterr().out.splitlines()
+    found = re.match(r"3 clients in 2 processes for .* s: (\d+) answers, (\d+) tokens, ", line)
+    assert int(found[1]) >= 3 and int(found[2]) == 8 * int(found[1]), line
+    assert codes == "exit codes after SIGTERM: {'new': 0}"
+
+
+def test_the_load_test_tells_faults(client, capsys):
+    whole = asyncio.run(load.chat(client.port, 2))
+    assert (
+        whole.error is None and whole.tokens == client.ask("Who are you?").usage.completion_tokens
+    )
+    refused = load.in_turn(client.port, [0, 1], 0.0, {"top_p": 7})
+    assert all("top_p must be a number from 0 to 1" in chat.error for chat in refused)
+    client.watch.engine.model.fails = True
+    broken = asyncio.run(load.chat(client.port, 2))
+    assert "ArithmeticError: the engine broke" in broken.error
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+    nobody = asyncio.run(load.chat(port, 2))
+    load.tell_errors([whole, broken, broken, nobody])
+    two, one = capsys.readouterr().out.splitlines()
+    assert two.startswith("ERROR, 2 times: ") and "ConnectionRefusedError" in one

@@ -1,27 +1,42 @@
 """Load test of the server: concurrent chats, time to first token and to the end, memory.
 
     uv run nanolib bench serve --run RUN [--clients 1 8 50 200] [--rounds 3] [--requests 10000] [--old DIR]
+    uv run nanolib bench serve --run RUN --clients 50 --seconds 300
+    uv run nanolib bench serve --random h100 [--model.depth 12] --clients 64 --seconds 30 --tokens 512
 
-Starts `nanolib serve` and sends requests over HTTP. --old: a checkout of the version before the API
-(commit 4c8a548), whose server gets the same requests in turns with the new one. --requests: the number
-of short requests, eight at a time, with the server's memory before, in the middle and after.
+Starts `nanolib serve` and sends requests over HTTP.
+
+--old: a checkout of the version before the API (commit 4c8a548), whose server gets the same requests
+in turns with the new one. --requests: the number of short requests, eight at a time, with the
+server's memory before, in the middle and after.
+
+--seconds: steady load from clients in processes of their own, each of which asks one question after
+the other; tokens/s counts the tokens of all answers until the last one ends. A round of one question
+per client comes first and is not counted. --random: instead of a trained run, a new one of this
+profile with random weights and a made-up tokenizer, in a temporary folder; needs no data.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from nanolib import config
 from nanolib.config import REPOSITORY
 
 QUESTIONS = (
@@ -33,11 +48,44 @@ QUESTIONS = (
 
 
 class Chat(NamedTuple):
-    """Seconds to the first token and to the end, and the number of tokens."""
+    """Seconds to the first token and to the end, the number of tokens, and what went wrong."""
 
     first: float
     last: float
     tokens: int
+    error: str | None
+
+
+async def chat(port: int, number: int, old: bool = False, **options: Any) -> Chat:
+    """One question on its own connection."""
+    text = QUESTIONS[number % len(QUESTIONS)].format(number % 50, number % 7 + 2)
+    body = {"messages": [{"role": "user", "content": text}], "seed": number, **options}
+    path, mark, end = "/chat", b'"type": "piece"', b""
+    if not old:
+        path, mark, end = "/v1/chat/completions", b'"parts": [{', b"data: [DONE]"
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    began, first, tokens, error = time.perf_counter(), None, 0, "no end"
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + content)
+        while line := await reader.readline():
+            if mark in line:
+                first = first or time.perf_counter() - began
+                tokens += old
+            elif re.search(rb'"error": ?{', line):
+                error = line.decode().strip()
+            if found := re.search(rb'"completion_tokens": (\d+)', line):
+                tokens = int(found[1])
+            if end in line and error == "no end":
+                error = None
+        writer.close()
+    except OSError as broken:
+        error = repr(broken)
+    took = time.perf_counter() - began
+    return Chat(first or took, took, tokens, error)
 
 
 class Server:
@@ -46,7 +94,8 @@ class Server:
     def __init__(self, checkout: Path, run: str):
         self.old = not (checkout / "nanolib" / "decoding.py").exists()
         command = [sys.executable, "-m", "nanolib", "serve", "--run", run, "--port", "0"]
-        env = {**os.environ, "PYTHONPATH": str(checkout)}
+        paths = filter(None, [str(checkout), os.environ.get("PYTHONPATH")])
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env=env, cwd=checkout
         )
@@ -62,33 +111,11 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) // 1024
 
-    async def chat(self, number: int, **options) -> Chat:
-        """One question on its own connection."""
-        text = QUESTIONS[number % len(QUESTIONS)].format(number % 50, number % 7 + 2)
-        body = {"messages": [{"role": "user", "content": text}], "seed": number, **options}
-        path, mark = "/chat", b'"type": "piece"'
-        if not self.old:
-            path, mark = "/v1/chat/completions", b'"parts": [{'
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
-        content = json.dumps(body).encode()
-        began, first, tokens = time.perf_counter(), None, 0
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        writer.write(head.encode() + content)
-        while line := await reader.readline():
-            if mark in line:
-                first = first or time.perf_counter() - began
-                tokens += self.old
-            if found := re.search(rb'"completion_tokens": (\d+)', line):
-                tokens = int(found[1])
-        writer.close()
-        return Chat(first or time.perf_counter() - began, time.perf_counter() - began, tokens)
-
     async def at_once(self, clients: int) -> tuple[float, list[Chat]]:
         """One chat for each of `clients` concurrent clients: total seconds, and the chats."""
         began = time.perf_counter()
-        chats = await asyncio.gather(*map(self.chat, range(clients)))
+        asked = [chat(self.port, number, self.old) for number in range(clients)]
+        chats = await asyncio.gather(*asked)
         return time.perf_counter() - began, chats
 
     async def in_a_row(self, requests: int) -> float:
@@ -97,7 +124,7 @@ class Server:
 
         async def client() -> None:
             for number in numbers:
-                await self.chat(number, **({} if self.old else {"max_tokens": 4}))
+                await chat(self.port, number, self.old, **({} if self.old else {"max_tokens": 4}))
 
         await asyncio.gather(*(client() for _ in range(8)))
         return time.perf_counter() - began
@@ -108,23 +135,41 @@ class Server:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="nanolib bench serve", description=__doc__)
+    words, overrides = config.split_settings(argv)
+    parser = argparse.ArgumentParser(
+        prog="nanolib bench serve",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--run", default="demo")
+    parser.add_argument("--random", metavar="PROFILE")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 50, 200])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=0)
+    parser.add_argument("--processes", type=int, default=4, help="that the clients run in")
+    parser.add_argument("--tokens", type=int, help="limit of each answer, with --seconds")
     parser.add_argument("--old", type=Path)
-    given = parser.parse_args(argv)
-    servers = {"new": Server(REPOSITORY, given.run)}
-    if given.old:
-        servers["old"] = Server(given.old, given.run)
-    try:
-        for clients in given.clients:
-            compare(servers, clients, given.rounds)
-        if given.requests:
-            row(servers["new"], given.requests)
-    finally:
-        codes = {name: server.close() for name, server in servers.items()}
+    given = parser.parse_args(words)
+    with tempfile.TemporaryDirectory() as folder:
+        if given.random:
+            os.environ["NANOLIB_RUNS"] = folder
+            random_run(given.random, overrides)
+            given.run = "random"
+        servers = {"new": Server(REPOSITORY, given.run)}
+        if given.old:
+            servers["old"] = Server(given.old, given.run)
+        try:
+            for clients in given.clients:
+                if given.seconds:
+                    limit = {"max_tokens": given.tokens} if given.tokens else {}
+                    steady(servers["new"], clients, given.processes, given.seconds, limit)
+                else:
+                    compare(servers, clients, given.rounds)
+            if given.requests:
+                row(servers["new"], given.requests)
+        finally:
+            codes = {name: server.close() for name, server in servers.items()}
     print(f"exit codes after SIGTERM: {codes}")
 
 
@@ -134,6 +179,7 @@ def compare(servers: dict[str, Server], clients: int, rounds: int) -> None:
     for _ in range(rounds):
         for name, server in servers.items():
             took, chats = asyncio.run(server.at_once(clients))
+            tell_errors(chats)
             firsts = [chat.first for chat in chats]
             tokens = sum(chat.tokens for chat in chats)
             found[name].append((statistics.median(firsts), max(firsts), took, tokens / took))
@@ -155,6 +201,95 @@ def row(server: Server, requests: int) -> None:
             f"{requests // 4 * (part + 1):,} requests: {speed:.0f} a second, {memory} MB",
             flush=True,
         )
+
+
+# ---------------------------------------------------------------------------- steady load
+
+
+def steady(server: Server, clients: int, processes: int, seconds: float, options: dict) -> None:
+    """Print speed, first tokens, errors and the server's memory under steady load."""
+    spawn, processes = multiprocessing.get_context("spawn"), min(processes, clients)
+    shares = [range(first, clients, processes) for first in range(processes)]
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+
+        def asked(seconds: float) -> list:
+            return [pool.submit(in_turn, server.port, share, seconds, options) for share in shares]
+
+        for future in asked(0.0):  # warm-up: one question of each client
+            tell_errors(future.result())
+        memory, began, futures = [server.memory()], time.perf_counter(), asked(seconds)
+        for _ in range(10):
+            time.sleep(seconds / 10)
+            memory.append(server.memory())
+        chats = [chat for future in futures for chat in future.result()]
+        took = time.perf_counter() - began
+    firsts, tokens = sorted(chat.first for chat in chats), sum(chat.tokens for chat in chats)
+    middle, most = firsts[len(firsts) // 2], firsts[int(0.95 * len(firsts))]
+    print(
+        f"{clients} clients in {processes} processes for {took:.1f} s: {len(chats):,} answers, "
+        f"{tokens:,} tokens, {tokens / took:,.0f} tokens/s; first token {middle:.3f} s (median), "
+        f"{most:.3f} s (95 %), {firsts[-1]:.3f} s (last); memory {', '.join(map(str, memory))} MB; "
+        f"load average {' '.join(f'{load:.1f}' for load in os.getloadavg())}",
+        flush=True,
+    )
+    tell_errors(chats)
+
+
+def in_turn(port: int, clients: Sequence[int], seconds: float, options: dict) -> list[Chat]:
+    """Each client asks one question after the other until `seconds` have passed, at least one."""
+    chats, until = list[Chat](), time.perf_counter() + seconds
+
+    async def client(number: int) -> None:
+        for turn in itertools.count():
+            chats.append(await chat(port, number + 1001 * turn, **options))
+            if time.perf_counter() >= until:
+                return
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*map(client, clients))
+
+    asyncio.run(all_of_them())
+    return chats
+
+
+def tell_errors(chats: Sequence[Chat]) -> None:
+    for error, times in Counter(chat.error for chat in chats if chat.error).items():
+        print(f"ERROR, {times} times: {error}", flush=True)
+
+
+# ---------------------------------------------------------------------------- random weights
+
+
+def random_run(profile: str, overrides: config.Overrides) -> None:
+    """A run named "random" of a profile, whose model has random weights. Its tokens are letters,
+    and it never writes special ones while top-k is less than the vocabulary."""
+    import torch
+
+    from nanolib import checkpoint
+    from nanolib.model import GPT
+    from nanolib.optim import MuonAdamW
+    from nanolib.rundir import Run
+    from nanolib.runtime import Runtime
+    from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+    run = Run.open(profile, "random", overrides)
+    recipe, letters = run.config.recipe, b"abcdefghijklmnopqrstuvwxyz "
+    size = recipe.tokenizer.vocab_size
+    lefts = itertools.chain(letters, itertools.count(256))
+    words = ((left, letter) for left in lefts for letter in letters)
+    tokenizer = Tokenizer(itertools.islice(words, size - 256 - len(SPECIAL_TOKENS)))
+    tokenizer.save(run.stage("tokenizer").path / "tokenizer.json")
+    runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    model = GPT.build(recipe.model, size, runtime.device, 1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not weight.any():
+                weight.normal_(std=0.02)
+        model.head.weight.normal_(std=0.05)[tokenizer.bos :] = 0.0
+    about = {"recipe": config.flatten(recipe), "vocab_size": size}
+    about["tokenizer"] = tokenizer.fingerprint()
+    optimizer = MuonAdamW(model, recipe.optim, runtime)
+    checkpoint.save(run.stage("base").checkpoints, 0, model, optimizer, about)
 
 
 if __name__ == "__main__":
