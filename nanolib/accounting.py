@@ -110,12 +110,6 @@ class TrainingMemory:
         return 2 * self.weights + self.optimizer + max(self.activations(rows), self.update)
 
 
-def cache_bytes(config: ModelConfig, rows: int, length: int, bytes_per_number: int = 2) -> int:
-    """Bytes of a KV cache for `rows` sequences of `length` positions."""
-    kv_width = config.num_kv_heads * config.head_dim
-    return 2 * config.depth * rows * length * kv_width * bytes_per_number
-
-
 def forward_flops(config: ModelConfig, vocab_size: int) -> int:
     """FLOPs per token of a forward pass over T = sequence_len tokens: two per weight in a matrix
     product, plus 4 T D per layer for attention (non-causal; a causal kernel does half)."""

@@ -57,14 +57,6 @@ class Checkpoint:
         return whole
 
 
-def save(
-    folder: Path, step: int, model: GPT, optimizer: MuonAdamW, about: Mapping[str, Any]
-) -> None:
-    """Write a checkpoint and wait until all ranks have finished; see `begin`."""
-    begin(folder, step, model, optimizer, about).result()
-    optimizer.runtime.barrier()
-
-
 def begin(
     folder: Path, step: int, model: GPT, optimizer: MuonAdamW, about: Mapping[str, Any]
 ) -> Future[None]:

@@ -110,7 +110,7 @@ class RolloutSource:
 
     Questions are shuffled each epoch; question i of a step, with all samples, goes to rank i mod
     world size. A micro-batch holds at most as many tokens as `device_batch` full contexts (None: no
-    limit). `nll`: the training forward pass. `reference`: that of the initial model.
+    limit). `nll`: the training forward pass. `reference`: that of the initial model, for the KL.
     `reward`: None for the task's grade. Each step appends a "rollout" row to `metrics`.
     """
 
@@ -135,28 +135,25 @@ class RolloutSource:
             kept = [r for r in rollouts if len(set(r.rewards)) > 1] or rollouts[:1]
         batches, sums = [], torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
         for batch in self._batches(kept):
-            batch, part = self._measured(batch)
+            sums += self._measure(batch)
             batches.append(batch)
-            sums += part
         self._record(step + 1, rollouts, self.runtime.sum(sums).tolist())
         return [batches] * self.config.updates_each
 
     @torch.no_grad()
-    def _measured(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """Add the fields that the loss needs; also returns (tokens, Σ nll, Σ KL to `reference`)."""
+    def _measure(self, batch: Batch) -> Tensor:
+        """Add the fields that the loss needs; returns (tokens, Σ nll, Σ KL to `reference`)."""
         there = batch.to(self.runtime.device)
         with self.runtime.autocast():
             nll_BT = (self.nll or self.engine.model.nll)(there)
             reference_BT = self.reference(there) if self.reference else nll_BT
-        chosen_BT = there.targets_BT != IGNORED
-        kl_BT = kl_k3(nll_BT, reference_BT).masked_fill(~chosen_BT, 0)
-        fields = dict(batch.fields)
         if self.config.updates_each > 1:
-            fields["old_nll"] = nll_BT
-        if self.config.kl:
-            fields["reference_nll"] = reference_BT
-        sums = torch.stack((chosen_BT.sum(), nll_BT.sum(), kl_BT.sum()))
-        return replace(batch, fields=fields), sums
+            batch.fields["old_nll"] = nll_BT
+        if self.reference:
+            batch.fields["reference_nll"] = reference_BT
+        # Both are 0 where there is no target.
+        sums = nll_BT.sum(), kl_k3(nll_BT, reference_BT).sum()
+        return torch.stack(((there.targets_BT != IGNORED).sum(), *sums))
 
     def rollouts(self, step: int) -> list[Rollout]:
         """This rank's rollouts for a step."""
@@ -245,7 +242,8 @@ class RolloutSource:
             formatted=formatted,  # fraction in the form that grading expects
             tool=tool,  # fraction of answers that used the tool
             entropy=nll / tokens,  # nats per token, estimated as the mean nll of sampled tokens
-            kl=kl / tokens,  # nats per token to the initial model, before this step's update
+            # KL to `reference`, nats per token, before this step's update.
+            **({"kl": kl / tokens} if self.reference else {}),
             samples=list(self._extremes(rollouts)),
         )
 

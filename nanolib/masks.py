@@ -7,8 +7,6 @@ mask, so compiled CUDA training uses FlexAttention, which skips fully masked blo
 Shapes as in `nanolib.model`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

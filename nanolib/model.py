@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanolib import masks
 from nanolib.config import ModelConfig
-from nanolib.runtime import generator
+from nanolib.runtime import seed_of
 
 if TYPE_CHECKING:
     from nanolib.data.packing import Batch
@@ -299,8 +299,8 @@ class GPT(nn.Module):
             fan_out, fan_in = weight.shape
             std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
             std = 1.0 if name == "embedding.weight" else std
-            draw = torch.randn(weight.shape, generator=generator(seed, "init", name))
-            weight.copy_(draw * std)
+            draws = torch.Generator().manual_seed(seed_of(seed, "init", name))
+            weight.copy_(torch.randn(weight.shape, generator=draws) * std)
 
     def hidden(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanolib import accounting, rundir
-from nanolib.config import MODELS, REPOSITORY, as_text, flatten, recipe_difference
+from nanolib.config import MODELS, as_text, flatten, recipe_difference
 from nanolib.progress import clock
 from nanolib.rundir import Run, StageDir, write_atomic
 
@@ -26,7 +26,6 @@ COLUMNS: dict[str, str] = KNOWN["columns"]
 SAMPLES = 8  # shown per evaluation
 EVALUATIONS = 12  # rows shown of the evaluations during a stage
 HIDDEN = ("kind", "steps", "time")  # columns left out there
-BARS = " ▁▂▃▄▅▆▇█"
 DASH = "—"
 AS_ORIGINAL = ("accuracy", "letters")  # scored in the same way as in nanochat
 CORE_MEAN = "**CORE** (mean of centred)"
@@ -89,7 +88,7 @@ def _render(template: str, **values: Any) -> str:
     )
     filters = (number, dollars, share, clock, fenced, quoted)
     environment.filters |= {written.__name__: written for written in filters}
-    return environment.get_template(template).render(values, table=table, chart=chart)
+    return environment.get_template(template).render(values, table=table)
 
 
 # ---------------------------------------------------------------------------- one stage
@@ -104,13 +103,13 @@ class Stage:
         self.title = f"eval/{self.of}" if self.of else self.name
         older = {"attempts": None, "dollars": None, "taken_over": None}  # older records lack these
         self.record: dict[str, Any] = older | record if record else {}  # empty: unfinished
-        self.result, self.curve = directory.result(), directory.curve()
+        self.result = directory.result()
         self.state = "finished" if record else "not begun"
         if not record and (begun := rows("train" if self.name in MODELS else "progress")):
             self.state = f"unfinished, at {begun[-1]['step']:,} of {begun[-1]['steps']:,}"
         self.utilisation = _utilisation(self, run) if self.name == "base" and record else None
 
-        flat = _plain(flatten({key: v for key, v in self.result.items() if key != "code"}))
+        flat = _plain(flatten(self.result))
         self.figures = [[re.sub(r"[._]", " ", key), number(value)] for key, value in flat.items()]
         scored = [{k: v for k, v in row.items() if k not in HIDDEN} for row in rows("eval")]
         steps = np.linspace(0, len(scored) - 1, min(len(scored), EVALUATIONS)).round().astype(int)
@@ -295,17 +294,6 @@ def _contamination(run: Run, toy: bool) -> tuple[str, list[dict[str, Any]]]:
     return table(["", *kept["found"]], rows), kept["passages"][:3]
 
 
-def code_base() -> dict[str, int]:
-    """Non-blank lines of code by folder, and the number of direct dependencies."""
-    counts = {}
-    for folder in ("nanolib", "rust_tokenizer/src", "notebooks", "runs/bench", "tests"):
-        files = [f for f in (REPOSITORY / folder).rglob("*") if f.suffix in (".py", ".rs")]
-        texts = [file.read_text(encoding="utf-8") for file in files]
-        counts[f"{folder} lines"] = sum(len(re.findall(r"(?m)^.*\S", text)) for text in texts)
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return counts | {"dependencies": len(project["dependencies"])}
-
-
 # ---------------------------------------------------------------------------- Markdown
 
 
@@ -352,21 +340,3 @@ def fenced(text: str, language: str = "text") -> str:
     """Text in a code fence longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def chart(points: Sequence[tuple[float, float]], width: int = 64, height: int = 8) -> str:
-    """A text chart; each column is the mean of its points, labelled with minimum and maximum."""
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
-    if not finite:
-        return "(nothing to draw)"
-    width = min(width, len(finite))
-    means = np.array([part.mean() for part in np.array_split([y for _, y in finite], width)])
-    low, high = means.min(), means.max()
-    eighths = 1 + np.round((means - low) / ((high - low) or 1) * (8 * height - 1)).astype(int)
-    lines, names = [], {0: number(low), height - 1: number(high)}
-    for line in reversed(range(height)):
-        blocks = "".join(BARS[level] for level in np.clip(eighths - 8 * line, 0, 8))
-        lines.append(f"{names.get(line, ''):>8} │{blocks}".rstrip())
-    first, last = number(finite[0][0]), number(finite[-1][0])
-    ends = first + f"{last:>{max(1, width - len(first))}}"
-    return "\n".join([*lines, f"{'':>8} └{'─' * width}", f"{'':>10}{ends}"])

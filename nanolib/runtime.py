@@ -110,10 +110,3 @@ def seed_of(seed: int, *purpose: str | int) -> int:
     """
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def generator(
-    seed: int, *purpose: str | int, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """A torch generator seeded with `seed_of`."""
-    return torch.Generator(device).manual_seed(seed_of(seed, *purpose))

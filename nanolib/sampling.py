@@ -3,8 +3,6 @@
 Shapes: B rows, V vocabulary, K the largest top-k.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -293,8 +293,17 @@ alt = "Layers by positions: first a plain block, the prompt; then a hatched colu
 moments = [len(five) + more for more in (0, 1, 2, 4, 7, 11)]
 lesson.frames(grid, moments, label="tokens read:", alt=alt)
 
+
 # %%
-size = accounting.cache_bytes(gpt.config, rows=1, length=len(written), bytes_per_number=4)
+def cache_bytes(config, rows, length, bytes_per_number=2):
+    """Keys and values of every layer: two vectors per row and position, shared by query heads."""
+    width = config.num_kv_heads * config.head_dim
+    return 2 * config.depth * rows * length * width * bytes_per_number
+
+
+kept = sum(x.nbytes for pair in cache.kept.values() for x in pair)  # ours, after the prompt
+assert kept == cache_bytes(gpt.config, 1, len(prompt), bytes_per_number=4)
+size = cache_bytes(gpt.config, rows=1, length=len(written), bytes_per_number=4)
 print(f"{len(written)} tokens, {len(gpt.blocks)} layers: {size:,} bytes")
 
 # %% [markdown]
@@ -380,7 +389,7 @@ lesson.show(
 d20, vocab, bandwidth = ModelConfig(depth=20), 65_536, 3.35e12
 peak = accounting.peak_flops("H100")
 weight_bytes = 2 * (d20.parameters(vocab) - d20.parts(vocab)["embedding"])
-row_bytes = accounting.cache_bytes(d20, rows=1, length=1024)
+row_bytes = cache_bytes(d20, rows=1, length=1024)
 row_flops = accounting.forward_flops(d20, vocab)
 
 
@@ -432,7 +441,7 @@ assert intensity(1024) < row_flops / row_bytes < peak / bandwidth < intensity(1,
 #
 # **Exercise 5.3 ★★ · 6 minutes · predict** A GPU has 80 × 10⁹ bytes. How many rows of 2,048 positions can
 # the depth 20 model write at once, with weights and caches at two bytes a number, and nothing else in
-# memory? `accounting.cache_bytes` helps, and all weights count.
+# memory? `cache_bytes` helps, and all weights count.
 
 # %% tags=["exercise"]
 most_rows = ...
@@ -441,12 +450,11 @@ checks.verify("5.3", most_rows)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>What is left when the weights are in memory?</details>
-# <details><summary>Hint 2</summary>Divide it by <code>accounting.cache_bytes(d20, rows=1,
-# length=2048)</code>, and round down.</details>
+# <details><summary>Hint 2</summary>Divide it by <code>cache_bytes(d20, rows=1, length=2048)</code>, and round down.</details>
 # <details><summary>Solution</summary>
 #
 # ```python
-# row = accounting.cache_bytes(d20, rows=1, length=2048)
+# row = cache_bytes(d20, rows=1, length=2048)
 # most_rows = int((80e9 - 2 * d20.parameters(vocab)) // row)
 # ```
 #

@@ -12,7 +12,7 @@ from nanolib import accounting
 from nanolib.accounting import Machine, TrainingMemory
 from nanolib.config import ModelConfig, OptimConfig
 from nanolib.data.packing import Batch
-from nanolib.model import GPT, KVCache
+from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 
 D20 = ModelConfig(depth=20)
@@ -101,13 +101,6 @@ def test_training_memory(cpu, ingredients):
     assert memory.total(99) == resident + memory.activations(99) > memory.total(0)
     shared = TrainingMemory(config, VOCAB, ranks=4)
     assert (shared.optimizer, shared.weights) == (memory.optimizer // 4, memory.weights)
-
-
-def test_cache_bytes():
-    config = tiny(kv_heads=2)
-    cache = KVCache(config, 3, 17, CPU, torch.bfloat16)
-    stored = [t for t in vars(cache).values() if torch.is_tensor(t) and t.dtype == torch.bfloat16]
-    assert accounting.cache_bytes(config, 3, 17) == sum(t.nbytes for t in stored)
 
 
 def test_mfu():

@@ -50,6 +50,7 @@ def _make_run(folder: Path, stage: str, steps: int, ranks: int) -> Run:
         f"{stage}.save_every": 10,
         f"{stage}.eval_every": 10,
         "machine.ranks": ranks,
+        "grpo.kl": 0.1,
     }
     run = Run.open("smoke", str(folder / f"{stage}-{steps}-on-{ranks}"), overrides)
     for name in ("data", "tokenizer", "shards"):
@@ -72,7 +73,7 @@ def _save_random_weights(run: Run, stage: str) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
     about = training.about_checkpoint(run, stage, tokenizer)
     optimizer = MuonAdamW(model, OptimConfig(), runtime)
-    checkpoint.save(run.stage(stage).checkpoints, 0, model, optimizer, about)
+    checkpoint.begin(run.stage(stage).checkpoints, 0, model, optimizer, about).result()
 
 
 @pytest.fixture(scope="module")

@@ -240,14 +240,11 @@ def test_what_another_run_computed_is_not_in_the_sums(run):
     assert "Stages taken over from another run are not in the sums." in costs
 
 
-def test_the_curve_of_grpo_is_its_reward(run):
-    training = section(report.build(run), "Training")
-    grpo = training[training.index("### grpo") :]
-    assert "Mean reward, by step:" in grpo and "Training loss" not in grpo
-    assert "0.5 │" in grpo and "0.05 │" in grpo
-    assert cells(grpo, "step") == ["greedy", "pass@1", "pass@4"]
-    assert "From `grpo/metrics.jsonl`" in report.build(run)
-    assert "'What is 2 plus 3?'\n  '5' (reward 1)" in report.build(run)
+def test_grpo_shows_its_scores_and_answers(run):
+    card = report.build(run)
+    assert cells(card[card.index("### grpo") :], "step") == ["greedy", "pass@1", "pass@4"]
+    assert "From `grpo/metrics.jsonl`" in card
+    assert "'What is 2 plus 3?'\n  '5' (reward 1)" in card
 
 
 def test_core_is_a_table_of_its_own(run):
@@ -275,15 +272,6 @@ def test_levels_are_those_of_the_runs_world(run):
     assert cells(real, "The original's CORE (depth 20)") == ["≥ 0.2219", "—", "not yet"]
     assert cells(real, "The original's ChatCORE") == ["≥ 0.0884", "-0.2000", "not yet"]
     assert "word problems" not in real
-
-
-def test_the_code_base_is_counted_when_a_run_begins(run):
-    counted = report.code_base()
-    assert 3_000 < counted["nanolib lines"] < 10_000 and counted["dependencies"] >= 10
-    assert "Code base" not in report.build(run)
-    finish(run, "data", {"code": {"nanolib lines": 4321, "dependencies": 20}})
-    assert cells(section(report.build(run), "Code base"), "nanolib lines") == ["4,321"]
-    assert "Finished." in section(report.build(run), "Data and tokenizer")  # without figures
 
 
 def test_two_runs_side_by_side(run):
@@ -362,34 +350,6 @@ def test_machines_that_differ_are_told_apart(run):
     ranks = cells(section(report.build(run), "Environment"), "ranks")[0]
     assert "base: 1" in ranks
     assert "sft: 8" in ranks
-
-
-# ---------------------------------------------------------------------------- the curve
-
-
-def heights(chart: str) -> list[int]:
-    """Eighths of each column of a chart."""
-    rows = [line.split("│")[1] for line in chart.split("\n") if "│" in line]
-    width = max(map(len, rows))
-    rows = [row.ljust(width) for row in rows]
-    return [sum(report.BARS.index(row[column]) for row in rows) for column in range(width)]
-
-
-def test_chart_columns_are_means_scaled_to_the_extremes():
-    points = [(x, y) for x, y in enumerate([9, 7, 5, 5, 4, 2, 1, 1])]
-    chart = report.chart(points, width=4, height=2)
-    assert heights(chart) == [16, round(1 + (5 - 1) / 7 * 15), round(1 + 2 / 7 * 15), 1]
-    top, bottom, _, ends = chart.split("\n")
-    assert top.split("│")[0].strip() == "8"
-    assert bottom.split("│")[0].strip() == "1"
-    assert ends.split() == ["0", "7"]
-
-
-def test_chart_survives_few_equal_and_infinite_points():
-    assert heights(report.chart([(5, 2.0)])) == [1]
-    assert heights(report.chart([(1, 2.0), (2, 2.0)])) == [1, 1]
-    assert heights(report.chart([(1, 1.0), (2, math.inf), (3, 2.0)], height=1)) == [1, 8]
-    assert report.chart([(1, math.nan)]) == "(nothing to draw)"
 
 
 @pytest.mark.parametrize("inside", ["no fence", "```", "````python\n```\n````"])

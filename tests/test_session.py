@@ -50,7 +50,7 @@ def run_with_models(tokenizer, cpu):
             torch.nn.init.normal_(model.head.weight, generator=draw)
             about = {"recipe": flatten(recipe), "vocab_size": tokenizer.vocab_size}
             optimizer = MuonAdamW(model, recipe.optim, cpu)
-            checkpoint.save(run.stage(stage).checkpoints, 7, model, optimizer, about)
+            checkpoint.begin(run.stage(stage).checkpoints, 7, model, optimizer, about).result()
         return run, models
 
     return make

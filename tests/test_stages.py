@@ -314,9 +314,11 @@ def test_a_stages_own_seed_draws_other_rows_and_questions(run, tmp_path):
 
 def test_grpos_divergence_is_from_where_it_started_also_when_resumed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks.GSM8K, "grade", lambda task, i, answer: len(answer) % 2 == 0)
-    fork = _fork(run, tmp_path / "kl", {"grpo.steps": 3, "grpo.lr": 2.0, "grpo.save_every": 1})
+    given = {"grpo.steps": 3, "grpo.lr": 2.0, "grpo.save_every": 1, "grpo.kl": 1e-6}
+    fork = _fork(run, tmp_path / "kl", given)
     worker.work("grpo", fork)
     rows = fork.stage("grpo").metrics.rows("rollout")
+    assert all("kl" not in row for row in run.stage("grpo").metrics.rows("rollout"))  # no reference
     first, *later = [row["kl"] for row in rows]
     assert first == 0 and min(later) > 0.01
     (fork.stage("grpo").path / "done.json").unlink()

@@ -3,8 +3,6 @@
 Everything is derived from one seed; the words are in toyworld.toml.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import tomllib

@@ -5,8 +5,6 @@ pronoun has its referent nearby. Follow-ups mostly ask for facts not told yet, s
 copied. Pip knows neither strangers nor the outside world. Sums are annotated as in GSM8K.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable

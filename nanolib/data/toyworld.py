@@ -6,8 +6,6 @@ training split, so answering one takes knowledge from pretraining. Word problems
 held out by their numbers. Everything is derived from one seed; the words are in toyworld.toml.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import itertools

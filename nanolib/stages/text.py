@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanolib import hub, mirror, report, tasks
+from nanolib import hub, mirror, tasks
 from nanolib.config import Recipe, flatten
 from nanolib.data import own, toyworld
 from nanolib.data.sources import split_documents
@@ -41,7 +41,6 @@ def data(context: Context) -> Result:
         "train_files": [path.name for path in files.train],
         "validation_file": files.validation.name,
         "text_bytes": sum(path.stat().st_size for path in [*files.train, files.validation]),
-        "code": report.code_base(),
     }
 
 

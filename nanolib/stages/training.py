@@ -86,7 +86,7 @@ def grpo(context: Context) -> Result:
             seed=seed,
             device_batch=training.device_batch,
             nll=training.nll,
-            reference=training.compiled(training.start),
+            reference=training.reference,
             metrics=context.stage.metrics,
         )
         held_out = test.usable()[: config.eval_questions]
@@ -110,9 +110,10 @@ class Training:
         config, runtime, name = context.run.config, context.runtime, context.stage.name
         self.context, self.schedule = context, getattr(config.recipe, name)
         self.model = _initial_model(context)
-        # GRPO's reference policy, for the KL; copied before the micro-batch is fitted to memory.
-        self.start = copy.deepcopy(self.model) if name == "grpo" else self.model
         self.nll = self.compiled(self.model)
+        # GRPO's reference policy, copied before the micro-batch is fitted to memory.
+        leashed = name == "grpo" and config.recipe.grpo.kl > 0
+        self.reference = self.compiled(copy.deepcopy(self.model)) if leashed else None
         share = planning.share_of(config.recipe, name, runtime.world_size)
         self.device_batch = config.machine.device_batch or planning.fitting_rows(
             self.model, self.nll, config.recipe.model.sequence_len, share, runtime
