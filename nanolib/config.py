@@ -11,7 +11,7 @@ import functools
 import math
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -476,39 +476,37 @@ def from_flat(profile: str, flat: Mapping[str, Any]) -> Config:
 
 def check_together(recipe: Recipe, machine: MachineConfig) -> None:
     """Raise ValueError if settings conflict, naming their values and a fix."""
+    for conflict in _conflicts(recipe, machine):
+        raise ValueError(conflict)
+
+
+def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
     model, ranks, row = recipe.model, machine.ranks or 1, recipe.model.sequence_len
-    heads, kv_heads, questions = model.heads, model.kv_heads, recipe.grpo.questions
-    if heads % model.num_kv_heads:
-        raise ValueError(f"model.kv_heads must divide the {heads} query heads, got {kv_heads}")
+    if model.heads % model.num_kv_heads:
+        yield f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
     if machine.mirror is not None and recipe.data.source == "toyworld":
         own = f"machine.mirror is {machine.mirror}, but data.source = toyworld makes its own text"
-        raise ValueError(f"{own}; leave the mirror out, or choose data.source = hub")
+        yield f"{own}; leave the mirror out, or choose data.source = hub"
     for name in MODELS:
         stage = getattr(recipe, name)
         if (both := stage.warmup + stage.warmdown) > 1:
-            raise ValueError(f"{name}.warmup + {name}.warmdown must be at most 1, got {both}")
-        if name != "base" and stage.sums.most < stage.sums.fewest:
-            least = f"{name}.sums.fewest ({stage.sums.fewest})"
-            raise ValueError(f"{name}.sums.most must be at least {least}, got {stage.sums.most}")
+            yield f"{name}.warmup + {name}.warmdown must be at most 1, got {both}"
+        if name != "base" and stage.sums.most < (fewest := stage.sums.fewest):
+            least = f"at least {name}.sums.fewest ({fewest})"
+            yield f"{name}.sums.most must be {least}, got {stage.sums.most}"
         if name in ("mid", "sft") and stage.rows.mine and recipe.data.conversations is None:
-            mine = f"{name}.rows.mine is {stage.rows.mine}, and data.conversations names no file"
-            raise ValueError(f"{mine}; give one")
+            mine = f"{name}.rows.mine is {stage.rows.mine}"
+            yield f"{mine}, and data.conversations names no file; give one"
         setting, tokens = f"{name}.batch_tokens", getattr(stage, "batch_tokens", row * ranks)
         if tokens % row:
-            raise ValueError(
-                f"{setting} must be a multiple of model.sequence_len ({row}), got {tokens}"
-            )
+            yield f"{setting} must be a multiple of model.sequence_len ({row}), got {tokens}"
         if tokens // row % ranks:
             rows = f"{setting} = {tokens} makes {tokens // row} rows, which {ranks} ranks cannot"
-            raise ValueError(f"{rows} share equally; choose machine.ranks or {setting} to fit")
-    if recipe.grpo.enabled and questions < ranks:
-        raise ValueError(
-            f"grpo.questions must be at least 1 for each of {ranks} ranks, got {questions}"
-        )
+            yield f"{rows} share equally; choose machine.ranks or {setting} to fit"
+    if recipe.grpo.enabled and (questions := recipe.grpo.questions) < ranks:
+        yield f"grpo.questions must be at least 1 for each of {ranks} ranks, got {questions}"
     if recipe.grpo.enabled and not (recipe.mid.enabled or recipe.sft.enabled):
-        raise ValueError(
-            "grpo.enabled needs a model that answers: enable mid or sft, or turn it off"
-        )
+        yield "grpo.enabled needs a model that answers: enable mid or sft, or turn it off"
 
 
 # ---------------------------------------------------------------------------- identity

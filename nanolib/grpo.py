@@ -219,33 +219,29 @@ class RolloutSource:
         formatted = self.questions.task.formatted
         triples = (it for r in rollouts for it in zip(r.answers, r.texts, r.rewards, strict=True))
         mine = [
-            (reward, len(it.ids), it.end is None, formatted(text), not all(it.chosen))
-            for it, text, reward in triples
+            {
+                "reward": reward,
+                "answer_tokens": len(answer.ids),
+                "cut": answer.end is None,  # it reached a length limit
+                "formatted": formatted(text),
+                "tool": not all(answer.chosen),
+            }
+            for answer, text, reward in triples
         ]
         mixed = sum(len(set(rollout.rewards)) > 1 for rollout in rollouts)
         gathered = self.runtime.gather((mine, mixed))
         if self.metrics is None or not self.runtime.is_lead:
             return
         answers = [answer for part, _ in gathered for answer in part]
-        reward, length, cut, formatted, tool = (
-            sum(column) / len(answers) for column in zip(*answers, strict=True)
-        )
+        means = {key: sum(it[key] for it in answers) / len(answers) for key in answers[0]}
+        # Questions with unequal rewards: the others give no gradient.
+        means["mixed"] = sum(mixed for _, mixed in gathered) / self.config.questions
         tokens, nll, kl = sums
-        self.metrics.append(
-            kind="rollout",
-            step=step,
-            reward=reward,
-            # Fraction of questions with unequal rewards: the others give no gradient.
-            mixed=sum(mixed for _, mixed in gathered) / self.config.questions,
-            answer_tokens=length,
-            cut=cut,  # fraction of answers that reached a length limit
-            formatted=formatted,  # fraction in the form that grading expects
-            tool=tool,  # fraction of answers that used the tool
-            entropy=nll / tokens,  # nats per token, estimated as the mean nll of sampled tokens
-            # KL to `reference`, nats per token, before this step's update.
-            **({"kl": kl / tokens} if self.reference else {}),
-            samples=list(self._extremes(rollouts)),
-        )
+        means["entropy"] = nll / tokens  # nats per token: the mean nll of the sampled tokens
+        if self.reference:
+            means["kl"] = kl / tokens  # nats per token, before this step's update
+        samples = list(self._extremes(rollouts))
+        self.metrics.append(kind="rollout", step=step, **means, samples=samples)
 
     def _extremes(self, rollouts: Sequence[Rollout]) -> Iterator[list[Any]]:
         """Best and worst answer to the question with the widest range of rewards."""

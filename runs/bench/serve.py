@@ -289,7 +289,7 @@ def random_run(profile: str, overrides: config.Overrides) -> None:
     about = {"recipe": config.flatten(recipe), "vocab_size": size}
     about["tokenizer"] = tokenizer.fingerprint()
     optimizer = MuonAdamW(model, recipe.optim, runtime)
-    checkpoint.save(run.stage("base").checkpoints, 0, model, optimizer, about)
+    checkpoint.begin(run.stage("base").checkpoints, 0, model, optimizer, about).result()
 
 
 if __name__ == "__main__":
