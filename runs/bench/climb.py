@@ -3,16 +3,17 @@
 Starting from a run's mid stage, for each seed: SFT with a few hundred worked examples, then one arm
 (ARMS): GRPO, a control with shuffled rewards, or GRPO with other options. In this order:
 
-    alias climb="python -m runs.bench.climb"  # each with --mirror DIR --gpus 4 --minutes 9
-    climb pilot --rows 200,400 --epochs 4,8 --lr 0.02,0.1  # compare SFTs: accuracy by number of terms
-    climb train --seeds 0 --arms slow,grpo,fast,faster --rows 400 --epochs 8 --lr 0.1 --terms 4
-    climb train --rows 400 --epochs 8 --lr 0.1 --terms 4 --set grpo.lr=0.1  # seeds 1, 2, 3
-    climb score --final-seed N  # with final settings: new problems, climb.md
+    alias climb="python -m runs.bench.climb"  # each with --mirror DIR --gpus 2 --at-once 4
+    climb pilot --rows 400,800 --epochs 16,32 --lr 0.1,0.3  # compare SFTs by number of terms
+    FIXED="--rows 800 --epochs 16 --lr 0.1 --terms 4"
+    climb train --seeds 0 --arms slow,grpo,fast,faster $FIXED  # compare learning rates
+    climb train $FIXED --set grpo.steps=100 --set grpo.lr=0.02  # seeds 1, 2, 3 and their controls
+    climb score --final-seed N  # when all settings are fixed: new problems
 
 The parent run is trained if missing. A command stops after `--minutes` and resumes when given again;
 every trial that was started stays in the table. `--set PATH=VALUE` changes any setting, `--arms A,B`
-and `--seeds 1,2` select trials. Keep these from OUT: results/, climb.md and curves.jsonl. `table`
-writes the table beside this script from results/. It needs only the packages that a worker needs
+and `--seeds 1,2` select trials. `table` writes climb.md and climb.jsonl (metrics by step) beside this
+script, from OUT/results and OUT/curves.jsonl, which `score` writes. It needs only the packages that a worker needs
 (`nanolib.stages.worker`).
 """
 
@@ -26,6 +27,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +93,18 @@ ARMS: dict[str, Settings] = {
     "cispo": FOUR | {"grpo.objective": "cispo"},
     "hot": HOT,
     "hot-kl": HOT | {"grpo.kl": 0.2},
+}
+NOTES = {
+    "shuffled": "the control: a question's rewards are dealt to its answers at random",
+    "kl": "a KL penalty in the loss (DeepSeekMath, arXiv:2402.03300)",
+    "deviation": "advantages divided by the group's deviation (arXiv:2402.03300)",
+    "sequence-mean": "a mean over each answer's tokens first (arXiv:2402.03300)",
+    "skip-equal": "questions whose answers all score alike are left out (DAPO, arXiv:2503.14476)",
+    "four-updates": "four updates from each step's answers, clipped (PPO, arXiv:1707.06347)",
+    "clip-higher": "four updates, a higher upper clip (DAPO, arXiv:2503.14476)",
+    "cispo": "four updates, the ratio clipped and not the loss (MiniMax-M1, arXiv:2506.13585)",
+    "hot": "a learning rate far too high",
+    "hot-kl": "the same rate on a KL leash",
 }
 ABOUT = ("seed", "arm", "terms", "sft", "given")  # identifies a trial
 PASSES = (1, 2, 4, 8, 16)
@@ -296,7 +310,9 @@ def same(row: Settings, about: Settings) -> bool:
 def table(bench: Bench) -> str:
     """All started trials with their models' scores, as Markdown."""
     rows, scored = [], bench.results("scored")
-    for started in bench.results("started"):
+    order = list(ARMS)
+    trials = sorted(bench.results("started"), key=lambda it: (order.index(it["arm"]), it["seed"]))
+    for started in trials:
         about = {key: started[key] for key in ABOUT}
         found = [row for row in scored if same(row, about)] or [None]
         rows += [_line(about, row) for row in found]
@@ -350,37 +366,65 @@ def _line(about: Settings, row: Settings | None) -> list[str]:
     ]
 
 
+def pilots(bench: Bench) -> str:
+    """Accuracy of the pilot's SFT models by number of terms, as Markdown."""
+    found: dict[tuple, dict[int, float]] = {}
+    for row in bench.results("pilot"):
+        about = tuple(row[f"sft.{key}"] for key in ("rows.sums", "epochs", "lr"))
+        found.setdefault(about, {})[row["terms"]] = row["sampled"]
+    head = ["worked examples", "epochs", "sft.lr", *(f"{n} terms" for n in (2, 3, 4))]
+    rows = [
+        [*map(str, about), *(f"{found[about][n]:.2f}" for n in (2, 3, 4))]
+        for about in sorted(found)
+    ]
+    return report.table(head, rows)
+
+
 def write_table(bench: Bench, target: Path) -> None:
     scored = bench.results("scored")
-    seeds = sorted({row["final_seed"] for row in scored})
-    devices = sorted({row["device"] for row in scored})
-    said = f"Final problems of seed {seeds}, {sorted({row['problems'] for row in scored})} each"
+    seeds = ", ".join(sorted({str(row["final_seed"]) for row in scored}))
+    problems = ", ".join(sorted({str(row["problems"]) for row in scored}))
+    devices = ", ".join(sorted({row["device"] for row in scored}))
     known = {digest(shared(row)): shared(row) for row in bench.results("started")}
     settings = "\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in known.items())
+    notes = "\n".join(f"- {arm}: {note}; `{json.dumps(ARMS[arm])}`" for arm, note in NOTES.items())
     text = f"""# GRPO on sums, and its control
 
-Written by `runs/bench/climb.py` on {rundir.now()[:10]}; profile {bench.profile}, {", ".join(devices)}.
-{said}, answers sampled at temperature 1. Before → after; gains in points with the standard error
-over questions; KL (to SFT's model) and entropy in nats a token.
+Written by `runs/bench/climb.py` on {rundir.now()[:10]}; profile {bench.profile}, {devices}, several trials
+on each GPU at once. From one run's base and mid, every seed has an SFT and a GRPO of its own. Scores are on {problems}
+problems of final seed {seeds}, which no training used, with {max(PASSES)} answers each, sampled at temperature 1;
+before (SFT) → after (GRPO). Gains are in points, with the standard error over questions; KL (to the SFT
+model) and entropy are in nats a token; the last column is training time. All trials that were started
+are listed; those not finished only compared learning rates or had no time left.
 
 {table(bench)}
 
+Settings:
+
 {settings}
+
+Arms:
+
+{notes}
+
+## The pilot
+
+Sampled accuracy after SFT, seed 0, before anything else was chosen.
+
+{pilots(bench)}
 """
     target.write_text(text, encoding="utf-8")
-    print(text)
 
 
 def write_curves(bench: Bench) -> None:
     """Write each trial's metrics by step to curves.jsonl."""
-    curves = [
-        {"arm": trained["arm"], "seed": trained["seed"], **row, "samples": []}
-        for trained in bench.results("trained")
-        for row in Run.load(trained["end"]).stage("grpo").metrics.rows()
-        if row["kind"] in ("rollout", "eval")
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in curves)
-    (bench.out / "curves.jsonl").write_text(lines, encoding="utf-8")
+    names = ("step", "reward", "mixed", "answer_tokens", "cut", "formatted", "entropy", "kl")
+    with (bench.out / "curves.jsonl").open("w", encoding="utf-8") as file:
+        for trained in bench.results("trained"):
+            about = {key: trained[key] for key in ("arm", "seed")}
+            for row in Run.load(trained["end"]).stage("grpo").metrics.rows("rollout"):
+                kept = {key: round(row[key], 3) for key in names if key in row}
+                file.write(json.dumps(about | kept) + "\n")
 
 
 # ---------------------------------------------------------------------------- several GPUs
@@ -390,15 +434,16 @@ def spread(jobs: Sequence[Settings], given: argparse.Namespace, arguments: Seque
     """Run each job in its own process, one per GPU; returns how many failed."""
     gpus, ends = given.gpus, time.monotonic() + 60 * given.minutes
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for gpu in range(max(1, gpus)):
-        free.put(gpu)
+    places = max(1, gpus) * given.at_once
+    for place in range(places):
+        free.put(place)
 
     def work(job: Settings) -> int:
-        gpu = free.get()
+        place = free.get()
         if time.monotonic() > ends:
-            free.put(gpu)
+            free.put(place)
             return 1
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpus else {})
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {})
         command = [sys.executable, "-m", "runs.bench.climb", *arguments, "--job", json.dumps(job)]
         started = time.monotonic()
         process = subprocess.Popen(command, env=environment, cwd=config.REPOSITORY)
@@ -407,12 +452,12 @@ def spread(jobs: Sequence[Settings], given: argparse.Namespace, arguments: Seque
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # lets a stage save first
             code = process.wait()
-        free.put(gpu)
-        took = f"after {time.monotonic() - started:.0f} s on GPU {gpu}"
+        free.put(place)
+        took = f"after {time.monotonic() - started:.0f} s"
         print(f"{job}: {'done' if code == 0 else f'not done ({code})'} {took}", flush=True)
         return code
 
-    with ThreadPoolExecutor(max(1, gpus)) as pool:
+    with ThreadPoolExecutor(places) as pool:
         return sum(code != 0 for code in pool.map(work, jobs))
 
 
@@ -449,7 +494,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--from", dest="parent", help="the parent run; by default OUT/parent")
     parser.add_argument("--mirror")
     parser.add_argument("--out", default=str(rundir.runs_folder() / "climb"))
-    parser.add_argument("--gpus", type=int, default=0, help="processes at once, one per GPU")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs to use")
+    parser.add_argument("--at-once", type=int, default=1, help="processes per GPU, or on the CPU")
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
     parser.add_argument("--rows", type=numbers, default=[400], help="worked examples in SFT")
     parser.add_argument("--epochs", type=numbers, default=[8], help="epochs of SFT")
@@ -472,6 +518,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("score needs --final-seed, a number nobody has used yet")
     if given.command == "table":
         write_table(bench, Path(__file__).with_suffix(".md"))
+        shutil.copy(out / "curves.jsonl", Path(__file__).with_suffix(".jsonl"))
     elif given.job is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
         try:
