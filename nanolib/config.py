@@ -67,6 +67,7 @@ class DataConfig(Settings):
     repository: str = "karpathy/fineweb-edu-100b-shuffle"  # pretraining text on the hub
     text_shards: Count | None = None  # training shards; None: all of a mirror, else enough
     text: str | None = None  # your own pretraining text: a folder or file of txt, jsonl or parquet
+    drop_contaminated: bool = False  # leave out texts that share 13 words with a test problem
     conversations: str | None = None  # your own, jsonl: {"messages": [{"role", "content"}, …]}
 
 

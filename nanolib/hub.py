@@ -95,6 +95,12 @@ def _check_text(path: Path) -> None:
 
 
 def documents(path: Path) -> Iterator[str]:
+    for texts in text_arrays(path):
+        yield from texts.to_pylist()
+
+
+def text_arrays(path: Path) -> Iterator[pa.StringArray]:
+    """The documents of a shard, up to 1024 in an array."""
     _check_text(path)
     with _reading(path):
         shard = pyarrow.dataset.dataset(path, format="parquet")
@@ -102,7 +108,7 @@ def documents(path: Path) -> Iterator[str]:
             batch.validate(full=True)
             if batch["text"].null_count:
                 raise ValueError(f"{path} has {batch['text'].null_count} rows without text")
-            yield from batch["text"].to_pylist()
+            yield batch["text"]
 
 
 def table(split: Split, mirror: Path) -> pa.Table:

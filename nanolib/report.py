@@ -282,7 +282,7 @@ def _core(measures: Measures) -> str:
 
 
 def _contamination(run: Run, toy: bool) -> tuple[str, list[dict[str, Any]]]:
-    """A row a test set, a column a training source; then three passages."""
+    """A row a test set, a column a training source, last its own texts; then three passages."""
     file = run.stage("data").path / "overlap.json"
     if not file.exists():  # older versions did not look
         return "", []
@@ -291,6 +291,11 @@ def _contamination(run: Run, toy: bool) -> tuple[str, list[dict[str, Any]]]:
     for test, size in kept["problems"].items():
         counts = (its[test] for its in kept["found"].values())
         rows.append([_label(test, toy), *(f"{n:,} of {size:,}" if n else 0 for n in counts)])
+    if quoting := kept.get("quoting"):
+        drop = run.config.recipe.data.drop_contaminated
+        title = "texts left out" if drop else "its texts that share words"
+        counts = ((len(quoting[source]), size) for source, size in kept["texts"].items())
+        rows.append([title, *(f"{n:,} of {size:,}" if n else 0 for n, size in counts)])
     return table(["", *kept["found"]], rows), kept["passages"][:3]
 
 

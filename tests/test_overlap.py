@@ -9,12 +9,31 @@ import pytest
 
 from nanolib.evals import overlap
 
-VOCABULARY = ["a", "b", "ab", "ba", "1", "x" * 300, "naïve", "Ünder", "don't", "A,", "\ud800"]
+VOCABULARY = [
+    "a",
+    "b",
+    "ab",
+    "ba",
+    "1",
+    "x" * 300,
+    "naïve",
+    "ÜnDer",
+    "don't",
+    "\u0130x",
+    "\u212a",
+    "A,",
+    "\ud800",
+]
 
 
 def naive(text: str) -> list[tuple[str, ...]]:
-    words = re.findall("[a-z0-9]+", text.lower())
+    words = [word.lower() for word in re.findall("[a-zA-Z0-9]+", text)]
     return [tuple(words[i : i + 13]) for i in range(len(words) - 12)]
+
+
+def windows(texts: list[str]):
+    (array,) = overlap.arrays(texts)
+    return overlap.windows(array)
 
 
 def prose(rng: random.Random, words: int) -> list[str]:
@@ -27,7 +46,7 @@ def test_windows_are_those_of_words():
     few = [" ".join(rng.choices("ab", k=rng.randint(0, 40))) for _ in range(100)]
     texts = [*few, "", " ".join(prose(rng, 12)), *(" ".join(prose(rng, 30)) for _ in range(40))]
     words = [(i, window) for i, text in enumerate(texts) for window in naive(text)]
-    hashes, owner = overlap.windows(texts)
+    hashes, owner = windows(texts)
     assert owner.tolist() == [i for i, _ in words]
     _, same = np.unique(hashes, return_inverse=True)
     pairs = set(zip(same.tolist(), (window for _, window in words), strict=True))
@@ -57,6 +76,11 @@ def test_counts_are_those_of_sets_of_words(threads, monkeypatch):
         assert found["found"][source][test] == len(hit)
         longest[test] += [(len(run) + 12, source) for it in hit for run in runs(it, there)]
         windows[source] = there
+    asked = {window for texts in tests.values() for text in texts for window in naive(text)}
+    for source, texts in sources.items():
+        assert found["texts"][source] == len(texts)
+        quoting = [i for i, text in enumerate(texts) if asked & set(naive(text))]
+        assert found["quoting"][source] == quoting and (len(quoting) > 9) == (source != "-")
     assert 0 < found["found"]["web"]["one"] < 30 and not any(found["found"]["-"].values())
     assert {it["test"] for it in found["passages"]} == {"one", "two"}
     for it in found["passages"]:
@@ -68,6 +92,7 @@ def test_counts_are_those_of_sets_of_words(threads, monkeypatch):
 
 
 def find(tests, sources, threads=1) -> dict:
+    sources = {source: overlap.arrays(texts) for source, texts in sources.items()}
     return overlap.overlap(tests, sources, threads, lambda *_: None)
 
 
@@ -89,8 +114,15 @@ def test_nothing_to_compare_is_nothing_found():
 
 
 def test_words_are_told_apart_by_where_they_end():
-    hashes, _ = overlap.windows([f"{two} {'c ' * 11}" for two in ("a ab", "aa b")])
+    hashes, _ = windows([f"{two} {'c ' * 11}" for two in ("a ab", "aa b")])
     assert len(set(hashes.tolist())) == 2
+
+
+def test_long_words_are_told_apart_by_every_byte():
+    words = ["a" * n for n in range(1, 30)]
+    words += [f"{word[:i]}b{word[i + 1 :]}" for word in words for i in range(len(word))]
+    hashes, _ = windows([f"{word} {'c ' * 12}" for word in words])
+    assert len(set(hashes.tolist())) == len(hashes) == len(words) == 29 + 435
 
 
 def test_a_passage_ends_where_a_word_differs():

@@ -151,6 +151,10 @@ def test_contamination_is_a_row_a_test_and_a_column_a_source(run):
     assert "come from templates" in part
     assert "mmlu, 80 words shared with text:\n\n````text\n```mmlu\n````\n" in part
     assert part.count("80 words") == 3 and "```facts" not in part
+    kept |= {"quoting": {"text": [4, 9], "sft: mine": []}, "texts": {"text": 5000, "sft: mine": 9}}
+    rundir.write_json(run.stage("data").path / "overlap.json", kept)
+    part = section(report.build(run), "Contamination")
+    assert cells(part, "its texts that share words") == ["2 of 5,000", "0"]
 
 
 def test_the_sign_test_counts_the_splits_of_a_fair_coin():

@@ -1,6 +1,7 @@
 """The stages in this process: what they read, what they resume, what they refuse."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
@@ -9,18 +10,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fake_hub import FakeHub
+from test_overlap import naive
 
 from nanolib import stages, tasks
 from nanolib.config import MODELS
 from nanolib.conversation import Conversation, Message
 from nanolib.data.sources import ConversationSource, first_tokens, render, save_conversations
+from nanolib.grpo import RolloutSource
 from nanolib.guard import Guard
 from nanolib.rundir import Run
 from nanolib.runtime import Runtime
 from nanolib.stages import evaluate, text, training, worker
+from nanolib.tokenizer import Tokenizer
 from nanolib.train import Stopped
 
 SMALL = {
@@ -547,13 +553,16 @@ def test_data_finds_test_problems_in_what_the_run_trains_on(run, mirror, monkeyp
     """In every source as its stage uses it, and in no other rows; the older run is left alone."""
     seen = {}
 
+    def flat(arrays):
+        return [it.as_buffer().to_pybytes().decode() for texts in arrays for it in texts]
+
     def overlap(tests, sources, threads, progress):
-        seen.update(tests=tests, sources={name: list(texts) for name, texts in sources.items()})
-        return {"kept": True}
+        seen.update(tests=tests, sources={k: flat(v) for k, v in sources.items()})
+        return {"texts": {}}
 
     monkeypatch.setattr(text, "overlap", overlap)
     worker.work("data", mirror)
-    assert json.loads((mirror.stage("data").path / "overlap.json").read_text()) == {"kept": True}
+    assert json.loads((mirror.stage("data").path / "overlap.json").read_text()) == {"texts": {}}
     files = text.hub.text_files(mirror.config, mirror.mirror())
     texts = [it for path in files.train for it in text.hub.documents(path)]
     expected = {"text": texts}
@@ -561,6 +570,8 @@ def test_data_finds_test_problems_in_what_the_run_trains_on(run, mirror, monkeyp
         for name, limit in text.limits(mirror.config.recipe, stage).items():
             talks = list(training._conversations(_context(mirror, stage), name, "train", limit))
             expected[f"{stage}: {name}"] = talks
+    questions = tasks.load("gsm8k", "train", mirror.mirror())
+    expected["grpo: gsm8k"] = [questions.conversation(i) for i in range(len(questions))]
     assert seen["sources"].keys() == expected.keys() and seen["sources"]["text"] == texts
     for name, talks in expected.items():
         assert len(seen["sources"][name]) == len(talks) > 0
@@ -572,6 +583,95 @@ def test_data_finds_test_problems_in_what_the_run_trains_on(run, mirror, monkeyp
     right = easy.choices(3)[easy.answer(3)]
     assert len(tests["arc_easy"]) == 4 and tests["arc_easy"][3] == f"{easy.question(3)} {right}"
     assert {len(its) for name, its in tests.items() if "/" in name} == {4}
+
+
+@pytest.fixture
+def quoting(mirror, tmp_path):
+    """Settings of a run on little text, of which some quotes problems, as do the user's own chats."""
+    tests = tasks.load("gsm8k", "test", mirror.mirror())
+    quotes = [text._problem(tests, i) for i in range(4)]
+    folder = tmp_path / "mirror" / "text"
+    for number, path in enumerate(sorted(folder.glob("*"))):
+        some = [it for it in itertools.islice(text.hub.documents(path), 30) if it.strip()]
+        some[7:7] = [f"They ask: {quote}" for quote in quotes[number % 3 :]]
+        pq.write_table(pa.table({"text": some}), path)
+    chats = [("Who?", "Me."), ("Why?", quotes[2].upper()), ("How?", "So.")]
+    lines = [Conversation.ask(*it).messages for it in chats]
+    rows = [{"messages": [{"role": m.role, "content": m.text} for m in it]} for it in lines]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = SMALL | {"data.source": "hub", "machine.mirror": str(tmp_path / "mirror")}
+    given |= {"eval.tasks": ["gsm8k"], "tokenizer.vocab_size": 300, "sft.rows.mine": 8}
+    return given | {"data.conversations": str(tmp_path / "mine.jsonl")}
+
+
+def test_what_quotes_a_test_problem_is_left_out_of_all_training(quoting, tmp_path, monkeypatch):
+    """Beside a run that leaves nothing out, and sets of words."""
+    sources = []
+
+    def source(**given):
+        sources.append(RolloutSource(**given))
+        return sources[-1]
+
+    monkeypatch.setattr(training, "RolloutSource", source)
+    whole = Run.open("smoke", str(tmp_path / "whole"), quoting)
+    clean = Run.open("smoke", str(tmp_path / "clean"), quoting | {"data.drop_contaminated": True})
+    for run in (whole, clean):
+        for name in ("data", "tokenizer", "shards", "base", "mid", "sft", "grpo"):
+            worker.work(name, run)
+    problems = {
+        it for texts in text._tests(clean).values() for its in map(naive, texts) for it in its
+    }
+
+    def kept(texts):
+        return [it for it in texts if not problems & set(naive(it))]
+
+    files = text.hub.text_files(clean.config, clean.mirror())
+    read = [it for path in files.train for it in text.hub.documents(path)]
+    tokenizer = _context(clean, "base").tokenizer
+    *shards, held_out = (np.load(it) for part in text.shard_paths(clean) for it in np.ravel(part))
+    said = tokenizer.decode(np.concatenate(shards)).split("<|bos|>")[1:]
+    assert said == kept(read) and len(said) < len(read)
+    assert tokenizer.merges == Tokenizer.train(kept(read), 300).merges
+    validation = list(text.hub.documents(files.validation))
+    assert tokenizer.decode(held_out).split("<|bos|>")[1:] == validation != kept(validation)
+    dropped = 0
+    for stage in ("mid", "sft"):
+        for name, limit in text.limits(clean.config.recipe, stage).items():
+            asked = [
+                training._conversations(_context(it, stage), name, "train", limit)
+                for it in (whole, clean)
+            ]
+            every, left = ([" ".join(m.text for m in it.messages) for it in its] for its in asked)
+            assert left == kept(every)
+            dropped += len(every) - len(left)
+            counts = [
+                training._mixture(_context(it, stage))[1]["conversations"][name]
+                for it in (whole, clean)
+            ]
+            assert counts == [len(every), len(left)]
+    assert dropped > 2  # of mine and of gsm8k
+    questions = tasks.load("gsm8k", "train", clean.mirror())
+    every, left = (it.usable for it in sources)
+    left_out = [i for i in every if not kept([text._problem(questions, i)])]
+    assert left == [i for i in every if i not in left_out] and len(left_out) > 10
+    fingerprints = {it.stage("data").result()["fingerprint"] for it in (whole, clean)}
+    assert len(fingerprints) == 2
+    path = clean.stage("data").path / "overlap.json"
+    found = json.loads(path.read_text())
+    found["quoting"]["text"].pop()
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="differs from what run clean started with"):
+        text._text_files(clean)
+
+
+def test_a_source_of_nothing_but_quotes_is_named(quoting, tmp_path):
+    only = (tmp_path / "mine.jsonl").read_text().splitlines()[1]
+    (tmp_path / "mine.jsonl").write_text(only)
+    run = Run.open("smoke", str(tmp_path / "run"), quoting | {"data.drop_contaminated": True})
+    with pytest.raises(
+        ValueError, match=r"all texts of mid: mine, sft: mine share .*drop_contaminated"
+    ):
+        worker.work("data", run)
 
 
 def test_data_that_changed_under_a_run_is_refused(mirror, tmp_path):

@@ -1,72 +1,112 @@
 """Contamination: test problems that share 13 words in a row with training data (arXiv:2005.14165).
 
-Words are runs of a-z and 0-9 in lower case. Every 13 of them have a 64-bit hash; `naive` in
-tests/test_overlap.py compares the words themselves.
+Words are runs of A-Z, in any case, and 0-9. Every 13 of them have a 64-bit hash; `naive` in
+tests/test_overlap.py compares the words themselves. Texts stay in Arrow arrays, which threads read
+without Python's lock.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from nanolib.hub import Progress
 
 WORDS = 13
 SHOWN = 60  # words of a passage that are kept
-AT_ONCE = 512  # texts that a thread looks at together
-FACTOR = 0x9E3779B97F4A7C15  # of the powers in a hash; odd, so that it has an inverse
-IS_WORD = np.isin(np.arange(256), list(b"abcdefghijklmnopqrstuvwxyz0123456789"))
-Texts = Mapping[str, Iterable[str]]
+AT_ONCE = 512  # texts of an array, which one thread searches
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
+TOP = np.uint64(64 - 24)  # hashes are first looked up by their highest 24 bits
+LOWER = np.zeros(256, np.uint8)  # a byte of a word in lower case; 0: no byte of a word
+LOWER[[*b"0123456789abcdefghijklmnopqrstuvwxyz"]] = [*b"0123456789abcdefghijklmnopqrstuvwxyz"]
+LOWER[65:91] = LOWER[97:123]
+BINARY = pa.large_binary()
+BYTES = np.array([256**n - 1 for n in range(9)], np.uint64)  # masks of the first n bytes
 
 
-def windows(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+def arrays(texts: Iterable[str]) -> Iterator[pa.Array]:
+    raw = (text.encode(errors="replace") for text in texts)
+    while group := [*islice(raw, AT_ONCE)]:
+        yield pa.array(group, BINARY)
+
+
+def windows(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """The hash of every 13 words in a row of each text, in order, and the number of that text."""
-    raw = [f"{text.lower()} ".encode(errors="replace") for text in texts]
-    bytes_N = np.frombuffer(b"".join(raw), np.uint8)
-    word_N = IS_WORD[bytes_N]
-    steps_N = np.diff(word_N.view(np.int8), prepend=np.int8(0))
-    starts, ends = np.flatnonzero(steps_N == 1), np.flatnonzero(steps_N == -1)
-    first, end = starts[: 1 - WORDS], ends[WORDS - 1 :]
-    power_N = np.cumsum(word_N) + np.cumsum(steps_N == 1)  # one is left out between words
-    powers, inverses = (
-        np.multiply.accumulate(np.full(2 * len(bytes_N) + 1, it, np.uint64))
-        for it in (FACTOR, pow(FACTOR, -1, 2**64))
-    )
-    sums_N = np.cumsum(word_N * bytes_N * powers[power_N])  # a space is before each end
-    hashes = (sums_N[end] - sums_N[first - 1] * (first > 0)) * inverses[power_N[first]]
-    owner = np.searchsorted(np.cumsum([*map(len, raw)]), starts, side="right")
-    within = owner[: len(first)] == owner[WORDS - 1 :]
-    return hashes[within], owner[: len(first)][within]
+    parts = [texts.cast(BINARY), pa.scalar(b" ", BINARY), pa.scalar(b"", BINARY)]
+    _, ends, data = pc.call_function("binary_join_element_wise", parts).buffers()
+    bounds = np.frombuffer(ends, np.int64, len(texts) + 1)
+    bytes_N = np.zeros(bounds[-1] + 8, np.uint8)
+    LOWER.take(np.frombuffer(data, np.uint8, bounds[-1]), out=bytes_N[:-8], mode="clip")
+    word_N = bytes_N > 0
+    edges = np.flatnonzero(np.diff(word_N, prepend=False))
+    starts, ends = edges[::2], edges[1::2]
+    eight_N = np.ndarray(
+        len(bytes_N) - 7, "<u8", bytes_N, strides=(1,)
+    )  # the 8 bytes from each byte on
+    word_W, place = np.zeros(len(starts), np.uint64), starts
+    left = np.arange(len(starts))  # words with bytes that are not hashed yet
+    while len(left):
+        size = ends[left] - place
+        mixed = (word_W[left] ^ (eight_N[place] & BYTES[np.minimum(size, 8)])) * FACTOR
+        word_W[left] = mixed ^ (mixed >> np.uint64(32))
+        left, place = left[size > 8], place[size > 8] + 8
+    count = max(0, len(starts) - WORDS + 1)
+    hashes = np.zeros(count, np.uint64)
+    for i in range(WORDS):
+        hashes = hashes * FACTOR + word_W[i : i + count]
+    owner = np.repeat(np.arange(len(texts)), np.diff(np.searchsorted(starts, bounds)))
+    within = owner[:count] == owner[WORDS - 1 :][:count]
+    return hashes[within], owner[:count][within]
 
 
 def overlap(
-    tests: Mapping[str, Sequence[str]], sources: Texts, threads: int, progress: Progress
+    tests: Mapping[str, Sequence[str]],
+    sources: Mapping[str, Iterable[pa.Array]],
+    threads: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """How many problems of each test share words with each source, and of each test the longest
     passage: 13 of its words in a row stand in one text of the source, all of it perhaps in none.
+
+    "texts" counts the texts of each source, and "quoting" lists those that share words, from 0.
     """
     problems = [(test, text) for test, texts in tests.items() for text in texts]
-    hashes, owner = windows(text for _, text in problems)
+    raw = [text.encode(errors="replace") for _, text in problems]
+    hashes, owner = windows(pa.array(raw, BINARY))
     known, places = np.unique(hashes, return_inverse=True)
+    likely = np.zeros(1 << 24, bool)
+    likely[known >> TOP] = True
     found: dict[str, dict[str, int]] = {}
+    sizes: dict[str, int] = {}
+    quoting: dict[str, list[int]] = {}
     longest: dict[str, dict[str, Any]] = {}
 
-    def look(texts: Sequence[str]) -> np.ndarray:
-        there = windows(texts)[0]
-        at = np.searchsorted(known, there)
-        return at[known.take(at, mode="clip") == there] if len(known) else at[:0]
+    def look(group: pa.Array) -> tuple[int, np.ndarray, np.ndarray]:
+        there, text = windows(group)
+        maybe = np.flatnonzero(likely[there >> TOP])
+        at = np.searchsorted(known, there[maybe])
+        hit = known.take(at, mode="clip") == there[maybe]
+        return len(group), at[hit], np.unique(text[maybe][hit])
 
     for number, (source, texts) in enumerate(sources.items()):
-        seen, groups = np.zeros(len(known), bool), iter(texts)
+        seen, groups, jobs = np.zeros(len(known), bool), iter(texts), deque()
+        sizes[source], quoting[source] = 0, []
         with ThreadPoolExecutor(threads) as pool:
-            while some := [g for _ in range(threads) if (g := list(islice(groups, AT_ONCE)))]:
+            while (group := next(groups, None)) is not None or jobs:
                 progress(number, len(sources), f"looking for test problems in {source}")
-                for at in pool.map(look, some):
+                if group is not None:
+                    jobs.append(pool.submit(look, group))
+                if group is None or len(jobs) > 2 * threads:
+                    count, at, which = jobs.popleft().result()
                     seen[at] = True
+                    quoting[source] += (sizes[source] + which).tolist()
+                    sizes[source] += count
         hits = np.flatnonzero(seen[places])
         counts = Counter(problems[problem][0] for problem in np.unique(owner[hits]))
         found[source] = {test: counts[test] for test in tests}
@@ -74,10 +114,11 @@ def overlap(
         for run in np.split(hits, breaks) if len(hits) else ():
             (test, text), length = problems[owner[run[0]]], len(run) + WORDS - 1
             if length > longest.get(test, {"words": 0})["words"]:
-                words = re.findall("[a-z0-9]+", text.lower())
+                words = re.findall("[a-z0-9]+", text, re.ASCII | re.IGNORECASE)
                 words = words[run[0] - np.searchsorted(owner, owner[run[0]]) :][:length]
-                passage = " ".join(words[:SHOWN]) + " …" * (length > SHOWN)
+                passage = " ".join(words[:SHOWN]).lower() + " …" * (length > SHOWN)
                 longest[test] = {"test": test, "source": source, "words": length, "text": passage}
     passages = sorted(longest.values(), key=lambda passage: -passage["words"])
-    sizes = {test: len(texts) for test, texts in tests.items()}
-    return {"problems": sizes, "found": found, "passages": passages}
+    asked = {test: len(texts) for test, texts in tests.items()}
+    about = {"problems": asked, "found": found, "passages": passages}
+    return about | {"texts": sizes, "quoting": quoting}

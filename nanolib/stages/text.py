@@ -2,12 +2,15 @@
 
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from nanolib import hub, mirror, tasks
@@ -15,13 +18,14 @@ from nanolib.config import Recipe, flatten
 from nanolib.data import own, toyworld
 from nanolib.data.sources import split_documents
 from nanolib.evals import core
-from nanolib.evals.overlap import overlap
+from nanolib.evals.overlap import arrays, overlap
 from nanolib.rundir import Run, whole_file, whole_folder, write_json
 from nanolib.runtime import seed_of
 from nanolib.stages import Context, Result
 from nanolib.tokenizer import Tokenizer
 
 AT_ONCE = 1024  # documents tokenized together
+OVERLAP = "overlap.json"  # in the data stage: what `overlap` found
 
 
 def data(context: Context) -> Result:
@@ -32,7 +36,11 @@ def data(context: Context) -> Result:
     files = hub.text_files(run.config, run.text_mirror())
     check_tasks(run, context.progress)
     found = overlap(_tests(run), _sources(run, files), torch.get_num_threads(), context.progress)
-    write_json(context.stage.path / "overlap.json", found)
+    write_json(context.stage.path / OVERLAP, found)
+    nothing = [it for it, size in found["texts"].items() if len(found["quoting"][it]) == size > 0]
+    if nothing and run.config.recipe.data.drop_contaminated:
+        why = f"all texts of {', '.join(nothing)} share words with a test problem"
+        raise ValueError(f"{why}: leave out data.drop_contaminated, or that source")
     return {
         "mirror": run.config.machine.mirror and str(run.mirror()),
         "revisions": revisions,
@@ -103,9 +111,12 @@ def check_tasks(run: Run, progress: hub.Progress = lambda *_: None) -> None:
 
 
 def chosen(
-    run: Run, stage: str, name: str, split: str, limit: int | None
+    run: Run, stage: str, name: str, split: str, limit: int | None, drop: bool = True
 ) -> tuple[tasks.Task, np.ndarray]:
-    """A task and its first `limit` rows in a seeded order; the user's own are repeated."""
+    """A task and its first `limit` rows in a seeded order, the user's own repeated.
+
+    drop: without those that `left_out` names.
+    """
     recipe, is_mine = run.config.recipe, name == "mine"
     read, mirror = ("smoltalk", run.own()) if is_mine else (name, run.mirror())
     task = tasks.load(read, split, mirror, getattr(recipe, stage).sums)
@@ -113,8 +124,19 @@ def chosen(
     if split == "train":
         seed = stage_seed(recipe, stage, "mixture", stage, name)
     order = np.random.default_rng(seed).permutation(len(task))
-    repeats = is_mine and split == "train"
-    return task, np.resize(order, limit or len(order)) if repeats else order[:limit]
+    if split != "train":
+        return task, order[:limit]
+    order = np.resize(order, limit or len(order)) if is_mine else order[:limit]
+    return task, np.delete(order, left_out(run, f"{stage}: {name}") if drop else [])
+
+
+def left_out(run: Run, source: str) -> list[int]:
+    """The numbers of a source's texts that the run must not train on (data.drop_contaminated)."""
+    return _quoting(run)[source] if run.config.recipe.data.drop_contaminated else []
+
+
+def _quoting(run: Run) -> dict[str, list[int]]:
+    return json.loads((run.stage("data").path / OVERLAP).read_text())["quoting"]
 
 
 def stage_seed(recipe: Recipe, stage: str, *purpose: str) -> int:
@@ -136,14 +158,19 @@ def _tests(run: Run) -> dict[str, list[str]]:
     return found
 
 
-def _sources(run: Run, files: hub.TextFiles) -> dict[str, Iterator[str]]:
-    """What the run trains on: text, and of each source of its mixtures the rows taken."""
+def _sources(run: Run, files: hub.TextFiles) -> dict[str, Iterator[pa.Array]]:
+    """What the run trains on: text, of each source of its mixtures the rows taken, and questions."""
     recipe = run.config.recipe
-    found = {"text": (text for path in files.train for text in hub.documents(path))}
+    found: dict[str, Iterator[pa.Array]] = {
+        "text": itertools.chain.from_iterable(map(hub.text_arrays, files.train))
+    }
     for stage in ("mid", "sft"):
         for name, limit in limits(recipe, stage).items() if getattr(recipe, stage).enabled else ():
-            task, rows = chosen(run, stage, name, "train", limit)
-            found[f"{stage}: {name}"] = map(partial(_problem, task), rows.tolist())
+            task, rows = chosen(run, stage, name, "train", limit, drop=False)
+            found[f"{stage}: {name}"] = arrays(map(partial(_problem, task), rows.tolist()))
+    if recipe.grpo.enabled:
+        task = tasks.load_graded(recipe.grpo.task, "train", run.mirror(), recipe.grpo.sums)
+        found[f"grpo: {recipe.grpo.task}"] = arrays(map(partial(_problem, task), range(len(task))))
     return found
 
 
@@ -154,8 +181,8 @@ def _problem(task: tasks.Task, i: int) -> str:
 
 
 def _fingerprint(run: Run, text: hub.TextFiles) -> str:
-    """Hash the names, sizes and last 64 KiB (parquet footers) of a run's text files, and of its other
-    files unless `revisions` pin them.
+    """Hash the names, sizes and last 64 KiB (parquet footers) of a run's text files, of its other
+    files unless `revisions` pin them, and what is left out.
     """
     digest, mirror, files = hashlib.sha256(), run.mirror(), [*text.train, text.validation]
     if run.config.recipe.data.source == "toyworld" or not has_own_mirror(run):
@@ -165,6 +192,8 @@ def _fingerprint(run: Run, text: hub.TextFiles) -> str:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 65_536))
             digest.update(f"{path.name} {size} ".encode() + file.read())
+    if run.config.recipe.data.drop_contaminated:
+        digest.update(json.dumps(_quoting(run)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -177,6 +206,15 @@ def _text_files(run: Run) -> hub.TextFiles:
     return files
 
 
+def _documents(run: Run, paths: Iterable[Path]) -> Iterator[Iterator[str]]:
+    """The documents of each text file, without those that `left_out` names."""
+    first, drop = 0, {*left_out(run, "text")}
+    for path in paths:
+        numbered = enumerate(hub.documents(path), first)
+        yield (text for number, text in numbered if number not in drop)
+        first += pq.read_metadata(path).num_rows
+
+
 def tokenizer(context: Context) -> Result:
     config = context.run.config.recipe.tokenizer
     files = _text_files(context.run)
@@ -185,7 +223,8 @@ def tokenizer(context: Context) -> Result:
         context.progress(done, total or config.max_chars, phase)
 
     longest = config.max_document_chars
-    texts = (text[:longest] for path in files.train for text in hub.documents(path))
+    documents = itertools.chain.from_iterable(_documents(context.run, files.train))
+    texts = (text[:longest] for text in documents)
     trained = Tokenizer.train(_head(texts, config.max_chars), config.vocab_size, progress)
     trained.save(context.stage.path / "tokenizer.json")
     sample = list(_head(hub.documents(files.validation), 1_000_000))
@@ -208,13 +247,14 @@ def shards(context: Context) -> Result:
     files, tokenizer = _text_files(context.run), context.tokenizer
     train, validation = shard_paths(context.run)
     texts, targets = [*files.train, files.validation], [*train, validation]
-    for number, (text, target) in enumerate(zip(texts, targets, strict=True)):
-        parts, documents, done = [], hub.documents(text), 0
-        while not target.exists() and (group := list(itertools.islice(documents, AT_ONCE))):
-            parts.append(tokenizer.encode_flat(group, torch.get_num_threads(), bos=True)[0])
-            done += len(group)
-            context.progress(number, len(texts), f"{text.name}: {done} documents")
-        if parts:
+    each = zip(texts, _documents(context.run, texts), targets, strict=True)
+    for number, (text, documents, target) in enumerate(each):
+        if not target.exists():
+            parts, done = [tokenizer.encode_flat([])[0]], 0
+            while group := list(itertools.islice(documents, AT_ONCE)):
+                parts.append(tokenizer.encode_flat(group, torch.get_num_threads(), bos=True)[0])
+                done += len(group)
+                context.progress(number, len(texts), f"{text.name}: {done} documents")
             with whole_file(target) as file:
                 np.save(file, np.concatenate(parts))
     *trained, held_out = (np.load(target, mmap_mode="r") for target in targets)

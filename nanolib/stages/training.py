@@ -24,7 +24,7 @@ from nanolib.grpo import PolicyGradient, RolloutSource
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import Run, StageDir, whole_folder, write_json
-from nanolib.stages import Context, Result
+from nanolib.stages import Context, Result, text
 from nanolib.stages.text import chosen, limits, shard_paths, stage_seed, validation_documents
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
@@ -89,6 +89,8 @@ def grpo(context: Context) -> Result:
             reference=training.reference,
             metrics=context.stage.metrics,
         )
+        drop = {*text.left_out(context.run, f"grpo: {config.task}")}
+        source.usable = [question for question in source.usable if question not in drop]
         held_out = test.usable()[: config.eval_questions]
 
         def score() -> dict[str, float]:
