@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from nanolib.config import Recipe, flatten, replace_settings
+from nanolib.config import LAST_WITH_THEM, Recipe, flatten, replace_settings
 from nanolib.model import GPT
-from nanolib.optim import MuonAdamW
+from nanolib.optim import SLOTS, MuonAdamW
 from nanolib.rundir import saved_recipe, whole_file, write_atomic, write_json
 
 VERSION = 1
@@ -96,9 +97,8 @@ def _share(model: GPT, optimizer: MuonAdamW) -> tuple[list[Owned], list[Owned]]:
             where = [rows.start, rows.stop]
             weights.append((name, where, shape, values.to("cpu", copy=True)))
             for slot, state in group.state.items():
-                value = state[inner].reshape(len(values), -1).to("cpu", copy=True)
-                whole = [shape[0], value.shape[1]]  # one column for NorMuon's squares
-                states.append((f"{name}.{slot}", where, whole, value))
+                value = state[inner].reshape(values.shape).to("cpu", copy=True)
+                states.append((f"{name}.{slot}", where, shape, value))
     return weights, states
 
 
@@ -200,7 +200,13 @@ def load_model(folder: Path, device: torch.device, about: Mapping[str, Any] | No
 
 @torch.no_grad()
 def restore_model(checkpoint: Checkpoint, model: GPT) -> None:
-    for name, param in model.named_parameters():
+    """Load the weights; ValueError if the checkpoint also has some of a removed ingredient."""
+    weights, slots = dict(model.named_parameters()), [*chain(*SLOTS.values())]
+    known = {*weights, *(f"{name}.{slot}" for name in weights for slot in slots)}
+    if more := sorted(checkpoint.index["tensors"].keys() - known):
+        has = f"{checkpoint.path} has {more[0]}, of an ingredient that nanolib no longer has"
+        raise ValueError(f"{has}; commit {LAST_WITH_THEM} reads it")
+    for name, param in weights.items():
         param.copy_(checkpoint.tensor(name))
 
 

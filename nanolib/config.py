@@ -27,17 +27,17 @@ INGREDIENTS = {
     "value_embeddings": "every other layer adds a learned token embedding to its attention values",
     "x0": "each layer's input is a learned mix of the residual stream and the token embedding",
     "smear": "adds a gated fraction of the previous token's embedding to each token's embedding",
-    "backout": "subtracts a learned fraction of the middle layer's output before the head",
     "windows": "three of every four layers attend to only half the context",
     "document_mask": "attention does not cross document boundaries",
     "polar_express": "Muon uses a different polynomial in each orthogonalisation step",
-    "normuon": "the rows of Muon's update are normalised to about equal size",
     "cautious_decay": "matrix weights decay only where the update also shrinks them",
     "multi_token": "pretraining also predicts the token after next, with a weight that falls to 0",
 }
 # Ingredients that change training but not the forward pass.
-TRAINING = {"polar_express", "normuon", "cautious_decay", "multi_token"}
+TRAINING = {"polar_express", "cautious_decay", "multi_token"}
 NOT_MODERN = {"windows", "document_mask", "multi_token"}
+# Ingredients that had no effect beyond noise (runs/bench/ablations.md), and the last commit with them.
+REMOVED, LAST_WITH_THEM = {"backout", "normuon"}, "e5da0fd"
 PRESETS = {"classic": (), "modern": tuple(name for name in INGREDIENTS if name not in NOT_MODERN)}
 GATE_WIDTH = 16  # leading channels of a token's vector that feed a gate
 
@@ -89,6 +89,8 @@ class ModelConfig(Settings):
     def __post_init__(self) -> None:
         if unknown := sorted(self.uses - INGREDIENTS.keys()):
             known = f"there are {', '.join(INGREDIENTS)}"
+            if gone := sorted(self.uses & REMOVED):
+                known += f"; commit {LAST_WITH_THEM} is the last with {', '.join(gone)}"
             raise ValueError(f"model.ingredients has {', '.join(unknown)}, but {known}")
 
     @property
@@ -118,7 +120,7 @@ class ModelConfig(Settings):
         """Names and shapes of the parameters that ingredients add: tables, gates and scalars."""
         gate, layers, kv_heads = min(GATE_WIDTH, self.width), self.value_layers, self.num_kv_heads
         table = (vocab_size, kv_heads * self.head_dim)
-        shapes = {"x0": (self.depth, 2), "smear": (1 + gate,), "backout": (1,)}
+        shapes = {"x0": (self.depth, 2), "smear": (1 + gate,)}
         shapes = {name: shape for name, shape in shapes.items() if name in self.uses}
         shapes |= {"value_gates": (len(layers), kv_heads, gate)} if layers else {}
         return shapes | {f"value_embeddings_{layer}": table for layer in layers}

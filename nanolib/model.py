@@ -288,7 +288,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Linear: std min(1, √(out/in)) / √in; embedding: std 1; output projections and head: 0."""
-        begin = {"x0": [1.0, 0.1], "smear": [0.0], "backout": [0.2], "value_gates": [0.0]}
+        begin = {"x0": [1.0, 0.1], "smear": [0.0], "value_gates": [0.0]}
         for name, weight in self.named_parameters():
             if name in begin:
                 weight.copy_(torch.tensor(begin[name]).expand_as(weight))
@@ -329,7 +329,7 @@ class GPT(nn.Module):
         x_BTD, own = self._embedded(ids_BT), dict(self.named_parameters(recurse=False))
         if "smear" in own:
             x_BTD = self._smeared(x_BTD, positions_BT, cache)
-        x0_BTD = middle_BTD = x_BTD.view_as(x_BTD)  # a view: aliased inputs would recompile a block
+        x0_BTD = x_BTD.view_as(x_BTD)  # a view: aliased inputs would recompile a block
         for layer, block in enumerate(self.blocks):
             more: dict[str, Any] = {"mix": (x0_BTD, own["x0"][layer])} if "x0" in own else {}
             if layer in self.config.value_layers:
@@ -338,9 +338,6 @@ class GPT(nn.Module):
                 own_BTE = F.embedding(ids_BT, own[f"value_embeddings_{layer}"]).to(x_BTD.dtype)
                 more["lookup"] = own_BTE, own["value_gates"][layer // 2]
             x_BTD = run(block, x_BTD, cos_sin, masks_L[layer], cache, positions_BT, **more)
-            middle_BTD = x_BTD if layer == self.config.depth // 2 else middle_BTD
-        if "backout" in own:
-            x_BTD = x_BTD - own["backout"].to(x_BTD.dtype) * middle_BTD
         return norm(x_BTD)
 
     def _embedded(self, ids_BT: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ POLAR_EXPRESS = (
     (1.856436, -1.213238, 0.356800),
 )
 # AdamW learning rates of the ingredients' scalars, by parameter name (nanochat, 2026).
-SCALAR_LRS = {"x0": 0.02, "smear": 0.2, "backout": 0.2, "value_gates": 0.01}
+SCALAR_LRS = {"x0": 0.02, "smear": 0.2, "value_gates": 0.01}
 VALUE_EMBEDDING_LR = 0.5  # times embedding_lr
 
 SLOTS = {"muon": ("momentum",), "adamw": ("moment1", "moment2")}  # state tensors of each rule
@@ -90,7 +90,6 @@ def muon_step(
     weights_NRC: Tensor,
     grads_NRC: Tensor,
     momenta_NRC: Tensor,
-    squares_NR1: Tensor | None = None,
     *,
     lr: float,
     momentum: float,
@@ -100,19 +99,13 @@ def muon_step(
 ) -> None:
     """One Muon update in place on a stack of matrices (https://kellerjordan.github.io/posts/muon).
 
-    The Nesterov momentum is orthogonalised and scaled by √max(1, R/C). squares: running mean square
-    of each row (decay 0.95), used to normalise rows while keeping the matrix norm (NorMuon,
-    arXiv:2510.05491). decay: decoupled weight decay. uses: "polar_express", and "cautious_decay"
-    to decay only weights that the update also shrinks (arXiv:2510.12402).
+    The Nesterov momentum is orthogonalised and scaled by √max(1, R/C). decay: decoupled weight
+    decay. uses: "polar_express", and "cautious_decay" to decay only weights that the update also
+    shrinks (arXiv:2510.12402).
     """
     momenta_NRC.lerp_(grads_NRC, 1 - momentum)
     update = grads_NRC.lerp(momenta_NRC, momentum)
     update = orthogonalise(update, newton_schulz_steps, "polar_express" in uses)
-    if squares_NR1 is not None:
-        squares_NR1.lerp_(update.square().mean(dim=-1, keepdim=True), 0.05)
-        even = update * (squares_NR1 + 1e-10).rsqrt()
-        size, now = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, even))
-        update = even * (size / now.clamp(min=1e-7))
     if decay:
         where = update * weights_NRC > 0 if "cautious_decay" in uses else 1.0
         weights_NRC.mul_(1 - lr * decay * where)
@@ -183,8 +176,6 @@ class MuonAdamW:
                 slot: torch.zeros(shape, device=example.device, dtype=torch.float32)
                 for slot in SLOTS[group.rule]
             }
-            if group.rule == "muon" and "normuon" in self.uses:
-                group.state["squares"] = torch.zeros_like(group.state["momentum"][..., :1])
 
     def _groups(self, model: GPT) -> list[Group]:
         width = model.get_parameter("embedding.weight").shape[1]

@@ -671,7 +671,8 @@ lesson.show(
 # **And what came after Muon?** Three refinements from the records of 2025 and 2026, each tried alone on the same
 # tokens from the same seeds, in bits per byte (lower is better; the whole table is read in
 # [chapter 04](04_pretraining.ipynb)). *Polar Express* takes another polynomial in each iteration, *NorMuon*
-# evens out the rows of the update, *cautious decay* shrinks a weight only where the update does so too.
+# evens out the rows of the update, *cautious decay* shrinks a weight only where the update does so too. What
+# NorMuon gained was no more than the noise, so nanolib has dropped it.
 
 # %%
 table = (REPOSITORY / "runs" / "bench" / "ablations.md").read_text().splitlines()

@@ -28,7 +28,7 @@ def test_every_variant_can_be_resolved_and_every_ingredient_has_a_claim():
     for scale in ablations.SCALES.values():
         for settings in ablations.variants().values():
             config.resolve(scale.profile, scale.settings | settings)
-    assert ablations.CLAIMS.keys() == config.INGREDIENTS.keys()
+    assert ablations.CLAIMS.keys() == config.INGREDIENTS.keys() | config.REMOVED
 
 
 def test_taking_an_ingredient_out_leaves_the_others():
@@ -45,6 +45,8 @@ def test_the_table_pairs_seeds(rows, tmp_path):
     table = (tmp_path / "ablations.md").read_text()
     assert "| `x0` | **-0.1000** ± 0.0000, 1.50 × | — |" in table
     assert "| `smear` | +0.0000 ± 0.1155 | — |" in table
+    assert "| `normuon` | — | — | helps: 0.9 of" in table
+    assert table.count("; removed: no effect beyond noise |") == 2  # backout and normuon
 
 
 def test_only_what_is_missing_is_trained(rows, tmp_path, monkeypatch):

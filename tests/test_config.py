@@ -148,10 +148,14 @@ def test_a_preset_has_ingredients_that_a_list_replaces():
     assert ModelConfig().uses == frozenset() == ModelConfig().architecture
     assert ModelConfig(preset="modern").uses == set(PRESETS["modern"]) <= set(INGREDIENTS)
     assert ModelConfig(preset="modern", ingredients=()).uses == frozenset()
-    some = ModelConfig(ingredients=("x0", "normuon"))
-    assert some.uses == {"x0", "normuon"} and some.architecture == {"x0"}
+    some = ModelConfig(ingredients=("x0", "polar_express"))
+    assert some.uses == {"x0", "polar_express"} and some.architecture == {"x0"}
     with pytest.raises(ValueError, match=r"ingredients has none, words, but there are"):
         ModelConfig(ingredients=("words", "none"))
+    with pytest.raises(
+        ValueError, match=r"has backout, but .*; commit \w{7} is the last with backout$"
+    ):
+        ModelConfig(ingredients=("backout", "x0"))
     with pytest.raises(ValueError, match=r"preset must be one of classic, modern, got 'old'"):
         resolve("smoke", {"model.preset": "old"})
 

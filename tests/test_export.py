@@ -122,10 +122,10 @@ def test_a_model_with_ingredients_is_refused_by_their_names(tokenizer, tmp_path)
         return GPT.build(tiny(ingredients=ingredients), tokenizer.vocab_size, CPU, 0)
 
     with pytest.raises(ValueError, match="cannot be exported: it has smear, x0, and transformers"):
-        export.write(model("x0", "smear", "normuon"), tokenizer, tmp_path / "out")
+        export.write(model("x0", "smear", "polar_express"), tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export.write(
-        model("normuon"), tokenizer, tmp_path / "out"
+        model("polar_express"), tokenizer, tmp_path / "out"
     )  # a classic model, trained otherwise
 
 

@@ -172,10 +172,6 @@ def naive_logits(model: GPT, ids: list[int]) -> torch.Tensor:
         x = x + mixed @ weights[block + "attention.out.weight"].T
         up = (rms(x) @ weights[block + "mlp.up.weight"].T).clamp(min=0) ** 2
         x = x + up @ weights[block + "mlp.down.weight"].T
-        if i == config.depth // 2:
-            middle = x
-    if "backout" in uses:
-        x = x - weights["backout"] * middle
     return 15 * torch.tanh(rms(x) @ weights["head.weight"].T / 15)
 
 
@@ -355,7 +351,7 @@ def test_kernels_for_writing_serve_the_classic_model_alone(ingredients, monkeypa
     model = random_model(tiny(ingredients=ingredients))
     assert model.fast_kernels("training") == "training"
     assert model.fast_kernels("writing") == (None if ingredients else "writing")
-    model = random_model(tiny(ingredients=("normuon", "polar_express", "cautious_decay")))
+    model = random_model(tiny(ingredients=("polar_express", "cautious_decay")))
     assert model.fast_kernels("writing") == "writing"
 
 

@@ -485,6 +485,18 @@ def test_a_checkpoint_of_another_version_goes_on(tmp_path, random_model, cpu, ca
     assert again.step == 6 and "left out: optim.gone" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["backout", "blocks.0.mlp.up.weight.squares"])
+def test_a_checkpoint_with_a_removed_ingredient_is_refused(tmp_path, random_model, cpu, name):
+    """Without its weight the model would be another; without its state the update."""
+    trainer = _saved(tmp_path, random_model, cpu)
+    index = trainer.stage.checkpoints / "step_00000004" / "index.json"
+    content = json.loads(index.read_text())
+    content["tensors"][name] = {"shape": [1], "parts": []}
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"00000004 has {name}, .*; commit \w{{7}} reads it"):
+        checkpoint.load_model(trainer.stage.checkpoints, cpu.device)
+
+
 def test_a_checkpoint_is_read_though_later_stages_could_not_follow(tmp_path, random_model, cpu):
     """Rows of 96 tokens do not share mid's default batch; base's checkpoint knows no mid."""
     trainer = _saved(tmp_path, random_model, cpu)

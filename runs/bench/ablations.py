@@ -257,12 +257,15 @@ def _about(scales: Sequence[str]) -> str:
 
 def write_table() -> None:
     """Write ablations.md: each ingredient by scale, added to classic and removed from modern."""
+    from nanolib.config import REMOVED
+
     scales = [name for name in SCALES if any(row["scale"] == name for row in rows())]
     heads = ["ingredient", *(f"{name}, {way}" for name in scales for way in "+-"), "public records"]
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
     for name, claim in CLAIMS.items():
         cells = [_effect(scale, way, name) for scale in scales for way in "+-"]
-        lines.append(" | ".join([f"`{name}`", *cells, claim]))
+        left = "; removed: no effect beyond noise" if name in REMOVED else ""
+        lines.append(" | ".join([f"`{name}`", *cells, claim + left]))
     lines.append(" | ".join(["**all of modern**", *(_modern(scale) for scale in scales), ""]))
     text = HEAD + "\n".join(f"| {line} |" for line in lines) + "\n\n" + _about(scales)
     ROWS.with_suffix(".md").write_text(text)
