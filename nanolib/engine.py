@@ -333,13 +333,17 @@ class Engine:
         self._sampling = greedy, max((s.top_k or 0 for s in given), default=0), top_p
 
     def _read_chunk(self, free: int) -> list[Request]:
-        """Prefill one chunk, of the current prompts or of the next ones; returns the requests that
-        can take the free slots, first come, first served."""
+        """Prefill one chunk if a free slot needs it, of the current prompts or the next ones in the
+        queue; returns the requests that can take the free slots, first come, first served."""
         for request in self._waiting.copy():
             if request.cancelled:
                 self._waiting.remove(request)
-        nexts = [*islice(self._waiting, free)]
-        prompts = dict.fromkeys(request.prompt for request in nexts if request.prompt)
+        waiting = [*self._waiting]  # other threads append
+        nexts = waiting[:free]
+        if all(request.prompt and request.prompt.read for request in nexts):
+            return nexts
+        # All that fit a chunk, not only those with a slot: a batch costs little more than one prompt.
+        prompts = dict.fromkeys(request.prompt for request in waiting if request.prompt)
         if not any(prompt in prompts for prompt in self._reading):  # none left, or all cancelled
             self._begin([prompt for prompt in prompts if prompt.read is None])
         known = zip(self._reading, self._read.used, strict=False)

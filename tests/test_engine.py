@@ -316,6 +316,19 @@ def test_samples_share_one_reading_of_their_prompt_also_while_some_wait():
     assert seen == [(1, 19), *[(2, 1)] * 8, *[(1, 1)] * 4]
 
 
+def test_prompts_are_read_together_before_slots_are_free(monkeypatch):
+    """One forward pass for all that fit a chunk, however few slots there are."""
+    speaker, reads = engine(sequence_len=64), []
+    speaker.max_rows, speaker.chunk, speaker.ends = 2, 36, frozenset()
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, ids_BT, *given, **more: ids_BT.shape[1] > 1 and reads.append(tuple(ids_BT.shape)) or hidden(self, ids_BT, *given, **more))  # fmt: skip
+    said = speaker.complete(prompts(5, 5, 5, 5, 9, 9, 9), max_new_tokens=6)
+    assert reads == [(4, 4), (3, 8)]
+    alone = engine(sequence_len=64)
+    alone.ends = frozenset()
+    assert said == [alone.complete([p], max_new_tokens=6)[0] for p in prompts(5, 5, 5, 5, 9, 9, 9)]
+
+
 def test_a_long_prompt_is_read_between_the_tokens_of_the_others():
     speaker = engine(sequence_len=64)
     speaker.chunk, speaker.ends = 10, frozenset()
