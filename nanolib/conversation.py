@@ -171,10 +171,10 @@ class AnswerParser:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self.parts: list[Part] = []
         self.ended = False
-        self._tokenizer, self._stops = tokenizer, stops
+        self.tokenizer, self._stops = tokenizer, stops
         self._ends = {tokenizer.special(name) for name in END_NAMES}
         self._markers = {tokenizer.special(name): kind for name, kind in MARKERS.items()}
-        self._kind: PartKind = "text"
+        self.kind: PartKind = "text"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
@@ -184,9 +184,9 @@ class AnswerParser:
         if self.ended:
             return []
         if id not in self._markers:
-            return self._add(self._decoder.decode(self._tokenizer.token_bytes(id)))
-        pieces, self._kind = self.finish(), self._markers[id]
-        opened = [] if self._kind == "text" else [Part(self._kind, "")]
+            return self._add(self._decoder.decode(self.tokenizer.token_bytes(id)))
+        pieces, self.kind = self.finish(), self._markers[id]
+        opened = [] if self.kind == "text" else [Part(self.kind, "")]
         self.parts += opened
         return pieces + opened
 
@@ -196,15 +196,15 @@ class AnswerParser:
 
     def _add(self, text: str, last: bool = False) -> list[Part]:
         text, self._held = self._held + text, ""
-        if self._kind == "text" and self._stops:
+        if self.kind == "text" and self._stops:
             text = self._before_stops(text, last)
         if not text:
             return []
-        if self.parts and self.parts[-1].kind == self._kind:
-            self.parts[-1] = Part(self._kind, self.parts[-1].text + text)
+        if self.parts and self.parts[-1].kind == self.kind:
+            self.parts[-1] = Part(self.kind, self.parts[-1].text + text)
         else:
-            self.parts.append(Part(self._kind, text))
-        return [Part(self._kind, text)]
+            self.parts.append(Part(self.kind, text))
+        return [Part(self.kind, text)]
 
     def _before_stops(self, text: str, last: bool) -> str:
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]

@@ -101,6 +101,9 @@ class Settings:
     # Prefix caching: reuse the keys and values of an earlier row with the same beginning, and keep
     # these for later rows. Do not use it while the weights change.
     keep: bool = False
+    # Keep each token's log-probability, before temperature and top-k, in `Request.logprobs`; such
+    # steps are not captured in CUDA graphs.
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         least = {"max_new_tokens": 1, "samples": 1, "temperature": 0, "top_k": 1, "top_p": 0}
@@ -130,6 +133,7 @@ class Request:
     prompt: _Prompt | None  # None once it has a slot, to free memory
     left: int  # tokens that may still be generated; 0: finished
     tokens: list[tuple[int, Kind]] = field(default_factory=list)  # generated ids
+    logprobs: list[float] = field(default_factory=list)  # of `tokens`, if a row's settings ask
     taken: int = 0  # tokens already returned by `take`
     error: BaseException | None = None  # set if the engine failed
     cancelled: bool = False
@@ -218,7 +222,7 @@ class Engine:
         self._waiting.clear()
         self._slots = self._read = self._cache(0, 0)
         self._reading: list[_Prompt] = []  # prompts being prefilled, by row of `_read`
-        self._sampling = False, 0, False  # over all rows; see `_decode`
+        self._sampling = False, 0, False, False  # over all rows; see `_decode`
 
     def _flight(self) -> list[Request]:
         """All unfinished requests."""
@@ -330,7 +334,11 @@ class Engine:
         self._slots.trim(len(self._rows))
         given = [row.settings for row in self._rows]
         greedy, top_p = not any(s.temperature for s in given), any(s.top_p < 1 for s in given)
-        self._sampling = greedy, max((s.top_k or 0 for s in given), default=0), top_p
+        most, logprobs = (
+            max((s.top_k or 0 for s in given), default=0),
+            any(s.logprobs for s in given),
+        )
+        self._sampling = greedy, most, top_p, logprobs
 
     def _read_chunk(self, free: int) -> list[Request]:
         """Prefill one chunk if a free slot needs it, of the current prompts or the next ones in the
@@ -417,7 +425,7 @@ class Engine:
     def _draw(self, slots: Slots) -> Tensor:
         """One decoding step: eager the first time for each configuration, then a CUDA graph."""
         work = partial(self._decode, slots, *self._sampling)
-        if self.record is None:
+        if self.record is None or self._sampling[-1]:
             return work()
         # The writer's kernel handles row lengths itself, so one graph serves every reach.
         reach = (0, False) if self.writer else (slots.reach(1), any(slots.used))
@@ -432,11 +440,13 @@ class Engine:
             self.record, replay = None, work
         return replay()
 
-    def _decode(self, slots: Slots, greedy: bool, top_k: int, top_p: bool) -> Tensor:
+    def _decode(
+        self, slots: Slots, greedy: bool, top_k: int, top_p: bool, logprobs: bool
+    ) -> Tensor:
         """The next token [B] of every row; uses only tensors of fixed address and shape.
 
         greedy: all rows are greedy. top_k: the largest (0: none). top_p: whether any row has one.
-        They only save work and change no row's token.
+        They only save work and change no row's token. logprobs: also keep those of the tokens.
         """
         if self.writer is not None:
             logits_BV = self.writer.logits(self.writer.hidden(slots.ids_B1, slots)[:, -1])
@@ -444,13 +454,19 @@ class Engine:
             with self.runtime.autocast():
                 logits_BV = self.model(slots.ids_B1, cache=slots)[:, -1]
         if greedy:
-            return logits_BV.argmax(dim=-1)
-        uniform_B = uniforms(slots.key_B, slots.used_B)
-        top_k_B, top_p_B = slots.top_k_B if top_k else None, slots.top_p_B if top_p else None
-        return choose(logits_BV, uniform_B, slots.temperature_B, top_k_B, top_p_B, top_k)
+            drawn_B = logits_BV.argmax(dim=-1)
+        else:
+            uniform_B = uniforms(slots.key_B, slots.used_B)
+            top_k_B, top_p_B = slots.top_k_B if top_k else None, slots.top_p_B if top_p else None
+            given = slots.temperature_B, top_k_B, top_p_B, top_k
+            drawn_B = choose(logits_BV, uniform_B, *given)
+        if logprobs:
+            self._logprobs_B = logits_BV.log_softmax(-1).gather(1, drawn_B[:, None])[:, 0]
+        return drawn_B
 
     def _take_over(self, drawn: list[int]) -> list[Request]:
         """Append a token to each row, except rows that wait for a program."""
+        logprobs = self._logprobs_B.tolist() if drawn and self._sampling[-1] else []
         for slot, (request, id) in enumerate(zip(self._rows, drawn, strict=True)):
             kind = "end" if id in self.ends else "chosen"
             if request.program is not None:
@@ -462,6 +478,7 @@ class Engine:
             if request.forced:
                 id, kind = request.forced.popleft(), "forced"
                 self._slots.ids_B1[slot] = id
+            request.logprobs += logprobs[slot : slot + 1]  # first, since other threads take tokens
             request.tokens.append((id, kind))
             request.left = 0 if kind == "end" else request.left - 1
             if request.left and (request.source is not None or id == self.program):

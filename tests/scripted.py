@@ -32,7 +32,7 @@ class Script:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.fails = False
+        self.fails, self.logit = False, 1000.0
         self.scripts: dict[tuple[int, ...], tuple[list[int], Iterator[int]]] = {}
 
     def hidden(self, ids_BT, cache):
@@ -51,7 +51,7 @@ class Script:
             self.next(row[: n + 1].tolist()) for row, n in zip(rows, cache.used, strict=True)
         ]
         one_hot = torch.nn.functional.one_hot(torch.tensor(following), self.tokenizer.vocab_size)
-        return one_hot[:, None] * 1000.0
+        return one_hot[:, None] * self.logit
 
     def next(self, ids: list[int]) -> int:
         """What follows the tokens that are the script's, not forced by a tool."""

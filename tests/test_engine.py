@@ -301,6 +301,36 @@ def test_whoever_comes_and_goes_a_row_says_what_it_says_alone(seed):
     assert most > 2 and finished > 15 and any(row.cancelled for row, *_ in told)
 
 
+def test_logprobs_are_those_of_one_forward_pass_whatever_is_in_flight():
+    """Of the chosen tokens, their end too, before temperature and top-k; rows without them beside."""
+    speaker, texts = engine(sequence_len=64), prompts(5, 9, 20)
+    speaker.max_rows = 2
+    given = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 5}
+    plain = speaker.submit(texts[:1], seeds=[8], **given)
+    requests = speaker.submit(texts, seeds=[1, 2, 3], samples=2, logprobs=True, **given)
+    while speaker.busy:
+        speaker.step()
+    for request in requests:
+        ids = [id for id, _ in request.tokens]
+        with torch.no_grad():
+            logits_TV = speaker.model(torch.tensor([[*request.ids, *ids]]))[
+                0, len(request.ids) - 1 : -1
+            ]
+        want = [float(row.log_softmax(-1)[id]) for row, id in zip(logits_TV, ids, strict=True)]
+        assert request.logprobs == pytest.approx(want, abs=1e-5)
+    assert any(request.tokens[-1][1] == "end" for request in requests)
+    assert [r.tokens for r in plain] == [r.tokens for r in _alone(texts[:1], seeds=[8], **given)]
+
+
+def _alone(texts, **given):
+    speaker = engine(sequence_len=64)
+    requests = speaker.submit(texts, **given)
+    while speaker.busy:
+        speaker.step()
+    assert not any(request.logprobs for request in requests)
+    return requests
+
+
 def reads(speaker: Engine) -> list[tuple[int, int]]:
     """Rows and columns of everything that the model will be given, as a list that grows."""
     seen, hidden = [], speaker.model.hidden
@@ -316,17 +346,15 @@ def test_samples_share_one_reading_of_their_prompt_also_while_some_wait():
     assert seen == [(1, 19), *[(2, 1)] * 8, *[(1, 1)] * 4]
 
 
-def test_prompts_are_read_together_before_slots_are_free(monkeypatch):
+def test_prompts_are_read_together_before_slots_are_free():
     """One forward pass for all that fit a chunk, however few slots there are."""
-    speaker, reads = engine(sequence_len=64), []
-    speaker.max_rows, speaker.chunk, speaker.ends = 2, 36, frozenset()
-    hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, ids_BT, *given, **more: ids_BT.shape[1] > 1 and reads.append(tuple(ids_BT.shape)) or hidden(self, ids_BT, *given, **more))  # fmt: skip
-    said = speaker.complete(prompts(5, 5, 5, 5, 9, 9, 9), max_new_tokens=6)
-    assert reads == [(4, 4), (3, 8)]
+    speaker, seven = engine(sequence_len=64), prompts(5, 5, 5, 5, 9, 9, 9)
+    speaker.max_rows, speaker.chunk, speaker.ends, seen = 2, 36, frozenset(), reads(speaker)
+    said = speaker.complete(seven, max_new_tokens=6)
+    assert [shape for shape in seen if shape[1] > 1] == [(4, 4), (3, 8)]
     alone = engine(sequence_len=64)
     alone.ends = frozenset()
-    assert said == [alone.complete([p], max_new_tokens=6)[0] for p in prompts(5, 5, 5, 5, 9, 9, 9)]
+    assert said == [alone.complete([prompt], max_new_tokens=6)[0] for prompt in seven]
 
 
 def test_a_long_prompt_is_read_between_the_tokens_of_the_others():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -253,6 +254,23 @@ def test_a_stop_ends_the_answer_before_it(client, stop, said):
 def test_a_stop_that_never_comes_holds_nothing_back_for_good(client):
     answer = client.ask(SUM, stop=["see. B", "`output`.!"])
     assert answer.choices[0].message.parts == [{"type": p.kind, "text": p.text} for p in SAID]
+
+
+def test_logprobs_of_the_text(client, monkeypatch):
+    model, vocab = client.watch.engine.model, client.watch.engine.tokenizer.vocab_size
+    monkeypatch.setattr(model, "logit", 3.0)
+    want = 3.0 - math.log(math.exp(3.0) + vocab - 1)
+    choice = client.ask(SUM, logprobs=True, top_logprobs=0).choices[0]
+    tokens = choice.logprobs.content
+    assert "".join(token.token for token in tokens) == choice.message.content
+    assert b"".join(bytes(token.bytes) for token in tokens).decode() == choice.message.content
+    assert [token.logprob for token in tokens] == pytest.approx([want] * len(tokens))
+    assert all(token.top_logprobs == [] for token in tokens)
+    chunks = [chunk.choices[0] for chunk in client.ask(SUM, logprobs=True, stream=True)]
+    assert [token for chunk in chunks for token in chunk.logprobs.content] == tokens
+    assert client.ask(SUM).choices[0].logprobs is None
+    with pytest.raises(openai.BadRequestError, match="top_logprobs must be 0: only chosen"):
+        client.ask(SUM, logprobs=True, top_logprobs=2)
 
 
 def test_a_limit_is_told(client):

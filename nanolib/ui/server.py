@@ -146,6 +146,8 @@ class Question(BaseModel, strict=True, extra="forbid"):
     top_k: int | None = Field(None, ge=0, le=2**20, description="a whole number, 0 for all")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits")
     stop: Text | Texts | None = Field(None, description="a text or up to 4 texts, none empty")
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: int | None = Field(None, ge=0, le=0, description="0: only chosen tokens have one")
     html: bool | None = Field(None, description="true or false")
     # Accepted without effect, because many clients send them.
     user: str | None = None
@@ -298,6 +300,7 @@ class Scribe:
         *session.messages, last = conversation.turns
         prompt = session.prompt(last)
         more = {"samples": given.n or 1, "top_p": 1.0 if given.top_p is None else given.top_p}
+        more["logprobs"] = bool(given.logprobs)
         return Reply(self, given, prompt, session.sampling() | more, session.notice)
 
     def metrics(self) -> str:
@@ -332,6 +335,7 @@ class Choice:
     request: engine.Request
     parser: AnswerParser
     finish: str | None = None
+    logprobs: list[dict[str, Any]] = field(default_factory=list)  # of text that is not sent yet
 
     def read(self) -> list[Part]:
         """New pieces since the last call: each has a part's kind and its next characters."""
@@ -340,6 +344,8 @@ class Choice:
             token = self.request.take()
             if token.kind != "end":
                 pieces += self.parser.feed(token.id)
+            if self.request.settings.logprobs and token.kind == "chosen":
+                self._score(token.id)
             if token.kind == "end" or self.parser.ended:
                 self.finish = "stop"
         if self.finish is None and not self.request.live:
@@ -348,6 +354,13 @@ class Choice:
             Engine.cancel(self.request)
             pieces += self.parser.finish()
         return pieces
+
+    def _score(self, id: int) -> None:
+        tokenizer = self.parser.tokenizer
+        if self.parser.kind == "text" and id < tokenizer.bos:
+            text, logprob = tokenizer.token_bytes(id), self.request.logprobs[self.request.taken - 1]
+            known = {"token": text.decode(errors="replace"), "bytes": [*text], "logprob": logprob}
+            self.logprobs.append(known | {"top_logprobs": []})
 
 
 @dataclass(eq=False)
@@ -426,7 +439,8 @@ class Reply:
         notices = [self.notice, ended if choice.finish == "length" else None]
         if choice.finish:
             found["notice"] = "; ".join(filter(None, notices)) or None
-        return found | {"logprobs": None}
+        new, choice.logprobs = choice.logprobs, []
+        return found | {"logprobs": {"content": new} if self.question.logprobs else None}
 
     def usage(self) -> dict[str, int]:
         prompt, answers = len(self.prompt), sum(choice.request.taken for choice in self.choices)
