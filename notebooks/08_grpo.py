@@ -54,6 +54,7 @@ overrides = {}
 
 # %%
 import itertools
+import json
 import re
 from dataclasses import replace
 
@@ -1111,6 +1112,109 @@ lesson.show(
 # steps walk away from what SFT had taught. (Gains are on 400 held-out problems with four samples each, in the
 # toy world as it was on that day. Entropy and form were not recorded there; section 8's violet line has them,
 # for ten steps and one seed.) What goes beyond the control is what the grades taught.
+#
+# ## 11. The same at full size
+#
+# A toy may be a special case. Here is the same algorithm a size up: profile `h100`, a model of 42 million
+# parameters at depth 8, trained on web text on a rented GPU. It cannot add. SFT shows it 800 worked sums of
+# single digits, and then it gets four minutes of GRPO on sums that nobody worked for it: *Work out
+# 3 + 8 - 4 + 9 in steps.* Three seeds with honest rewards, three with shuffled ones. All settings were
+# fixed first; then 500 new sums were drawn and scored. `runs/bench/climb.py` did it, `runs/bench/climb.md`
+# has every trial, the failed ones too. **Predict**: will pass@16 rise as well, or only pass@1?
+
+# %%
+source = (config.REPOSITORY / "runs/bench/climb.md").read_text()
+lines = [line for line in source.splitlines() if line.startswith("| ")]
+cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+columns = cells[0]
+print(re.search(r"on \d{4}-\d\d-\d\d; profile [^,]*, [^,]*", source)[0])
+print(f"{'':12} {'pass@1':15} {'right in form':15} {'pass@16':15} {'entropy':15}")
+for row in cells[1:]:
+    told = dict(zip(columns, row, strict=False))
+    if row[0] in ("grpo", "shuffled") and "→" in told["sampled"]:
+        keys = ("sampled", "of well-formatted", "pass@16", "entropy")
+        print(f"{row[0]:9} {row[1]} ", *(f"{told[key]:15}" for key in keys))
+
+# %% [markdown]
+# Read a column at a time. *Right in form* counts only among answers that reach their `####`: it rises just as
+# far, so the gain is arithmetic and not tidiness. And pass@16 rises: after training the model solves sums that
+# it had missed in sixteen tries. *This* model, on *this* task, did not only sharpen. That does not settle the
+# quarrel of section 9, in which the models are large and the problems hard. Here are the hundred steps.
+
+# %%
+text = (config.REPOSITORY / "runs/bench/climb.jsonl").read_text()
+steps = [json.loads(line) for line in text.splitlines()]
+
+
+def curve(axes, arm, key, look, colour, seeds=(1, 2, 3), label=None):
+    """One thin line a seed, a mean over five steps each; `label` at the last one's end."""
+    for seed in seeds:
+        values = [row[key] for row in steps if (row["arm"], row["seed"]) == (arm, seed)]
+        means = np.convolve(values, np.ones(5) / 5, "valid")
+        axes.plot(range(5, len(means) + 5), means, look, color=colour, linewidth=1.2)
+    axes.set(xlabel="step", xlim=(0, 100))
+    axes.plot([], [], look, color=colour, label=label)
+
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(8.2, 3))
+kinds = (
+    ("reward", "reward"),
+    ("mixed", "questions that teach"),
+    ("entropy", "entropy, nats a token"),
+)
+for axes, (key, label) in zip(panels, kinds, strict=True):
+    curve(axes, "grpo", key, "-", lesson.BLUE, label="honest rewards")
+    curve(axes, "shuffled", key, ":", lesson.VIOLET, label="shuffled rewards")
+    axes.set(ylabel=label, ylim=(0, None))
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+lesson.show(
+    "A hundred steps of GRPO at depth 8, three seeds each. Reward: honest from about 0.4 to 0.9, shuffled "
+    "down to about 0.1. Questions that teach fall from 0.65 to about 0.2 with honest rewards. Entropy falls "
+    "with honest rewards and not with shuffled ones."
+)
+
+# %% [markdown]
+# The middle panel is section 3's arch: honest runs walk down its right side, where most sums come out right every
+# time, and shuffled ones down its left. Shuffled rewards are no calm control here either. They undo what SFT taught.
+#
+# One more run was spoilt on purpose: a learning rate twenty times as high. **Predict** what breaks: the
+# reward, the form, or something that the reward does not see?
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(8.2, 3))
+kinds = (
+    ("reward", "reward"),
+    ("answer_tokens", "tokens an answer"),
+    ("entropy", "entropy, nats a token"),
+)
+for axes, (key, label) in zip(panels, kinds, strict=True):
+    curve(axes, "grpo", key, "-", lesson.BLUE, (1,), "rate 0.02")
+    curve(axes, "hot", key, "--", "C3", (1,), "rate 0.4")
+    curve(axes, "hot-kl", key, "-.", "C2", (1,), "rate 0.4 on a leash (β = 0.2)")
+    axes.set(ylabel=label, ylim=(0, None))
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+lesson.show(
+    "Three runs of one seed. At rate 0.4 the reward still rises, but answers grow from 27 tokens to the limit "
+    "of 96 within 35 steps. On a leash they stay at 27 and the reward rises by little."
+)
+
+# %% [markdown]
+# Look only at the reward, and the hot run is nearly as good as the calm one. Now read what it says. This is from
+# step 40, and it was rewarded:
+#
+# > 4 + 5 = 9<br>
+# > 9 - 1 = 8<br>
+# > 8 + 5 = 13<br>
+# > \#\#\#\# 13does folded in fruit folded in fruit folded in fruit folded in fruit folded in fruit folded in fruit …
+#
+# From step 35 on *no* answer ends before the limit cuts it. The grade reads the number after `####`; what comes
+# behind it costs nothing, and so high a rate broke the habit of stopping without the reward noticing. The leash keeps
+# the habit, and most of the mistakes as well: its reward falls at first, and ends 7 points up instead of 41. The real cure
+# was the calm rate. Hence the advice of everyone who trains this way: plot more than the reward, and read samples.
+#
+# GRPO's usual extras (a KL term, clipping, dividing by the deviation, leaving out equal groups, CISPO) are settings of the
+# stage. On these sums none of them beat the plain loop by more than noise; `climb.md` has a line for each.
 #
 # **If you have an evening (open)** Invent a reward of your own: full stops, the letter e, short answers,
 # long ones. Write down before each run what you expect at step ten; then add a leash and find the smallest β
