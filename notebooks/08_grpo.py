@@ -44,7 +44,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # **You need** the engine and its tool ([chapter 05](05_inference.ipynb)), the loss mask
 # ([chapter 07](07_sft.ipynb)), and what a logarithm and an expected value are.
 #
-# **Takes** 50 minutes to read and run, 60 more with the exercises; in profile `demo` the stage trains
+# **Takes** 55 minutes to read and run, 60 more with the exercises; in profile `demo` the stage trains
 # for another one or two on two CPU cores. Stages: `grpo`, then `eval` of `grpo`.
 
 # %% tags=["parameters"]
@@ -1155,6 +1155,8 @@ def curve(axes, arm, key, look, colour, seeds=(1, 2, 3), label=None):
     axes.set(xlabel="step", xlim=(0, 100))
     axes.plot([], [], look, color=colour, label=label)
 
+
+print(len(steps), "steps of", len({(row["arm"], row["seed"]) for row in steps}), "runs")
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(8.2, 3))
