@@ -5,17 +5,13 @@ Shapes as in `nanolib.model`, and N = B · T.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanolib import kernels
-from nanolib.model import Block, attend, norm
-
-if TYPE_CHECKING:
-    from nanolib.model import GPT, KVCache
+from nanolib.config import ModelConfig
+from nanolib.model import GPT, Block, KVCache, attend, norm
 
 
 class Writer:
@@ -67,3 +63,24 @@ class Writer:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Float32 logits [N, V]."""
         return self.model.capped(kernels.linear(hidden_ND, self.copies[1]))
+
+
+@torch.inference_mode()
+def prove(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Compare `Writer` with `GPT` on a small random model; AssertionError if it differs."""
+    config = ModelConfig(depth=1, aspect=64, head_dim=32, kv_heads=1, sequence_len=64)
+    model, random = GPT.empty(config, 100, device), torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=random) * weight.shape[-1] ** -0.5)
+    writer = Writer(model, dtype)
+    for rows in (2, kernels.FEW_ROWS + 1):
+        caches = [KVCache(config, rows, 64, device, it) for it in (dtype, torch.float32)]
+        for length in (20, 2, 1):
+            ids_BT = torch.randint(100, (rows, length), generator=random).to(device)
+            got, want = (
+                part.logits(part.hidden(ids_BT, cache)[:, 0])
+                for part, cache in zip((writer, model), caches, strict=True)
+            )
+            kernels.check(got, want, 2e-2)
+            for cache in caches:
+                cache.advance([max(1, length - 9 * row) for row in range(rows)])

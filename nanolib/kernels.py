@@ -355,60 +355,17 @@ def read_cache(query_BHK: Tensor, keys_BGSK: Tensor, values_BGSK: Tensor, used_B
 # ---------------------------------------------------------------------------- checks
 
 
-def prove_training(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+def prove(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
     """Check both MLP kernels against torch on small random inputs; AssertionError if wrong."""
-    x, up, down = (_normal(device, dtype, *shape) for shape in ((130, 64), (264, 64), (64, 264)))
+    random = torch.Generator(device).manual_seed(0)
+    shapes = (130, 64), (264, 64), (64, 264)
+    x, up, down = (torch.randn(it, generator=random, device=device).to(dtype) for it in shapes)
     h = F.relu(x.float() @ up.float().mT).square()
-    _same(up_squared_relu(x, up), h)
+    check(up_squared_relu(x, up), h)
     backward = 2 * (x.float() @ down.float()) * h.sqrt()
-    _same(squared_relu_backward(x, down, h.to(dtype)), backward)
+    check(squared_relu_backward(x, down, h.to(dtype)), backward)
 
 
-def prove_writing(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Check `linear`, `place` and `read_cache` in the same way."""
-    x, weight = _normal(device, dtype, FEW_ROWS, 64), _normal(device, dtype, 100, 64)
-    for rows in (1, FEW_ROWS):
-        few, more = x[:rows], weight[:rows].repeat(1, 2)[:, :100].contiguous()
-        want = F.rms_norm(few.float(), (64,), eps=EPS) @ weight.float().mT
-        _same(linear(few, weight, normed=True, squared_relu=True), want.relu().square())
-        want = few.float() @ weight.float().mT + more.float()
-        _same(linear(few, weight, residual_NF=more), want)
-
-    B, H, G, K, S = 3, 4, 2, 64, 40
-    used_B = torch.tensor([0, 17, 37], device=device)
-    qkv, angles = (
-        _normal(device, dtype, B, 2, H + 2 * G, K),
-        _normal(device, dtype, S, K // 2).float(),
-    )
-    keys, values = (
-        F.rms_norm(_normal(device, dtype, B, G, S, K), (K,)),
-        _normal(device, dtype, B, G, S, K),
-    )
-    query = place(qkv, (angles.cos(), angles.sin()), used_B, keys, values)
-    positions = used_B[:, None] + torch.arange(2, device=device)
-    cos, sin = (table[positions][:, :, None] for table in (angles.cos(), angles.sin()))
-    left, right = F.rms_norm(qkv[:, :, : H + G].float(), (K,), eps=EPS).chunk(2, dim=-1)
-    turned = torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
-    _same(query, turned[:, :, :H])
-    rows = torch.arange(B, device=device)[:, None]
-    _same(keys[rows, :, positions], turned[:, :, H:])
-    _same(values[rows, :, positions], qkv[:, :, H + G :].float())
-
-    seen = torch.arange(S, device=device) <= positions[:, -1:]
-    last = query[:, -1:].transpose(1, 2).float()
-    mask = seen[:, None, None]
-    want = F.scaled_dot_product_attention(
-        last, keys.float(), values.float(), attn_mask=mask, enable_gqa=True
-    )
-    got = read_cache(query[:, -1].contiguous(), keys, values, used_B + 1)
-    _same(got, want[:, :, 0])
-
-
-def _normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    random = torch.Generator(device).manual_seed(sum(shape))
-    return torch.randn(shape, generator=random, device=device).to(dtype)
-
-
-def _same(got: Tensor, want: Tensor) -> None:
+def check(got: Tensor, want: Tensor, most: float = 1e-2) -> None:
     error = float((got.float() - want).norm() / want.norm())
-    assert error < 1e-2, f"relative error {error:.1e}"
+    assert error < most, f"relative error {error:.1e}"
