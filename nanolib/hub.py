@@ -1,8 +1,8 @@
 """Reads mirrors, folders with all the data of a run, and fetches files from the Hugging Face hub.
 
 A mirror has ``text/*.parquet`` (pretraining text; the last file is the validation shard),
-``hub/REPOSITORY/[CONFIG/]SPLIT.parquet`` and ``eval_bundle.zip``. It can be the user's own, the toy
-world, or filled by `nanolib.mirror`.
+``hub/REPOSITORY/[CONFIG/]SPLIT.parquet``, ``eval_bundle.zip`` and, if chapter 01 is to compare with
+GPT-2 and GPT-4, ``encodings/``. It can be the user's own, the toy world, or filled by `nanolib.mirror`.
 """
 
 import contextlib
@@ -29,6 +29,22 @@ from nanolib.rundir import whole_file
 
 BYTES_PER_TOKEN = 5.0  # English, 65,536-token vocabulary; 4.8 measured, rounded up
 EVAL_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's
+REVISIONS = {  # commits of the data sets; None: the newest when first fetched
+    "karpathy/fineweb-edu-100b-shuffle": None,
+    # From huggingface/smollm, text/evaluation/tasks.py:
+    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
+    "cais/mmlu": "c30699e8356da336a370243923dbaf21066bb9fe",
+    "openai/gsm8k": "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    # From adamthuvesen/esme-posttrain, run_cards/esme-214m-sft-multiturn.md:
+    "HuggingFaceTB/smol-smoltalk": "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+    # From phi9t/torchtitan, experiments/scaffold_to_policy/run_humaneval_public_vllm_smoke.sh:
+    "openai/openai_humaneval": "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+}
+OPENAI = "https://openaipublic.blob.core.windows.net/encodings"
+ENCODINGS = {  # SHA-256 of GPT-2's and GPT-4's, from tiktoken_ext/openai_public.py of tiktoken
+    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+}
 DOCUMENTS_AT_ONCE = 1024  # batch size when reading a shard
 LOOK_ELSEWHERE = "give --mirror DIR with a complete mirror, or leave --mirror out to use the hub"
 OFFLINE = "run it again, give --mirror DIR, or data.source = toyworld to work offline"
@@ -146,7 +162,7 @@ def wanted(
     """Groups of files that a run needs; fetch each into `folder` before asking for the next.
 
     The number of text shards is ``data.text_shards``, or estimated from the size of those fetched.
-    `revisions` pins commit hashes by repository; missing ones are filled in.
+    `revisions` has commit hashes by repository; missing ones are filled in, from `REVISIONS` if there.
     """
     data, base = config.recipe.data, config.recipe.base
     listed = functools.cache(partial(_listing, revisions=revisions))
@@ -173,7 +189,7 @@ def _listing(repository: str, revisions: dict[str, str]) -> list[Remote]:
     from huggingface_hub import HfApi
 
     with _network(repository):
-        revision = revisions.get(repository)
+        revision = revisions.get(repository) or REVISIONS.get(repository)
         info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
     revisions[repository] = sha = info.sha or "main"
     return [
@@ -247,19 +263,32 @@ def _text_bytes(path: Path) -> int:
 
 
 def fetch_bundle(target: Path | None = None) -> Path:
-    """Download CORE's evaluation bundle (None: to the user's cache) unless an intact one exists."""
+    """Download CORE's evaluation bundle (None: to the user's cache)."""
     target = target or Path.home() / ".cache/nanolib/eval_bundle.zip"
-    if target.is_file():
-        if not (problem := _zip_problem(target)):
-            return target
-        print(f"{target} {problem}: fetching it again", flush=True)
     remedy = "give --mirror DIR, or set eval.core_problems = 0 to leave CORE out"
-    with _network(EVAL_BUNDLE, remedy), whole_file(target) as draft:
-        with urllib.request.urlopen(EVAL_BUNDLE, timeout=60) as reply:
+    return _fetch_page(EVAL_BUNDLE, target, _zip_problem, remedy)
+
+
+def fetch_encoding(name: str, folder: Path) -> Path:
+    """Download one of `ENCODINGS` into a mirror."""
+    target = folder / f"encodings/{name}.tiktoken"
+    problem = partial(difference, length=None, sha256=ENCODINGS[name])
+    remedy = f"run it again, or copy that file to {target}"
+    return _fetch_page(f"{OPENAI}/{target.name}", target, problem, remedy)
+
+
+def _fetch_page(url: str, target: Path, problem: Callable[[Path], str], remedy: str) -> Path:
+    """Download a file unless an intact one exists; `problem` says what is wrong with one."""
+    if target.is_file():
+        if not (wrong := problem(target)):
+            return target
+        print(f"{target} {wrong}: fetching it again", flush=True)
+    with _network(url, remedy), whole_file(target) as draft:
+        with urllib.request.urlopen(url, timeout=60) as reply:
             shutil.copyfileobj(reply, draft)
         draft.flush()
-        if problem := _zip_problem(Path(draft.name)):
-            raise ConnectionError(f"the download {problem}")
+        if wrong := problem(Path(draft.name)):
+            raise ConnectionError(f"the download {wrong}")
     return target
 
 

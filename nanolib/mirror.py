@@ -37,6 +37,9 @@ def fill(config: Config, splits: Splits, folder: Path, progress: hub.Progress, l
     if config.recipe.eval.core_problems != 0:
         progress(0, 1, "the evaluation bundle")
         mirror.put(BUNDLE, [hub.fetch_bundle(None if link else folder / BUNDLE)])
+    for number, name in enumerate(() if link else hub.ENCODINGS):
+        progress(number, len(hub.ENCODINGS), f"the encoding {name}")
+        mirror.put(f"encodings/{name}.tiktoken", [hub.fetch_encoding(name, folder)])
     write_json(folder / MANIFEST, mirror.manifest | {"finished": True})
     shutil.rmtree(folder / ".parts", ignore_errors=True)
     return mirror.manifest["revisions"]

@@ -582,9 +582,10 @@ lesson.show(
 # %%
 def published(name: str, pattern: str) -> tiktoken.Encoding | None:
     """Read a .tiktoken file, where it is: a token in base64 and its rank on every line."""
-    path = (run.mirror() or Path()) / f"encodings/{name}.tiktoken"
+    path = run.mirror() / f"encodings/{name}.tiktoken"
     if not path.is_file():
         return None
+    assert not (problem := hub.difference(path, None, hub.ENCODINGS[name])), f"{path} {problem}"
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})

@@ -45,6 +45,7 @@ class FakeHub:
         patch.setattr(huggingface_hub.HfApi, "dataset_info", self.dataset_info)
         patch.setattr(huggingface_hub, "hf_hub_download", self.hf_hub_download)
         patch.setattr("nanolib.mirror.PAUSES", (0,))
+        patch.setattr("nanolib.hub.ENCODINGS", {})
 
     def call(self, *names: str) -> None:
         for name in names:

@@ -1,5 +1,8 @@
 """`nanolib mirror` from a hub on loopback that cuts, refuses, lies and dawdles."""
 
+import ast
+import base64
+import inspect
 import json
 import re
 import shutil
@@ -9,15 +12,18 @@ from types import SimpleNamespace
 import huggingface_hub.constants as constants
 import pyarrow.parquet as pq
 import pytest
+import tiktoken
 from fake_hub import LoopbackHub
+from tiktoken_ext import openai_public
 
-from nanolib import config, hub, mirror
+from nanolib import config, hub, mirror, pipeline, tasks
 from nanolib.data import toyworld
 from nanolib.rundir import Run
 from nanolib.stages import text, worker
 from nanolib.ui import cli
 
 SETTINGS = {"data.source": "hub", "data.text_shards": 2}
+ENCODINGS = "r50k_base", "cl100k_base"
 FIRST, TABLE = "text/shard_00000.parquet", "hub/openai/gsm8k/main/train.parquet"
 
 
@@ -25,18 +31,29 @@ FIRST, TABLE = "text/shard_00000.parquet", "hub/openai/gsm8k/main/train.parquet"
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "mirror"
     toyworld.write(folder, 1)
+    (folder / "encodings").mkdir()
+    for name in ENCODINGS:
+        tokens = [*(bytes([i]) for i in range(256)), f" {name[:2]}".encode()]
+        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+        (folder / f"encodings/{name}.tiktoken").write_bytes(b"".join(lines))
     return folder
 
 
 @pytest.fixture
 def web(world, monkeypatch):
-    """A hub that has the toy world; `slept` are the pauses that huggingface_hub would have made."""
+    """A hub that has the toy world, unpinned, and two encodings of its own; `slept` are the pauses
+    that huggingface_hub would have made.
+    """
+    hashes = {it: hub.digest(world / f"encodings/{it}.tiktoken") for it in ENCODINGS}
     with LoopbackHub(world) as server:
         page = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + page)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
         monkeypatch.setattr(hub, "EVAL_BUNDLE", f"{server.address}/eval_bundle.zip")
+        monkeypatch.setattr(hub, "OPENAI", f"{server.address}/encodings")
+        monkeypatch.setattr(hub, "ENCODINGS", hashes)
+        monkeypatch.setattr(hub, "REVISIONS", {})
         monkeypatch.setattr(mirror, "PAUSES", (0, 0))
         server.slept = []
         monkeypatch.setattr(time, "sleep", server.slept.append)
@@ -132,6 +149,64 @@ def test_a_bundle_that_is_cut_is_fetched_again(web, world, made):
     assert not (made.folder / "eval_bundle.zip").exists()
     made.fill()
     assert contents(made.folder)["eval_bundle.zip"] == contents(world)["eval_bundle.zip"]
+
+
+def test_the_encodings_are_those_of_tiktokens_own_package():
+    source = inspect.getsource(openai_public)
+    assert tuple(hub.ENCODINGS) == ENCODINGS
+    for name, sha256 in hub.ENCODINGS.items():
+        told = f'"{hub.OPENAI}/{name}.tiktoken",\n        expected_hash="{sha256}",'
+        assert source.count(told) == 1
+
+
+def test_an_encoding_with_another_hash_is_refused_by_name(web, made):
+    web.faults["cl100k_base.tiktoken"] = ["wrong"]
+    target = made.folder / "encodings/cl100k_base.tiktoken"
+    fetched = rf"cannot fetch {web.address}/encodings/cl100k_base.tiktoken .*another SHA-256"
+    with pytest.raises(
+        ValueError, match=rf"{fetched}.*run it again, or copy that file to {target}"
+    ):
+        made.fill()
+    assert not target.exists() and (made.folder / "encodings/r50k_base.tiktoken").exists()
+    assert made.check() == [f"{made.folder} is not finished: fetch again to go on"]
+    web.downloads.clear()
+    made.fill()
+    assert web.downloads == ["cl100k_base.tiktoken"] and made.check() == []
+
+
+def test_chapter_01_reads_the_encodings_of_a_mirror_and_no_others(web, made):
+    made.fill()
+    chapter = ast.parse((pipeline.NOTEBOOKS / "01_tokenizer.py").read_text())
+    (read,) = (it for it in chapter.body if getattr(it, "name", "") == "published")
+    run = SimpleNamespace(mirror=lambda: made.folder)
+    known = {"run": run, "hub": hub, "base64": base64, "tiktoken": tiktoken}
+    exec(ast.unparse(read), known)
+    assert known["published"]("r50k_base", "\\S+|\\s").encode("r5") == [114, 53]
+    assert known["published"]("cl100k_base", " ?\\S+").encode_ordinary("a cl") == [97, 256]
+    path = made.folder / "encodings/cl100k_base.tiktoken"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(AssertionError, match=r"cl100k_base.tiktoken has another SHA-256"):
+        known["published"]("cl100k_base", ".")
+    path.unlink()
+    assert known["published"]("cl100k_base", ".") is None
+
+
+def test_a_pinned_revision_is_the_one_that_is_asked_for(web, made, monkeypatch):
+    pinned = 40 * "a"
+    monkeypatch.setitem(hub.REVISIONS, "openai/gsm8k", pinned)
+    revisions = made.fill()
+    assert revisions.pop("openai/gsm8k") == pinned and set(revisions.values()) == {web.COMMIT}
+    assert web.revisions == {pinned, web.COMMIT}
+    monkeypatch.setitem(hub.REVISIONS, "openai/gsm8k", 40 * "b")  # as a newer version may have
+    (made.folder / TABLE).unlink()
+    assert made.fill()["openai/gsm8k"] == pinned and 40 * "b" not in web.revisions
+
+
+def test_every_data_set_has_its_line_in_the_table_of_revisions():
+    repositories = {task.repository for task in tasks.CLASSES} - {"", "nanolib/toy-facts"}
+    assert hub.REVISIONS.keys() == repositories | {config.DataConfig().repository}
+    pins = [pin for pin in hub.REVISIONS.values() if pin]
+    assert len(pins) == len({*pins}) == 5 and all(re.fullmatch("[0-9a-f]{40}", it) for it in pins)
 
 
 def test_a_table_that_the_hub_cuts_in_parts_becomes_one(tmp_path):

@@ -155,7 +155,7 @@ class Commands:
             sys.exit(FAILED if problems else 0)
         with contextlib.closing(Line()) as line:
             mirror.fill(*asked, lambda *now: line.show(f"mirror  {now[-1]}"), link=False)
-            line.say(f"{folder} is complete: give --mirror {folder} (it has no encodings/)")
+            line.say(f"{folder} is complete: give --mirror {folder}")
 
     def stage(
         self,
