@@ -512,6 +512,15 @@ def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
         yield "grpo.enabled needs a model that answers: enable mid or sft, or turn it off"
 
 
+def steps(recipe: Recipe, stage: str, counted: Mapping[str, float]) -> int | None:
+    """A training stage's steps, as set or as follows from `stages.text.counted`; else None."""
+    config = getattr(recipe, stage)
+    if config.steps is not None or stage not in counted:
+        return config.steps
+    at_once = config.questions if isinstance(config, GRPOConfig) else config.batch_tokens
+    return math.ceil(config.epochs * counted[stage] / at_once)
+
+
 # ---------------------------------------------------------------------------- identity
 
 

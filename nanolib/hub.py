@@ -179,7 +179,7 @@ def wanted(
     count = data.text_shards or 1
     while added := train[:count]:
         yield group | dict(added)
-        sizes = [_text_bytes(folder / path) for path, _ in added]
+        sizes = [text_bytes(folder / path) for path, _ in added]
         missing, train, group = missing - sum(sizes), train[count:], {}
         count = 0 if data.text_shards else max(0, math.ceil(missing / sizes[-1]))
 
@@ -254,7 +254,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _text_bytes(path: Path) -> int:
+def text_bytes(path: Path) -> int:
     """Uncompressed size of a shard's text, from its parquet footer."""
     _check_text(path)
     shard = pq.read_metadata(path)

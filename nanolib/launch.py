@@ -8,6 +8,7 @@ torchrun is killed.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ WORKER: str = "nanolib.stages.worker"  # the module that runs a stage
 PARALLEL = (*config.MODELS, "eval")  # the stages that run on several ranks
 POLL = 0.2  # seconds between checks of a running stage
 TAIL = 30  # log lines shown in an error
+QUIET = 60.0  # seconds without a row before a stage counts as silent
 
 Watch = Callable[[StageDir, Sequence[dict[str, Any]]], None]
 
@@ -88,11 +90,17 @@ def _scored_model(name: str, run: Run, of: str | None) -> str | None:
 
 
 class Follower:
-    """Calls `watch` with all metric rows of a stage when there are new ones or it finishes."""
+    """Calls `watch` with all metric rows of a stage when there are new ones or it finishes.
+
+    Also once a minute while a running stage is silent for longer than its own pace explains; the
+    last row then is of kind "silent" and has the seconds.
+    """
 
     def __init__(self, stages: Iterable[StageDir], watch: Watch | None) -> None:
         self._watch = watch
-        self._seen = dict.fromkeys(stages, (0, False))  # bytes of metrics, done
+        self._seen = dict.fromkeys(stages, (0, False, 0))  # bytes of metrics, done, silent minutes
+        self._changed = dict.fromkeys(self._seen, math.inf)  # when a row was last written
+        self._pause = dict.fromkeys(self._seen, 0.0)  # the longest between rows, in seconds
 
     def follow(self, working: Callable[[], bool]) -> None:
         """Poll until `working()` is false, then once more."""
@@ -105,11 +113,27 @@ class Follower:
         if self._watch is None:
             return
         for stage, seen in self._seen.items():
-            metrics = stage.metrics.path
-            state = (metrics.stat().st_size if metrics.exists() else 0, stage.done() is not None)
-            if state != seen:
-                self._seen[stage] = state
-                self._watch(stage, stage.metrics.rows())
+            metrics, done = stage.metrics.path, stage.done() is not None
+            size = metrics.stat().st_size if metrics.exists() else 0
+            silent = 0.0 if done else self._silence(stage)
+            if (state := (size, done, int(silent // QUIET))) != seen:
+                self._seen[stage], rows = state, stage.metrics.rows()
+                steps = (row.get("seconds", 0.0) for row in rows)
+                self._pause[stage] = max([self._pause[stage], *steps])
+                if silent > 2 * self._pause[stage]:
+                    rows.append({"kind": "silent", "seconds": silent})
+                self._watch(stage, rows)
+
+    def _silence(self, stage: StageDir) -> float:
+        """Seconds since the last row or the start of a running stage; 0 if its pace explains them."""
+        files = (stage.metrics.path, stage.path / rundir.ATTEMPTS)
+        written, started = (it.stat().st_mtime if it.exists() else 0.0 for it in files)
+        pause = written - max(started, self._changed[stage])  # negative if there is no new row
+        self._changed[stage] = written or math.inf
+        self._pause[stage] = max(pause, self._pause[stage])
+        silent = time.time() - (max(written, started) or time.time())
+        explained = silent < max(QUIET, 2 * self._pause[stage]) or not is_running(stage)
+        return 0.0 if explained else silent
 
 
 def is_running(stage: StageDir) -> bool:

@@ -45,7 +45,7 @@ def run(profile: str, run: str | None = None, overrides: Overrides = None) -> Ru
     """
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
-    line = Line()
+    line = Line(run=this)
     follower = launch.Follower(this.stages(), line)
     with (
         only_one(this),
@@ -89,7 +89,9 @@ def dry_run(
         count = "no" if own_text else len(hub.text_files(this.config, mirror).train)
         text.check_tasks(this)
         yield f"data         {mirror}: {count} training text files, all tasks complete"
-    yield from planning.plan(this.config, machine or planning.this_machine(this.config.machine))
+    there = text.known(this)
+    machine = machine or planning.this_machine(this.config.machine)
+    yield from planning.plan(this.config, machine, there)
     words = [title(it) + " (finished)" * (it.done() is not None) for it in this.stages()]
     yield f"stages       {', '.join(words)}"
 
@@ -283,7 +285,7 @@ def _last_words(run: Run, begin: int = 0) -> str:
 
 def watch(run: Run) -> None:
     """Show a run's progress until no process works on it; ChapterError unless it is finished."""
-    with contextlib.closing(Line()) as line:
+    with contextlib.closing(Line(run=run)) as line:
         line.say(f"run {run.name}: {run.path}")
         follower = launch.Follower(run.stages(), line)
         follower.follow(lambda: running(run) is not None or launch.is_busy(run))

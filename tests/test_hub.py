@@ -215,7 +215,7 @@ def fetch(mirror, tmp_path, monkeypatch):
 
 
 def test_the_hub_gives_as_many_shards_as_the_horizon_needs(fetch, mirror):
-    size = hub._text_bytes(mirror / "text/shard_0.parquet")
+    size = hub.text_bytes(mirror / "text/shard_0.parquet")
     tokens = int(1.5 * size / hub.BYTES_PER_TOKEN)
     one_each = {"base__batch_tokens": 1, "model__sequence_len": 1, "sft__batch_tokens": 1}
     files, _ = fetch.fetch(base__steps=tokens, **one_each)

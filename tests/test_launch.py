@@ -164,6 +164,45 @@ def test_following_ends_with_what_was_written_last(tmp_path):
     assert seen == [1, 2, 3]
 
 
+def test_a_stage_silent_for_longer_than_its_pace_explains_is_called_out(run, monkeypatch):
+    """By a last row of kind "silent", each minute; not while it keeps its pace, nor if it stands."""
+    place, now, told = run.stage("base"), 1e9, []
+    follower = launch.Follower([place], lambda _, rows: told.append([r["kind"] for r in rows]))
+    monkeypatch.setattr(time, "time", lambda: now)
+
+    def look(at: float, **row: object) -> list[list[str]]:
+        nonlocal now
+        now = 1e9 + at
+        if row:
+            place.metrics.append(step=1, **row)
+            os.utime(place.metrics.path, (now, now))
+        told.clear()
+        follower.look()
+        return list(told)
+
+    with launch.locked(place.log):
+        assert look(0) == []  # nothing to tell of
+        assert look(10, kind="train", seconds=2.0) == [["train"]]
+        assert look(60) == [] and look(75) == [["train", "silent"]]
+        assert look(100) == [] and look(140) == [["train", "silent"]]
+        assert look(160, kind="eval") == [["train", "eval"]]  # it was an evaluation of 150 s
+        assert look(160 + 299) == [] and look(160 + 301) == [["train", "eval", "silent"]]
+        assert look(500, kind="train", seconds=900.0)[-1][-1] == "train"
+        assert look(500 + 1799) == [] and look(500 + 1801)[0][-1] == "silent"
+    assert look(9999)[0][-1] == "train" and look(99999) == []  # nobody works on it any more
+
+
+def test_a_stage_that_never_says_anything_is_called_out(run, monkeypatch):
+    place, told = run.stage("base"), []
+    follower = launch.Follower([place], lambda _, rows: told.append(rows))
+    with launch.locked(place.log):
+        (place.path / "attempts.jsonl").write_text("")
+        began = (place.path / "attempts.jsonl").stat().st_mtime
+        monkeypatch.setattr(time, "time", lambda: began + 61)
+        follower.look()
+    assert told == [[{"kind": "silent", "seconds": 61}]]
+
+
 def test_threads_are_pinned_to_a_share_of_the_cores(run, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     launch.stage("data", run)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_model import CPU, VOCAB, tiny
 
-from nanolib import accounting, config, planning
+from nanolib import accounting, config, hub, planning, tasks
 from nanolib.accounting import Machine, TrainingMemory
 from nanolib.config import ModelConfig
 from nanolib.data.packing import batch_of_rows
@@ -195,8 +195,20 @@ def test_a_real_device_runs_out_of_memory():
 # ---------------------------------------------------------------------------- the plan
 
 
-def plan(profile: str, machine: str, **overrides) -> str:
-    return "\n".join(planning.plan(config.resolve(profile, overrides), Machine.parse(machine)))
+COUNTED = {"text": 9e10, "mid": 300e6, "sft": 9e6, "grpo": 7473}  # some mirror
+
+
+def plan(profile: str, machine: str, counted=(), **overrides) -> str:
+    resolved = config.resolve(profile, overrides)
+    return "\n".join(planning.plan(resolved, Machine.parse(machine), dict(counted)))
+
+
+def costs(text: str) -> dict[str, tuple[float, float]]:
+    """The plan's lines: stage -> its seconds and dollars."""
+    found = re.findall(r"(?m)^(\w+) .*: ([\d:]+), \$([\d.]+) \(projected\)", text)
+    clocks = {name: [*map(int, clock.split(":"))] for name, clock, _ in found}
+    seconds = {name: sum(60**i * n for i, n in enumerate(it[::-1])) for name, it in clocks.items()}
+    return {name: (seconds[name], float(dollars)) for name, _, dollars in found}
 
 
 def test_the_plan_of_the_originals_d20():
@@ -204,7 +216,64 @@ def test_the_plan_of_the_originals_d20():
     assert "560,988,160" in text and "21,400 steps x 524,288 tokens = 11,220 M tokens" in text
     assert "(20.0 a parameter), 3.92e+19 FLOPs" in text and "base         32 of 32 rows" in text
     assert re.search(r"2:28:\d\d, \$59.\d\d \(projected\)", text)
-    assert text.count("not projected") == 3  # mid, sft, grpo
+    assert text.count("1 epochs, not counted before the data is there") == 3  # mid, sft, grpo
+    assert "all          without data, mid, sft, grpo, evaluations: " in text
+
+
+def test_every_stage_is_planned_from_what_was_counted_and_measured():
+    found = costs(text := plan("speedrun", "8xH100", COUNTED))
+    flops = accounting.training_flops(ModelConfig(depth=20), 65_536)
+    speed = 8 * accounting.MEASURED_MFU[20] * 989e12 / flops  # tokens/s of training
+    assert found["tokenizer"][0] == pytest.approx(2e9 / 46e6, abs=1)
+    assert found["shards"][0] == pytest.approx(9e10 / 20e6, abs=1)
+    assert found["mid"][0] == pytest.approx(573 * 524_288 / speed, abs=1)  # 300 M tokens
+    assert found["sft"][0] == pytest.approx(550 * 0.030 / 8 * 20, abs=1)  # small steps: launches
+    answers = 468 * 256 + 11 * 400 * 9  # in steps and, eleven times, in evaluations
+    rate = 8 * (10_301 + (32 - 16) / (128 - 16) * (44_569 - 10_301))  # 32 rows on each device
+    trained = max(468 * 256 * 256 / speed, 468 * 0.030 / 8 * 20)
+    assert found["grpo"][0] == pytest.approx(256 * answers / rate + trained, abs=1)
+    assert found["starting"][0] == 8 * 28
+    parts = [cost for name, cost in found.items() if name != "all"]
+    assert found["all"][0] == pytest.approx(sum(seconds for seconds, _ in parts), abs=8)
+    for seconds, dollars in found.values():
+        assert dollars == pytest.approx(24 * seconds / 3600, abs=0.01)
+    assert "all          without data, evaluations: " in text
+    assert re.search(r"measured +training 55.4% of the peak, .* one H100, .*2026-11-28", text)
+
+
+def test_what_was_never_measured_is_told():
+    for machine in ("8xA100", "8xH100"):
+        text = plan("d26", machine, COUNTED)  # answers were timed at depths 12 to 20
+        assert re.search(r"(?m)^grpo .*tokens at most: not measured, ", text)
+    text = plan("speedrun", "8xA100", COUNTED)
+    assert "answers at once" not in text and re.search(r"(?m)^grpo .*: not measured, ", text)
+    assert re.search(r"(?m)^not measured downloads, several GPUs", text)
+
+
+def test_disk_is_that_of_a_run(finished_run):
+    """Checkpoints and shards, as the smoke run left them."""
+    machine = Machine(name="CPU process", count=1, peak=None, memory=8, cuda=False)
+    counted = finished_run.stage("data").result()["counted"]
+    text = "\n".join(planning.plan(finished_run.config, machine, counted))
+    for name, rough in (("base", 0.1), ("mid", 0.1), ("grpo", 0.1), ("shards", 0.3)):
+        told = float(re.search(rf"(?m)^{name} .*, ([\d.]+) MB on disk$", text)[1])
+        place = finished_run.stage(name)
+        files = (place.checkpoints if place.checkpoints.exists() else place.path).rglob("*")
+        size = sum(it.stat().st_size for it in files if it.suffix in (".safetensors", ".npy"))
+        assert 1e6 * told == pytest.approx(size, rel=rough, abs=6e4), name
+
+
+def test_what_the_data_stage_counts(finished_run):
+    counted = finished_run.stage("data").result()["counted"]
+    for stage in ("mid", "sft"):
+        (ids,) = finished_run.stage(stage).path.glob("conversations-*/train/ids.npy")
+        assert counted[stage] == pytest.approx(len(np.load(ids)), rel=0.3)
+    files = hub.text_files(finished_run.config, finished_run.mirror())
+    size = sum(
+        len(it.encode()) for path in (*files.train, files.validation) for it in hub.documents(path)
+    )
+    assert counted["text"] == pytest.approx(size, rel=0.05)
+    assert counted["grpo"] == len(tasks.load("gsm8k", "train", finished_run.mirror()))
 
 
 def test_the_projection_of_the_originals_d32():
@@ -230,15 +299,15 @@ def test_the_plan_for_some_of_a_machines_devices():
 
 def test_a_machine_without_a_known_peak_is_promised_no_time():
     machine = Machine(name="CPU process", count=1, peak=None, memory=8, cuda=False)
-    text = "\n".join(planning.plan(config.resolve("smoke"), machine))
+    text = "\n".join(planning.plan(config.resolve("smoke"), machine, {}))
     assert "projected at" not in text and "$" not in text and "20 steps x 1,024 tokens" in text
     with pytest.raises(ValueError, match="too small"):
-        list(planning.plan(config.resolve("smoke"), replace(machine, memory=1e-4)))
+        list(planning.plan(config.resolve("smoke"), replace(machine, memory=1e-4), {}))
 
 
 def test_a_stage_of_given_steps_is_projected():
     text = plan("speedrun", "H100", **{"mid.steps": 100, "grpo.enabled": False})
-    assert text.count("(projected)") == 2 and "grpo" not in text
+    assert re.search(r"(?m)^mid .*100 steps .*\(projected\)", text) and "grpo" not in text
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nanolib import hub, mirror, tasks
+from nanolib import hub, mirror, planning, tasks
 from nanolib.config import Recipe, flatten
 from nanolib.data import own, toyworld
 from nanolib.data.sources import split_documents
@@ -26,6 +26,7 @@ from nanolib.tokenizer import Tokenizer
 
 AT_ONCE = 1024  # documents tokenized together
 OVERLAP = "overlap.json"  # in the data stage: what `overlap` found
+SAMPLED = 300  # rows of a source, for their mean length
 
 
 def data(context: Context) -> Result:
@@ -49,6 +50,7 @@ def data(context: Context) -> Result:
         "train_files": [path.name for path in files.train],
         "validation_file": files.validation.name,
         "text_bytes": sum(path.stat().st_size for path in [*files.train, files.validation]),
+        "counted": counted(run),
     }
 
 
@@ -172,6 +174,31 @@ def _sources(run: Run, files: hub.TextFiles) -> dict[str, Iterator[pa.Array]]:
         task = tasks.load_graded(recipe.grpo.task, "train", run.mirror(), recipe.grpo.sums)
         found[f"grpo: {recipe.grpo.task}"] = arrays(map(partial(_problem, task), range(len(task))))
     return found
+
+
+def counted(run: Run) -> dict[str, float]:
+    """What later stages read: bytes of text, tokens of mid and SFT (estimated from a sample of
+    their conversations), questions of GRPO."""
+    recipe, files = run.config.recipe, hub.text_files(run.config, run.text_mirror())
+    found = {"text": sum(map(hub.text_bytes, [*files.train, files.validation]))}
+    for stage in {"mid", "sft"} & set(recipe.models):
+        found[stage] = 0
+        for name, limit in limits(recipe, stage).items():
+            task, rows = chosen(run, stage, name, "train", limit)
+            some = [task.conversation(i).messages for i in rows[:SAMPLED].tolist()]
+            size = sum(len(it.text.encode()) for messages in some for it in messages)
+            markers = sum(1 + 2 * len(messages) for messages in some)
+            tokens = size / planning.bytes_per_token(recipe.tokenizer.vocab_size) + markers
+            found[stage] += round(len(rows) * tokens / len(some))
+    if recipe.grpo.enabled:
+        found["grpo"] = len(tasks.load(recipe.grpo.task, "train", run.mirror()))
+    return found
+
+
+def known(run: Run) -> dict[str, float]:
+    """What the data stage counted, or a mirror given before it; empty if there is neither."""
+    there = not has_own_mirror(run) and run.mirror().is_dir() and not run.config.recipe.data.text
+    return run.stage("data").result().get("counted") or (counted(run) if there else {})
 
 
 def _problem(task: tasks.Task, i: int) -> str:

@@ -123,14 +123,17 @@ class Commands:
         profile: Annotated[str, arg(metavar="PROFILE")] = "speedrun",
         on: Annotated[str, arg(metavar="MACHINE", help="Such as 8xH100 or A100.")] = "8xH100",
     ) -> None:
-        """Estimate a run: parameters, tokens, FLOPs, memory, hours and dollars.
+        """Estimate a run: tokens, FLOPs, memory, and each stage's time, dollars and disk.
 
-        --depth 26 sets the size, --dollars-per-hour the machine's price (default: $3 per device).
+        --depth 26 sets the size, --dollars-per-hour the machine's price (default: $3 per device);
+        with --mirror DIR, conversations and problems are counted too.
         """
         from nanolib import accounting, planning
+        from nanolib.stages import text
 
         machine = accounting.Machine.parse(on, self.overrides.get("machine.dollars_per_hour"))
-        print("\n".join(planning.plan(config.resolve(profile, self.overrides), machine)))
+        run = Run.peek(profile, None, self.overrides)
+        print("\n".join(planning.plan(run.config, machine, text.known(run))))
 
     def mirror(
         self,
