@@ -177,7 +177,7 @@ def plan(
     if rate := _writing_rate(model, machine, ROWS[-1]):
         yield f"measured     {rate / ranks:,.0f} tokens/s of {ROWS[-1]} answers at once: {H100}"
     yield f"measured     tokenizer {TRAINED / 1e6:.0f}, shards {ENCODED / 1e6:.0f} MB/s of text: {EPYC}"
-    yield "not measured downloads, several GPUs at once, choices and CORE, evaluations in training"
+    yield "not measured downloads, more than two GPUs, choices and CORE, evaluations in training"
 
 
 def _stage_lines(config: Config, machine: Machine, counted: Mapping[str, float]) -> Iterator[str]:

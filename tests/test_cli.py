@@ -200,6 +200,21 @@ def test_plan_prints_the_dial_and_the_price(nanolib):
     assert "52.2% of the peak" in out
 
 
+@pytest.mark.parametrize("more", ["", "--data.drop-contaminated true", "--data.conversations /x"])
+def test_a_plan_counts_a_mirrors_conversations(nanolib, tmp_path, more):
+    """Without what only the data stage makes; your own conversations are copied there."""
+    toyworld.write(tmp_path / "mirror", seed=1)
+    (tmp_path / "x.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}'
+    )
+    words = f"plan --profile h100 --on H100 --eval.core-problems 0 --mirror {tmp_path}/mirror"
+    more = more.replace("/x", str(tmp_path / "x.jsonl"))
+    code, out, errors = nanolib(*words.split(), *more.split())
+    assert code == 0, errors
+    counted = "conversations" not in more
+    assert bool(re.search(r"(?m)^mid .* steps x 32,768 tokens .*\(projected\)", out)) == counted
+
+
 @pytest.mark.parametrize("words", ["", "fly", "run", "run smoke extra", "stage", "chat --fast"])
 def test_words_that_no_command_takes(nanolib, words):
     code, _, errors = nanolib(*words.split())

@@ -247,7 +247,7 @@ def test_what_was_never_measured_is_told():
         assert re.search(r"(?m)^grpo .*tokens at most: not measured, ", text)
     text = plan("speedrun", "8xA100", COUNTED)
     assert "answers at once" not in text and re.search(r"(?m)^grpo .*: not measured, ", text)
-    assert re.search(r"(?m)^not measured downloads, several GPUs", text)
+    assert re.search(r"(?m)^not measured downloads, more than two GPUs", text)
 
 
 def test_disk_is_that_of_a_run(finished_run):

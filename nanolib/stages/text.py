@@ -184,7 +184,7 @@ def counted(run: Run) -> dict[str, float]:
     for stage in {"mid", "sft"} & set(recipe.models):
         found[stage] = 0
         for name, limit in limits(recipe, stage).items():
-            task, rows = chosen(run, stage, name, "train", limit)
+            task, rows = chosen(run, stage, name, "train", limit, drop=False)
             some = [task.conversation(i).messages for i in rows[:SAMPLED].tolist()]
             size = sum(len(it.text.encode()) for messages in some for it in messages)
             markers = sum(1 + 2 * len(messages) for messages in some)
@@ -197,7 +197,8 @@ def counted(run: Run) -> dict[str, float]:
 
 def known(run: Run) -> dict[str, float]:
     """What the data stage counted, or a mirror given before it; empty if there is neither."""
-    there = not has_own_mirror(run) and run.mirror().is_dir() and not run.config.recipe.data.text
+    data, given = run.config.recipe.data, not has_own_mirror(run) and run.mirror().is_dir()
+    there = given and not (data.text or data.conversations)
     return run.stage("data").result().get("counted") or (counted(run) if there else {})
 
 
