@@ -343,15 +343,14 @@ class Engine:
     def _read_chunk(self, free: int) -> list[Request]:
         """Prefill one chunk if a free slot needs it, of the current prompts or the next ones in the
         queue; returns the requests that can take the free slots, first come, first served."""
-        for request in self._waiting.copy():
+        for request in (waiting := [*self._waiting]):  # a copy: other threads append
             if request.cancelled:
                 self._waiting.remove(request)
-        waiting = [*self._waiting]  # other threads append
-        nexts = waiting[:free]
+        nexts = [*islice(self._waiting, free)]
         if all(request.prompt and request.prompt.read for request in nexts):
             return nexts
         # All that fit a chunk, not only those with a slot: a batch costs little more than one prompt.
-        prompts = dict.fromkeys(request.prompt for request in waiting if request.prompt)
+        prompts = dict.fromkeys(r.prompt for r in waiting if r.prompt and not r.cancelled)
         if not any(prompt in prompts for prompt in self._reading):  # none left, or all cancelled
             self._begin([prompt for prompt in prompts if prompt.read is None])
         known = zip(self._reading, self._read.used, strict=False)
@@ -440,13 +439,11 @@ class Engine:
             self.record, replay = None, work
         return replay()
 
-    def _decode(
-        self, slots: Slots, greedy: bool, top_k: int, top_p: bool, logprobs: bool
-    ) -> Tensor:
+    def _decode(self, slots: Slots, greedy: bool, top_k: int, top_p: bool, score: bool) -> Tensor:
         """The next token [B] of every row; uses only tensors of fixed address and shape.
 
         greedy: all rows are greedy. top_k: the largest (0: none). top_p: whether any row has one.
-        They only save work and change no row's token. logprobs: also keep those of the tokens.
+        They only save work and change no row's token. score: also keep the tokens' log-probabilities.
         """
         if self.writer is not None:
             logits_BV = self.writer.logits(self.writer.hidden(slots.ids_B1, slots)[:, -1])
@@ -458,9 +455,8 @@ class Engine:
         else:
             uniform_B = uniforms(slots.key_B, slots.used_B)
             top_k_B, top_p_B = slots.top_k_B if top_k else None, slots.top_p_B if top_p else None
-            given = slots.temperature_B, top_k_B, top_p_B, top_k
-            drawn_B = choose(logits_BV, uniform_B, *given)
-        if logprobs:
+            drawn_B = choose(logits_BV, uniform_B, slots.temperature_B, top_k_B, top_p_B, top_k)
+        if score:
             self._logprobs_B = logits_BV.log_softmax(-1).gather(1, drawn_B[:, None])[:, 0]
         return drawn_B
 

@@ -751,3 +751,9 @@ def test_the_load_test_tells_faults(client, capsys):
     load.tell_errors([whole, broken, broken, nobody])
     two, one = capsys.readouterr().out.splitlines()
     assert two.startswith("ERROR, 2 times: ") and "ConnectionRefusedError" in one
+
+
+def test_the_engine_is_measured_with_mixed_lengths(capsys):
+    words = "--rollouts smoke --machine.device cpu --slots 1 --rounds 1"
+    load.main(words.split())
+    assert capsys.readouterr().out.startswith("8 rows, 1 slots, 1,085 tokens, 1 rounds: equal ")

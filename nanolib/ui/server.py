@@ -344,7 +344,7 @@ class Choice:
             token = self.request.take()
             if token.kind != "end":
                 pieces += self.parser.feed(token.id)
-            if self.request.settings.logprobs and token.kind == "chosen":
+            if token.kind == "chosen" and self.parser.kind == "text":
                 self._score(token.id)
             if token.kind == "end" or self.parser.ended:
                 self.finish = "stop"
@@ -356,11 +356,10 @@ class Choice:
         return pieces
 
     def _score(self, id: int) -> None:
-        tokenizer = self.parser.tokenizer
-        if self.parser.kind == "text" and id < tokenizer.bos:
-            text, logprob = tokenizer.token_bytes(id), self.request.logprobs[self.request.taken - 1]
-            known = {"token": text.decode(errors="replace"), "bytes": [*text], "logprob": logprob}
-            self.logprobs.append(known | {"top_logprobs": []})
+        if self.request.settings.logprobs and id < self.parser.tokenizer.bos:
+            text = self.parser.tokenizer.token_bytes(id)
+            known = {"token": text.decode(errors="replace"), "bytes": [*text], "top_logprobs": []}
+            self.logprobs.append(known | {"logprob": self.request.logprobs[self.request.taken - 1]})
 
 
 @dataclass(eq=False)

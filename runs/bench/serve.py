@@ -3,6 +3,7 @@
     uv run nanolib bench serve --run RUN [--clients 1 8 50 200] [--rounds 3] [--requests 10000] [--old DIR]
     uv run nanolib bench serve --run RUN --clients 50 --seconds 300
     uv run nanolib bench serve --random h100 [--model.depth 12] --clients 64 --seconds 30 --tokens 512
+    uv run nanolib bench serve --rollouts demo [--machine.device cuda] [--rounds 7] [--slots 32]
 
 Starts `nanolib serve` and sends requests over HTTP.
 
@@ -14,16 +15,24 @@ server's memory before, in the middle and after.
 the other; tokens/s counts the tokens of all answers until the last one ends. A round of one question
 per client comes first and is not counted. --random: instead of a trained run, a new one of this
 profile with random weights and a made-up tokenizer, in a temporary folder; needs no data.
+
+--rollouts: no server, but the engine with random weights: the speed of answers of 16 to 256 tokens
+over that of answers of equal length. Both have the same prompts of 32 tokens and the same tokens in
+all, and eight times as many answers as slots, so that every slot is filled again; the engine cannot
+tell the lengths in advance. They take turns in one process with one thread; the ratio is that of the
+medians of CPU time, on a GPU of wall-clock time.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -34,10 +43,16 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanolib import config
 from nanolib.config import REPOSITORY
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanolib.model import GPT
+    from nanolib.tokenizer import Tokenizer
 
 QUESTIONS = (
     "Where does Ada live?",
@@ -143,6 +158,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--run", default="demo")
     parser.add_argument("--random", metavar="PROFILE")
+    parser.add_argument("--rollouts", metavar="PROFILE")
+    parser.add_argument("--slots", type=int, default=32, help="with --rollouts")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 50, 200])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=0)
@@ -151,6 +168,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, help="limit of each answer, with --seconds")
     parser.add_argument("--old", type=Path)
     given = parser.parse_args(words)
+    if given.rollouts:
+        mixed_lengths(given.rollouts, overrides, given.slots, given.rounds)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if given.random:
             os.environ["NANOLIB_RUNS"] = folder
@@ -261,35 +281,91 @@ def tell_errors(chats: Sequence[Chat]) -> None:
 
 
 def random_run(profile: str, overrides: config.Overrides) -> None:
-    """A run named "random" of a profile, whose model has random weights. Its tokens are letters,
-    and it never writes special ones while top-k is less than the vocabulary."""
+    """A run named "random" of a profile, whose model is `random_model`."""
     import torch
 
     from nanolib import checkpoint
-    from nanolib.model import GPT
     from nanolib.optim import MuonAdamW
     from nanolib.rundir import Run
     from nanolib.runtime import Runtime
-    from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 
     run = Run.open(profile, "random", overrides)
-    recipe, letters = run.config.recipe, b"abcdefghijklmnopqrstuvwxyz "
-    size = recipe.tokenizer.vocab_size
+    recipe, runtime = run.config.recipe, Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    model, tokenizer = random_model(recipe.model, recipe.tokenizer.vocab_size, runtime.device)
+    tokenizer.save(run.stage("tokenizer").path / "tokenizer.json")
+    about = {"recipe": config.flatten(recipe), "vocab_size": tokenizer.vocab_size}
+    about["tokenizer"] = tokenizer.fingerprint()
+    optimizer = MuonAdamW(model, recipe.optim, runtime)
+    checkpoint.begin(run.stage("base").checkpoints, 0, model, optimizer, about).result()
+
+
+def random_model(
+    model_config: config.ModelConfig, size: int, device: torch.device
+) -> tuple[GPT, Tokenizer]:
+    """A model with random weights and a tokenizer of letters. It never writes a special token while
+    top-k is less than the vocabulary."""
+    import torch
+
+    from nanolib.model import GPT
+    from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+    letters = b"abcdefghijklmnopqrstuvwxyz "
     lefts = itertools.chain(letters, itertools.count(256))
     words = ((left, letter) for left in lefts for letter in letters)
     tokenizer = Tokenizer(itertools.islice(words, size - 256 - len(SPECIAL_TOKENS)))
-    tokenizer.save(run.stage("tokenizer").path / "tokenizer.json")
-    runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
-    model = GPT.build(recipe.model, size, runtime.device, 1)
+    model = GPT.build(model_config, size, device, 1)
     with torch.no_grad():
         for weight in model.parameters():
             if not weight.any():
                 weight.normal_(std=0.02)
         model.head.weight.normal_(std=0.05)[tokenizer.bos :] = 0.0
-    about = {"recipe": config.flatten(recipe), "vocab_size": size}
-    about["tokenizer"] = tokenizer.fingerprint()
-    optimizer = MuonAdamW(model, recipe.optim, runtime)
-    checkpoint.begin(run.stage("base").checkpoints, 0, model, optimizer, about).result()
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------------------- mixed lengths
+
+
+def mixed_lengths(profile: str, overrides: config.Overrides, slots: int, rounds: int) -> None:
+    """Print the engine's speed with mixed and with equal lengths, and their ratio."""
+    import torch
+
+    from nanolib.engine import Engine
+    from nanolib.runtime import Runtime
+
+    settings = config.resolve(profile, {"machine.threads": 1, **(overrides or {})})
+    runtime, model_config = Runtime.start(settings.machine), settings.recipe.model
+    model_config = dataclasses.replace(model_config, sequence_len=512)
+    size = settings.recipe.tokenizer.vocab_size
+    model, tokenizer = random_model(model_config, size, runtime.device)
+    engine = Engine(model, tokenizer, runtime, max_rows=slots)
+    engine.ends, rows = frozenset(), 8 * slots
+    lengths = [16 + 240 * row // (rows - 1) for row in range(rows)]
+    random.Random(1).shuffle(lengths)
+    total = sum(lengths)
+    equal = [total * (row + 1) // rows - total * row // rows for row in range(rows)]
+    prompts = torch.randint(256, (rows, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    clock = time.perf_counter if runtime.device.type == "cuda" else time.process_time
+
+    def speed(lengths: Sequence[int]) -> float:
+        sampling, began = {"temperature": 1.0, "top_k": 50}, clock()
+        pairs = enumerate(zip(prompts, lengths, strict=True))
+        for row, (prompt, length) in pairs:
+            engine.submit([prompt], seeds=[row], max_new_tokens=length, **sampling)
+        while engine.busy:
+            engine.step()
+        return total / (clock() - began)
+
+    found: dict[str, list[float]] = {"equal": [], "mixed": []}
+    for turn in range(rounds + 1):
+        for name, asked in (("equal", equal), ("mixed", lengths)):
+            found[name] += [speed(asked)] * (turn > 0)  # the first turn warms up
+    before, now = (statistics.median(speeds) for speeds in found.values())
+    print(
+        f"{rows} rows, {slots} slots, {total:,} tokens, {rounds} rounds: equal {before:,.0f}, mixed "
+        f"{now:,.0f} tokens/s, ratio {now / before:.3f}; rounds "
+        + " ".join(f"{b / a:.2f}" for a, b in zip(*found.values(), strict=True)),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
