@@ -25,6 +25,7 @@ import uvicorn
 from browser import PATIENCE, wait_for
 from test_conversation import joined
 
+from nanolib import config
 from nanolib.conversation import Part
 from nanolib.rundir import Run
 from nanolib.ui import cli, markup, server
@@ -608,6 +609,26 @@ def test_with_the_key_and_from_the_friend(guarded):
         connection.request("OPTIONS", PATH, headers=asks)
         response = connection.getresponse()
         assert (response.getheader("access-control-allow-origin") == origin) == allowed
+
+
+def test_the_key_is_compared_in_constant_time(guarded, monkeypatch):
+    compared, compare = [], server.hmac.compare_digest
+    monkeypatch.setattr(server.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))  # fmt: skip
+    for key in (KEY, "wrong"):
+        connection = http.client.HTTPConnection("127.0.0.1", guarded, timeout=PATIENCE)
+        connection.request("GET", "/v1/models", headers={"authorization": f"Bearer {key}"})
+        assert connection.getresponse().status == (200 if key == KEY else 401)
+    assert compared == [(KEY.encode(), KEY.encode()), (b"wrong", KEY.encode())]
+
+
+def test_readmes_client_speaks_to_it(guarded, monkeypatch, capsys):
+    readme = (config.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = (it for it in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI" in it)
+    assert "export OPENAI_BASE_URL=http://127.0.0.1:8000/v1 " in readme
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{guarded}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    exec(code.replace("demo-grpo", "smoke-sft"), {})
+    assert capsys.readouterr().out.endswith("You said: Where does Ada live?\n")
 
 
 # ---------------------------------------------------------------------------- the rest
