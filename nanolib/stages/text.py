@@ -134,11 +134,9 @@ def chosen(
 
 def left_out(run: Run, source: str) -> list[int]:
     """The numbers of a source's texts that the run must not train on (data.drop_contaminated)."""
-    return _quoting(run)[source] if run.config.recipe.data.drop_contaminated else []
-
-
-def _quoting(run: Run) -> dict[str, list[int]]:
-    return json.loads((run.stage("data").path / OVERLAP).read_text())["quoting"]
+    if not run.config.recipe.data.drop_contaminated:
+        return []
+    return json.loads((run.stage("data").path / OVERLAP).read_text())["quoting"][source]
 
 
 def stage_seed(recipe: Recipe, stage: str, *purpose: str) -> int:
@@ -221,7 +219,7 @@ def _fingerprint(run: Run, text: hub.TextFiles) -> str:
             file.seek(max(0, size - 65_536))
             digest.update(f"{path.name} {size} ".encode() + file.read())
     if run.config.recipe.data.drop_contaminated:
-        digest.update(json.dumps(_quoting(run)).encode())
+        digest.update((run.stage("data").path / OVERLAP).read_bytes())
     return digest.hexdigest()[:16]
 
 
