@@ -115,7 +115,7 @@ def documents(path: Path) -> Iterator[str]:
         yield from texts.to_pylist()
 
 
-def text_arrays(path: Path) -> Iterator[pa.StringArray]:
+def text_arrays(path: Path) -> Generator[pa.Array, None, None]:
     """The documents of a shard, up to 1024 in an array."""
     _check_text(path)
     with _reading(path):
@@ -256,7 +256,6 @@ def digest(path: Path) -> str:
 
 def text_bytes(path: Path) -> int:
     """Uncompressed size of a shard's text, from its parquet footer."""
-    _check_text(path)
     shard = pq.read_metadata(path)
     column, groups = shard.schema.names.index("text"), range(shard.num_row_groups)
     return sum(shard.row_group(i).column(column).total_uncompressed_size for i in groups)

@@ -8,7 +8,7 @@ text take 15 minutes of one core.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -31,7 +31,7 @@ BINARY = pa.large_binary()
 BYTES = np.array([256**n - 1 for n in range(9)], np.uint64)  # masks of the first n bytes
 
 
-def arrays(texts: Iterable[str]) -> Iterator[pa.Array]:
+def arrays(texts: Iterable[str]) -> Generator[pa.Array, None, None]:
     raw = (text.encode(errors="replace") for text in texts)
     while group := [*islice(raw, AT_ONCE)]:
         yield pa.array(group, BINARY)

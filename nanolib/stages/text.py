@@ -161,9 +161,7 @@ def _tests(run: Run) -> dict[str, list[str]]:
 def _sources(run: Run, files: hub.TextFiles) -> dict[str, Iterator[pa.Array]]:
     """What the run trains on: text, of each source of its mixtures the rows taken, and questions."""
     recipe = run.config.recipe
-    found: dict[str, Iterator[pa.Array]] = {
-        "text": itertools.chain.from_iterable(map(hub.text_arrays, files.train))
-    }
+    found = {"text": (texts for path in files.train for texts in hub.text_arrays(path))}
     for stage in ("mid", "sft"):
         for name, limit in limits(recipe, stage).items() if getattr(recipe, stage).enabled else ():
             task, rows = chosen(run, stage, name, "train", limit, drop=False)
