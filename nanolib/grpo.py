@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ def kl_k3(nll: Tensor, reference_nll: Tensor) -> Tensor:
     return log_ratio.exp() - 1 - log_ratio
 
 
-class PolicyGradient:
-    """Loss −Σ advantage · log p / tokens, or a clipped objective for repeated updates.
+def policy_gradient(config: GRPOConfig, nll_BT: Tensor, batch: Batch) -> Tensor:
+    """Loss −Σ advantage · log p, or a clipped objective for repeated updates.
 
     Field "old_nll" (`nll` before the first update) enables the ratio of new to old probability. PPO
     (arXiv:1707.06347) clips it to 1 − `clip` … 1 + `clip_high` (DAPO, arXiv:2503.14476: a higher
@@ -60,37 +60,22 @@ class PolicyGradient:
     as a constant weight. At ratio 1 all three have the same gradient. `kl` is the weight of `kl_k3`
     to field "reference_nll"; field "weight" holds token weights.
     """
-
-    def __init__(
-        self,
-        clip: float = 0.2,
-        clip_high: float | None = None,
-        objective: Literal["ppo", "cispo"] = "ppo",
-        kl: float = 0.0,
-    ):
-        self.low, self.high = 1 - clip, 1 + (clip_high or clip)
-        self.objective, self.kl = objective, kl
-
-    def count(self, batch: Batch) -> int:
-        return int((batch.targets_BT != IGNORED).sum())
-
-    def sum(self, nll_BT: Tensor, batch: Batch) -> Tensor:
-        advantage_BT = batch.fields["advantage"]
-        old_nll_BT = batch.fields.get("old_nll")
-        if old_nll_BT is None:
-            loss_BT = advantage_BT * nll_BT
-        elif self.objective == "cispo":
-            weight_BT = torch.exp(old_nll_BT - nll_BT).detach().clamp(max=self.high)
-            loss_BT = weight_BT * advantage_BT * nll_BT
-        else:
-            ratio_BT = torch.exp(old_nll_BT - nll_BT)
-            clipped_BT = ratio_BT.clamp(self.low, self.high)
-            loss_BT = -torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
-        if self.kl:
-            loss_BT = loss_BT + self.kl * kl_k3(nll_BT, batch.fields["reference_nll"])
-        if "weight" in batch.fields:
-            loss_BT = loss_BT * batch.fields["weight"]
-        return loss_BT.masked_fill(batch.targets_BT == IGNORED, 0).sum()
+    advantage_BT, old_nll_BT = batch.fields["advantage"], batch.fields.get("old_nll")
+    low, high = 1 - config.clip, 1 + (config.clip_high or config.clip)
+    if old_nll_BT is None:
+        loss_BT = advantage_BT * nll_BT
+    elif config.objective == "cispo":
+        weight_BT = torch.exp(old_nll_BT - nll_BT).detach().clamp(max=high)
+        loss_BT = weight_BT * advantage_BT * nll_BT
+    else:
+        ratio_BT = torch.exp(old_nll_BT - nll_BT)
+        clipped_BT = ratio_BT.clamp(low, high)
+        loss_BT = -torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+    if config.kl:
+        loss_BT = loss_BT + config.kl * kl_k3(nll_BT, batch.fields["reference_nll"])
+    if "weight" in batch.fields:
+        loss_BT = loss_BT * batch.fields["weight"]
+    return loss_BT.masked_fill(batch.targets_BT == IGNORED, 0).sum()
 
 
 # ---------------------------------------------------------------------------- the source
@@ -153,7 +138,7 @@ class RolloutSource:
             batch.fields["reference_nll"] = reference_BT
         # Both are 0 where there is no target.
         sums = nll_BT.sum(), kl_k3(nll_BT, reference_BT).sum()
-        return torch.stack(((there.targets_BT != IGNORED).sum(), *sums))
+        return torch.stack((torch.tensor(batch.count, device=nll_BT.device), *sums))
 
     def rollouts(self, step: int) -> list[Rollout]:
         """This rank's rollouts for a step."""

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanolib import checkpoint
 from nanolib.config import Schedule
-from nanolib.data.packing import IGNORED, Batch, Source
+from nanolib.data.packing import Batch, Source
 from nanolib.guard import Guard
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
@@ -29,25 +29,13 @@ from nanolib.runtime import Runtime
 MULTI_TOKEN = 0.3  # initial weight of the next-but-one token; decays linearly to 0
 
 
-class Loss(Protocol):
-    """A stage's loss is ``sum / count``, each totalled over all ranks and micro-batches.
-
-    `count` gets a batch in host memory, before it is moved to the device.
-    """
-
-    def count(self, batch: Batch) -> int: ...
-
-    def sum(self, nll_BT: Tensor, batch: Batch) -> Tensor: ...
+# From `nll` [B, T] and its batch: the loss, summed over the targets. A stage's loss is that sum over
+# all ranks and micro-batches, divided by the number of targets.
+Loss = Callable[[Tensor, Batch], Tensor]
 
 
-class CrossEntropy:
-    """Mean negative log-likelihood over the targets that are not ignored."""
-
-    def count(self, batch: Batch) -> int:
-        return int((batch.targets_BT != IGNORED).sum())
-
-    def sum(self, nll_BT: Tensor, batch: Batch) -> Tensor:
-        return nll_BT.sum()
+def cross_entropy(nll_BT: Tensor, batch: Batch) -> Tensor:
+    return nll_BT.sum()
 
 
 class Stopped(Exception):
@@ -88,7 +76,7 @@ class Trainer:
     runtime: Runtime
     guard: Guard
     about: Mapping[str, Any]  # recipe and tokenizer, saved in checkpoints
-    loss: Loss = field(default_factory=CrossEntropy)
+    loss: Loss = cross_entropy
     nll: Callable[[Batch], Tensor] | None = None  # compiled `model.nll`; None: uncompiled
     # Called every `eval_every` steps and after the last. Must append a row of kind "eval": without
     # one for the current step, a resumed stage calls it again.
@@ -145,7 +133,7 @@ class Trainer:
         scale = lr_scale(self.schedule, self.step, self.steps)
         loss, tokens, norm, stop, save = 0.0, 0, 0.0, False, False
         for batches in self.source.updates(self.step):
-            count = sum(self.loss.count(batch) for batch in batches)
+            count = sum(batch.count for batch in batches)  # in host memory
             mine = [count, self.guard.stop_requested, self._save_due()]
             counts = self.runtime.sum(torch.tensor(mine, device=self.runtime.device))
             part = self.forward_backward(batches, counts[0])
@@ -173,7 +161,7 @@ class Trainer:
             batch = batch.to(self.runtime.device)
             with self.runtime.autocast():
                 nll_BT = (self.nll or self.model.nll)(batch, **self._ahead())
-            loss = self.loss.sum(nll_BT, batch) / count
+            loss = self.loss(nll_BT, batch) / count
             loss.backward()
             total += loss.detach()
         return total

@@ -66,10 +66,11 @@ from torch.testing import assert_close
 import checks
 import lesson
 from nanolib import checkpoint, config, grpo, launch, tasks
+from nanolib.config import GRPOConfig
 from nanolib.data.packing import Batch, batch_of_rows
 from nanolib.engine import Engine
 from nanolib.evals.answers import Questions, pass_at_k
-from nanolib.grpo import PolicyGradient
+from nanolib.grpo import policy_gradient
 from nanolib.optim import MuonAdamW
 from nanolib.runtime import Runtime, seed_of
 from nanolib.tokenizer import Tokenizer
@@ -452,7 +453,7 @@ advantage_B = (rewards_QN - rewards_QN.mean(dim=1, keepdim=True)).flatten()
 log_p_BT, chosen_BT = -policy.model.nll(batch), batch.targets_BT >= 0
 ours = -(advantage_B[:, None] * log_p_BT * chosen_BT).sum() / chosen_BT.sum()
 batch.fields["advantage"] = advantage_B[:, None].expand_as(log_p_BT)
-theirs = PolicyGradient().sum(policy.model.nll(batch), batch) / PolicyGradient().count(batch)
+theirs = policy_gradient(GRPOConfig(), policy.model.nll(batch), batch) / batch.count
 weights = list(policy.model.parameters())
 assert_close(torch.autograd.grad(ours, weights), torch.autograd.grad(theirs, weights))
 print(f"ours {ours.item():+.5f}, nanolib's {theirs.item():+.5f}, {chosen_BT.sum()} chosen tokens")
@@ -660,9 +661,8 @@ nll_1T = -ratio_T.log()[None].requires_grad_()  # against an old nll of 0
 pushes, none_1T = {}, torch.zeros(1, 141, dtype=torch.long)
 for advantage in (1.0, -1.0):
     fields = {"advantage": torch.full((1, 141), advantage), "old_nll": torch.zeros(1, 141)}
-    loss = PolicyGradient(clip=0.2).sum(
-        nll_1T, Batch(inputs_BT=none_1T, targets_BT=none_1T, fields=fields)
-    )
+    tokens = Batch(inputs_BT=none_1T, targets_BT=none_1T, fields=fields)
+    loss = policy_gradient(GRPOConfig(clip=0.2), nll_1T, tokens)
     (push_1T,) = torch.autograd.grad(loss, nll_1T)
     assert_close(
         loss, -torch.minimum(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage).sum()

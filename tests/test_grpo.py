@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from nanolib.config import GRPOConfig, OptimConfig, Recipe, Schedule, flatten
 from nanolib.conversation import Conversation
 from nanolib.data.packing import IGNORED, Batch
 from nanolib.evals.answers import Questions
-from nanolib.grpo import PolicyGradient, RolloutSource, advantages, kl_k3
+from nanolib.grpo import RolloutSource, advantages, kl_k3, policy_gradient
 from nanolib.guard import Guard
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import StageDir
@@ -66,7 +67,7 @@ def trainer(folder, source, steps=6, lr=0.3, guard=None, **settings) -> Trainer:
         runtime=runtime,
         guard=guard or Guard(),
         about={"recipe": flatten(Recipe()), "vocab_size": model.vocab_size, "tokenizer": "x"},
-        loss=PolicyGradient(),
+        loss=partial(policy_gradient, GRPOConfig()),
         **given,
     )
 
@@ -106,7 +107,7 @@ def test_the_gradient_is_the_textbooks(device_batch, tmp_path):
     if device_batch is not None:
         assert all(batch.targets_BT.numel() <= 96 for batch in batches)
         assert any(len(batch.targets_BT) > 1 for batch in batches)
-    assert sum(PolicyGradient().count(batch) for batch in batches) == tokens
+    assert sum(batch.count for batch in batches) == tokens
     found = trainer(tmp_path, rollouts).forward_backward(batches, tokens)
     assert math.isclose(found, loss.item(), rel_tol=1e-4, abs_tol=1e-6)
     for weight, grad in zip(weights, expected, strict=True):
@@ -133,7 +134,7 @@ def test_the_clipped_gain_token_by_token():
     nll = [1.1, 0.5, 1.5, 0.5, 0.0]  # ratios 0.90, 1.65, 0.61, 1.65; the last is ignored
     advantage = [1.0, 1.0, -1.0, -1.0, 1.0]
     nll_BT, batch = a_batch(nll, old, advantage, [7, 7, 7, 7, IGNORED])
-    loss = PolicyGradient(clip=0.2).sum(nll_BT, batch)
+    loss = policy_gradient(GRPOConfig(clip=0.2), nll_BT, batch)
     gains = [math.exp(-0.1), 1.2, -0.8, -math.exp(0.5)]
     assert_close(loss.item(), -sum(gains))
     loss.backward()
@@ -144,9 +145,9 @@ def test_the_clipped_gain_token_by_token():
 def test_at_a_ratio_of_one_clipped_and_plain_pull_alike():
     nll = [0.3, 2.0, 0.0]
     nll_BT, batch = a_batch(nll, nll, [0.5, -0.25, 0.5], [7, 7, IGNORED])
-    clipped = torch.autograd.grad(PolicyGradient().sum(nll_BT, batch), nll_BT)[0]
+    clipped = torch.autograd.grad(policy_gradient(GRPOConfig(), nll_BT, batch), nll_BT)[0]
     plain = dataclasses.replace(batch, fields={"advantage": batch.fields["advantage"]})
-    expected = torch.autograd.grad(PolicyGradient().sum(nll_BT, plain), nll_BT)[0]
+    expected = torch.autograd.grad(policy_gradient(GRPOConfig(), nll_BT, plain), nll_BT)[0]
     assert_close(clipped[0, :2], expected[0, :2])
 
 
@@ -160,7 +161,7 @@ def test_several_updates_hold_on_to_the_probabilities_before_the_first(tmp_path)
     loop = trainer(tmp_path, rollouts, lr=2.0)
     before = batch.fields["old_nll"].clone()
     row, *_ = loop.train_step()
-    assert row["tokens"] == 3 * PolicyGradient().count(batch)
+    assert row["tokens"] == 3 * batch.count
     with torch.no_grad():
         assert not torch.allclose(rollouts.engine.model.nll(batch), before, atol=1e-3)
     assert batch.fields["old_nll"].equal(before)
@@ -176,7 +177,7 @@ def test_further_up_than_down_may_a_ratio_go_before_it_is_clipped():
     old = [1.0] * 5
     nll = [0.8, 0.7, 1.3, 0.7, 1.2]  # ratios 1.22, 1.35, 0.74, 1.35, 0.82
     nll_BT, batch = a_batch(nll, old, [1.0, 1.0, -1.0, -1.0, -1.0], [7] * 5)
-    loss = PolicyGradient(clip=0.2, clip_high=0.28).sum(nll_BT, batch)
+    loss = policy_gradient(GRPOConfig(clip=0.2, clip_high=0.28), nll_BT, batch)
     assert_close(loss.item(), -math.exp(0.2) - 1.28 + 0.8 + math.exp(0.3) + math.exp(-0.2))
     loss.backward()
     pulls = [math.exp(0.2), 0, 0, -math.exp(0.3), -math.exp(-0.2)]
@@ -188,7 +189,7 @@ def test_cispo_limits_how_hard_a_token_pulls_and_loses_none():
     nll = [0.8, 0.5, 1.5, 0.5, 0.0]  # ratios 1.22, 1.65, 0.61, 1.65; the last is ignored
     advantage = [1.0, 1.0, -1.0, -1.0, 1.0]
     nll_BT, batch = a_batch(nll, old, advantage, [7, 7, 7, 7, IGNORED])
-    loss = PolicyGradient(clip_high=0.28, objective="cispo").sum(nll_BT, batch)
+    loss = policy_gradient(GRPOConfig(clip_high=0.28, objective="cispo"), nll_BT, batch)
     weights = [math.exp(0.2), 1.28, math.exp(-0.5), 1.28, 0]
     pulls = [w * a for w, a in zip(weights, advantage, strict=True)]
     assert_close(loss.item(), sum(p * n for p, n in zip(pulls, nll, strict=True)))
@@ -208,7 +209,7 @@ def test_the_penalty_is_added_token_by_token():
     nll_BT, batch = a_batch(nll, nll, [0.5, -0.25, 0.0], [7, 7, IGNORED])
     fields = {"advantage": batch.fields["advantage"], "reference_nll": torch.tensor([start])}
     batch = dataclasses.replace(batch, fields=fields)
-    loss = PolicyGradient(kl=0.1).sum(nll_BT, batch)
+    loss = policy_gradient(GRPOConfig(kl=0.1), nll_BT, batch)
     penalty = sum(math.exp(n - s) - 1 - (n - s) for n, s in ((1.0, 1.5), (2.0, 1.0)))
     assert_close(loss.item(), 0.5 * 1.0 - 0.25 * 2.0 + 0.1 * penalty)
     loss.backward()  # towards the start
@@ -218,9 +219,10 @@ def test_the_penalty_is_added_token_by_token():
 
 def test_sequence_mean_counts_each_answer_alike():
     rollouts = source(sequence_mean=True, device_batch=1)
-    loss, nll = PolicyGradient(), rollouts.engine.model.nll
+    nll = rollouts.engine.model.nll
     (batches,) = rollouts.updates(0)
-    found = sum(loss.sum(nll(b), b) for b in batches) / sum(loss.count(b) for b in batches)
+    found = sum(policy_gradient(GRPOConfig(), nll(b), b) for b in batches)
+    found /= sum(batch.count for batch in batches)
     means = []
     for rollout in rollouts.rollouts(0):
         for answer, advantage in zip(rollout.answers, advantages(rollout.rewards), strict=True):

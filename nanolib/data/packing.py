@@ -26,6 +26,11 @@ class Batch:
     targets_BT: Tensor
     fields: dict[str, Tensor] = field(default_factory=dict)  # other per-token tensors [B, T]
 
+    @property
+    def count(self) -> int:
+        """The number of targets in the loss."""
+        return int((self.targets_BT != IGNORED).sum())
+
     def to(self, device: torch.device) -> Batch:
         tensors = (self.inputs_BT, self.targets_BT, *self.fields.values())
         inputs_BT, targets_BT, *more = (x.to(device, non_blocking=True) for x in tensors)

@@ -20,7 +20,7 @@ from nanolib.data.packing import Source
 from nanolib.data.sources import ConversationSource, TextSource, render, save_conversations
 from nanolib.evals import answers, score_all
 from nanolib.evals.bpb import bits_per_byte
-from nanolib.grpo import PolicyGradient, RolloutSource
+from nanolib.grpo import RolloutSource, policy_gradient
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import Run, StageDir, whole_folder, write_json
@@ -28,7 +28,7 @@ from nanolib.stages import Context, Result, text
 from nanolib.stages.text import chosen, limits, shard_paths, stage_seed, validation_documents
 from nanolib.tokenizer import Tokenizer
 from nanolib.tools import Sandbox
-from nanolib.train import CrossEntropy, Loss, Trainer
+from nanolib.train import Loss, Trainer, cross_entropy
 
 SAVE_MINUTES_ON_CUDA = 10.0  # the default of machine.save_minutes on CUDA
 HELD_OUT = 100  # conversations per source in the held-out losses of mid and SFT
@@ -46,7 +46,7 @@ def base(context: Context) -> Result:
         tokenizer, runtime = context.tokenizer, context.runtime
         return {"bpb": bits_per_byte(training.model, documents, tokenizer, runtime)}
 
-    return training.run(source, len(source), source.batch_rows, score, CrossEntropy())
+    return training.run(source, len(source), source.batch_rows, score)
 
 
 def converse(context: Context) -> Result:
@@ -63,7 +63,7 @@ def converse(context: Context) -> Result:
         losses = map(training.validation_loss, held_out)
         return {f"{name}_loss": loss for name, loss in zip(names, losses, strict=True)}
 
-    return training.run(source, len(source), source.batch_rows, score, CrossEntropy()) | about
+    return training.run(source, len(source), source.batch_rows, score) | about
 
 
 def grpo(context: Context) -> Result:
@@ -100,7 +100,7 @@ def grpo(context: Context) -> Result:
                 test, held_out, config.eval_samples, seed, config.top_k, progress
             )
 
-        loss = PolicyGradient(config.clip, config.clip_high, config.objective, config.kl)
+        loss = partial(policy_gradient, config)
         result = training.run(source, len(source.usable), config.questions, score, loss)
     return result | {"answers": result["steps"] * config.questions * config.samples}
 
@@ -138,7 +138,9 @@ class Training:
         stage = self.context.stage.name
         return rows | {"seed": stage_seed(self.context.run.config.recipe, stage, stage)}
 
-    def run(self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss) -> Result:
+    def run(
+        self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss = cross_entropy
+    ) -> Result:
         """Train to the last step; returns the stage's result.
 
         epoch: rows or questions per epoch. at_once: the same per step. `score` is also called
@@ -187,7 +189,7 @@ class Training:
             batch = held_out.batch(rows)
             with runtime.autocast():
                 nll = self.model.nll(batch.to(runtime.device)).sum()
-            return [(float(nll), CrossEntropy().count(batch))]
+            return [(float(nll), batch.count)]
 
         nats, targets = zip(*score_all(sums, range(len(held_out)), 1, runtime), strict=True)
         return sum(nats) / sum(targets)
