@@ -78,9 +78,8 @@ class Trainer:
     about: Mapping[str, Any]  # recipe and tokenizer, saved in checkpoints
     loss: Loss = cross_entropy
     nll: Callable[[Batch], Tensor] | None = None  # compiled `model.nll`; None: uncompiled
-    # Called every `eval_every` steps and after the last. Must append a row of kind "eval": without
-    # one for the current step, a resumed stage calls it again.
-    score: Callable[[Trainer], None] | None = None
+    # Called every `eval_every` steps, after the last and, except in base, before the first.
+    score: Callable[[], Mapping[str, float]] | None = None
 
     step: int = field(default=0, init=False)  # steps done
     saved: int | None = field(default=None, init=False)  # the step of the newest checkpoint
@@ -205,10 +204,12 @@ class Trainer:
             )
 
     def run_score(self) -> None:
-        """Evaluate the model if this step is due for it."""
-        due = self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
-        if due and self.score is not None:
-            self.score(self)
+        """Append a row of kind "eval" if this step is due for it."""
+        due = self.step % self.eval_every == 0 or self.step == self.steps
+        if self.score is not None and due and (self.step > 0 or self.stage.name != "base"):
+            scores = self.score()
+            if self.runtime.is_lead:
+                self.stage.metrics.append(kind="eval", step=self.step, **scores)
 
     def save(self) -> None:
         """Start writing a checkpoint in the background; `finish_save` waits for it."""

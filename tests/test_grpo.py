@@ -376,13 +376,15 @@ def test_resumed_equals_straight(tmp_path):
 
     straight = trainer(tmp_path / "a", source())
     straight.fit()
-    guard = Guard()
+    first = trainer(tmp_path / "b", source(), save_every=5)
+    log = first.log
 
-    def stop_after_three(trainer):
-        if trainer.step == 3:
-            guard.request_stop()
+    def stop_after_three(*given):
+        log(*given)
+        if first.step == 3:
+            first.guard.request_stop()
 
-    first = trainer(tmp_path / "b", source(), guard=guard, score=stop_after_three, save_every=5)
+    first.log = stop_after_three
     with pytest.raises(Stopped, match="saved after step 4 of 6"):
         first.fit()
     second = trainer(tmp_path / "b", source(ask(seed=9)))  # its weights come from the checkpoint

@@ -185,20 +185,20 @@ def test_multi_token_is_of_pretraining_and_falls_to_nothing(
 @pytest.mark.parametrize("preset", ["classic", "modern"])
 def test_resumed_equals_straight(tmp_path, preset, tiny_config, random_model, cpu):
     random_model = partial(random_model, replace(tiny_config, preset=preset))
-    straight = _trainer(tmp_path / "a", random_model(), cpu, score=_evaluation)
+    straight = _scored(_trainer(tmp_path / "a", random_model(), cpu))
     straight.fit()
-    guard = Guard()
+    first = _scored(_trainer(tmp_path / "b", random_model(), cpu, guard=Guard(), save_every=5))
+    evaluate = first.score
 
-    def stop_after_three(trainer):
-        _evaluation(trainer)
-        if trainer.step == 3:
-            guard.request_stop()
+    def stop_after_three():
+        if first.step == 3:
+            first.guard.request_stop()
+        return evaluate()
 
-    settings = {"guard": guard, "score": stop_after_three, "save_every": 5}
-    first = _trainer(tmp_path / "b", random_model(), cpu, **settings)
+    first.score = stop_after_three
     with pytest.raises(Stopped, match="saved after step 4 of 6"):
         first.fit()
-    second = _trainer(tmp_path / "b", random_model(seed=9), cpu, score=_evaluation)
+    second = _scored(_trainer(tmp_path / "b", random_model(seed=9), cpu))
     second.fit()
     for one, two in zip(straight.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -213,18 +213,25 @@ def test_an_evaluation_that_was_interrupted_costs_no_step_and_is_made_up_for(
     at, scored, tmp_path, random_model, cpu
 ):
     settings = {"save_every": 2, "eval_every": 2}
-    straight = _trainer(tmp_path / "a", random_model(), cpu, score=_evaluation, **settings)
+    straight = _scored(_trainer(tmp_path / "a", random_model(), cpu, **settings))
     straight.fit()
+    first = _scored(_trainer(tmp_path / "b", random_model(), cpu, **settings))
+    evaluate, run_score = first.score, first.run_score
 
-    def killed(trainer):
-        if trainer.step < at or scored:
-            _evaluation(trainer)
-        if trainer.step == at:
-            raise Stopped("before or after an evaluation's end")
+    def killed():
+        if first.step == at and not scored:
+            raise Stopped("before an evaluation's end")
+        return evaluate()
 
+    def killed_after():
+        run_score()
+        if first.step == at:
+            raise Stopped("after an evaluation's end")
+
+    first.score, first.run_score = killed, killed_after
     with pytest.raises(Stopped):
-        _trainer(tmp_path / "b", random_model(), cpu, score=killed, **settings).fit()
-    second = _trainer(tmp_path / "b", random_model(seed=9), cpu, score=_evaluation, **settings)
+        first.fit()
+    second = _scored(_trainer(tmp_path / "b", random_model(seed=9), cpu, **settings))
     second.resume()
     assert second.step == at
     second.fit()
@@ -233,9 +240,10 @@ def test_an_evaluation_that_was_interrupted_costs_no_step_and_is_made_up_for(
     assert [row["step"] for row in rows[1] if row["kind"] == "eval"] == [2, 4, 6]
 
 
-def _evaluation(trainer):
-    probe = float(next(trainer.model.parameters()).detach().sum())
-    trainer.stage.metrics.append(kind="eval", step=trainer.step, probe=probe)
+def _scored(trainer):
+    weight = next(trainer.model.parameters()).detach()
+    trainer.score = lambda: {"probe": float(weight.sum())}
+    return trainer
 
 
 def test_killed_after_the_checkpoint_drops_and_repeats_the_lost_steps(tmp_path, random_model, cpu):

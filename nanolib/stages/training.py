@@ -143,19 +143,12 @@ class Training:
     ) -> Result:
         """Train to the last step; returns the stage's result.
 
-        epoch: rows or questions per epoch. at_once: the same per step. `score` is also called
-        before the first step, except in base.
+        epoch: rows or questions per epoch. at_once: the same per step.
         """
         context, runtime, stage = self.context, self.context.runtime, self.context.stage
         machine, schedule = context.run.config.machine, self.schedule
         steps = schedule.steps or math.ceil(schedule.epochs * epoch / at_once)
         every = max(1, steps // 10)
-
-        def record(step: int) -> None:
-            scores = score()
-            if runtime.is_lead:
-                stage.metrics.append(kind="eval", step=step, **scores)
-
         on_cuda = SAVE_MINUTES_ON_CUDA if runtime.device.type == "cuda" else None
         trainer = Trainer(
             stage=stage,
@@ -172,10 +165,8 @@ class Training:
             guard=context.guard,
             about=about_checkpoint(context.run, stage.name, context.tokenizer),
             loss=loss,
-            score=lambda trainer: record(trainer.step),
+            score=score,
         )
-        if stage.name != "base" and not stage.metrics.rows("eval"):
-            record(0)
         trainer.fit()
         runtime.barrier()
         return _result(stage, self.model) | {"epochs": steps * at_once / epoch}
