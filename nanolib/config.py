@@ -11,7 +11,7 @@ import functools
 import math
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -355,12 +355,23 @@ def replace_settings(tree: Any, flat: Mapping[str, Any], prefix: str = "") -> An
     return dataclasses.replace(tree, **values)
 
 
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple[str, ...]: "a comma-separated list",
+def _number(kind: type, text: str) -> float:
+    number = kind(float(text))  # accepts "1e3" as an int; int() rejects inf and nan
+    if number != float(text) or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+# A type, in words and as a conversion from text that raises if it does not parse.
+KINDS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
+    int: ("a whole number", functools.partial(_number, int)),
+    float: ("a number", functools.partial(_number, float)),
+    str: ("text", str),
+    tuple[str, ...]: (
+        "a comma-separated list",
+        lambda text: tuple(filter(None, map(str.strip, text.split(",")))),
+    ),
 }
 
 
@@ -379,31 +390,16 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
     kind = typing.get_args(hint)[0] if optional else hint
     is_bounded = typing.get_origin(kind) is Annotated
     kind, bound, holds = typing.get_args(kind) if is_bounded else (kind, "", lambda _: True)
+    choices = {choice: choice for choice in typing.get_args(kind)}  # of a Literal
+    words, convert = KINDS.get(kind) or (f"one of {', '.join(choices)}", choices.__getitem__)
     try:
-        converted = _convert(kind, text)
+        converted = convert(text)
     except (ValueError, KeyError, OverflowError):
-        words = KINDS.get(kind) or f"one of {', '.join(typing.get_args(kind))}"
         got = "none" if value is None else repr(value)
         raise ValueError(f"{path} must be {words}{' or none' * optional}, got {got}") from None
     if not holds(converted):
         raise ValueError(f"{path} must be {bound}, got {value}")
     return converted
-
-
-def _convert(kind: Any, text: str) -> Any:
-    """Convert `text` to one of KINDS or a Literal; raises if it does not parse."""
-    if kind is bool:
-        return {"true": True, "false": False}[text.lower()]
-    if kind in (int, float):
-        number = kind(float(text))  # accepts "1e3" as an int; int() rejects inf and nan
-        if number != float(text) or not math.isfinite(number):
-            raise ValueError
-        return number
-    if kind == tuple[str, ...]:
-        return tuple(item.strip() for item in text.split(",") if item.strip())
-    if text not in (typing.get_args(kind) or [text]):
-        raise ValueError
-    return text
 
 
 def check_overrides(overrides: Overrides) -> dict[str, Any]:
