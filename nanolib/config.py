@@ -301,7 +301,8 @@ class Recipe(Settings):
 class MachineConfig(Settings):
     """Where and how a run is computed; may change each time it is opened."""
 
-    ranks: Count | None = None  # processes; None: one per GPU, or one on CPU
+    ranks: Count | None = None  # processes on a node; None: one per GPU, or one on CPU
+    nodes: Count = 1  # machines with a shared disk, each running the command; see runs/launch/
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
     device_batch: Count | None = None  # rows per micro-batch on a rank; None: all of its rows
@@ -480,7 +481,11 @@ def check_together(recipe: Recipe, machine: MachineConfig) -> None:
 
 
 def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
-    model, ranks, row = recipe.model, machine.ranks or 1, recipe.model.sequence_len
+    model, row, ranks = (
+        recipe.model,
+        recipe.model.sequence_len,
+        machine.nodes * (machine.ranks or 1),
+    )
     if model.heads % model.num_kv_heads:
         yield f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
     if machine.mirror is not None and recipe.data.source == "toyworld":

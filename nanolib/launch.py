@@ -52,19 +52,26 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
     for needed in prerequisites(name, run, of):
         if run.stage(needed).done() is None:
             stage(needed, run, watch=watch)
-    this = run.stage(name, of)
-    if name == "report" and this.done():
+    this, number = run.stage(name, of), node(run.config.machine)[0]
+    if name == "report" and this.done() and not number:
         records = [it.path / "done.json" for it in run.stages() if it.done()]
         if (own := this.path / "done.json") != max(records, key=lambda it: it.stat().st_mtime_ns):
             own.unlink()  # outdated: a stage has finished since
     follower = Follower([this], watch)
+    path = this.path / f"log_{number}.txt" if number else this.log
     while (record := this.done()) is None:
-        with locked(this.log) as log:
+        if number and not (name in PARALLEL and is_running(this)):  # node 0 begins, or works alone
+            follower.look()
+            time.sleep(POLL)
+            continue
+        attempt = rundir.recorded(this.path, run.config.machine.dollars_per_hour)
+        with locked(path) as log:
             if log is None:
-                follower.follow(lambda: is_running(this))
+                follower.follow(lambda: is_locked(path))
             elif this.done() is None:
-                with rundir.recorded(this.path, run.config.machine.dollars_per_hour):
+                with contextlib.nullcontext() if number else attempt:
                     _work(run, this, of, log, follower)
+                follower.follow(lambda: this.done() is None and is_running(this))
     follower.look()
     return record["result"]
 
@@ -72,6 +79,18 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
 def prerequisites(name: str, run: Run, of: str | None = None) -> list[str]:
     road = list(run.config.recipe.road)
     return [] if name == "report" else road[: road.index(of) + 1 if of else road.index(name)]
+
+
+def node(machine: config.MachineConfig) -> tuple[int, str]:
+    """This node's number and where the nodes meet, from the environment if there are several."""
+    number, address = (os.environ.get(f"NANOLIB_{it}", "") for it in ("NODE", "RENDEZVOUS"))
+    if machine.nodes == 1:
+        return 0, ""
+    if number not in map(str, range(machine.nodes)) or not re.fullmatch(r"\S+:\d+", address):
+        wants = f"NANOLIB_NODE = 0 to {machine.nodes - 1}, another on each node, got {number!r}"
+        wants += f", and NANOLIB_RENDEZVOUS = HOST:PORT of node 0, got {address!r}"
+        raise StageError(f"machine.nodes = {machine.nodes} needs {wants}; see runs/launch/")
+    return int(number), address
 
 
 def _scored_model(name: str, run: Run, of: str | None) -> str | None:
@@ -167,9 +186,9 @@ def locked(path: Path) -> Generator[FileIO | None, None, None]:
 
 
 def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Follower) -> None:
-    ranks = _ranks(run) if stage.name in PARALLEL else 1
+    ranks, path = _ranks(run) if stage.name in PARALLEL else 1, Path(str(log.name))
     start = log.seek(0, os.SEEK_END)
-    with rundir.saving(stage.log):
+    with rundir.saving(path):
         log.write(f"--- {rundir.now()} {stage.name} on {ranks} rank(s)\n".encode())
     worker = subprocess.Popen(
         **_command(run, stage, of, ranks),
@@ -183,9 +202,9 @@ def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Foll
         log.close()  # now only the worker processes hold the lock
         follower.follow(lambda: worker.poll() is None)
     finally:
-        _end(worker, stage)
-    if stage.done() is None:
-        raise _failure(stage, worker.returncode, start)
+        _end(worker, stage, path)
+    if stage.done() is None and (worker.returncode or path == stage.log):
+        raise _failure(stage, path, worker.returncode, start)
 
 
 def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str, Any]:
@@ -197,10 +216,17 @@ def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str,
     machine |= {"machine.ranks": ranks, "machine.threads": threads}
     words = ["-m", WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
     words += ["--of", of] if of else []
-    if ranks > 1:
-        # By default torchrun uses this machine's host name, which may not resolve.
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        words = [*torchrun, f"--nproc-per-node={ranks}", *words]
+    (number, address), nodes = node(run.config.machine), run.config.machine.nodes
+    nodes = nodes if stage.name in PARALLEL else 1
+    # By default torchrun uses this machine's host name, which may not resolve.
+    meeting = ["--standalone", "--local-addr=127.0.0.1"]
+    if nodes > 1:
+        meeting = [f"--nnodes={nodes}", f"--rdzv-id={run.id}-{stage.name}", "--rdzv-backend=c10d"]
+        meeting += [f"--rdzv-endpoint={address}", f"--rdzv-conf=is_host={not number}"]
+        meeting += [] if number else [f"--local-addr={address.rpartition(':')[0]}"]
+    if ranks * nodes > 1:
+        torchrun = ["-m", "torch.distributed.run", *meeting, f"--nproc-per-node={ranks}"]
+        words = [*torchrun, *words]
     environment = {
         "NANOLIB_GUARD": "1",
         "OMP_NUM_THREADS": str(threads),
@@ -222,7 +248,7 @@ def _ranks(run: Run) -> int:
     return max(1, len(gpus))
 
 
-def _end(worker: subprocess.Popen, stage: StageDir) -> None:
+def _end(worker: subprocess.Popen, stage: StageDir, log: Path) -> None:
     """Close the guard pipe (see `nanolib.guard`) and wait for all worker processes."""
     assert worker.stdin is not None
     worker.stdin.close()
@@ -232,18 +258,18 @@ def _end(worker: subprocess.Popen, stage: StageDir) -> None:
         worker.kill()
         raise
     deadline = time.monotonic() + guard.GRACE + 5
-    while stage.done() is None and is_running(stage) and time.monotonic() < deadline:
-        pass  # ranks may briefly outlive a killed torchrun; is_running() sleeps
+    while stage.done() is None and is_locked(log) and time.monotonic() < deadline:
+        pass  # ranks may briefly outlive a killed torchrun; is_locked() sleeps
 
 
-def _failure(stage: StageDir, code: int, start: int) -> Exception:
+def _failure(stage: StageDir, log: Path, code: int, start: int) -> Exception:
     """The exception for a worker that exited with `code`; its log starts at byte `start`."""
-    lines = stage.log.read_bytes()[start:].decode(errors="replace").splitlines()
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     mistakes = [line for line in lines if line.startswith("error: ")]
     torchrun_saw = any(re.search(r"exitcode\s*: 2\b", line) for line in lines)
     if mistakes and (code == 2 or torchrun_saw):
         return StageError(mistakes[-1].removeprefix("error: "))
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    tail = "\n".join([f"The end of {stage.log}:", *lines[-TAIL:]])
+    tail = "\n".join([f"The end of {log}:", *lines[-TAIL:]])
     again = "Run it again to go on from its last save."
     return WorkerError(f"stage {stage.name} did not finish ({how}). {again}\n{tail}")

@@ -47,6 +47,11 @@ def run(profile: str, run: str | None = None, overrides: Overrides = None) -> Ru
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
     line = Line(run=this)
     follower = launch.Follower(this.stages(), line)
+    if launch.node(this.config.machine)[0]:  # node 0 executes the chapters, others join its stages
+        for stage in this.stages()[:-1]:
+            of = stage.path.name if stage.name == "eval" else None
+            launch.stage(stage.name, this, of, watch=line)
+        return this
     with (
         only_one(this),
         rundir.recorded(this.path, this.config.machine.dollars_per_hour),

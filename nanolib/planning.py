@@ -155,11 +155,12 @@ def plan(
 
     counted: what the data holds (`stages.text.counted`), if it is there.
     """
-    ranks, recipe = config.machine.ranks or machine.count, config.recipe
+    ranks, recipe = (config.machine.ranks or 0) * config.machine.nodes, config.recipe
+    ranks = ranks or machine.count
     if ranks > machine.count:
         needs = f"machine.ranks = {ranks} needs as many devices, and there are {machine.count}"
         raise ValueError(f"{needs}; lower it")
-    check_together(recipe, replace(config.machine, ranks=ranks))
+    check_together(recipe, replace(config.machine, ranks=ranks, nodes=1))
     machine, model, vocab = replace(machine, count=ranks), recipe.model, recipe.tokenizer.vocab_size
     peak = f", {machine.peak / 1e12:,.0f} TFLOP/s in bfloat16" if machine.peak else ""
     price = f", ${machine.dollars_per_hour:,.2f} an hour" if machine.dollars_per_hour else ""

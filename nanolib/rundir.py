@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -69,7 +70,7 @@ def saving(path: Path) -> Generator[None, None, None]:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Generator[IO[bytes], None, None]:
     """Write a file atomically: `path` is replaced (and synced) only if the body succeeds."""
-    draft = path.with_name(f".{path.name}.{threading.get_native_id()}")
+    draft = _draft(path)
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -80,6 +81,11 @@ def whole_file(path: Path) -> Generator[IO[bytes], None, None]:
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    """A name beside `path` that no other thread has, on whichever node that shares the disk."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{threading.get_native_id()}")
 
 
 @contextlib.contextmanager
@@ -252,7 +258,7 @@ class Run:
             this = cls.peek(profile, run, overrides)  # another process was first
         link = runs_folder() / LATEST
         link.parent.mkdir(parents=True, exist_ok=True)
-        draft = link.with_name(f".{LATEST}.{threading.get_native_id()}")
+        draft = _draft(link)
         draft.unlink(missing_ok=True)
         draft.symlink_to(this.path)
         draft.replace(link)
@@ -365,7 +371,7 @@ def _create(run: Run, overrides: Overrides) -> bool:
     recipe, given = settings.flatten(run.config.recipe), settings.check_overrides(overrides)
     given = {key: value for key, value in given.items() if key in recipe}
     about = {"profile": run.config.profile, "created": now(), "overrides": given}
-    draft = path / f".{MANIFEST}.draft.{threading.get_native_id()}"
+    draft = _draft(path / f"{MANIFEST}.draft")
     write_json(draft, about | {"recipe": recipe})
     try:
         os.link(draft, path / MANIFEST)

@@ -209,7 +209,7 @@ def test_a_committed_figure_has_words_for_who_cannot_see_it(source):
 
 @pytest.fixture(scope="module")
 def chain(finished_run, tmp_path_factory):
-    """All chapters in profile smoke through the real pipeline, in kernels: the run.
+    """All chapters in profile smoke through the real pipeline, in kernels, on two ranks: the run.
 
     A process for each stage would take longer than the lessons: most are taken over, finished.
     tests/test_faults.py starts real workers of every stage.
@@ -221,13 +221,14 @@ def chain(finished_run, tmp_path_factory):
             name = str(done.parent.relative_to(finished_run.path))
             if name not in CHAIN_WORKS:
                 shutil.copytree(done.parent, begun.path / name)
-        yield pipeline.run("smoke")
+        yield pipeline.run("smoke", None, {"machine.ranks": 2})
 
 
 @pytest.mark.slow
 def test_the_chain_finishes_the_run_in_the_order_of_the_chapters(chain):
     for name in CHAIN_WORKS:
-        assert (chain.path / name / "done.json").exists()
+        done = json.loads((chain.path / name / "done.json").read_text())
+        assert done["machine"]["ranks"] == (1 if name == "report" else 2)
     records = [chain.path / "chapters" / f"{source.stem}.done.json" for source in CHAPTERS]
     times = [json.loads(record.read_text())["finished"] for record in records]
     assert times == sorted(times)
