@@ -335,7 +335,7 @@ def test_a_full_disk_is_a_message_and_keeps_what_was_saved(tmp_path):
     tmp_path = tmp_path / "run"
     path = tmp_path / "done.json"
     rundir.write_atomic(path, "old")
-    (tmp_path / f".done.json.{threading.get_native_id()}").symlink_to("/dev/full")
+    rundir._draft(path).symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"disk is full: .*done\.json.*run the same command"):
         rundir.write_atomic(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["done.json"]
