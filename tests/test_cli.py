@@ -85,6 +85,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         "faults",
         "guest",
         "ranks",
+        "referee",
         "serve",
         "tokenizer",
     ]
@@ -138,7 +139,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         ("notebooks", r"needs one of --refresh and --check"),
         (
             "bench dmeo",
-            r"no measurement 'dmeo'; there are ablations, climb, demo, device, faults, guest, ranks, serve, tokenizer",
+            r"no measurement 'dmeo'; there are ablations, climb, demo, device, faults, guest, ranks, referee, serve, tokenizer",
         ),
     ],
 )
