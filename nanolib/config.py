@@ -36,7 +36,7 @@ INGREDIENTS = {
 # Ingredients that change training but not the forward pass.
 TRAINING = {"polar_express", "cautious_decay", "multi_token"}
 NOT_MODERN = {"windows", "document_mask", "multi_token"}
-# Ingredients that had no effect beyond noise (runs/bench/ablations.md), and the last commit with them.
+# Ingredients that gained too little for their lines (runs/bench/ablations.md); the last commit with them.
 REMOVED, LAST_WITH_THEM = {"backout", "normuon"}, "e5da0fd"
 PRESETS = {"classic": (), "modern": tuple(name for name in INGREDIENTS if name not in NOT_MODERN)}
 GATE_WIDTH = 16  # leading channels of a token's vector that feed a gate

@@ -46,7 +46,7 @@ def test_the_table_pairs_seeds(rows, tmp_path):
     assert "| `x0` | **-0.1000** ± 0.0000, 1.50 × | — |" in table
     assert "| `smear` | +0.0000 ± 0.1155 | — |" in table
     assert "| `normuon` | — | — | helps: 0.9 of" in table
-    assert table.count("; removed: no effect beyond noise |") == 2  # backout and normuon
+    assert table.count("; removed: too little for its lines |") == 2  # backout and normuon
 
 
 def test_only_what_is_missing_is_trained(rows, tmp_path, monkeypatch):

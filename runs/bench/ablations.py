@@ -235,7 +235,8 @@ HEAD = """# The transfer table
 Made by `nanolib bench ablations`. What each ingredient of preset `modern` does to bits per byte
 (lower is better) at equal tokens and, where it was taken, to the time of a step: with it minus
 without it, mean ± two standard errors of the same seeds, bold where that is beyond the noise. "+":
-alone on `classic`. "-": the last to join the others in `modern`.
+alone on `classic`. "-": the last to join the others in `modern`, which until 2026-11-29 had `backout`
+and `normuon` too, as in every row so far.
 
 """
 
@@ -264,7 +265,7 @@ def write_table() -> None:
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
     for name, claim in CLAIMS.items():
         cells = [_effect(scale, way, name) for scale in scales for way in "+-"]
-        left = "; removed: no effect beyond noise" if name in REMOVED else ""
+        left = "; removed: too little for its lines" if name in REMOVED else ""
         lines.append(" | ".join([f"`{name}`", *cells, claim + left]))
     lines.append(" | ".join(["**all of modern**", *(_modern(scale) for scale in scales), ""]))
     text = HEAD + "\n".join(f"| {line} |" for line in lines) + "\n\n" + _about(scales)
