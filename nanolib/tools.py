@@ -32,6 +32,7 @@ ERROR_CHARACTERS = 200
 # total. RLIMIT_CPU can therefore end a busy worker even if its host was killed.
 CALLS_PER_WORKER = 50
 SLOW_SECONDS = 0.05
+STARTS = 5  # the first worker may wait for a cold disk
 _LIMITS: monty.ResourceLimits = {
     "max_memory": MEMORY_BYTES,
     "max_recursion_depth": 200,
@@ -99,6 +100,7 @@ class Sandbox:
     """A thread-safe pool of sandbox workers: ``with Sandbox() as sandbox: …``.
 
     `seconds` limits each call, `workers` the number of concurrent calls (default: one per CPU).
+    A call that runs out of time is tried once more, in case the machine stood still meanwhile.
     """
 
     def __init__(self, *, seconds: float = 2.0, workers: int | None = None) -> None:
@@ -117,11 +119,11 @@ class Sandbox:
             )
             self._pool = stack.enter_context(pool)
             self._stack = stack.pop_all()
-        probe = self.run("6*7")  # or every program would seem wrong if no worker can start
-        if probe.output != "42":
-            self.close()
-            raise RuntimeError(f"no sandbox worker starts here (`{find_monty_binary()}`): {probe}")
-        return self
+        for _ in range(STARTS):  # or every program would seem wrong if no worker can start
+            if (probe := self.run("6*7")).output == "42":
+                return self
+        self.close()
+        raise RuntimeError(f"no sandbox worker starts here (`{find_monty_binary()}`): {probe}")
 
     def close(self, *_: object) -> None:
         """Stop the workers; may be called twice."""
@@ -148,6 +150,11 @@ class Sandbox:
             raise RuntimeError("the sandbox is closed: use it inside `with Sandbox() as sandbox:`")
         if len(inputs["source"].encode(errors="replace")) > SOURCE_BYTES:
             return ToolResult("", f"ValueError: the program is longer than {SOURCE_BYTES} bytes")
+        result = self._attempt(pool, code, inputs)
+        timed_out = (result.error or "").startswith("TimeoutError: the program")
+        return self._attempt(pool, code, inputs) if timed_out else result
+
+    def _attempt(self, pool: monty.Monty, code: str, inputs: dict[str, str]) -> ToolResult:
         output, error = monty.CollectString(max_bytes=OUTPUT_BYTES), None
         session = pool.checkout(
             limits={"max_feed_duration_secs": self.seconds, **_LIMITS},
