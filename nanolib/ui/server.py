@@ -23,7 +23,7 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ import h11
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -108,9 +108,9 @@ class _Protocol(H11Protocol):
         self.loop.call_later(HEAD_SECONDS, self._check)
 
     def _check(self) -> None:
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self.conn.their_state is h11.IDLE:
             self.transport.close()
-        elif not self.transport.is_closing():
+        if not self.transport.is_closing():
             self.loop.call_later(HEAD_SECONDS, self._check)
 
 
@@ -125,15 +125,25 @@ def _listen(host: str, port: int) -> socket.socket:
 # ---------------------------------------------------------------------------- requests
 
 Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[list[Text], Field(max_length=4)]
+Stops = Annotated[list[Text], BeforeValidator(lambda it: [it] if isinstance(it, str) else it)]
+
+
+class Piece(BaseModel, strict=True):
+    type: Any  # `Part` and `Message` check kinds and roles
+    text: str
+
+
+class Turn(BaseModel, strict=True):
+    role: Any
+    content: str | list[Piece]
 
 
 class Question(BaseModel, strict=True, extra="forbid"):
     """The body of a request; None means the server's setting. Error messages quote a field's
     description."""
 
-    messages: list[Any] = Field(max_length=1000)
-    model: str | None = None
+    messages: list[Turn] = Field(max_length=1000)
+    model: str | None = Field(None, description="a text")
     stream: bool | None = Field(None, description="true or false")
     stream_options: dict[str, bool] | None = Field(
         None, description='such as {"include_usage": true}'
@@ -145,38 +155,29 @@ class Question(BaseModel, strict=True, extra="forbid"):
     top_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
     top_k: int | None = Field(None, ge=0, le=2**20, description="a whole number, 0 for all")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits")
-    stop: Text | Texts | None = Field(None, description="a text or up to 4 texts, none empty")
+    stop: Stops | None = Field(
+        None, max_length=4, description="a text or up to 4 texts, none empty"
+    )
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(None, ge=0, le=0, description="0: only chosen tokens have one")
     html: bool | None = Field(None, description="true or false")
     # Accepted without effect, because many clients send them.
-    user: str | None = None
-    store: bool | None = None
-    metadata: dict[str, Any] | None = None
+    user: str | None = Field(None, description="a text")
+    store: bool | None = Field(None, description="true or false")
+    metadata: dict[str, Any] | None = Field(None, description="an object")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="0: there is no penalty")
     presence_penalty: float | None = Field(None, ge=0, le=0, description="0: there is no penalty")
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 def read_question(body: bytes) -> tuple[Question, Conversation]:
     """Parse a request; its conversation ends with the question. ValueError says what is wrong."""
     try:
         question = Question.model_validate_json(body)
-        for message in question.messages:
-            if message["role"] == "developer":
-                message["role"] = "system"  # the API's newer name for it
-        conversation = Conversation.from_messages(question.messages)
-        "".join(part.text for message in conversation.messages for part in message.parts)
     except ValidationError as invalid:
         raise ValueError(_reason(invalid)) from None
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(
-            'a message must be {"role": …, "content": text or a list of '
-            '{"type": "text", "python" or "output", "text": …}}'
-        ) from None
+    for turn in question.messages:
+        turn.role = "system" if turn.role == "developer" else turn.role  # the API's newer name
+    conversation = Conversation.from_messages([turn.model_dump() for turn in question.messages])
     last = conversation.messages[-1]
     if last.role != "user" or not last.text.strip():
         raise ValueError("the last message must be the user's, and not empty")
@@ -195,6 +196,9 @@ def _reason(invalid: ValidationError) -> str:
             return f"the body must be JSON: {message}"
         case {"loc": ("messages",), "ctx": {"max_length": most, "actual_length": got}}:
             return f"at most {most} messages, got {got}; start a new chat"
+        case {"loc": ("messages", _, *_)}:
+            content = 'text or a list of {"type": "text", "python" or "output", "text": …}'
+            return f'a message must be {{"role": …, "content": {content}}}'
         case {"loc": (str(name), *_), "input": value} if name != "messages":
             return f"{name} must be {fields[name].description}, got {value!r}"
     return 'the body must be an object with a list of "messages"'
@@ -208,10 +212,10 @@ class Scribe:
 
     def __init__(self, session: Session, name: str):
         self.session, self.engine, self.name = session, session.engine, name
-        about = {"temperature": session.temperature, "context": session.engine.context}
+        about = {"temperature": session.temperature, "context": self.engine.context}
+        about["created"] = int(time.time())
         self.about = {"id": name, "object": "model", "owned_by": "nanolib", **about}
-        self.about["created"] = int(time.time())
-        self.counts: Counter[str] = Counter()  # by metric name and labels
+        self.counts = defaultdict[str, float](float)  # by metric name and labels
         self.rows: dict[engine.Request, asyncio.Event] = {}  # set when there are new tokens
         self.stopped = self._closed = False
         self._wake = threading.Event()
@@ -382,7 +386,7 @@ class Reply:
         counts, news, begun, wrote = self.scribe.counts, asyncio.Event(), time.monotonic(), False
         with self.scribe.writing(self.prompt, news, **self.settings) as requests:
             for request in requests:
-                parser = AnswerParser(self.scribe.engine.tokenizer, self.question.stops)
+                parser = AnswerParser(self.scribe.engine.tokenizer, self.question.stop or ())
                 self.choices.append(Choice(request, parser))
             while live := [choice for choice in self.choices if choice.finish is None]:
                 await asyncio.sleep(PAUSE if wrote else 0)
@@ -392,7 +396,7 @@ class Reply:
                 news.clear()
                 yield [(choice, choice.read()) for choice in live]
                 if not wrote and (wrote := any(choice.request.taken for choice in live)):
-                    counts["nanolib_first_token_seconds_sum"] += time.monotonic() - begun  # ty: ignore[invalid-assignment]
+                    counts["nanolib_first_token_seconds_sum"] += time.monotonic() - begun
                     counts["nanolib_first_token_seconds_count"] += 1
 
     async def events(self) -> AsyncGenerator[str]:
@@ -513,7 +517,7 @@ def _page() -> tuple[str, str]:
     return page, "; ".join(rules)
 
 
-def _guard(app: Any, *, local: bool, policy: str, api_key: str | None, counts: Counter[str]) -> Any:
+def _guard(app: Any, *, local: bool, policy: str, api_key: str | None, counts: Any) -> Any:
     """Refuse requests for another host (DNS rebinding) or without the key, enforce a time limit and
     add security headers. Plain ASGI, since FastAPI's middleware does not notice when a streaming
     client disconnects."""
@@ -521,9 +525,9 @@ def _guard(app: Any, *, local: bool, policy: str, api_key: str | None, counts: C
     headers |= {"referrer-policy": "no-referrer", "cache-control": "no-store"}
 
     def refusal(given: Headers, path: str, method: str) -> Response | None:
-        hosts = given.getlist("host")
-        if local and (len(hosts) != 1 or re.sub(r":\d+$", "", hosts[0]).lower() not in LOOPBACK):
-            return _refusal(403, f"ask for {' or '.join(LOOPBACK)}, not for {hosts}")
+        host = given.get("host", "")  # h11 refuses a request with more than one
+        if local and re.sub(r":\d+$", "", host).lower() not in LOOPBACK:
+            return _refusal(403, f"ask for {' or '.join(LOOPBACK)}, not for {host!r}")
         if api_key is None or path in ("/", "/health") or method == "OPTIONS":
             return None
         token = given.get("authorization", "").removeprefix("Bearer ")
