@@ -119,7 +119,7 @@ class _Prompt:
 
     ids: list[int]
     keep: bool
-    read: KeysValues | None = None  # of all ids but the last, once prefilled
+    kv: KeysValues | None = None  # of all ids but the last, once prefilled
 
 
 @dataclass(eq=False, slots=True)
@@ -220,8 +220,8 @@ class Engine:
         kept = KEPT_BYTES.get(self.runtime.device.type, KEPT_BYTES["cpu"])
         self._rows, self._kept = [], Kept(kept)
         self._waiting.clear()
-        self._slots = self._read = self._cache(0, 0)
-        self._reading: list[_Prompt] = []  # prompts being prefilled, by row of `_read`
+        self._slots = self._prefill_cache = self._cache(0, 0)
+        self._prefilling: list[_Prompt] = []  # prompts being prefilled, by row of `_prefill_cache`
         self._sampling = False, 0, False, False  # over all rows; see `_decode`
 
     def _flight(self) -> list[Request]:
@@ -244,10 +244,9 @@ class Engine:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
         for prompt, seed in zip(prompts, seeds, strict=True):
-            if not 1 <= len(prompt) < self.context:
-                room = f"so that the context of {self.context} has room for an answer"
-                size = f"must have 1 to {self.context - 1} tokens, {room}; got {len(prompt)}"
-                raise ValueError(f"a prompt {size}")
+            if not 1 <= (got := len(prompt)) < self.context:
+                room = f"tokens, so that the context of {self.context} has room for an answer"
+                raise ValueError(f"a prompt must have 1 to {self.context - 1} {room}; got {got}")
             shared = _Prompt(list(prompt), given.keep)
             left = min(given.max_new_tokens, self.context - len(prompt))
             for s in range(given.samples):
@@ -304,11 +303,11 @@ class Engine:
                 if running and len(running) == len(self._rows):
                     wait(running, WAIT, FIRST_COMPLETED)
                 drawn = self._run() if self._rows else []
-                return self._take_over(drawn)
+                return self._append(drawn)
             except BaseException as error:
                 for request in self._flight():
                     request.left, request.error = 0, error
-                self._rows, self._reading = [], []
+                self._rows, self._prefilling = [], []
                 while self._waiting and not self._waiting[0].left:
                     self._waiting.popleft()
                 raise
@@ -321,7 +320,7 @@ class Engine:
                 ids = [*row.ids, *(id for id, _ in row.tokens)][: self._slots.used[slot]]
                 self._kept.add(ids, self._slots.read_row(slot))
         free = self.max_rows - len(self._rows) + len(gaps)
-        ready = self._read_chunk(free) if self._waiting and free > 0 else []
+        ready = self._prefill_chunk(free) if self._waiting and free > 0 else []
         if not (gaps or ready):
             return
         if ready:
@@ -333,58 +332,55 @@ class Engine:
                 self._slots.move(len(self._rows), gap)
         self._slots.trim(len(self._rows))
         given = [row.settings for row in self._rows]
+        most = max((s.top_k or 0 for s in given), default=0)
         greedy, top_p = not any(s.temperature for s in given), any(s.top_p < 1 for s in given)
-        most, logprobs = (
-            max((s.top_k or 0 for s in given), default=0),
-            any(s.logprobs for s in given),
-        )
-        self._sampling = greedy, most, top_p, logprobs
+        self._sampling = greedy, most, top_p, any(s.logprobs for s in given)
 
-    def _read_chunk(self, free: int) -> list[Request]:
+    def _prefill_chunk(self, free: int) -> list[Request]:
         """Prefill one chunk if a free slot needs it, of the current prompts or the next ones in the
         queue; returns the requests that can take the free slots, first come, first served."""
         for request in (waiting := [*self._waiting]):  # a copy: other threads append
             if request.cancelled:
                 self._waiting.remove(request)
         nexts = [*islice(self._waiting, free)]
-        if all(request.prompt and request.prompt.read for request in nexts):
+        if all(request.prompt and request.prompt.kv for request in nexts):
             return nexts
         # All that fit a chunk, not only those with a slot: a batch costs little more than one prompt.
         prompts = dict.fromkeys(r.prompt for r in waiting if r.prompt and not r.cancelled)
-        if not any(prompt in prompts for prompt in self._reading):  # none left, or all cancelled
-            self._begin([prompt for prompt in prompts if prompt.read is None])
-        known = zip(self._reading, self._read.used, strict=False)
+        if not any(prompt in prompts for prompt in self._prefilling):  # none left, or all cancelled
+            self._begin_prefill([prompt for prompt in prompts if prompt.kv is None])
+        known = zip(self._prefilling, self._prefill_cache.used, strict=False)
         unread = [prompt.ids[used:-1] for prompt, used in known]
         pieces = [ids[: max(1, self.chunk // len(unread))] for ids in unread]
         if any(pieces):
             ids_BT = padded(pieces, 0).to(self.runtime.device)
             with self.runtime.autocast(self.writer is None):
-                (self.writer or self.model).hidden(ids_BT, cache=self._read)
-            self._read.advance([*map(len, pieces)])
+                (self.writer or self.model).hidden(ids_BT, cache=self._prefill_cache)
+            self._prefill_cache.advance([*map(len, pieces)])
         if pieces == unread:
-            for row, prompt in enumerate(self._reading):
-                prompt.read = self._read.read_row(row)
-            self._reading = []
-        return [*takewhile(lambda request: request.prompt and request.prompt.read, nexts)]
+            for row, prompt in enumerate(self._prefilling):
+                prompt.kv = self._prefill_cache.read_row(row)
+            self._prefilling = []
+        return [*takewhile(lambda request: request.prompt and request.prompt.kv, nexts)]
 
-    def _begin(self, unread: Sequence[_Prompt]) -> None:
+    def _begin_prefill(self, unread: Sequence[_Prompt]) -> None:
         """Start prefilling the first prompts that fit a chunk together, in a separate cache that
         starts with their cached prefixes."""
         longest = [*accumulate((len(prompt.ids) for prompt in unread), max)]
         fitting = sum(n * (i + 1) <= self.chunk for i, n in enumerate(longest))
-        self._reading = [*unread[: max(1, fitting)]]
+        self._prefilling = [*unread[: max(1, fitting)]]
         if not unread:
             return
         if self.writer is not None and not any(row.left for row in self._rows):
             self.writer.refresh()  # the weights may have changed
-        found = [self._kept.find(p.ids[:-1]) if p.keep else None for p in self._reading]
+        found = [self._kept.find(p.ids[:-1]) if p.keep else None for p in self._prefilling]
         known = [0 if read is None else read[0].shape[2] for read in found]
-        rest = [len(p.ids) - 1 - k for p, k in zip(self._reading, known, strict=True)]
+        rest = [len(p.ids) - 1 - k for p, k in zip(self._prefilling, known, strict=True)]
         length = max(known) + max(rest)  # including padding of shorter ones
-        self._read = self._cache(len(found), max(1, length))
+        self._prefill_cache = self._cache(len(found), max(1, length))
         for row, read in enumerate(found):
             if read is not None:
-                self._read.write_row(row, read)
+                self._prefill_cache.write_row(row, read)
 
     def _seat(self, requests: Sequence[Request], gaps: Sequence[int]) -> None:
         """Move the first queued requests into free slots, growing the cache if needed."""
@@ -397,8 +393,8 @@ class Engine:
             self._slots.fill(old)
         slots = [*islice(chain(gaps, count(len(self._rows))), len(requests))]
         for slot, request in zip(slots, requests, strict=True):
-            assert request.prompt is not None and request.prompt.read is not None
-            self._slots.write_row(slot, request.prompt.read)
+            assert request.prompt is not None and request.prompt.kv is not None
+            self._slots.write_row(slot, request.prompt.kv)
             self._rows[slot : slot + 1] = [request]
             self._waiting.popleft().prompt = None
         own = [(r.ids[-1], r.key, r.settings) for r in requests]
@@ -407,7 +403,8 @@ class Engine:
     def _cache(self, rows: int, length: int) -> Slots:
         runtime = self.runtime
         cache = Slots(self.model.config, rows, length, runtime.device, runtime.dtype)
-        cache.multiple = cache.multiple if self.record else FINE_REACH
+        if self.record is None:
+            cache.multiple = FINE_REACH
         return cache
 
     def _run(self) -> list[int]:
@@ -460,7 +457,7 @@ class Engine:
             self._logprobs_B = logits_BV.log_softmax(-1).gather(1, drawn_B[:, None])[:, 0]
         return drawn_B
 
-    def _take_over(self, drawn: list[int]) -> list[Request]:
+    def _append(self, drawn: list[int]) -> list[Request]:
         """Append a token to each row, except rows that wait for a program."""
         logprobs = self._logprobs_B.tolist() if drawn and self._sampling[-1] else []
         for slot, (request, id) in enumerate(zip(self._rows, drawn, strict=True)):

@@ -166,8 +166,7 @@ def wanted(
     """
     data, base = config.recipe.data, config.recipe.base
     listed = functools.cache(partial(_listing, revisions=revisions))
-    text = () if data.text else listed(data.repository)
-    files = sorted(text, key=lambda file: Path(file.name).name)
+    files = [] if data.text else sorted(listed(data.repository), key=lambda it: Path(it.name).name)
     group = {table_path(it): _parts(it, listed(it[0])) for it in splits}
     if data.text:
         yield group

@@ -25,7 +25,7 @@ def by_layer(
     seen_BS: Tensor,
     positions_BT: Tensor,
 ) -> list[Any]:
-    """One mask per layer, [B, T, S] bool or (flex) a block mask for `flex_attend`.
+    """One mask per layer, [B, T, S] bool or (flex) a block mask for FlexAttention.
 
     causal: the plain causal mask, None if T = S; returned unchanged without these ingredients.
     seen: the token ids at positions 0 ... S - 1 of each row. positions: those of the queries.
@@ -52,13 +52,3 @@ def by_layer(
 
     long, short = mask(config.sequence_len), mask(config.sequence_len // 2)
     return [short if layer in config.short_layers else long for layer in range(config.depth)]
-
-
-def flex_attend(query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, mask: Any) -> Tensor:
-    """Attention through FlexAttention (arXiv:2412.05496); fast only when compiled."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    grouped = query_BHTK.shape[1] != key_BGSK.shape[1]
-    mixed = flex_attention(query_BHTK, key_BGSK, value_BGSK, block_mask=mask, enable_gqa=grouped)
-    assert isinstance(mixed, Tensor)
-    return mixed

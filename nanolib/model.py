@@ -62,17 +62,21 @@ def attend(
 ) -> Tensor:
     """Softmax attention, scaled by K ** -0.5; query head h uses key head h // (H / G).
 
-    Causal without a mask (T = S); with a bool mask, queries attend where it is True.
-    Returns [B, T, H, K].
+    Causal without a mask (T = S); with a bool mask, queries attend where it is True; with a block
+    mask by FlexAttention (arXiv:2412.05496), fast only when compiled. Returns [B, T, H, K].
     """
     query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BSGK, value_BSGK))
-    if mask_BTS is not None and not isinstance(mask_BTS, Tensor):
-        return masks.flex_attend(query, key, value, mask_BTS).transpose(1, 2)
-    causal, grouped = mask_BTS is None, query.shape[1] != key.shape[1]
-    mask = None if mask_BTS is None else mask_BTS.unsqueeze(1)
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=causal, enable_gqa=grouped
-    ).transpose(1, 2)
+    how: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]}
+    if mask_BTS is None:
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, **how)
+    elif isinstance(mask_BTS, Tensor):
+        mixed = F.scaled_dot_product_attention(query, key, value, mask_BTS.unsqueeze(1), **how)
+    else:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        mixed = flex_attention(query, key, value, block_mask=mask_BTS, **how)
+        assert isinstance(mixed, Tensor)
+    return mixed.transpose(1, 2)
 
 
 @functools.cache
@@ -199,9 +203,9 @@ class Attention(nn.Module):
         if cache is not None:
             assert positions_BT is not None
             cache.write(self.layer, positions_BT, key_BTGK, value_BTGK)
-        if cache is not None and mask_BTS is not None:
-            key_BTGK, value_BTGK = cache.read(self.layer, mask_BTS.shape[-1])
-            query_BTHK = query_BTHK.to(key_BTGK.dtype)
+            if mask_BTS is not None:
+                key_BTGK, value_BTGK = cache.read(self.layer, mask_BTS.shape[-1])
+                query_BTHK = query_BTHK.to(key_BTGK.dtype)
         mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK, mask_BTS)
         return self.out(mixed_BTHK.flatten(2))
 

@@ -162,11 +162,9 @@ def stage_with_model(run: Run, of: str | None, purpose: str) -> str:
         raise ValueError(f"stage {of!r} leaves no model {purpose}; try {' or '.join(MODELS)}")
     has = [name for name in MODELS if any(run.stage(name).checkpoints.glob("step_????????"))]
     if not has or of not in (None, *has):
+        lacks = f"run {run.id!r} has no {of or 'trained'} model {purpose} yet"
         remedy = f"finish it first: nanolib run {run.config.profile} --run {run.name}"
-        it_has = f"it has {' and '.join(has) or 'none'}"
-        raise ValueError(
-            f"run {run.id!r} has no {of or 'trained'} model {purpose} yet; {remedy} ({it_has})"
-        )
+        raise ValueError(f"{lacks}; {remedy} (it has {' and '.join(has) or 'none'})")
     return of or has[-1]
 
 

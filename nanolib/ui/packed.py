@@ -1,6 +1,7 @@
 """``nanolib pack``: the code base as one Markdown file in reading order, without outputs."""
 
 import re
+import tomllib
 from pathlib import Path
 
 from nanolib.config import REPOSITORY
@@ -14,8 +15,9 @@ OTHERS += " runs/*.toml runs/bench/*.py"
 
 def files(tests: bool = False) -> list[Path]:
     """README, library (lowest import layer first), Rust crate, chapters, runs/, tests."""
-    layers = (REPOSITORY / "pyproject.toml").read_text().split("layers = [")[1].split("]")[0]
-    modules = re.findall(r"\w+", " ".join(reversed(layers.splitlines())))
+    tools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]
+    layers = tools["importlinter"]["contracts"][0]["layers"]
+    modules = re.findall(r"\w+", " ".join(reversed(layers)))
     library = [glob for name in modules for glob in (f"nanolib/{name}.py", f"nanolib/{name}/**/*")]
     globs = ["README.md", "pyproject.toml", *library, *OTHERS.split(), *["tests/*.py"] * tests]
     found = (path for glob in globs for path in sorted(REPOSITORY.glob(glob)))

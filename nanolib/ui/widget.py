@@ -90,9 +90,8 @@ class Chat:
         finally:
             if len(self.session.messages) == before:  # refused, or stopped before any answer
                 self.box.value = self.box.value or text
-            self._draw(
-                *([f'<div class="nanolib-note">({html.escape(note)})</div>'] if note else [])
-            )
+            notes = [f'<div class="nanolib-note">({html.escape(note)})</div>'] if note else []
+            self._draw(*notes)
             self._buttons(busy=False)
             self._free.release()
 
