@@ -48,7 +48,7 @@ class Machine:
     cuda: bool = True
 
     @classmethod
-    def parse(cls, text: str, dollars_per_hour: float | None = None) -> Machine:
+    def parse(cls, text: str) -> Machine:
         """Parse text such as "8xH100"; ValueError for a device that is not in `DEVICES`."""
         found = re.fullmatch(r"(?:([1-9]\d*)[x×])?(.+)", text.lower().replace(" ", ""))
         known = {name.lower().replace(" ", ""): name for name in DEVICES}
@@ -56,7 +56,7 @@ class Machine:
             wanted = f"a machine is a number of devices such as 8xH100, got {text!r}"
             raise ValueError(f"{wanted}; the devices known are {', '.join(DEVICES)}")
         count, name = int(found[1] or 1), known[found[2]]
-        price = count * DOLLARS_PER_GPU_HOUR if dollars_per_hour is None else dollars_per_hour
+        price = count * DOLLARS_PER_GPU_HOUR
         peak, memory = DEVICES[name]
         return cls(name=name, count=count, peak=peak, memory=memory, dollars_per_hour=price)
 
@@ -114,10 +114,8 @@ def forward_flops(config: ModelConfig, vocab_size: int) -> int:
     """FLOPs per token of a forward pass over T = sequence_len tokens: two per weight in a matrix
     product, plus 4 T D per layer for attention (non-causal; a causal kernel does half)."""
     counts = config.parts(vocab_size)
-    spans = config.depth * config.sequence_len - len(config.short_layers) * (
-        config.sequence_len // 2
-    )
-    attention = 4 * config.width * spans
+    length, short = config.sequence_len, len(config.short_layers)
+    attention = 4 * config.width * (config.depth * length - short * (length // 2))
     return 2 * sum(counts[part] for part in ("attention", "mlp", "head")) + attention
 
 

@@ -40,7 +40,9 @@ NOT_MODERN = {"windows", "document_mask", "multi_token"}
 REMOVED, LAST_WITH_THEM = {"backout", "normuon"}, "e5da0fd"
 PRESETS = {"classic": (), "modern": tuple(name for name in INGREDIENTS if name not in NOT_MODERN)}
 GATE_WIDTH = 16  # leading channels of a token's vector that feed a gate
-
+ENCLOSED = ("user", "assistant", "python", "output")  # each has a start and an end token
+SPECIAL_TOKENS = ("<|bos|>", *(f"<|{it}_{end}|>" for it in ENCLOSED for end in ("start", "end")))
+FEWEST_TOKENS = 256 + len(SPECIAL_TOKENS)
 
 # A type, its bound in the words of an error ("base.steps must be ..."), and a check of it.
 Count = Annotated[int, "at least 1", lambda value: value >= 1]
@@ -51,7 +53,8 @@ Fraction = Annotated[float, "a fraction from 0 to 1", lambda value: 0 <= value <
 Terms = Annotated[int, "at least 2", lambda value: value >= 2]
 Largest = Annotated[int, "at least 9", lambda value: value >= 9]
 HeadDim = Annotated[int, "even (RoPE rotates pairs) and not 0", lambda n: n > 0 and n % 2 == 0]
-VocabSize = Annotated[int, "at least 265 (256 bytes and 9 special tokens)", lambda n: n >= 265]
+FEWEST_TEXT = f"at least {FEWEST_TOKENS} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+VocabSize = Annotated[int, FEWEST_TEXT, lambda value: value >= FEWEST_TOKENS]
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -481,11 +484,8 @@ def check_together(recipe: Recipe, machine: MachineConfig) -> None:
 
 
 def _conflicts(recipe: Recipe, machine: MachineConfig) -> Iterator[str]:
-    model, row, ranks = (
-        recipe.model,
-        recipe.model.sequence_len,
-        machine.nodes * (machine.ranks or 1),
-    )
+    model, row = recipe.model, recipe.model.sequence_len
+    ranks = machine.nodes * (machine.ranks or 1)
     if model.heads % model.num_kv_heads:
         yield f"model.kv_heads must divide the {model.heads} query heads, got {model.kv_heads}"
     if machine.mirror is not None and recipe.data.source == "toyworld":

@@ -17,15 +17,14 @@ GRACE = 60.0  # seconds to finish the current step and save
 
 @dataclass
 class Guard:
-    """Asks the worker to save and exit; kills the process if it has not after `grace` seconds."""
+    """Asks the worker to save and exit; kills the process if it has not after `GRACE` seconds."""
 
-    grace: float = GRACE
     stop_requested: bool = False
 
     @classmethod
-    def start(cls, grace: float = GRACE) -> Guard:
+    def start(cls) -> Guard:
         """Start watching standard input if a launcher started us (NANOLIB_GUARD=1)."""
-        guard = cls(grace)
+        guard = cls()
         if os.environ.get("NANOLIB_GUARD") == "1":
             threading.Thread(target=guard._watch, name="guard", daemon=True).start()
         return guard
@@ -37,7 +36,7 @@ class Guard:
         while os.read(0, 1024):
             pass
         self.request_stop()
-        time.sleep(self.grace)
+        time.sleep(GRACE)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(2.0)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -54,9 +54,9 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
             stage(needed, run, watch=watch)
     this, number = run.stage(name, of), node(run.config.machine)[0]
     if name == "report" and this.done() and not number:
-        records = [it.path / "done.json" for it in run.stages() if it.done()]
-        if (own := this.path / "done.json") != max(records, key=lambda it: it.stat().st_mtime_ns):
-            own.unlink()  # outdated: a stage has finished since
+        finished = {it: (it.path / "done.json").stat() for it in run.stages() if it.done()}
+        if this != max(finished, key=lambda it: finished[it].st_mtime_ns):
+            (this.path / "done.json").unlink()  # outdated: a stage has finished since
     follower = Follower([this], watch)
     path = this.path / f"log_{number}.txt" if number else this.log
     while (record := this.done()) is None:
@@ -70,7 +70,7 @@ def stage(name: str, run: Run, of: str | None = None, watch: Watch | None = None
                 follower.follow(lambda: is_locked(path))
             elif this.done() is None:
                 with contextlib.nullcontext() if number else attempt:
-                    _work(run, this, of, log, follower)
+                    _work(run, this, log, follower)
                 follower.follow(lambda: this.done() is None and is_running(this))
     follower.look()
     return record["result"]
@@ -185,13 +185,13 @@ def locked(path: Path) -> Generator[FileIO | None, None, None]:
         yield taken
 
 
-def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Follower) -> None:
+def _work(run: Run, stage: StageDir, log: FileIO, follower: Follower) -> None:
     ranks, path = _ranks(run) if stage.name in PARALLEL else 1, Path(str(log.name))
     start = log.seek(0, os.SEEK_END)
     with rundir.saving(path):
         log.write(f"--- {rundir.now()} {stage.name} on {ranks} rank(s)\n".encode())
     worker = subprocess.Popen(
-        **_command(run, stage, of, ranks),
+        **_command(run, stage, ranks),
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -207,7 +207,7 @@ def _work(run: Run, stage: StageDir, of: str | None, log: FileIO, follower: Foll
         raise _failure(stage, path, worker.returncode, start)
 
 
-def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str, Any]:
+def _command(run: Run, stage: StageDir, ranks: int) -> dict[str, Any]:
     """The worker's command line and environment."""
     affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -215,25 +215,30 @@ def _command(run: Run, stage: StageDir, of: str | None, ranks: int) -> dict[str,
     machine = config.flatten(run.config.machine, "machine.")
     machine |= {"machine.ranks": ranks, "machine.threads": threads}
     words = ["-m", WORKER, stage.name, str(run.path), "--machine", json.dumps(machine)]
-    words += ["--of", of] if of else []
-    (number, address), nodes = node(run.config.machine), run.config.machine.nodes
-    nodes = nodes if stage.name in PARALLEL else 1
-    # By default torchrun uses this machine's host name, which may not resolve.
-    meeting = ["--standalone", "--local-addr=127.0.0.1"]
-    if nodes > 1:
-        meeting = [f"--nnodes={nodes}", f"--rdzv-id={run.id}-{stage.name}", "--rdzv-backend=c10d"]
-        meeting += [f"--rdzv-endpoint={address}", f"--rdzv-conf=is_host={not number}"]
-        meeting += [] if number else [f"--local-addr={address.rpartition(':')[0]}"]
-    if ranks * nodes > 1:
-        torchrun = ["-m", "torch.distributed.run", *meeting, f"--nproc-per-node={ranks}"]
-        words = [*torchrun, *words]
+    words += ["--of", stage.of] if stage.of else []
     environment = {
         "NANOLIB_GUARD": "1",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # busy-waiting is ten times slower on a busy machine
         "PYTHONUNBUFFERED": "1",
     }
-    return {"args": [sys.executable, *words], "env": os.environ | environment}
+    args = [sys.executable, *_torchrun(run, stage, ranks), *words]
+    return {"args": args, "env": os.environ | environment}
+
+
+def _torchrun(run: Run, stage: StageDir, ranks: int) -> list[str]:
+    """What starts `ranks` workers on each node that the stage runs on; nothing for a single one."""
+    nodes = run.config.machine.nodes if stage.name in PARALLEL else 1
+    if ranks * nodes == 1:
+        return []
+    # By default torchrun uses this machine's host name, which may not resolve.
+    meeting = ["--standalone", "--local-addr=127.0.0.1"]
+    if nodes > 1:
+        number, address = node(run.config.machine)
+        meeting = [f"--nnodes={nodes}", f"--rdzv-id={run.id}-{stage.name}", "--rdzv-backend=c10d"]
+        meeting += [f"--rdzv-endpoint={address}", f"--rdzv-conf=is_host={not number}"]
+        meeting += [] if number else [f"--local-addr={address.rpartition(':')[0]}"]
+    return ["-m", "torch.distributed.run", *meeting, f"--nproc-per-node={ranks}"]
 
 
 def _ranks(run: Run) -> int:

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanolib.config import ModelConfig
-
-SPECIAL = 9  # special tokens at the end of the vocabulary, <|bos|> first
+from nanolib.config import SPECIAL_TOKENS, ModelConfig
 
 
 def by_layer(
@@ -33,7 +31,7 @@ def by_layer(
     if not config.uses & {"windows", "document_mask"}:
         return [causal_BTS] * config.depth
     seen_BS = seen_BS[:, : (positions_BT if causal_BTS is None else causal_BTS).shape[-1]]
-    documents_BS = (seen_BS == vocab_size - SPECIAL).cumsum(dim=1, dtype=torch.int32)
+    documents_BS = (seen_BS == vocab_size - len(SPECIAL_TOKENS)).cumsum(dim=1, dtype=torch.int32)
     if "document_mask" not in config.uses:
         documents_BS = torch.zeros_like(documents_BS)
     (rows, reach), device = seen_BS.shape, seen_BS.device

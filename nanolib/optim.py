@@ -5,15 +5,16 @@
 reduce-scattered, each rank clips and updates its shard of every parameter and keeps optimizer state
 for that shard only, and the new weights are all-gathered.
 
-Embedding and head are sharded by rows; matrices of one shape are stacked [N, R, C] and sharded by
-whole matrices. N is padded to a multiple of world_size.
+Embedding and head are sharded by rows, the matrices of one shape by whole matrices; the number of
+either is padded to a multiple of world_size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,46 +116,49 @@ def muon_step(
 
 @dataclass
 class Group:
-    """Parameters updated together, as a stack [N, R, C] sharded over ranks along N.
+    """Parameters updated together, as N items sharded over ranks.
 
-    Muon: N matrices of one shape. AdamW: one matrix [V, D] (or a vector) as V rows [V, 1, D].
+    Muon: N matrices of one shape, stacked [N, R, C]. AdamW: the N rows of one matrix [N, D], or the
+    numbers of a vector [N].
     """
 
     rule: str  # "muon" or "adamw"
     names: list[str]
     params: list[Tensor]
     lr: float
-    share: int  # items of the stack per rank; the last ranks may have padding
-    state: dict[str, Tensor] = field(default_factory=dict)  # slot -> [share, R, C or 1]
+    ranks: int
 
-    def stack(self, tensors: list[Tensor], ranks: int) -> Tensor:
-        """The tensors as one padded stack [share · ranks, R, C]."""
-        stacked = torch.stack(tensors) if self.rule == "muon" else tensors[0].unsqueeze(1)
-        missing = self.share * ranks - len(stacked)
-        if missing:
+    def __post_init__(self) -> None:
+        self.size = len(self.params if self.rule == "muon" else self.params[0])  # N
+        self.share = math.ceil(self.size / self.ranks)  # items per rank; the last may have padding
+        shape = self.params[0].shape[0 if self.rule == "muon" else 1 :]
+        zeros = partial(torch.zeros, device=self.params[0].device, dtype=torch.float32)
+        self.state = {slot: zeros((self.share, *shape)) for slot in SLOTS[self.rule]}
+
+    def stack(self, tensors: list[Tensor]) -> Tensor:
+        """All items in one tensor, padded to share · ranks."""
+        stacked = torch.stack(tensors) if self.rule == "muon" else tensors[0]
+        if missing := self.share * self.ranks - self.size:
             stacked = torch.cat((stacked, stacked.new_zeros(missing, *stacked.shape[1:])))
         return stacked
 
     def unstack(self, stacked: Tensor) -> list[Tensor]:
         """The inverse of `stack`: one tensor per parameter, without padding."""
-        if self.rule == "muon":
-            return list(stacked[: len(self.params)])
-        return [stacked[: self.params[0].shape[0], 0]]
+        items = stacked[: self.size]
+        return list(items) if self.rule == "muon" else [items]
 
     def owned(self, rank: int) -> Iterator[tuple[str, slice, slice]]:
         """(parameter name, rows of it on `rank`, their slice of the shard), for checkpoints.
 
         For Muon the inner slice has one element: the matrix's index in the shard.
         """
-        first, last = rank * self.share, (rank + 1) * self.share
+        first, last = rank * self.share, min((rank + 1) * self.share, self.size)
         if self.rule == "muon":
-            for i in range(first, min(last, len(self.params))):
-                rows = self.params[i].shape[0]
-                yield self.names[i], slice(0, rows), slice(i - first, i - first + 1)
-        else:
-            last = min(last, self.params[0].shape[0])
-            if first < last:
-                yield self.names[0], slice(first, last), slice(0, last - first)
+            for i in range(first, last):
+                rows = slice(0, len(self.params[i]))
+                yield self.names[i], rows, slice(i - first, i - first + 1)
+        elif first < last:
+            yield self.names[0], slice(first, last), slice(0, last - first)
 
 
 class MuonAdamW:
@@ -167,38 +171,26 @@ class MuonAdamW:
 
     def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime):
         self.config, self.runtime, self.uses = config, runtime, model.config.uses
-        self.groups = self._groups(model)
+        self.groups = [*self._groups(model)]
         self.steps = 0  # updates made, for AdamW's bias correction and the momentum warmup
-        for group in self.groups:
-            example = group.stack([p.detach() for p in group.params], runtime.world_size)
-            shape = (group.share, *example.shape[1:])
-            group.state = {
-                slot: torch.zeros(shape, device=example.device, dtype=torch.float32)
-                for slot in SLOTS[group.rule]
-            }
 
-    def _groups(self, model: GPT) -> list[Group]:
-        width = model.get_parameter("embedding.weight").shape[1]
+    def _groups(self, model: GPT) -> Iterator[Group]:
+        ranks, width = self.runtime.world_size, model.config.width
         scale = (width / 768) ** -0.5  # the learning rates are tuned at width 768
         lrs = SCALAR_LRS | {
             "embedding.weight": self.config.embedding_lr * scale,
             "value_embeddings": self.config.embedding_lr * scale * VALUE_EMBEDDING_LR,
             "head.weight": self.config.head_lr * scale,
         }
-        groups: list[Group] = []
         matrices: dict[torch.Size, dict[str, Tensor]] = {}
         for name, param in model.named_parameters():
             lr = next((lr for start, lr in lrs.items() if name.startswith(start)), None)
             if lr is not None:
-                share = math.ceil(param.shape[0] / self.runtime.world_size)
-                groups.append(Group("adamw", [name], [param], lr, share))
+                yield Group("adamw", [name], [param], lr, ranks)
             else:
                 matrices.setdefault(param.shape, {})[name] = param
         for named in matrices.values():
-            share = math.ceil(len(named) / self.runtime.world_size)
-            lr = self.config.matrix_lr
-            groups.append(Group("muon", list(named), list(named.values()), lr, share))
-        return groups
+            yield Group("muon", [*named], [*named.values()], self.config.matrix_lr, ranks)
 
     def momentum(self) -> float:
         """Muon's momentum for the next update, with linear warmup."""
@@ -243,10 +235,8 @@ class MuonAdamW:
 
     def _reduce_group(self, group: Group) -> Tensor:
         """This rank's shard of the gradient, summed over ranks."""
-        stacked = group.stack(
-            [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params],
-            self.runtime.world_size,
-        )
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params]
+        stacked = group.stack(grads)
         if self.runtime.world_size == 1:
             return stacked
         share = stacked.new_empty(group.share, *stacked.shape[1:])
@@ -255,7 +245,7 @@ class MuonAdamW:
 
     def _update_group(self, group: Group, grad: Tensor, lr_scale: float, momentum: float) -> None:
         """Update this rank's shard of a group, then all-gather the weights."""
-        stacked = group.stack([p.data for p in group.params], self.runtime.world_size)
+        stacked = group.stack([p.data for p in group.params])
         first = self.runtime.rank * group.share
         weight = stacked[first : first + group.share].clone()
         config, lr = self.config, group.lr * lr_scale

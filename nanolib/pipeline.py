@@ -49,8 +49,7 @@ def run(profile: str, run: str | None = None, overrides: Overrides = None) -> Ru
     follower = launch.Follower(this.stages(), line)
     if launch.node(this.config.machine)[0]:  # node 0 executes the chapters, others join its stages
         for stage in this.stages()[:-1]:
-            of = stage.path.name if stage.name == "eval" else None
-            launch.stage(stage.name, this, of, watch=line)
+            launch.stage(stage.name, this, stage.of, watch=line)
         return this
     with (
         only_one(this),
@@ -79,7 +78,6 @@ def dry_run(
     from nanolib import accounting, hub, planning
     from nanolib.stages import text
 
-    machine = accounting.Machine.parse(on) if on else None
     for source in chapters():
         read(source)
     this = Run.peek(profile, run, overrides)
@@ -94,9 +92,9 @@ def dry_run(
         count = "no" if own_text else len(hub.text_files(this.config, mirror).train)
         text.check_tasks(this)
         yield f"data         {mirror}: {count} training text files, all tasks complete"
-    there = text.known(this)
-    machine = machine or planning.this_machine(this.config.machine)
-    yield from planning.plan(this.config, machine, there)
+    here = this.config.machine
+    machine = accounting.Machine.parse(on) if on else planning.this_machine(here)
+    yield from planning.plan(this.config, machine, text.known(this))
     words = [title(it) + " (finished)" * (it.done() is not None) for it in this.stages()]
     yield f"stages       {', '.join(words)}"
 

@@ -62,12 +62,12 @@ def _too_small(memory: TrainingMemory, room: float) -> NoReturn:
 def _largest(fits: Callable[[int], bool], rows: int) -> int:
     """The largest of `rows` and the powers of two below it that fits; 0 if none does."""
     while rows and not fits(rows):
-        rows = 1 << ((rows - 1).bit_length() - 1) if rows > 1 else 0
+        rows = 2 ** (rows - 1).bit_length() // 2
     return rows
 
 
-def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime) -> int:
-    """Rows of `length` tokens that fit in a micro-batch on this device, at most `share`.
+def fitting_rows(model: GPT, nll: Nll, share: int, runtime: Runtime) -> int:
+    """Full rows that fit in a micro-batch on this device, at most `share`.
 
     All ranks must call it, before the optimizer exists. On CUDA the estimate is tried and halved
     until it fits (training reuses the compiled code); elsewhere the estimate is returned.
@@ -82,8 +82,7 @@ def fitting_rows(model: GPT, nll: Nll, length: int, share: int, runtime: Runtime
     memory = TrainingMemory(model.config, model.vocab_size, ranks, cuda, runtime.dtype.itemsize)
     rows = estimated_rows(memory, share, room)
     if cuda:
-        given = (model, nll, length, room, runtime)
-        rows = _largest(lambda rows: all(runtime.gather(_fits(rows, *given))), rows)
+        rows = _largest(lambda n: all(runtime.gather(_fits(n, model, nll, room, runtime))), rows)
     return rows or _too_small(memory, room)
 
 
@@ -92,14 +91,14 @@ def main_memory(ranks: int) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / ranks
 
 
-def _fits(rows: int, model: GPT, nll: Nll, length: int, room: float, runtime: Runtime) -> bool:
+def _fits(rows: int, model: GPT, nll: Nll, room: float, runtime: Runtime) -> bool:
     """Try training steps of `rows` rows; frees gradients and memory afterwards. Uses no
     collectives, because only some ranks may run out of memory."""
     cuda = runtime.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(runtime.device)
     try:
-        _try(model, nll, length, rows, runtime)
+        _try(model, nll, rows, runtime)
         fits = not cuda or torch.cuda.max_memory_allocated(runtime.device) <= room
     except torch.OutOfMemoryError:
         fits = False
@@ -111,12 +110,12 @@ def _fits(rows: int, model: GPT, nll: Nll, length: int, room: float, runtime: Ru
     return fits
 
 
-def _try(model: GPT, nll: Nll, length: int, rows: int, runtime: Runtime) -> None:
+def _try(model: GPT, nll: Nll, rows: int, runtime: Runtime) -> None:
     """Run two forward and backward passes and allocate as much as the optimizer would."""
     memory = TrainingMemory(model.config, model.vocab_size, runtime.world_size)
     state = torch.empty(memory.optimizer, dtype=torch.uint8, device=runtime.device)
-    ids_BT = torch.arange(rows * length, device=runtime.device).view(rows, length)
-    ids_BT = ids_BT % model.vocab_size
+    count = rows * model.config.sequence_len
+    ids_BT = torch.arange(count, device=runtime.device).view(rows, -1) % model.vocab_size
     # Copied, or torch.compile would specialise on targets that alias the inputs.
     batch = Batch(inputs_BT=ids_BT, targets_BT=ids_BT.clone())
     for _ in range(2):  # the second pass accumulates gradients, as in training
@@ -155,12 +154,14 @@ def plan(
 
     counted: what the data holds (`stages.text.counted`), if it is there.
     """
-    ranks, recipe = (config.machine.ranks or 0) * config.machine.nodes, config.recipe
-    ranks = ranks or machine.count
+    recipe, given = config.recipe, config.machine
+    ranks = given.ranks * given.nodes if given.ranks else machine.count
     if ranks > machine.count:
         needs = f"machine.ranks = {ranks} needs as many devices, and there are {machine.count}"
         raise ValueError(f"{needs}; lower it")
-    check_together(recipe, replace(config.machine, ranks=ranks, nodes=1))
+    check_together(recipe, replace(given, ranks=ranks, nodes=1))
+    if given.dollars_per_hour is not None:
+        machine = replace(machine, dollars_per_hour=given.dollars_per_hour)
     machine, model, vocab = replace(machine, count=ranks), recipe.model, recipe.tokenizer.vocab_size
     peak = f", {machine.peak / 1e12:,.0f} TFLOP/s in bfloat16" if machine.peak else ""
     price = f", ${machine.dollars_per_hour:,.2f} an hour" if machine.dollars_per_hour else ""

@@ -20,7 +20,7 @@ def clock(seconds: float) -> str:
 
 
 def title(stage: StageDir) -> str:
-    return stage.name if stage.path.name == stage.name else f"{stage.name} of {stage.path.name}"
+    return f"{stage.name} of {stage.of}" if stage.of else stage.name
 
 
 def describe(stage: StageDir, rows: Rows, run: Run | None = None) -> str:

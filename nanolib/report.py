@@ -99,7 +99,7 @@ class Stage:
 
     def __init__(self, directory: StageDir, run: Run) -> None:
         self.name, record, rows = directory.name, directory.done(), directory.metrics.rows
-        self.of = directory.path.name if self.name == "eval" else ""  # the stage that it scores
+        self.of = directory.of or ""  # the stage that it scores
         self.title = f"eval/{self.of}" if self.of else self.name
         older = {"attempts": None, "dollars": None, "taken_over": None}  # older records lack these
         self.record: dict[str, Any] = older | record if record else {}  # empty: unfinished

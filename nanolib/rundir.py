@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from nanolib import config as settings
+from nanolib import config
 from nanolib.config import Config, Overrides
 
 LATEST = "latest"  # symlink to the run opened last
@@ -38,7 +38,7 @@ ATTEMPTS = "attempts.jsonl"
 
 def runs_folder() -> Path:
     """``runs/out`` of the repository, or $NANOLIB_RUNS."""
-    return Path(os.environ.get("NANOLIB_RUNS") or settings.REPOSITORY / "runs" / "out")
+    return Path(os.environ.get("NANOLIB_RUNS") or config.REPOSITORY / "runs" / "out")
 
 
 def now() -> str:
@@ -197,6 +197,11 @@ class StageDir:
     path: Path
 
     @property
+    def of(self) -> str | None:
+        """The stage whose model this evaluation scores; None for other stages."""
+        return self.path.name if self.name == "eval" else None
+
+    @property
     def metrics(self) -> Metrics:
         return Metrics(self.path / "metrics.jsonl")
 
@@ -267,12 +272,12 @@ class Run:
     @classmethod
     def peek(cls, profile: str, run: str | None = None, overrides: Overrides = None) -> Run:
         """The run that `open` would return, with the same errors; writes nothing."""
-        given, defaults = settings.check_overrides(overrides), settings.load_profile(profile)
+        given, defaults = config.check_overrides(overrides), config.load_profile(profile)
         path = _locate(run or _default_id(profile, defaults, given))
         if path.name == LATEST:
             raise ValueError(f"{LATEST!r} is the run opened last; choose another --run NAME")
         if not (path / MANIFEST).exists():
-            return cls(path, settings.from_flat(profile, defaults | given))
+            return cls(path, config.from_flat(profile, defaults | given))
         manifest = _read_manifest(path)
         if (made_with := manifest["profile"]) != profile:
             was_made = f"run {path.name!r} was made with profile = {made_with}, not {profile}"
@@ -286,12 +291,11 @@ class Run:
         path = _locate(run or LATEST).resolve()
         if not (path / MANIFEST).exists():
             lacks = f"no run {run!r} at {path}" if run else f"no run yet in {runs_folder()}"
-            raise ValueError(
-                f"there is {lacks} (list all: nanolib runs, make one: nanolib run demo)"
-            )
-        manifest, given = _read_manifest(path), settings.check_overrides(machine)
+            remedy = "list all: nanolib runs, make one: nanolib run demo"
+            raise ValueError(f"there is {lacks} ({remedy})")
+        manifest, given = _read_manifest(path), config.check_overrides(machine)
         profile = manifest["profile"]
-        defaults = settings.load_profile(profile) if profile in settings.profiles() else {}
+        defaults = config.load_profile(profile) if profile in config.profiles() else {}
         machine_defaults = {k: v for k, v in defaults.items() if k.startswith("machine.")}
         return cls._read(path, manifest, machine_defaults, given)
 
@@ -299,16 +303,13 @@ class Run:
     def _read(cls, path: Path, manifest: dict, defaults: dict, given: dict) -> Run:
         """Build the run from its manifest; settings newer than the run get their defaults."""
         profile, recipe = manifest["profile"], manifest["recipe"]
-        asked = settings.from_flat(profile, recipe | defaults | given)
-        saved = settings.from_flat(profile, recipe).recipe
-        for key, wanted, before in settings.recipe_difference(
-            asked.recipe, settings.flatten(saved)
-        ):
+        asked = config.from_flat(profile, recipe | defaults | given)
+        saved = config.from_flat(profile, recipe).recipe
+        for key, wanted, before in config.recipe_difference(asked.recipe, config.flatten(saved)):
             if key in given or key in recipe:
                 made = f"run {path.name!r} was made with {key} = {before}, not {wanted}"
-                remedy = (
-                    "leave it out" if key in given else f"restore profile {profile}, which changed"
-                )
+                remedy = f"restore profile {profile}, which changed"
+                remedy = "leave it out" if key in given else remedy
                 raise ValueError(f"{made}; {remedy}, or start a new one with --run NAME")
         return cls(path, replace(asked, recipe=saved))
 
@@ -326,7 +327,7 @@ class Run:
         stages = []
         for name in self.config.recipe.road:
             stages.append(self.stage(name))
-            if name in settings.MODELS:
+            if name in config.MODELS:
                 stages.append(self.stage("eval", name))
         return [*stages, self.stage("report")]
 
@@ -342,13 +343,13 @@ class Run:
         """machine.mirror if set, else the mirror that the data stage used or filled."""
         stage = self.stage("data")
         recorded = stage.result().get("mirror") or stage.path / "mirror"
-        return settings.REPOSITORY / Path(self.config.machine.mirror or recorded).expanduser()
+        return config.REPOSITORY / Path(self.config.machine.mirror or recorded).expanduser()
 
 
 def _default_id(profile: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """The profile's name, plus a hash of the overrides if they change the recipe."""
-    plain = settings.flatten(settings.from_flat(profile, defaults).recipe)
-    asked = settings.flatten(given).items()
+    plain = config.flatten(config.from_flat(profile, defaults).recipe)
+    asked = config.flatten(given).items()
     changed = {path: value for path, value in asked if plain.get(path, value) != value}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     return f"{profile}-{digest[:6]}" if changed else profile
@@ -356,7 +357,7 @@ def _default_id(profile: str, defaults: Mapping[str, Any], given: Mapping[str, A
 
 def _locate(run: str) -> Path:
     if "/" in run:
-        return (settings.REPOSITORY / Path(run).expanduser()).resolve()
+        return (config.REPOSITORY / Path(run).expanduser()).resolve()
     if not re.fullmatch(r"\w[\w.-]*", run):
         raise ValueError(f"a run is a name (letters, digits, . _ -) or a path with /, got {run!r}")
     return runs_folder().resolve() / run
@@ -368,7 +369,7 @@ def _create(run: Run, overrides: Overrides) -> bool:
     if path.is_file() or (any(path.glob("[!.]*")) and not run.exists()):
         what = "a file, or a folder with other files and no manifest.json"
         raise ValueError(f"{path} is not a run: {what}; choose another --run NAME")
-    recipe, given = settings.flatten(run.config.recipe), settings.check_overrides(overrides)
+    recipe, given = config.flatten(run.config.recipe), config.check_overrides(overrides)
     given = {key: value for key, value in given.items() if key in recipe}
     about = {"profile": run.config.profile, "created": now(), "overrides": given}
     draft = _draft(path / f"{MANIFEST}.draft")
@@ -396,7 +397,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def saved_recipe(saved: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """A saved recipe checked by this version; warns about unknown settings and drops them."""
-    if unknown := sorted(saved.keys() - settings.settings().keys()):
+    if unknown := sorted(saved.keys() - config.settings().keys()):
         warn_once(f"{file} has settings unknown here, which are left out: {', '.join(unknown)}")
     recipe = {key: value for key, value in saved.items() if key not in unknown}
-    return settings.FIRST_EDITION | settings.check_overrides(recipe)
+    return config.FIRST_EDITION | config.check_overrides(recipe)

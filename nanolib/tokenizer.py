@@ -16,10 +16,9 @@ import numpy as np
 import tiktoken
 
 import rust_tokenizer
+from nanolib.config import FEWEST_TEXT, FEWEST_TOKENS, SPECIAL_TOKENS
 from nanolib.rundir import write_atomic
 
-ENCLOSED = ("user", "assistant", "python", "output")  # each has a start and an end token
-SPECIAL_TOKENS = ("<|bos|>", *(f"<|{it}_{end}|>" for it in ENCLOSED for end in ("start", "end")))
 # GPT-4's pattern, but with digits in groups of at most two, to save ids in a small vocabulary.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -54,12 +53,10 @@ class Tokenizer:
         `progress` is called about every 50 ms: with the bytes read in phase "count" (total None),
         then with the merges done in phase "merge".
         """
-        fewest = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < fewest:
-            needed = f"{fewest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
-            raise ValueError(f"vocab_size must be at least {needed}, got {vocab_size}")
-        merges, _ = rust_tokenizer.train(documents, vocab_size - fewest, PATTERN, progress)
-        if (most := fewest + len(merges)) < vocab_size:
+        if vocab_size < FEWEST_TOKENS:
+            raise ValueError(f"vocab_size must be {FEWEST_TEXT}, got {vocab_size}")
+        merges, _ = rust_tokenizer.train(documents, vocab_size - FEWEST_TOKENS, PATTERN, progress)
+        if (most := FEWEST_TOKENS + len(merges)) < vocab_size:
             has = f"vocab_size is {vocab_size}, but the text has pairs for {most} at most"
             raise ValueError(f"{has}: give more text or lower vocab_size")
         return cls(merges)

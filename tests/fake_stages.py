@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import nanolib.guard
 from nanolib.guard import Guard
 from nanolib.rundir import Run, write_atomic
 
@@ -30,7 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     stage, _, how = os.environ.get("FAKE", "ok").rpartition(":")
     slow, _, pause = os.environ.get("FAKE_SLEEP", "0").rpartition(":")
-    guard = Guard.start(grace=1.0)
+    nanolib.guard.GRACE = 1.0
+    guard = Guard.start()
     place = Run.load(args.dir).stage(args.stage, args.of)
     if stage in ("", args.stage):
         fail(how)

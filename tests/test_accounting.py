@@ -124,7 +124,6 @@ def test_mfu():
 def test_machines(text, name, count, rate):
     machine = Machine.parse(text)
     assert (machine.name, machine.count, machine.dollars_per_hour) == (name, count, rate)
-    assert Machine.parse(text, 7.5).dollars_per_hour == 7.5
 
 
 @pytest.mark.parametrize("text", ["8xToaster", "", "0xH100", "x", "H100x8"])

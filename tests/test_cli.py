@@ -199,6 +199,8 @@ def test_plan_prints_the_dial_and_the_price(nanolib):
     code, out, _ = nanolib("plan", "--depth", "12", "--on", "2xH100", "--dollars-per-hour", "5")
     assert code == 0 and "depth 12, width 768" in out and "$5.00 an hour" in out
     assert "52.2% of the peak" in out
+    one = "--machine.ranks=1", "--dollars-per-hour=5"
+    assert "$5.00 an hour" in nanolib("run", "smoke", "--dry-run", "--on", "2xH100", *one)[1]
 
 
 @pytest.mark.parametrize("more", ["", "--data.drop-contaminated true", "--data.conversations /x"])
@@ -253,8 +255,8 @@ def copy(finished_run) -> Run:
 def work_here(monkeypatch):
     """Stages run in this process: starting workers is tested elsewhere, and takes its time."""
 
-    def work(run, stage, of, log, follower):
-        worker.work(stage.name, run, of)
+    def work(run, stage, *_):
+        worker.work(stage.name, run, stage.of)
 
     monkeypatch.setattr(launch, "_work", work)
 

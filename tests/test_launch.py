@@ -208,7 +208,7 @@ def test_threads_are_pinned_to_a_share_of_the_cores(run, monkeypatch):
     launch.stage("data", run)
     assert run.stage("data").done()["machine"] == {"ranks": 1, "threads": 6, "omp": 6}
     two = Run.load(machine={"machine.ranks": 2})
-    command = launch._command(two, two.stage("base"), None, 2)
+    command = launch._command(two, two.stage("base"), 2)
     assert command["env"]["OMP_NUM_THREADS"] == "3"
 
 
@@ -355,7 +355,7 @@ def test_a_worker_that_hangs_is_ended(run):
 
 
 def test_the_guard_is_off_outside_the_launcher():
-    line = "from nanolib.guard import Guard; import time; g = Guard.start(0.1); time.sleep(0.5); print(g.stop_requested)"
+    line = "from nanolib.guard import Guard; import time; g = Guard.start(); time.sleep(0.5); print(g.stop_requested)"
     result = subprocess.run(
         [sys.executable, "-c", line], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -94,8 +94,7 @@ class Liar:
 def test_halved_until_it_fits(cpu, most, start, found):
     model = GPT.build(tiny(), VOCAB, CPU, 0)
     nll = Liar(model, most)
-    length = model.config.sequence_len
-    fits = lambda rows: planning._fits(rows, model, nll, length, 1e9, cpu)  # noqa: E731
+    fits = lambda rows: planning._fits(rows, model, nll, 1e9, cpu)  # noqa: E731
     assert planning._largest(fits, start) == found
     assert nll.rows == sorted(nll.rows, reverse=True)
     if found:
@@ -108,7 +107,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(cpu):
         raise RuntimeError("shapes")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        planning._fits(2, GPT.build(tiny(), VOCAB, CPU, 0), broken, 32, 1e9, cpu)
+        planning._fits(2, GPT.build(tiny(), VOCAB, CPU, 0), broken, 1e9, cpu)
 
 
 def test_what_the_trial_compiles_training_uses(cpu):
@@ -126,7 +125,7 @@ def test_what_the_trial_compiles_training_uses(cpu):
     nll = model.compiled_nll(backend=backend)
     assert model.config.depth > 1
     length, bfloat16 = model.config.sequence_len, replace(cpu, dtype=torch.bfloat16)
-    planning._try(model, nll, length, 4, bfloat16)
+    planning._try(model, nll, 4, bfloat16)
     for weight in model.parameters():
         weight.grad = None
     for rows, columns, programs in ((4, length, 2), (4, length, 2), (6, 16, 4), (5, 24, 4)):
@@ -158,20 +157,20 @@ def test_all_ranks_take_the_smallest_that_fits_on_every_one(monkeypatch):
     )
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     model = SimpleNamespace(config=tiny(), vocab_size=VOCAB)
-    assert planning.fitting_rows(model, None, 32, 16, runtime) == 4
+    assert planning.fitting_rows(model, None, 16, runtime) == 4
     assert tried == [16, 8, 4]
 
 
 def test_on_a_cpu_the_estimate_stands(cpu, monkeypatch):
     model = GPT.build(tiny(), VOCAB, CPU, 0)
     nll = Liar(model, 0)
-    assert planning.fitting_rows(model, nll, 32, 12, cpu) == 12
+    assert planning.fitting_rows(model, nll, 12, cpu) == 12
     size = [TrainingMemory(tiny(), VOCAB).total(rows) for rows in range(13)]
     monkeypatch.setattr(planning, "main_memory", lambda ranks: size[8])
-    assert planning.fitting_rows(model, nll, 32, 12, cpu) == 8
+    assert planning.fitting_rows(model, nll, 12, cpu) == 8
     monkeypatch.setattr(planning, "main_memory", lambda ranks: size[1] - 1)
     with pytest.raises(ValueError, match="too small"):
-        planning.fitting_rows(model, nll, 32, 12, cpu)
+        planning.fitting_rows(model, nll, 12, cpu)
     assert not nll.rows
 
 
@@ -185,9 +184,9 @@ def test_a_real_device_runs_out_of_memory():
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(4e9 / total, device)
     try:
-        rows = planning.fitting_rows(model, model.nll, 1024, 1024, runtime)
+        rows = planning.fitting_rows(model, model.nll, 1024, runtime)
         assert 1 < rows < 256
-        assert planning.fitting_rows(model, model.nll, 1024, 1, runtime) == 1
+        assert planning.fitting_rows(model, model.nll, 1, runtime) == 1
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 

@@ -80,7 +80,7 @@ def _fork(run: Run, path: Path, overrides: dict) -> Run:
 def _context(run: Run, stage: str, of: str | None = None, guard: Guard | None = None):
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
     place = run.stage(stage, of)
-    return stages.Context(run=run, stage=place, runtime=runtime, guard=guard or Guard(), of=of)
+    return stages.Context(run=run, stage=place, runtime=runtime, guard=guard or Guard())
 
 
 def test_shards_are_bos_and_the_tokens_of_every_document(run):
@@ -425,8 +425,8 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
     """What was found, or machine.device_batch, reaches the source; one forward reaches everyone."""
     asked, seen = [], {}
 
-    def found(model, nll, length, share, runtime):
-        asked.append((length, share))
+    def found(model, nll, share, runtime):
+        asked.append(share)
         return 3
 
     def train(setup, source, *_):
@@ -439,8 +439,7 @@ def test_each_stage_finds_its_micro_batch(stage, run, monkeypatch):
     for given in (None, 5):
         machine = {"machine.device_batch": given}
         worker.WORK[stage](_context(Run.load(run.id, machine), stage))
-    ((length, share),) = asked
-    assert length == 128 and share == (16 if stage == "grpo" else 8)
+    assert asked == [16 if stage == "grpo" else 8]
     for given, source in seen.items():
         rows = given or 3
         if stage == "grpo":

@@ -7,7 +7,6 @@ text take 15 minutes of one core.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -78,21 +77,22 @@ def overlap(
     raw = [text.encode(errors="replace") for _, text in problems]
     hashes, owner = windows(pa.array(raw, BINARY))
     known, places = np.unique(hashes, return_inverse=True)
+    bounds = np.searchsorted(owner, range(len(problems) + 1))
     found, sizes, quoting, longest = {}, {}, {}, {}
     for number, (source, texts) in enumerate(sources.items()):
         tick = partial(progress, number, len(sources), f"looking for test problems in {source}")
         seen, quoting[source], sizes[source] = _search(known, texts, threads, tick)
-        hits = np.flatnonzero(seen[places])
-        counts = Counter(problems[problem][0] for problem in np.unique(owner[hits]))
-        found[source] = {test: counts[test] for test in tests}
-        breaks = np.flatnonzero((np.diff(hits) > 1) | (np.diff(owner[hits]) > 0)) + 1
-        for run in np.split(hits, breaks) if len(hits) else ():
-            (test, text), length = problems[owner[run[0]]], len(run) + WORDS - 1
-            if length > longest.get(test, {"words": 0})["words"]:
-                words = re.findall("[a-z0-9]+", text, re.ASCII | re.IGNORECASE)
-                words = words[run[0] - np.searchsorted(owner, owner[run[0]]) :][:length]
-                passage = " ".join(words[:SHOWN]).lower() + " …" * (length > SHOWN)
-                longest[test] = {"test": test, "source": source, "words": length, "text": passage}
+        hit = seen[places]
+        found[source] = dict.fromkeys(tests, 0)
+        for problem in np.unique(owner[hit]).tolist():
+            test, text = problems[problem]
+            found[source][test] += 1
+            for run in re.finditer(rb"\x01+", hit[bounds[problem] : bounds[problem + 1]].tobytes()):
+                first, length = run.start(), len(run[0]) + WORDS - 1
+                if length > longest.get(test, {"words": 0})["words"]:
+                    words = re.findall("[a-zA-Z0-9]+", text)[first : first + length]
+                    shown = " ".join(words[:SHOWN]).lower() + " …" * (length > SHOWN)
+                    longest[test] = {"test": test, "source": source, "words": length, "text": shown}
     passages = sorted(longest.values(), key=lambda passage: -passage["words"])
     about = {"problems": {test: len(texts) for test, texts in tests.items()}, "found": found}
     return about | {"passages": passages, "texts": sizes, "quoting": quoting}

@@ -26,7 +26,6 @@ class Context:
     stage: StageDir
     runtime: Runtime
     guard: Guard
-    of: str | None = None  # the stage whose model is evaluated
 
     _reported: float = 0.0  # time of the last progress row
 

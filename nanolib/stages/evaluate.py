@@ -20,7 +20,8 @@ SAMPLE_PROMPTS = 4  # beginnings of validation documents for the base model to c
 
 def evaluate(context: Context) -> Result:
     """Score one stage's model; a resumed evaluation skips tasks that already have scores."""
-    run, of, metrics = context.run, context.of or "base", context.stage.metrics
+    run, of, metrics = context.run, context.stage.of, context.stage.metrics
+    assert of is not None
     config, documents = run.config.recipe, validation_documents(context)
     model = checkpoint.load_model(run.stage(of).checkpoints, context.runtime.device)
     known = {row["task"]: row["scores"] for row in metrics.rows("score")}
@@ -54,7 +55,7 @@ def evaluate(context: Context) -> Result:
 def compression(context: Context, engine: Engine, documents: Sequence[np.ndarray]) -> Result:
     runtime, tokenizer = context.runtime, engine.tokenizer
     scores = {"bpb": bits_per_byte(engine.model, documents, tokenizer, runtime)}
-    if context.of == "base" and runtime.is_lead:  # on one rank only: it takes gigabytes
+    if context.stage.of == "base" and runtime.is_lead:  # on one rank only: it takes gigabytes
         tokens = first_tokens(shard_paths(context.run)[0], TRIGRAM_TOKENS)
         trigram, text = Trigram(tokens, tokenizer.vocab_size), np.concatenate(documents)
         scores["trigram_bpb"] = trigram.bits_per_byte(text, tokenizer.byte_lengths)

@@ -122,12 +122,11 @@ def chosen(
     recipe, is_mine = run.config.recipe, name == "mine"
     read, mirror = ("smoltalk", run.own()) if is_mine else (name, run.mirror())
     task = tasks.load(read, split, mirror, getattr(recipe, stage).sums)
-    seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same in every stage
-    if split == "train":
-        seed = stage_seed(recipe, stage, "mixture", stage, name)
+    if split == "test":
+        seed = seed_of(recipe.seed, "mixture", "held out", name)  # the same in every stage
+        return task, np.random.default_rng(seed).permutation(len(task))[:limit]
+    seed = stage_seed(recipe, stage, "mixture", stage, name)
     order = np.random.default_rng(seed).permutation(len(task))
-    if split != "train":
-        return task, order[:limit]
     order = np.resize(order, limit or len(order)) if is_mine else order[:limit]
     return task, np.delete(order, left_out(run, f"{stage}: {name}") if drop else [])
 
@@ -160,16 +159,21 @@ def _tests(run: Run) -> dict[str, list[str]]:
 
 def _sources(run: Run, files: hub.TextFiles) -> dict[str, Iterator[pa.Array]]:
     """What the run trains on: text, of each source of its mixtures the rows taken, and questions."""
-    recipe = run.config.recipe
     found = {"text": (texts for path in files.train for texts in hub.text_arrays(path))}
-    for stage in ("mid", "sft"):
-        for name, limit in limits(recipe, stage).items() if getattr(recipe, stage).enabled else ():
-            task, rows = chosen(run, stage, name, "train", limit, drop=False)
-            found[f"{stage}: {name}"] = arrays(map(partial(_problem, task), rows.tolist()))
+    for stage, name, task, rows in _learned(run):
+        found[f"{stage}: {name}"] = arrays(map(partial(_problem, task), rows.tolist()))
+    return found
+
+
+def _learned(run: Run) -> Iterator[tuple[str, str, tasks.Task, np.ndarray]]:
+    """What mid, SFT and GRPO train on: (stage, source, its task, the numbers of the rows)."""
+    recipe = run.config.recipe
+    for stage in (it for it in recipe.models if it in ("mid", "sft")):
+        for name, limit in limits(recipe, stage).items():
+            yield stage, name, *chosen(run, stage, name, "train", limit, drop=False)
     if recipe.grpo.enabled:
         task = tasks.load_graded(recipe.grpo.task, "train", run.mirror(), recipe.grpo.sums)
-        found[f"grpo: {recipe.grpo.task}"] = arrays(map(partial(_problem, task), range(len(task))))
-    return found
+        yield "grpo", recipe.grpo.task, task, np.arange(len(task))
 
 
 def counted(run: Run) -> dict[str, float]:
@@ -177,17 +181,15 @@ def counted(run: Run) -> dict[str, float]:
     their conversations), questions of GRPO."""
     recipe, files = run.config.recipe, hub.text_files(run.config, run.text_mirror())
     found = {"text": sum(map(hub.text_bytes, [*files.train, files.validation]))}
-    for stage in {"mid", "sft"} & set(recipe.models):
-        found[stage] = 0
-        for name, limit in limits(recipe, stage).items():
-            task, rows = chosen(run, stage, name, "train", limit, drop=False)
-            some = [task.conversation(i).messages for i in rows[:SAMPLED].tolist()]
-            size = sum(len(it.text.encode()) for messages in some for it in messages)
-            markers = sum(1 + 2 * len(messages) for messages in some)
-            tokens = size / planning.bytes_per_token(recipe.tokenizer.vocab_size) + markers
-            found[stage] += round(len(rows) * tokens / len(some))
-    if recipe.grpo.enabled:
-        found["grpo"] = len(tasks.load(recipe.grpo.task, "train", run.mirror()))
+    for stage, _, task, rows in _learned(run):
+        if stage == "grpo":
+            found[stage] = len(rows)
+            continue
+        some = [task.conversation(i).messages for i in rows[:SAMPLED].tolist()]
+        size = sum(len(it.text.encode()) for messages in some for it in messages)
+        markers = sum(1 + 2 * len(messages) for messages in some)
+        tokens = size / planning.bytes_per_token(recipe.tokenizer.vocab_size) + markers
+        found[stage] = found.get(stage, 0) + round(len(rows) * tokens / len(some))
     return found
 
 

@@ -117,9 +117,8 @@ class Training:
         leashed = name == "grpo" and config.recipe.grpo.kl > 0
         self.reference = self.compiled(copy.deepcopy(self.model)) if leashed else None
         share = planning.share_of(config.recipe, name, runtime.world_size)
-        self.device_batch = config.machine.device_batch or planning.fitting_rows(
-            self.model, self.nll, config.recipe.model.sequence_len, share, runtime
-        )
+        given = config.machine.device_batch
+        self.device_batch = given or planning.fitting_rows(self.model, self.nll, share, runtime)
         if runtime.is_lead:
             print(f"micro-batch: {min(self.device_batch, share)} of a rank's {share} rows")
 
@@ -130,13 +129,17 @@ class Training:
         return model.compiled_nll(cudnn=self.context.stage.name != "grpo")  # rows vary in length
 
     def row_settings(self) -> dict[str, Any]:
-        recipe, runtime = self.context.run.config.recipe, self.context.runtime
-        length, bos = recipe.model.sequence_len, self.context.tokenizer.bos
-        rows = {"length": length, "batch_rows": self.schedule.batch_tokens // length, "bos": bos}
-        rows |= {"rank": runtime.rank, "world_size": runtime.world_size}
-        rows |= {"device_batch": self.device_batch}
-        stage = self.context.stage.name
-        return rows | {"seed": stage_seed(self.context.run.config.recipe, stage, stage)}
+        context, recipe = self.context, self.context.run.config.recipe
+        length, stage = recipe.model.sequence_len, context.stage.name
+        return {
+            "length": length,
+            "batch_rows": self.schedule.batch_tokens // length,
+            "bos": context.tokenizer.bos,
+            "seed": stage_seed(recipe, stage, stage),
+            "rank": context.runtime.rank,
+            "world_size": context.runtime.world_size,
+            "device_batch": self.device_batch,
+        }
 
     def run(
         self, source: Source, epoch: int, at_once: int, score: Score, loss: Loss = cross_entropy

@@ -42,7 +42,7 @@ def work(name: str, run: Run, of: str | None = None) -> Result:
     stage.path.mkdir(parents=True, exist_ok=True)
     guard = Guard.start()  # first: joining dead ranks would block for minutes
     runtime = Runtime.start(replace(machine, device="cpu") if name in ON_CPU else machine)
-    context = Context(run=run, stage=stage, runtime=runtime, guard=guard, of=of)
+    context = Context(run=run, stage=stage, runtime=runtime, guard=guard)
     launched = os.environ.get("NANOLIB_GUARD") == "1"  # the launcher records the attempt
     with nullcontext() if launched else rundir.recorded(stage.path, machine.dollars_per_hour):
         if name not in ("data", "report"):

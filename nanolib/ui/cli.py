@@ -131,7 +131,7 @@ class Commands:
         from nanolib import accounting, planning
         from nanolib.stages import text
 
-        machine = accounting.Machine.parse(on, self.overrides.get("machine.dollars_per_hour"))
+        machine = accounting.Machine.parse(on)
         run = Run.peek(profile, None, self.overrides)
         print("\n".join(planning.plan(run.config, machine, text.known(run))))
 

@@ -90,7 +90,7 @@ class Bench:
         nll = self.compiled(model)
         found: list[int] = []
         took = self.seconds(
-            lambda: found.append(planning.fitting_rows(model, nll, length, share, self.runtime))
+            lambda: found.append(planning.fitting_rows(model, nll, share, self.runtime))
         )
         yield (
             "micro-batch",
