@@ -7,6 +7,7 @@ percent of the arithmetic, though not of the time.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,16 @@ DEVICES = {
 # Model FLOPs utilisation by depth on one H100 in bfloat16, update included (runs/bench/device.md):
 # 12 and 20 from whole steps (2026-11-28), 32 summed from its parts, 8 from an earlier run.
 MEASURED_MFU = {8: 0.346, 12: 0.522, 20: 0.554, 32: 0.578}
+
+# What else a plan goes by; H100 and EPYC tell on what it was measured.
+ROWS = (1, 16, 128, 256)  # answers at once; below: tokens/s by depth, temperature 1, top-k 50
+WRITING = {12: (2_211, 17_830, 82_150, 78_977), 20: (919, 10_301, 44_569, 44_885)}
+STARTING = 28  # seconds until a model's stage begins: imports, proof of kernels, compiling
+LAUNCHING = 0.030 / 8  # least seconds a step and layer: the CPU launches kernels one by one
+H100 = "one H100, 16 cores, 2026-11-28 (runs/bench/device.md)"
+TRAINED, ENCODED = 46e6, 20e6  # bytes/s of text: tokenizer training; making token shards
+PARQUET = 0.39  # size of a shard of text over that of its text
+EPYC = "2 shared cores of an AMD EPYC, 2026-11-29, 93 MB of text"
 
 # Fraction of the layers' activations that compiled bfloat16 code keeps, fitted so that the estimate
 # is within 10 % of the peaks measured on an H100 (runs/bench/device.md).
@@ -59,6 +70,23 @@ class Machine:
         price = count * DOLLARS_PER_GPU_HOUR
         peak, memory = DEVICES[name]
         return cls(name=name, count=count, peak=peak, memory=memory, dollars_per_hour=price)
+
+    def training_seconds(
+        self, model: ModelConfig, vocab_size: int, steps: int, tokens: float
+    ) -> float | None:
+        """Projected time to train on `tokens` in `steps` steps; None if the peak is unknown."""
+        if self.peak is None:
+            return None
+        speed = assumed_mfu(model.depth) * self.peak * self.count
+        computing = training_flops(model, vocab_size) * tokens / speed
+        return max(computing, steps * LAUNCHING * model.depth)
+
+    def writing_rate(self, depth: int, rows: int) -> float | None:
+        """Tokens/s of all devices, with `rows` answers at once on each; None where not measured."""
+        if "H100" not in self.name or not min(WRITING) <= depth <= max(WRITING):
+            return None
+        rates = [np.interp(rows, ROWS, rate) for rate in WRITING.values()]
+        return self.count * float(np.interp(depth, [*WRITING], rates))
 
 
 @dataclass(frozen=True)
@@ -141,3 +169,22 @@ def mfu(
 def assumed_mfu(depth: int) -> float:
     """Expected MFU at a depth: `MEASURED_MFU`, interpolated, constant beyond its ends."""
     return float(np.interp(depth, list(MEASURED_MFU), list(MEASURED_MFU.values())))
+
+
+def measured(depth: int, machine: Machine) -> Iterator[str]:
+    """Lines that say what a plan goes by, with device and date, and what nobody measured."""
+    if machine.peak:
+        share = f"{assumed_mfu(depth):.1%} of the peak"
+        least = f"at least {1000 * LAUNCHING:.1f} ms a step and layer"
+        yield f"measured     training {share}, {least}, {STARTING} s to start a stage: {H100}"
+    if rate := machine.writing_rate(depth, ROWS[-1]):
+        each = f"{rate / machine.count:,.0f} tokens/s of {ROWS[-1]} answers at once"
+        yield f"measured     {each}: {H100}"
+    yield f"measured     tokenizer {TRAINED / 1e6:.0f}, shards {ENCODED / 1e6:.0f} MB/s of text: {EPYC}"
+    yield "not measured downloads, more than two GPUs, choices and CORE, evaluations in training"
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """Of validation text, 2026-11-29: the toy world's up to 1,024, web text and books from 4,096."""
+    sizes = (512, 1024, 4096, 16_384, 65_536)
+    return float(np.interp(vocab_size, sizes, (2.12, 3.25, 3.20, 3.89, 4.32)))

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nanolib import accounting, checkpoint, hub
 from nanolib.accounting import Machine, TrainingMemory
-from nanolib.config import Config, GRPOConfig, MachineConfig, ModelConfig, Recipe, check_together
+from nanolib.config import Config, GRPOConfig, MachineConfig, Recipe, check_together
 from nanolib.config import steps as steps_of
 from nanolib.data import own
 from nanolib.data.packing import Batch
@@ -24,16 +23,6 @@ from nanolib.runtime import Runtime
 
 MARGIN = 0.92  # usable fraction of GPU memory; the rest is for fragmentation and NCCL
 ENOUGH = 65_536  # tokens per micro-batch, as in nanochat; more is not faster
-
-# The rates of a plan; `_measured` tells the device and date of each.
-ROWS = (1, 16, 128, 256)  # answers at once; below: tokens/s by depth, temperature 1, top-k 50
-WRITING = {12: (2_211, 17_830, 82_150, 78_977), 20: (919, 10_301, 44_569, 44_885)}
-STARTING = 28  # seconds until a model's stage begins: imports, proof of kernels, compiling
-LAUNCHING = 0.030 / 8  # least seconds a step and layer: the CPU launches kernels one by one
-TRAINED, ENCODED = 46e6, 20e6  # bytes/s of text: tokenizer training; making token shards
-PARQUET = 0.39  # size of a shard of text over that of its text
-H100 = "one H100, 16 cores, 2026-11-28 (runs/bench/device.md)"
-EPYC = "2 shared cores of an AMD EPYC, 2026-11-29, 93 MB of text"
 UNCOUNTED = "not counted before the data is there (--mirror DIR)"
 
 Part = tuple[str, str, float | None, float]  # a stage, its work, seconds (if known), bytes on disk
@@ -172,14 +161,7 @@ def plan(
     yield f"parameters   {model.parameters(vocab):,}: {parts}"
     yield from own.describe(config.recipe.data)
     yield from _stage_lines(config, machine, counted or {})
-    if machine.peak:
-        mfu = f"{accounting.assumed_mfu(model.depth):.1%} of the peak"
-        least = f"at least {1000 * LAUNCHING:.1f} ms a step and layer"
-        yield f"measured     training {mfu}, {least}, {STARTING} s to start a stage: {H100}"
-    if rate := _writing_rate(model, machine, ROWS[-1]):
-        yield f"measured     {rate / ranks:,.0f} tokens/s of {ROWS[-1]} answers at once: {H100}"
-    yield f"measured     tokenizer {TRAINED / 1e6:.0f}, shards {ENCODED / 1e6:.0f} MB/s of text: {EPYC}"
-    yield "not measured downloads, more than two GPUs, choices and CORE, evaluations in training"
+    yield from accounting.measured(model.depth, machine)
 
 
 def _stage_lines(config: Config, machine: Machine, counted: Mapping[str, float]) -> Iterator[str]:
@@ -203,7 +185,8 @@ def _stage_lines(config: Config, machine: Machine, counted: Mapping[str, float])
         parts.append((name, f"{batch}; {work}", seconds, checkpoint.KEPT * saved))
     starts, them = 2 * len(recipe.models), ", ".join(recipe.models)
     parts.append(("evaluations", f"bits per byte, CORE, choices, answers of {them}", None, 0))
-    parts.append(("starting", f"{starts} stages", starts * STARTING if machine.peak else None, 0))
+    starting = starts * accounting.STARTING if machine.peak else None
+    parts.append(("starting", f"{starts} stages", starting, 0))
     without = [name for name, _, seconds, _ in parts if seconds is None]
     known = sum(seconds or 0 for *_, seconds, _ in parts) or None
     parts.append(("all", f"without {', '.join(without)}", known, sum(part[-1] for part in parts)))
@@ -220,23 +203,17 @@ def _text(config: Config, counted: Mapping[str, float]) -> list[Part]:
     fetched = data.source == "hub" and not data.text
     text = hub.BYTES_PER_TOKEN * tokens * (fetched and not data.text_shards)
     if "text" in counted:
-        text, tokens = counted["text"], counted["text"] / bytes_per_token(vocab_size)
+        text, tokens = counted["text"], counted["text"] / accounting.bytes_per_token(vocab_size)
     if not text:
         return [(name, UNCOUNTED, None, 0) for name in ("data", "tokenizer", "shards")]
     read = min(text, recipe.tokenizer.max_chars)
-    onto = PARQUET * text * (fetched and config.machine.mirror is None)
+    onto = accounting.PARQUET * text * (fetched and config.machine.mirror is None)
     ids = tokens * (2 if vocab_size <= 2**16 else 4)
     return [
         ("data", f"{size(text)} of text", None, onto),
-        ("tokenizer", f"{size(read)} of text", read / TRAINED, 0),
-        ("shards", f"{tokens / 1e6:,.0f} M tokens", text / ENCODED, ids),
+        ("tokenizer", f"{size(read)} of text", read / accounting.TRAINED, 0),
+        ("shards", f"{tokens / 1e6:,.0f} M tokens", text / accounting.ENCODED, ids),
     ]
-
-
-def bytes_per_token(vocab_size: int) -> float:
-    """Of validation text, 2026-11-29: the toy world's up to 1,024, web text and books from 4,096."""
-    sizes = (512, 1024, 4096, 16_384, 65_536)
-    return float(np.interp(vocab_size, sizes, (2.12, 3.25, 3.20, 3.89, 4.32)))
 
 
 def _work(
@@ -252,30 +229,12 @@ def _work(
         tested = times * stage.eval_questions * (1 + stage.eval_samples)
         text = f"{steps:,} steps x {answers:,} answers + {tested:,} in evaluations, of {at_most} tokens"
         tokens = steps * answers * at_most
-        writing = tokens + tested * at_most, answers // machine.count
-        return f"{text} at most", _seconds(recipe, machine, steps, tokens, *writing)
+        training = machine.training_seconds(model, vocab, steps, tokens)
+        rate = machine.writing_rate(model.depth, answers // machine.count)
+        known = training is not None and rate is not None
+        return f"{text} at most", training + (tokens + tested * at_most) / rate if known else None
     tokens = steps * stage.batch_tokens
     flops = accounting.training_flops(model, vocab) * tokens
     text = f"{steps:,} steps x {stage.batch_tokens:,} tokens = {tokens / 1e6:,.0f} M tokens"
     text += f" ({tokens / model.parameters(vocab):.1f} a parameter), {flops:.2e} FLOPs"
-    return text, _seconds(recipe, machine, steps, tokens)
-
-
-def _seconds(
-    recipe: Recipe, machine: Machine, steps: int, tokens: float, written: float = 0, rows: int = 0
-) -> float | None:
-    """Seconds to train on `tokens` and write answers, `rows` at once; None if not measured."""
-    model, rate = recipe.model, _writing_rate(recipe.model, machine, rows)
-    if machine.peak is None or (written and rate is None):
-        return None
-    speed = accounting.assumed_mfu(model.depth) * machine.peak * machine.count
-    flops = accounting.training_flops(model, recipe.tokenizer.vocab_size) * tokens
-    return max(flops / speed, steps * LAUNCHING * model.depth) + written / (rate or 1)
-
-
-def _writing_rate(model: ModelConfig, machine: Machine, rows: int) -> float | None:
-    """Tokens/s of all devices, with `rows` answers at once on each; None where not measured."""
-    if "H100" not in machine.name or not min(WRITING) <= model.depth <= max(WRITING):
-        return None
-    rates = [np.interp(rows, ROWS, rate) for rate in WRITING.values()]
-    return machine.count * float(np.interp(model.depth, [*WRITING], rates))
+    return text, machine.training_seconds(model, vocab, steps, tokens)

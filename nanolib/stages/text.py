@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nanolib import hub, mirror, planning, tasks
+from nanolib import accounting, hub, mirror, tasks
 from nanolib.config import Recipe, flatten
 from nanolib.data import own, toyworld
 from nanolib.data.sources import split_documents
@@ -188,7 +188,7 @@ def counted(run: Run) -> dict[str, float]:
         some = [task.conversation(i).messages for i in rows[:SAMPLED].tolist()]
         size = sum(len(it.text.encode()) for messages in some for it in messages)
         markers = sum(1 + 2 * len(messages) for messages in some)
-        tokens = size / planning.bytes_per_token(recipe.tokenizer.vocab_size) + markers
+        tokens = size / accounting.bytes_per_token(recipe.tokenizer.vocab_size) + markers
         found[stage] = found.get(stage, 0) + round(len(rows) * tokens / len(some))
     return found
 
