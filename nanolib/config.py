@@ -142,9 +142,9 @@ class ModelConfig(Settings):
 
     def parts(self, vocab_size: int) -> dict[str, int]:
         width, kv_width = self.width, self.num_kv_heads * self.head_dim
-        extras = {name: math.prod(shape) for name, shape in self.extras(vocab_size).items()}
-        tables = sum(size for name, size in extras.items() if name.startswith("value_emb"))
-        more = {"value_embeddings": tables, "scalars": sum(extras.values()) - tables}
+        tables = len(self.value_layers) * vocab_size * kv_width
+        scalars = sum(map(math.prod, self.extras(vocab_size).values())) - tables
+        more = {"value_embeddings": tables, "scalars": scalars}
         return {
             "embedding": vocab_size * width,
             "attention": self.depth * (2 * width * width + 2 * width * kv_width),

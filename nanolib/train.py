@@ -82,7 +82,6 @@ class Trainer:
     score: Callable[[], Mapping[str, float]] | None = None
 
     step: int = field(default=0, init=False)  # steps done
-    saved: int | None = field(default=None, init=False)  # the step of the newest checkpoint
     _writing: Future[None] | None = field(default=None, init=False)  # a checkpoint being written
     _saved_at: float = field(default=0.0, init=False)  # time.monotonic()
     _pace: float | None = field(default=None, init=False)  # seconds per step, smoothed
@@ -91,8 +90,7 @@ class Trainer:
         """Resume, train to the last step and save; each evaluation follows its save."""
         self.resume()
         self._saved_at = time.monotonic()
-        rows = self.stage.metrics.rows()
-        if not any(row["kind"] == "eval" and row["step"] == self.step for row in rows):
+        if self.step not in [row["step"] for row in self.stage.metrics.rows("eval")]:
             self.run_score()  # interrupted between save and evaluation
         try:
             while self.step < self.steps:
@@ -104,8 +102,6 @@ class Trainer:
                 if stop and self.step < self.steps:
                     raise Stopped(f"stopped and saved after step {self.step} of {self.steps}")
                 self.run_score()
-            if self.saved != self.step:
-                self.save()
         finally:
             self.finish_save()  # also if an evaluation was interrupted
 
@@ -118,7 +114,7 @@ class Trainer:
             checkpoint.check_same(found, self.about)
             checkpoint.restore_model(found, self.model)
             checkpoint.restore_optimizer(found, self.optimizer)
-            self.step = self.saved = found.step
+            self.step = found.step
         self.runtime.barrier()
         if self.runtime.is_lead:
             self.stage.metrics.truncate(self.step)
@@ -214,7 +210,7 @@ class Trainer:
     def save(self) -> None:
         """Start writing a checkpoint in the background; `finish_save` waits for it."""
         self.finish_save()
-        self.saved, self._saved_at = self.step, time.monotonic()
+        self._saved_at = time.monotonic()
         written = self.stage.checkpoints, self.step, self.model, self.optimizer, self.about
         self._writing = checkpoint.begin(*written)
 

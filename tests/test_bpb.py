@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanolib.evals import bpb
 from nanolib.evals.bpb import Trigram, bits_per_byte
 
 BOS = 299
@@ -24,7 +25,7 @@ def measured(lengths: np.ndarray) -> Any:
     return SimpleNamespace(byte_lengths=lengths, bos=BOS)
 
 
-def test_equals_a_walk_over_every_token(random_model, cpu):
+def test_equals_a_walk_over_every_token(random_model, cpu, monkeypatch):
     model, lengths = random_model(), np.arange(300) % 5 + 1
     lengths[BOS] = 0
     bits = size = 0.0
@@ -35,7 +36,8 @@ def test_equals_a_walk_over_every_token(random_model, cpu):
             for place, target in enumerate(window[1:].tolist()):
                 bits -= scores[place, target].item() / math.log(2)
                 size += lengths[target]
-    found = bits_per_byte(model, _documents(), measured(lengths), cpu, tokens_at_once=64)
+    monkeypatch.setattr(bpb, "TOKENS_AT_ONCE", 64)
+    found = bits_per_byte(model, _documents(), measured(lengths), cpu)
     assert math.isclose(found, bits / size, rel_tol=1e-5)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -1  # marks targets that are excluded from the loss
+TOKENS_AT_ONCE = 16_384  # in a batch to score, padding included
 Ids = Sequence[int] | np.ndarray  # also used for masks
 
 

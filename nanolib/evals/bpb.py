@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nanolib.data.packing import batch_of_rows, groups
+from nanolib.data.packing import TOKENS_AT_ONCE, batch_of_rows, groups
 from nanolib.model import GPT
 from nanolib.runtime import Runtime
 from nanolib.tokenizer import Tokenizer
@@ -17,18 +17,14 @@ from nanolib.tokenizer import Tokenizer
 
 @torch.no_grad()
 def bits_per_byte(
-    model: GPT,
-    documents: Sequence[np.ndarray],
-    tokenizer: Tokenizer,
-    runtime: Runtime,
-    tokens_at_once: int = 16_384,
+    model: GPT, documents: Sequence[np.ndarray], tokenizer: Tokenizer, runtime: Runtime
 ) -> float:
     """Bits per byte of documents (ids that start with BOS), split over the ranks."""
     length, nats = model.config.sequence_len, 0.0
     mine = documents[runtime.rank :: runtime.world_size]
     windows = [ids[i : i + length + 1] for ids in mine for i in range(0, len(ids) - 1, length)]
     size = sum(int(tokenizer.byte_lengths[window[1:]].sum()) for window in windows)
-    for group in groups([len(window) for window in windows], tokens_at_once):
+    for group in groups([len(window) for window in windows], TOKENS_AT_ONCE):
         rows = [windows[i] for i in group]
         masks = [np.ones(len(row), bool) for row in rows]
         batch = batch_of_rows(rows, masks, max(map(len, rows)) - 1, tokenizer.bos)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from nanolib.data.packing import groups, padded
+from nanolib.data.packing import TOKENS_AT_ONCE, groups, padded
 from nanolib.engine import Engine
 from nanolib.evals import QUESTIONS_AT_ONCE, Grade, Progress, accuracy, notes, rights, score_all
 from nanolib.model import GPT, KVCache
@@ -36,7 +36,6 @@ from nanolib.tokenizer import Tokenizer
 DELIMITER = " "  # between context and continuation, unless core.yaml has one
 SHUFFLE_SEED = 1337  # for the order of a task's questions, as in nanochat
 EXAMPLES_SEED = 1234  # plus a question's shuffled index: for its few-shot examples
-TOKENS_AT_ONCE = 16_384
 BLIND = " without the question"  # suffix of a score that saw only the choices
 # Raised by a damaged or malformed bundle.
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, LookupError, TypeError, ValueError)

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -36,7 +35,10 @@ def data(context: Context) -> Result:
     revisions = _gather(context) if run.config.machine.mirror is None else {}
     files = hub.text_files(run.config, run.text_mirror())
     check_tasks(run, context.progress)
-    found = overlap(_tests(run), _sources(run, files), torch.get_num_threads(), context.progress)
+    sources = {"text": (texts for path in files.train for texts in hub.text_arrays(path))}
+    for stage, name, task, rows in _learned(run):
+        sources[f"{stage}: {name}"] = arrays(map(partial(_problem, task), rows.tolist()))
+    found = overlap(_tests(run), sources, torch.get_num_threads(), context.progress)
     write_json(context.stage.path / OVERLAP, found)
     nothing = [it for it, size in found["texts"].items() if len(found["quoting"][it]) == size > 0]
     if nothing and run.config.recipe.data.drop_contaminated:
@@ -154,14 +156,6 @@ def _tests(run: Run) -> dict[str, list[str]]:
         for task in core.load(run.mirror() / "eval_bundle.zip"):
             asked = task.shuffled(limit).questions
             found[f"core/{task.label}"] = [" ".join(one.options[one.gold]) for one in asked]
-    return found
-
-
-def _sources(run: Run, files: hub.TextFiles) -> dict[str, Iterator[pa.Array]]:
-    """What the run trains on: text, of each source of its mixtures the rows taken, and questions."""
-    found = {"text": (texts for path in files.train for texts in hub.text_arrays(path))}
-    for stage, name, task, rows in _learned(run):
-        found[f"{stage}: {name}"] = arrays(map(partial(_problem, task), rows.tolist()))
     return found
 
 
