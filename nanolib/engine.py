@@ -180,12 +180,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        runtime: Runtime,
-        tool: Tool | None = None,
-        max_rows: int = ROWS,
+        self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, tool: Tool | None = None
     ):
         self.model, self.tokenizer, self.runtime, self.tool = model, tokenizer, runtime, tool
         own = () if tool is None else OUTPUT_NAMES
@@ -197,7 +192,7 @@ class Engine:
             from nanolib.decoding import Writer
 
             self.writer = Writer(model)
-        self.max_rows, self.chunk = max_rows, CHUNK.get(runtime.device.type, CHUNK["cpu"])
+        self.max_rows, self.chunk = ROWS, CHUNK.get(runtime.device.type, CHUNK["cpu"])
         self._lock, self._programs = threading.RLock(), ThreadPoolExecutor(PROGRAMS)
         self._waiting = deque[Request]()  # any thread may append; only `step` removes
         self._rows: list[Request] = []  # by slot; finished and cancelled rows leave in `step`

@@ -227,8 +227,7 @@ class Commands:
         """
         from nanolib.ui import server
 
-        where = {"host": host, "port": port, "api_key": api_key, "cors": cors}
-        server.serve(self._open(run), of, temperature=temperature, **where)
+        server.serve(self._open(run), of, host, port, temperature, api_key=api_key, cors=cors)
 
     def report(self, run: RunName = None, against: str | None = None) -> None:
         """Rewrite a run's report card; with --against, print it side by side with another's."""

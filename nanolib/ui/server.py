@@ -63,18 +63,12 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _log = logging.getLogger(__name__)
 
 
-def serve(
-    run: Run,
-    of: str | None = None,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    temperature: float = 0.6,
-    api_key: str | None = None,
-    cors: str | None = None,
-) -> None:
+def serve(run: Run, of: str | None, host: str, port: int, temperature: float, **access) -> None:
     """Serve a run's model until SIGTERM or Ctrl-C (KeyboardInterrupt); port 0 picks a free one.
-    ValueError, before the model is loaded, if the port is not available."""
+
+    access: api_key and cors, as for `build`. ValueError, before the model is loaded, if the port is
+    not available.
+    """
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
@@ -86,10 +80,10 @@ def serve(
 
     with _listen(host, port) as listener, Session.open(run, of, temperature=temperature) as opened:
         name, local = f"{run.name}-{opened.of}", host in LOOPBACK
-        app = build(opened, name, local=local, api_key=api_key, cors=cors)
+        app = build(opened, name, local=local, **access)
         address = f"http://{host}:{listener.getsockname()[1]}"
         print(f"{run.name}'s {opened.of} model is at {address} (Ctrl-C ends)", flush=True)
-        if not local and api_key is None:
+        if not local and access["api_key"] is None:
             print("anyone who can reach this machine can use it; --api-key KEY requires a key")
         Server(config(app)).run(sockets=[listener])
 

@@ -25,7 +25,7 @@ STYLE = markup.CSS + Path(__file__).with_name("widget.css").read_text(encoding="
 class Chat:
     """The view of a session; text that is refused or typed during an answer stays in the box."""
 
-    def __init__(self, session: Session, height: str = "24em"):
+    def __init__(self, session: Session):
         self.session = session
         self._free = threading.Lock()  # held during an answer
         self._stop, self._typed = threading.Event(), threading.Event()
@@ -34,7 +34,7 @@ class Chat:
         self.stop_button = widgets.Button(description="Stop", disabled=True)
         self.clear_button = widgets.Button(description="Clear")
         self.lines = widgets.VBox().add_class("nanolib-lines")
-        log = widgets.Box([self.lines], layout={"height": height}).add_class("nanolib-log")
+        log = widgets.Box([self.lines], layout={"height": "24em"}).add_class("nanolib-log")
         buttons = [self.send_button, self.stop_button, self.clear_button]
         row = widgets.HBox([self.box, *buttons]).add_class("nanolib-row")
         style = widgets.HTML(f"<style>{STYLE}</style>", layout={"display": "none"})

@@ -337,8 +337,8 @@ def mixed_lengths(profile: str, overrides: config.Overrides, slots: int, rounds:
     model_config = dataclasses.replace(model_config, sequence_len=512)
     size = settings.recipe.tokenizer.vocab_size
     model, tokenizer = random_model(model_config, size, runtime.device)
-    engine = Engine(model, tokenizer, runtime, max_rows=slots)
-    engine.ends, rows = frozenset(), 8 * slots
+    engine = Engine(model, tokenizer, runtime)
+    engine.max_rows, engine.ends, rows = slots, frozenset(), 8 * slots
     lengths = [16 + 240 * row // (rows - 1) for row in range(rows)]
     random.Random(1).shuffle(lengths)
     total = sum(lengths)
