@@ -150,12 +150,9 @@ class KVCache:
 
     def advance(self, lengths: Sequence[int] | int) -> None:
         """Count the tokens just written, of each row or the same number of all; padding is not."""
-        if isinstance(lengths, int):
-            self.used_B += lengths
-            lengths = [lengths] * len(self.used)
-        else:
-            self.used_B += torch.tensor(lengths, device=self.used_B.device)
-        self.used = [before + new for before, new in zip(self.used, lengths, strict=True)]
+        each = [lengths] * len(self.used) if isinstance(lengths, int) else lengths
+        self.used_B += torch.tensor(each, device=self.used_B.device)
+        self.used = [before + new for before, new in zip(self.used, each, strict=True)]
 
     def copy_rows(self, other: KVCache, rows: Sequence[int]) -> None:
         """Copy row `rows[b]` of another cache to row b (one prefill, many samples)."""
@@ -296,15 +293,14 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             if name in begin:
                 weight.copy_(torch.tensor(begin[name]).expand_as(weight))
-                continue
-            if name.endswith(("out.weight", "down.weight")) or name == "head.weight":
+            elif name.endswith(("out.weight", "down.weight")) or name == "head.weight":
                 weight.zero_()
-                continue
-            fan_out, fan_in = weight.shape
-            std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
-            std = 1.0 if name == "embedding.weight" else std
-            draws = torch.Generator().manual_seed(seed_of(seed, "init", name))
-            weight.copy_(torch.randn(weight.shape, generator=draws) * std)
+            else:
+                fan_out, fan_in = weight.shape
+                std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+                std = 1.0 if name == "embedding.weight" else std
+                draws = torch.Generator().manual_seed(seed_of(seed, "init", name))
+                weight.copy_(torch.randn(weight.shape, generator=draws) * std)
 
     def hidden(
         self,
