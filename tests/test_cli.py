@@ -87,6 +87,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         "ranks",
         "referee",
         "serve",
+        "text",
         "tokenizer",
     ]
     code, out, _ = nanolib("bench", "ranks", "--help")
@@ -139,7 +140,7 @@ def test_bench_is_listed_lists_its_scripts_and_hands_their_words_on(nanolib):
         ("notebooks", r"needs one of --refresh and --check"),
         (
             "bench dmeo",
-            r"no measurement 'dmeo'; there are ablations, climb, demo, device, faults, guest, ranks, referee, serve, tokenizer",
+            r"no measurement 'dmeo'; there are ablations, climb, demo, device, faults, guest, ranks, referee, serve, text, tokenizer",
         ),
     ],
 )
