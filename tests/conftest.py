@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from nanolib.runtime import Runtime
 from nanolib.stages import worker
 
 TINY = ModelConfig(depth=2, aspect=16, head_dim=16, kv_heads=1, sequence_len=32)
+# In a shell's background job Ctrl-C is ignored, and would be by every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers() -> int:
