@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nanolib.decoding import Writer
     from nanolib.tokenizer import Tokenizer
 
+PYTHON_NAMES = ("<|python_start|>", "<|python_end|>")  # around a tool's program
 OUTPUT_NAMES = ("<|output_start|>", "<|output_end|>")  # appear only around a tool's result
 TOOL_CALLS = 16  # per row; further calls return an error
 PROGRAMS = 4  # tool programs that run at once
@@ -137,7 +138,6 @@ class Request:
     taken: int = 0  # tokens already returned by `take`
     error: BaseException | None = None  # set if the engine failed
     cancelled: bool = False
-    source: list[int] | None = None  # ids of the python part being written
     program: Future[list[int]] | None = None  # running; its result is forced into the row
     forced: deque[int] = field(default_factory=deque)  # tokens of a tool's result still to come
     calls: int = 0
@@ -185,7 +185,7 @@ class Engine:
         self.model, self.tokenizer, self.runtime, self.tool = model, tokenizer, runtime, tool
         own = () if tool is None else OUTPUT_NAMES
         self.ends = frozenset(map(tokenizer.special, (*END_NAMES, *own)))
-        self.program = None if tool is None else tokenizer.special("<|python_start|>")
+        self.markers = [] if tool is None else [*map(tokenizer.special, PYTHON_NAMES)]
         self.record: Record | None = record_graph if runtime.device.type == "cuda" else None
         self.writer: Writer | None = None
         if runtime.dtype == torch.bfloat16 and model.fast_kernels("writing"):
@@ -469,20 +469,18 @@ class Engine:
             request.logprobs += logprobs[slot : slot + 1]  # first, since other threads take tokens
             request.tokens.append((id, kind))
             request.left = 0 if kind == "end" else request.left - 1
-            if request.left and (request.source is not None or id == self.program):
-                self._follow(request, id)
+            if request.left and id in self.markers:
+                self._call(request)
         return list(self._rows)
 
-    def _follow(self, request: Request, id: int) -> None:
-        """Collect the tokens of a python part; at its end, run it in a thread."""
-        if id == self.program or request.source is None:
-            request.source = []
-        elif id != self.tokenizer.special("<|python_end|>"):
-            request.source.append(id)
-        else:
+    def _call(self, request: Request) -> None:
+        """If a python part has just ended, run it in a thread."""
+        ids = [id for id, _ in request.tokens]
+        marks = [at for at, id in enumerate(ids) if id in self.markers][-2:]
+        if [ids[at] for at in marks] == self.markers:
             request.calls += 1
-            request.program = self._programs.submit(self._result, request.source, request.calls)
-            request.source = None
+            source = ids[marks[0] + 1 : -1]
+            request.program = self._programs.submit(self._result, source, request.calls)
 
     def _result(self, source: list[int], call: int) -> list[int]:
         """Run a program; returns the ids of its output, to be forced into the row."""
