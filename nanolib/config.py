@@ -53,8 +53,8 @@ Fraction = Annotated[float, "a fraction from 0 to 1", lambda value: 0 <= value <
 Terms = Annotated[int, "at least 2", lambda value: value >= 2]
 Largest = Annotated[int, "at least 9", lambda value: value >= 9]
 HeadDim = Annotated[int, "even (RoPE rotates pairs) and not 0", lambda n: n > 0 and n % 2 == 0]
-FEWEST_TEXT = f"at least {FEWEST_TOKENS} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
-VocabSize = Annotated[int, FEWEST_TEXT, lambda value: value >= FEWEST_TOKENS]
+VOCAB_BOUND = f"at least {FEWEST_TOKENS} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+VocabSize = Annotated[int, VOCAB_BOUND, lambda value: value >= FEWEST_TOKENS]
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -264,7 +264,7 @@ def _end(worker: subprocess.Popen, stage: StageDir, log: Path) -> None:
         raise
     deadline = time.monotonic() + guard.GRACE + 5
     while stage.done() is None and is_locked(log) and time.monotonic() < deadline:
-        pass  # ranks may briefly outlive a killed torchrun; is_locked() sleeps
+        time.sleep(POLL)  # ranks may briefly outlive a killed torchrun
 
 
 def _failure(stage: StageDir, log: Path, code: int, start: int) -> Exception:

@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 
 import rust_tokenizer
-from nanolib.config import FEWEST_TEXT, FEWEST_TOKENS, SPECIAL_TOKENS
+from nanolib.config import FEWEST_TOKENS, SPECIAL_TOKENS, VOCAB_BOUND
 from nanolib.rundir import write_atomic
 
 # GPT-4's pattern, but with digits in groups of at most two, to save ids in a small vocabulary.
@@ -54,7 +54,7 @@ class Tokenizer:
         then with the merges done in phase "merge".
         """
         if vocab_size < FEWEST_TOKENS:
-            raise ValueError(f"vocab_size must be {FEWEST_TEXT}, got {vocab_size}")
+            raise ValueError(f"vocab_size must be {VOCAB_BOUND}, got {vocab_size}")
         merges, _ = rust_tokenizer.train(documents, vocab_size - FEWEST_TOKENS, PATTERN, progress)
         if (most := FEWEST_TOKENS + len(merges)) < vocab_size:
             has = f"vocab_size is {vocab_size}, but the text has pairs for {most} at most"
