@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanolib import kernels
 from nanolib.config import ModelConfig
-from nanolib.model import GPT, Block, KVCache, attend, norm
+from nanolib.model import GPT, Block, KVCache, attend, norm, rotary_tables
 
 
 class Writer:
@@ -42,7 +42,7 @@ class Writer:
         # Decoding (T = 1) needs no mask: `read_cache` takes lengths from used_B. Prefill does.
         mask_BTS = None if T == 1 else cache.mask(cache.positions(T))
         reach = T if mask_BTS is None else mask_BTS.shape[-1]
-        cos_sin = self.model.rotary_tables(ids_BT.device)
+        cos_sin = rotary_tables(self.model.config, ids_BT.device)
         x_ND = norm(F.embedding(ids_BT, self.copies[0])).flatten(0, 1)
         for layer in range(self.model.config.depth):
             qkv, out, up, down = self.copies[2 + 4 * layer : 6 + 4 * layer]

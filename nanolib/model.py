@@ -50,6 +50,12 @@ def rotation(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
 
 
+@functools.cache
+def rotary_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """RoPE cosines and sines [T, 1, K / 2] of every position of the context."""
+    return rotation(torch.arange(config.sequence_len, device=device), config.head_dim)
+
+
 def rotate(x_BTHK: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Apply RoPE: rotate each pair (x[k], x[k + K/2]) by minus its angle."""
     cos, sin = (table.to(x_BTHK.dtype) for table in cos_sin)
@@ -256,7 +262,6 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self._rotary: tuple[Tensor, Tensor] | None = None
         # from_pretrained avoids nn.Embedding's normal_(), which on the meta device imports torch's
         # compiler: seconds in every process that builds a model.
         table_VD = torch.empty(vocab_size, config.width)
@@ -323,9 +328,9 @@ class GPT(nn.Module):
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         given = self.config, self.vocab_size, run is not Block.__call__ and ids_BT.is_cuda
         masks_L = masks.by_layer(*given, mask_BTS, seen_BS, positions_BT)
-        cos, sin = self.rotary_tables(ids_BT.device)
+        cos, sin = rotary_tables(self.config, ids_BT.device)
         known_BT = positions_BT.clamp(max=len(cos) - 1)  # padding may lie beyond the table
-        cos_sin = cos[known_BT], sin[known_BT]
+        cos_sin = cos[known_BT], sin[known_BT]  # no views: tables of inference mode serve training
         x_BTD, own = self._embedded(ids_BT), dict(self.named_parameters(recurse=False))
         if "smear" in own:
             x_BTD = self._smeared(x_BTD, positions_BT, cache)
@@ -359,14 +364,6 @@ class GPT(nn.Module):
         gate = self.get_parameter("smear")
         share_BT = gate[0] * torch.sigmoid(x_BTD[..., : len(gate) - 1] @ gate[1:])
         return x_BTD + share_BT.to(x_BTD.dtype)[..., None] * before_BTD
-
-    def rotary_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """RoPE cosines and sines [T, 1, K / 2] of every position of the context, cached."""
-        if self._rotary is None or self._rotary[0].device != device:
-            with torch.inference_mode(False):  # also usable in training later
-                positions_T = torch.arange(self.config.sequence_len, device=device)
-                self._rotary = rotation(positions_T, self.config.head_dim)
-        return self._rotary
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """Float32 logits [..., V] for hidden states [..., D]."""

@@ -53,11 +53,10 @@ def _final_answers(pieces: Iterable[str]) -> Iterator[str]:
 
 def talk(session: Session, folder: Path = Path()) -> None:
     """Read lines and answer them until end of input, or Ctrl-C at the prompt."""
-    asks, answers, end = "", "", ""
-    if sys.stdin.isatty():
+    asks, answers, end = ("you> ", "model> ", "\n") if sys.stdin.isatty() else ("", "", "")
+    if asks:
         import readline  # noqa: F401  (gives input() line editing and history)
 
-        asks, answers, end = "you> ", "model> ", "\n"
         print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.")
     while True:
         try:
