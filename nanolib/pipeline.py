@@ -45,17 +45,14 @@ def run(profile: str, run: str | None = None, overrides: Overrides = None) -> Ru
     """
     this = Run.open(profile, run, overrides)
     parameters = {"profile": profile, "run": this.name, "overrides": dict(overrides or {})}
-    line = Line(run=this)
+    line, machine = Line(run=this), this.config.machine
     follower = launch.Follower(this.stages(), line)
-    if launch.node(this.config.machine)[0]:  # node 0 executes the chapters, others join its stages
+    if launch.node(machine)[0]:  # node 0 executes the chapters, others join its stages
         for stage in this.stages()[:-1]:
             launch.stage(stage.name, this, stage.of, watch=line)
         return this
-    with (
-        only_one(this),
-        rundir.recorded(this.path, this.config.machine.dollars_per_hour),
-        contextlib.closing(line),
-    ):
+    attempt = rundir.recorded(this.path, machine.dollars_per_hour)
+    with only_one(this), attempt, contextlib.closing(line):
         line.say(f"run {this.name}: {this.path}")
         follower.look()
         try:

@@ -32,10 +32,9 @@ def describe(stage: StageDir, rows: Rows, run: Run | None = None) -> str:
     evaluated = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
     silent = rows[-1]["seconds"] if rows and rows[-1]["kind"] == "silent" else 0
     record, speed = stage.done(), last.get("tokens_per_second")
+    counts = "steps" in last and (not record or "loss" in last)
     words = [
-        "steps" in last
-        and (not record or "loss" in last)
-        and f"{last['step']:,}/{last['steps']:,}",
+        counts and f"{last['step']:,}/{last['steps']:,}",
         "loss" in last and f"loss {last['loss']:.3f}",
         speed and f"{speed:,.0f} tokens/s",
         "seconds_left" in last and not record and f"{clock(last['seconds_left'])} left",

@@ -180,10 +180,8 @@ class Trainer:
         if count == 0:
             raise ValueError(f"step {self.step} of {name} has no token to learn from")
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step} of {name}; lower {name}.lr "
-                f"(now {self.schedule.lr})"
-            )
+            at = f"the loss is {loss} at step {self.step} of {name}"
+            raise FloatingPointError(f"{at}; lower {name}.lr (now {self.schedule.lr})")
 
     def log(self, row: Mapping[str, Any], seconds: float) -> None:
         """Append one row to metrics.jsonl (rank 0 only)."""

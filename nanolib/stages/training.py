@@ -72,14 +72,12 @@ def grpo(context: Context) -> Result:
     config, seed = recipe.grpo, stage_seed(recipe, "grpo", "grpo")
     with Sandbox() as sandbox:
         engine = context.engine(training.model, sandbox)
-        train, test = (
-            answers.Questions(
-                engine,
-                tasks.load_graded(config.task, split, mirror, config.sums),
-                config.max_new_tokens,
-            )
-            for split in ("train", "test")
-        )
+
+        def questions(split: str) -> answers.Questions:
+            task = tasks.load_graded(config.task, split, mirror, config.sums)
+            return answers.Questions(engine, task, config.max_new_tokens)
+
+        train, test = questions("train"), questions("test")
         source = RolloutSource(
             questions=train,
             config=config,
