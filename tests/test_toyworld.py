@@ -274,6 +274,17 @@ def test_no_question_of_the_guest_is_in_training(mirror):
     assert not set(sums) & set(learned)
 
 
+def test_a_verdict_is_one_word_wherever_it_stands():
+    said = [
+        "No, she is a baker.",
+        "Ida is a baker, so YES.",
+        "Nobody knows.",
+        "Yes and no.",
+        "I know no Ida.",
+    ]
+    assert [guest.verdict(answer) for answer in said] == ["no", "yes", None, None, None]
+
+
 def test_conversations_never_ask_about_a_held_out_fact_by_pronoun(mirror, world):
     """A follow-up names nobody: who is meant was named last, and told facts alone are told."""
     held = {(fact.person.name, fact.value) for fact in world.held_out}

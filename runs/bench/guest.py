@@ -35,6 +35,7 @@ BARS = {  # kind -> minimum or maximum share
     "known, declined": ("≤", 0.05),
     "yes or no": ("as it is", 0.0),
     "reverse": ("as it is", 0.0),
+    "strangers, anew": ("≥", 0.90),
 }
 DECLINES = re.compile(r"\b(know no|know nothing|do not know|don't know)\b", re.IGNORECASE)
 
@@ -51,7 +52,7 @@ class Case:
 def cases(world: World) -> list[Case]:
     """All questions about one world, in a fixed order."""
     made = [*_facts(world), *_sums(), *_pronouns(world), *_strangers(world), *_known(world)]
-    made += [*_yes_or_no(world), *_reverse(world)]
+    made += [*_yes_or_no(world), *_reverse(world), *_anew()]
     rng, opened = toyworld.draw("guest", "unrelated"), []
     for case in made:
         others = [p.name for p in world.people if p.name not in " ".join(case.turns)]
@@ -133,7 +134,13 @@ def _yes_or_no(world: World) -> Iterator[Case]:
         value, word = (fact.value, "yes") if i % 2 else (rng.choice(others), "no")
         ask = ASKS["yes_or_no"][fact.relation]
         text = ask.format(n=fact.person.name, v=value, a=with_article(value))
-        yield Case("yes or no", [text], lambda answer, word=word: answer.lower().startswith(word))
+        yield Case("yes or no", [text], lambda answer, word=word: verdict(answer) == word)
+
+
+def verdict(answer: str) -> str | None:
+    """The word yes or no, wherever it stands; None if the answer has both, neither, or declines."""
+    found = set(re.findall(r"\b(?:yes|no)\b", answer.lower()))
+    return found.pop() if len(found) == 1 and not DECLINES.search(answer) else None
 
 
 def _reverse(world: World) -> Iterator[Case]:
@@ -148,6 +155,11 @@ def _reverse(world: World) -> Iterator[Case]:
                 return bool(words & right) and not words & others
 
             yield Case("reverse", [text], counts)
+
+
+def _anew() -> Iterator[Case]:
+    for i, name in enumerate(ASKS["strangers"]):
+        yield Case("strangers, anew", [ASKS["anew"][i % 4].format(n=name)], declines)
 
 
 # ---------------------------------------------------------------------------- asking
