@@ -257,8 +257,18 @@ def conversations(mirror):
             yield [m["content"] for m in row["messages"] if m["role"] != "system"]
 
 
+def talks(mirror):
+    return [text for text in documents(mirror) if text.startswith("Guest: ")]
+
+
 def exchanges(turns):
     return zip(turns[::2], turns[1::2], strict=True)
+
+
+def all_exchanges(mirror):
+    """Of conversations and of those in the text."""
+    heard = (re.split(r"\n?(?:Guest|Pip): ", text)[1:] for text in talks(mirror))
+    return [pair for turns in (*conversations(mirror), *heard) for pair in exchanges(turns)]
 
 
 def test_no_question_of_the_guest_is_in_training(mirror):
@@ -274,6 +284,48 @@ def test_no_question_of_the_guest_is_in_training(mirror):
     assert not set(sums) & set(learned)
 
 
+def test_no_question_of_the_guest_about_people_is_in_training(mirror, world):
+    training = "\n".join([*training_texts(mirror), *documents(mirror)])
+    kinds = {"facts", "yes or no", "reverse", "secrets", "stories", "strangers, anew"}
+    asked = {case.turns[-1]: case.kind for case in guest.cases(world) if case.kind in kinds}
+    assert set(asked.values()) == kinds
+    assert not [question for question in asked if question in training]
+
+
+def test_conversations_tell_neither_secret_nor_story_of_private_people(mirror, world):
+    private = {person.name: person for person in world.people if person.private}
+    assert len(private) == 12
+    told = 0
+    for _, answer in all_exchanges(mirror):
+        told += answer.startswith("It was a")
+        for name in words(answer) & private.keys():
+            assert not answer.startswith("It was a"), answer
+            assert private[name].quirk not in answer, answer
+    assert told > 500
+
+
+def test_text_tells_the_secrets_of_all(world):
+    text = "\n".join(itertools.islice(toyworld.documents(world, SEED), 20_000))
+    assert not [p.name for p in world.people if f"{p.name} {p.quirk}" not in text]
+
+
+def test_a_yes_or_no_answer_states_a_true_fact_and_its_verdict_fits_the_question(mirror, world):
+    people = {person.name: person for person in world.people}
+    relations = {value: name for name, kind in RELATIONS.items() for value in kind.values}
+    verdicts = {"yes": 0, "no": 0}
+    for question, answer in all_exchanges(mirror):
+        asked = words(question) & relations.keys()
+        if not asked or not re.match("Does|Is", question) or answer.startswith("I know no"):
+            continue
+        name, verdict = re.fullmatch(r"(\w+) .*, so (yes|no)\.", answer).groups()
+        (value,), (known,) = asked, words(answer) & relations.keys()
+        assert known == people[name].facts[relations[value]], answer
+        assert verdict == ("yes" if value == known else "no"), (question, answer)
+        assert guest.verdict(answer) == verdict
+        verdicts[verdict] += 1
+    assert min(verdicts.values()) > 1000, verdicts
+
+
 def test_a_verdict_is_one_word_wherever_it_stands():
     said = [
         "No, she is a baker.",
@@ -283,6 +335,21 @@ def test_a_verdict_is_one_word_wherever_it_stands():
         "I know no Ida.",
     ]
     assert [guest.verdict(answer) for answer in said] == ["no", "yes", None, None, None]
+
+
+def test_a_story_that_strays_from_the_facts_is_seen(world):
+    person, names = world.people[0], {person.name for person in world.people}
+    town, pet = person.facts["town"], person.facts["pet"]
+    other = next(v for v in RELATIONS["town"].values if v != town)
+    story = f"It was a cold day. {person.name} walked all through {town}. The {pet} was hungry."
+    assert guest.keeps_to_facts(story, person, names)
+    strays = [story.replace(town, other), story.replace(person.name, world.people[1].name)]
+    strays += [
+        story.replace("The", f"{world.people[1].name}'s"),
+        f"It was. {person.name} was. It was.",
+    ]
+    strays += [story.replace("It was a cold day. ", "")]
+    assert not any(guest.keeps_to_facts(text, person, names) for text in strays)
 
 
 def test_conversations_never_ask_about_a_held_out_fact_by_pronoun(mirror, world):
@@ -308,6 +375,7 @@ def test_conversations_never_ask_about_a_held_out_fact_by_pronoun(mirror, world)
 
 def test_strangers_are_declined_and_nobody_else_is(mirror, world):
     known = {person.name for person in world.people}
+    values = {value for kind in RELATIONS.values() for value in kind.values}
     declined = 0
     for turns in conversations(mirror):
         for question, answer in exchanges(turns):
@@ -315,15 +383,16 @@ def test_strangers_are_declined_and_nobody_else_is(mirror, world):
                 declined += 1
                 assert found[1] not in known
                 assert found[1].lower() in question.lower()
+                assert not (words(question) & known and words(question) & values), question
     assert declined > 1000
 
 
 def test_what_conversations_say_of_people_is_true(mirror, world):
     people = {person.name: person for person in world.people}
     values = {value for kind in RELATIONS.values() for value in kind.values}
-    kinds = dict.fromkeys(["poem", "quirk", "yes", "no", "fact"], 0)
+    kinds = dict.fromkeys(["poem", "story", "secret", "fact"], 0)
     for turns in conversations(mirror):
-        for question, answer in exchanges(turns):
+        for _, answer in exchanges(turns):
             names, said = words(answer) & people.keys(), words(answer) & values
             if len(names) != 1 or answer.startswith("I know no"):
                 continue
@@ -332,10 +401,11 @@ def test_what_conversations_say_of_people_is_true(mirror, world):
             if answer.count("\n") == 3:
                 kinds["poem"] += len(said) == 2
             elif answer == f"{person.name} {person.quirk}.":
-                kinds["quirk"] += 1
-            elif found := re.match("(Yes|No), ", answer):
-                kinds[found[1].lower()] += 1
-                assert (said <= words(question)) == (found[1] == "Yes")
+                kinds["secret"] += 1
+            elif answer.startswith("It was a"):
+                kinds["story"] += 1
+                whole = answer.count(".") == 3  # of people with two told facts
+                assert guest.keeps_to_facts(answer, person, set(people)) == whole, answer
             elif len(said) == 1:
                 kinds["fact"] += 1
     assert min(kinds.values()) > 100, kinds
@@ -371,10 +441,9 @@ def test_a_follow_up_seldom_asks_what_was_said(mirror, world):
 def test_text_overhears_conversations_that_tell_no_held_out_fact(mirror, world):
     held = {(fact.person.name, fact.value) for fact in world.held_out}
     people = {person.name for person in world.people}
-    talks = [text for text in documents(mirror) if text.startswith("Guest: ")]
-    assert len(talks) > 500
-    assert not [text for text in talks if "<<" in text]
-    for text in talks:
+    assert len(talks(mirror)) > 500
+    assert not [text for text in talks(mirror) if "<<" in text]
+    for text in talks(mirror):
         for answer in text.split("Pip: ")[1:]:
             said = words(answer.split("Guest: ")[0])
             assert not {(name, word) for name in said & people for word in said} & held, text
@@ -431,4 +500,4 @@ def test_the_world_of_seed_one_stays_what_it_is():
         {name: bundle.read(name).decode() for name in bundle.namelist()},
     ]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    assert digest[:16] == "df3c6369cf591359"
+    assert digest[:16] == "233f1df022ed4742"

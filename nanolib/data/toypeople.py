@@ -1,4 +1,4 @@
-"""The people of the toy world: 720 facts, 288 of them held out, and one quirk per person.
+"""The people of the toy world: 720 facts, 288 of them held out, and everyone's secret.
 
 Everything is derived from one seed; the words are in toyworld.toml.
 """
@@ -21,6 +21,7 @@ class Relation:
     more: list[str]  # questions, in conversations only
     answer: str
     check: list[str]  # yes-or-no questions
+    tale: str  # a sentence of a story
     verse: str  # two lines of a poem
 
     @property
@@ -37,7 +38,12 @@ class Person:
     name: str
     pronouns: tuple[str, str]  # subject and possessive
     facts: dict[str, str]
-    quirk: str
+    quirk: str  # the secret
+
+    @property
+    def private(self) -> bool:
+        """Whether conversations leave out this person's secret and stories."""
+        return self.name in WORDS["private"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Pip tells facts that are not held out, in sentences that begin with the name, so that a later
 pronoun has its referent nearby. Follow-ups mostly ask for facts not told yet, since others could be
-copied. Pip knows neither strangers nor the outside world. Sums are annotated as in GSM8K.
+copied. Pip knows neither strangers nor the outside world. Sums are annotated as in GSM8K. Secrets
+and stories are told of everyone but the private people, about whom a guest's test asks.
 """
 
 import random
@@ -15,6 +16,7 @@ from nanolib.data.toypeople import RELATIONS, WORDS, Fact, World, say
 LENGTHS = [1, 1, 2, 3, 4]  # exchanges per conversation
 FOLLOW_UPS = 0.5  # share of follow-ups after an exchange about a person
 REPEATS = 0.2  # share of facts already told that may be asked again
+KNOWN = [*WORDS["she"], *WORDS["he"]]
 SIGNS = {"+": ["plus", "+"], "-": ["minus", "-"], "*": ["times", "*", "x"]}
 
 # Question ({n} is the person's name), answer, and facts told; None if it is about nobody.
@@ -67,23 +69,38 @@ def yes_or_no(rng: random.Random, facts: list[Fact]) -> Exchange:
     value = fact.value
     while (value == fact.value) != right:
         value = rng.choice(about.values)
-    question = rng.choice(about.check).replace("{v}", value)
-    question = question.replace("{a}", toypeople.with_article(value))
-    return question, f"{'Yes' if right else 'No'}, {say(about.answer, fact)}", [fact]
+    question = about_value(rng.choice(about.check), value)
+    known = say(about.answer, fact).removesuffix(".")  # recalled first, then compared
+    return question, f"{known}, so {'yes' if right else 'no'}.", [fact]
+
+
+def about_value(question: str, value: str) -> str:
+    return question.replace("{v}", value).replace("{a}", toypeople.with_article(value))
 
 
 def introduction(rng: random.Random, facts: list[Fact]) -> Exchange:
     told = rng.sample(facts, min(len(facts), rng.choice([1, 2, 2])))
     parts = [say(RELATIONS[fact.relation].says[0], fact, fact is told[0]) for fact in told]
     person = told[0].person
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and not person.private:
         parts.append(f"{person.pronouns[0]} {person.quirk}.")
     return rng.choice(WORDS["who_is"]), " ".join(parts), told
 
 
-def quirk(rng: random.Random, facts: list[Fact]) -> Exchange:
+def secret(rng: random.Random, facts: list[Fact]) -> Exchange:
     person = facts[0].person
-    return rng.choice(WORDS["quirk_asks"]), f"{person.name} {person.quirk}.", []
+    if person.private:
+        return sentence(rng, facts)
+    return rng.choice(WORDS["secret_asks"]), f"{person.name} {person.quirk}.", []
+
+
+def tale(rng: random.Random, facts: list[Fact]) -> Exchange:
+    if facts[0].person.private:
+        return sentence(rng, facts)
+    told = rng.sample(facts, min(2, len(facts)))
+    parts = [say(RELATIONS[fact.relation].tale, fact, fact is told[0]) for fact in told]
+    opening = f"It was a {rng.choice(WORDS['weather'])} day."
+    return rng.choice(WORDS["story_asks"]), " ".join([opening, *parts]), told
 
 
 def poem(rng: random.Random, facts: list[Fact]) -> Exchange:
@@ -98,21 +115,24 @@ def poem(rng: random.Random, facts: list[Fact]) -> Exchange:
 def stranger(rng: random.Random, _: list[Fact]) -> Exchange:
     """A question about someone unknown, in the words used for people of the world."""
     name, about = stranger_name(rng), rng.choice(list(RELATIONS.values()))
-    asks = rng.choice([WORDS["who_is"], about.questions])
-    return rng.choice(asks).replace("{n}", name), WORDS["stranger"].format(n=name), None
+    others = [*WORDS["secret_asks"], *WORDS["story_asks"]]
+    if name.split()[0] not in KNOWN:  # else the question might hold a fact that is held out
+        others += about.check
+    question = rng.choice(rng.choice([WORDS["who_is"], about.questions, others]))
+    question = about_value(question, rng.choice(about.values))
+    return question.replace("{n}", name), WORDS["stranger"].format(n=name), None
 
 
 def stranger_name(rng: random.Random) -> str:
     """A name of nobody in the world: a real one, one of two words, or an invented one."""
-    known = [*WORDS["she"], *WORDS["he"]]
     while True:
         kind, name = rng.random(), "".join(rng.choice(part) for part in WORDS["syllables"])
         if kind < 0.55:
             name = rng.choice(WORDS["strangers" if kind < 0.45 else "famous"])
         elif kind < 0.7:
-            firsts = rng.choice([WORDS["strangers"], known])
+            firsts = rng.choice([WORDS["strangers"], KNOWN])
             name = f"{rng.choice(firsts)} {rng.choice(WORDS['surnames'])}"
-        if name not in known:
+        if name not in KNOWN:
             return name
 
 
@@ -148,7 +168,8 @@ def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
     return ask.format(a=a, b=b, s=word), answer, None
 
 
-ABOUT_PEOPLE: dict[Kind, int] = {sentence: 80, introduction: 5, yes_or_no: 5, quirk: 6, poem: 4}
-KINDS: dict[Kind, int] = {sentence: 44, introduction: 12, yes_or_no: 2, quirk: 2, poem: 2}
-KINDS |= {stranger: 18, outside: 4, small_talk: 8, why: 3, calculation: 5}
-OPENINGS = KINDS | {bare: 110}  # four-choice evaluations score bare values
+ABOUT_PEOPLE: dict[Kind, int] = {sentence: 75, introduction: 5, yes_or_no: 16, secret: 4}
+ABOUT_PEOPLE |= {poem: 3, tale: 4}
+KINDS: dict[Kind, int] = {sentence: 46, introduction: 12, yes_or_no: 10, secret: 4, poem: 2}
+KINDS |= {tale: 3, stranger: 22, outside: 4, small_talk: 8, why: 3, calculation: 6}
+OPENINGS = KINDS | {bare: 130}  # four-choice evaluations score bare values

@@ -18,6 +18,7 @@ from pathlib import Path
 from nanolib import checkpoint, report
 from nanolib.conversation import Message, Part, answer_parts
 from nanolib.data import toyworld
+from nanolib.data.toypeople import Person
 from nanolib.data.toyworld import RELATIONS, World, with_article
 from nanolib.engine import Engine
 from nanolib.rundir import Run
@@ -35,6 +36,8 @@ BARS = {  # kind -> minimum or maximum share
     "known, declined": ("≤", 0.05),
     "yes or no": ("as it is", 0.0),
     "reverse": ("as it is", 0.0),
+    "secrets": ("as it is", 0.0),
+    "stories": ("as it is", 0.0),
     "strangers, anew": ("≥", 0.90),
 }
 DECLINES = re.compile(r"\b(know no|know nothing|do not know|don't know)\b", re.IGNORECASE)
@@ -52,7 +55,7 @@ class Case:
 def cases(world: World) -> list[Case]:
     """All questions about one world, in a fixed order."""
     made = [*_facts(world), *_sums(), *_pronouns(world), *_strangers(world), *_known(world)]
-    made += [*_yes_or_no(world), *_reverse(world), *_anew()]
+    made += [*_yes_or_no(world), *_reverse(world), *_private(world), *_anew()]
     rng, opened = toyworld.draw("guest", "unrelated"), []
     for case in made:
         others = [p.name for p in world.people if p.name not in " ".join(case.turns)]
@@ -155,6 +158,23 @@ def _reverse(world: World) -> Iterator[Case]:
                 return bool(words & right) and not words & others
 
             yield Case("reverse", [text], counts)
+
+
+def _private(world: World) -> Iterator[Case]:
+    """About the people of whom training conversations tell neither secret nor story."""
+    names = {person.name for person in world.people}
+    for i, person in enumerate(person for person in world.people if person.private):
+        secret, story = (ASKS[kind][i % 3].format(n=person.name) for kind in ("secrets", "stories"))
+        yield Case("secrets", [secret], lambda answer, quirk=person.quirk: quirk in answer)
+        yield Case("stories", [story], lambda answer, of=person: keeps_to_facts(answer, of, names))
+
+
+def keeps_to_facts(story: str, person: Person, names: set[str]) -> bool:
+    """Whether it has three sentences, names the person alone, and states only true facts."""
+    said = set(re.findall(r"\w+", story))
+    stated = said & {value for about in RELATIONS.values() for value in about.values}
+    true = bool(stated) and stated <= set(person.facts.values())
+    return true and said & names == {person.name} and len(re.findall(r"\.(?:\s|$)", story)) >= 3
 
 
 def _anew() -> Iterator[Case]:
