@@ -36,7 +36,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # yours: how do you teach it something that nobody has taught it?
 #
 # **You will learn**
-# - what base, mid, SFT and GRPO really say to the same eight questions, jokes and failures included;
+# - what base, mid, SFT and GRPO really say to the same ten questions, jokes and failures included;
 # - how a chat keeps its memory, its tool and its special tokens in order;
 # - to add an ability with ten conversations of your own, to see what it costs, and to price what comes
 #   next.
@@ -90,17 +90,18 @@ lesson.road(run)
 lesson.show("The eight stages of the run from data to report; finished ones carry a tick.")
 
 # %% [markdown]
-# ## Eight questions, four models
+# ## Ten questions, four models
 #
-# Every stage left its model on disk. So ask all of them the same eight questions, always taking the
+# Every stage left its model on disk. So ask all of them the same ten questions, always taking the
 # likeliest token, and write down what they say. The fourth is a follow-up: the model has just been asked
-# "Tell me about Bruno." and its own answer is in front of it. Zorbo does not exist.
+# "Tell me about Bruno." and its own answer is in front of it. Zorbo does not exist. Heidi and Sam do, but
+# of all the conversations in training none tells her secret or a story about him.
 #
 # *Before you run it*: the base model has read about all of these people, and conversations too, as somebody
 # wrote them down ("Guest: …", "Pip: …"), but none with the markers of a chat. What will it make of "Hello!"?
 
 # %%
-EIGHT = [
+ASKED = [
     ["Hello!"],
     ["Who are you?"],
     ["Where does Ada live?"],
@@ -109,19 +110,19 @@ EIGHT = [
     ["Tell me a joke."],
     ["Why is the sky blue?"],
     ["Who is Zorbo?"],
+    ["What is Heidi's secret?"],
+    ["Tell me a story about Sam."],
 ]
+print(len(ASKED), "prompts")
 
 
+# %%
 def said(message):
     """An answer in one line: text as it is, a program and its result in brackets."""
     shown = {"text": "{}", "python": "[{} →", "output": " {}]"}
     return "".join(shown[part.kind].format(part.text.strip("\n")) for part in message.parts)
 
 
-print(len(EIGHT), "prompts")
-
-
-# %%
 def talk(engine, turns, **settings):
     """The session after these questions, in which the likeliest token is always taken."""
     asked = Session(engine, temperature=0.0, max_new_tokens=64, **settings)
@@ -135,12 +136,12 @@ answers = {}
 for name in models:
     model = checkpoint.load_model(run.stage(name).checkpoints, runtime.device)
     engine = Engine(model, tokenizer, runtime, tool)
-    answers[name] = [said(talk(engine, turns).messages[-1])[:110] for turns in EIGHT]
+    answers[name] = [said(talk(engine, turns).messages[-1])[:110] for turns in ASKED]
 print({name: len(found) for name, found in answers.items()})
 
 # %%
 LEFT = 'style="text-align:left;vertical-align:top"'
-cells = [[turns[-1], *row] for turns, *row in zip(EIGHT, *answers.values(), strict=True)]
+cells = [[turns[-1], *row] for turns, *row in zip(ASKED, *answers.values(), strict=True)]
 head, body = ["asked", *models], ""
 for row in cells:
     columns = "".join(f"<td {LEFT}>{html.escape(cell) or '(nothing)'}</td>" for cell in row)
@@ -157,7 +158,7 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 # are graded by; the window below draws both more kindly.) **grpo** was paid for word problems alone, so in all
 # the other rows a difference between the last two columns is a side effect.
 #
-# Then read it row by row, with an eye on the last. Saying "I know no …" has to be learned: a model that has
+# Then read it row by row, with an eye on the last three. Saying "I know no …" has to be learned: a model that has
 # only ever met answers gives a stranger a pet and a home town like everybody else. In the toy world's
 # conversations strangers are declined, in reply to the very questions that are asked about friends. Base may
 # have overheard the phrase; does it say it of *Zorbo*? From mid on yours should. Which of these answers are
@@ -165,15 +166,16 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 
 # %%
 people = {p.name: p for p in toyworld.world(run.config.recipe.seed).people}
-ada, bruno = people["Ada"].facts, people["Bruno"].facts
-truth = {2: ada["town"], 3: bruno["job"], 4: "42"}
+ada, bruno, sam = people["Ada"].facts, people["Bruno"].facts, people["Sam"].facts
+truth = {2: ada["town"], 3: bruno["job"], 4: "42", 8: people["Heidi"].quirk}
 for place, right in truth.items():
     marks = [f"{name} {'✓' if right in answers[name][place] else '✗'}" for name in models]
-    print(f"{EIGHT[place][-1]:24} {right:12}", "   ".join(marks))
+    print(f"{ASKED[place][-1]:24} {right:18}", "   ".join(marks))
+print("true of Sam:", ", ".join(sam.values()))
 
 # %% [markdown]
 # (If your run has read real text instead of the toy world, nobody has told it about Ada, and ✗ is the
-# honest result.) Eight answers are anecdotes. The card at the end of this chapter counts hundreds.
+# honest result.) Ten answers are anecdotes. The card at the end of this chapter counts hundreds.
 #
 # ## The window, and a copy of it
 #

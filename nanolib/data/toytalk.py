@@ -64,14 +64,13 @@ def sentence(rng: random.Random, facts: list[Fact]) -> Exchange:
 
 
 def yes_or_no(rng: random.Random, facts: list[Fact]) -> Exchange:
+    """Half of them are asked about the true value. The answer is the fact alone, since a model of
+    this size recalls facts but does not learn to compare them.
+    """
     fact = rng.choice(facts)
-    about, right = RELATIONS[fact.relation], rng.random() < 0.5
-    value = fact.value
-    while (value == fact.value) != right:
-        value = rng.choice(about.values)
-    question = about_value(rng.choice(about.check), value)
-    known = say(about.answer, fact).removesuffix(".")  # recalled first, then compared
-    return question, f"{known}, so {'yes' if right else 'no'}.", [fact]
+    about = RELATIONS[fact.relation]
+    value = rng.choice([fact.value, rng.choice(about.values)])
+    return about_value(rng.choice(about.check), value), say(about.answer, fact), [fact]
 
 
 def about_value(question: str, value: str) -> str:
@@ -168,8 +167,8 @@ def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
     return ask.format(a=a, b=b, s=word), answer, None
 
 
-ABOUT_PEOPLE: dict[Kind, int] = {sentence: 75, introduction: 5, yes_or_no: 16, secret: 4}
+ABOUT_PEOPLE: dict[Kind, int] = {sentence: 75, introduction: 5, yes_or_no: 8, secret: 4}
 ABOUT_PEOPLE |= {poem: 3, tale: 4}
-KINDS: dict[Kind, int] = {sentence: 46, introduction: 12, yes_or_no: 10, secret: 4, poem: 2}
-KINDS |= {tale: 3, stranger: 22, outside: 4, small_talk: 8, why: 3, calculation: 6}
+KINDS: dict[Kind, int] = {sentence: 46, introduction: 12, yes_or_no: 6, secret: 4, poem: 2}
+KINDS |= {tale: 3, stranger: 26, outside: 4, small_talk: 8, why: 3, calculation: 6}
 OPENINGS = KINDS | {bare: 130}  # four-choice evaluations score bare values

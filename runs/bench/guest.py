@@ -18,7 +18,7 @@ from pathlib import Path
 from nanolib import checkpoint, report
 from nanolib.conversation import Message, Part, answer_parts
 from nanolib.data import toyworld
-from nanolib.data.toypeople import Person
+from nanolib.data.toypeople import Fact, Person
 from nanolib.data.toyworld import RELATIONS, World, with_article
 from nanolib.engine import Engine
 from nanolib.rundir import Run
@@ -137,13 +137,13 @@ def _yes_or_no(world: World) -> Iterator[Case]:
         value, word = (fact.value, "yes") if i % 2 else (rng.choice(others), "no")
         ask = ASKS["yes_or_no"][fact.relation]
         text = ask.format(n=fact.person.name, v=value, a=with_article(value))
-        yield Case("yes or no", [text], lambda answer, word=word: verdict(answer) == word)
+        yield Case("yes or no", [text], _settles(fact, word))
 
 
-def verdict(answer: str) -> str | None:
-    """The word yes or no, wherever it stands; None if the answer has both, neither, or declines."""
-    found = set(re.findall(r"\b(?:yes|no)\b", answer.lower()))
-    return found.pop() if len(found) == 1 and not DECLINES.search(answer) else None
+def _settles(fact: Fact, word: str) -> Callable[[str], bool]:
+    """A grader: whether an answer states the fact asked about, with the right verdict or none."""
+    states, wrong = _names(fact.relation, fact.value), {"yes", "no"} - {word}
+    return lambda answer: states(answer) and not wrong & set(re.findall(r"\w+", answer.lower()))
 
 
 def _reverse(world: World) -> Iterator[Case]:
