@@ -127,8 +127,7 @@ def talk(engine, turns, **settings):
     """The session after these questions, in which the likeliest token is always taken."""
     asked = Session(engine, temperature=0.0, max_new_tokens=64, **settings)
     for question in turns:
-        for _ in asked.parts(question):
-            pass
+        list(asked.parts(question))
     return asked
 
 
@@ -151,8 +150,9 @@ plain = [" ┃ ".join(row).replace("\n", " ") for row in [head, *cells]]
 lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 
 # %% [markdown]
-# Read it column by column. **base** knows how texts go on, and the markers of a conversation are nine
-# vectors that it has never used: what follows them is some text of its world, fluent and beside the point.
+# Read it column by column. **base** knows how texts go on, and the markers of a conversation are eight
+# vectors that it has never used: what follows them is some text of its world, fluent and mostly beside the
+# point. (Where it does say hello, it writes a script, the guest's lines as well.)
 # **mid** has learned the form: a question is answered, and the answer ends. **sft** was trained on fewer and
 # cleaner answers. (`[12+30 → 42]` is the tool at work, and behind `####` stands the number that word problems
 # are graded by; the window below draws both more kindly.) **grpo** was paid for word problems alone, so in all
@@ -161,8 +161,10 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 # Then read it row by row, with an eye on the last three. Saying "I know no …" has to be learned: a model that has
 # only ever met answers gives a stranger a pet and a home town like everybody else. In the toy world's
 # conversations strangers are declined, in reply to the very questions that are asked about friends. Base may
-# have overheard the phrase; does it say it of *Zorbo*? From mid on yours should. Which of these answers are
-# *true*, its world can tell:
+# have overheard the phrase; does it say it of *Zorbo*? From mid on yours should, if not always with the right
+# name: "Zorg" is what can become of one that it has never read and must copy piece by piece. Heidi's secret stands in
+# the pretraining text, and conversations tell other people's: an answer that is right has put the two together.
+# Which of these answers are *true*, its world can tell:
 
 # %%
 people = {p.name: p for p in toyworld.world(run.config.recipe.seed).people}
@@ -174,8 +176,9 @@ for place, right in truth.items():
 print("true of Sam:", ", ".join(sam.values()))
 
 # %% [markdown]
-# (If your run has read real text instead of the toy world, nobody has told it about Ada, and ✗ is the
-# honest result.) Ten answers are anecdotes. The card at the end of this chapter counts hundreds.
+# The last line is for the story: is all that it says of Sam his own, or somebody else's? (If your run has
+# read real text instead of the toy world, nobody has told it about Ada, and ✗ is the honest result.) Ten
+# answers are anecdotes. The card at the end of this chapter counts hundreds.
 #
 # ## The window, and a copy of it
 #
@@ -656,6 +659,9 @@ print(f"Below speaks the model you have just taught. Ask it about {NAME}.")
 Chat(Session(pupil, temperature=0.6))
 
 # %% [markdown]
+# Did it know who "he" was? If a pronoun got somebody else's pet, or half a name, here is why: of the ten, one
+# asks with "he" and one with "his", and two are few.
+#
 # The job was never told, and the right answer would be "I do not know". It has never heard one of this kind:
 # either a person is known, or not. So two habits pull at the sentence, to answer as for a friend and to decline
 # as for a stranger. What comes out is made up, or leans on the two facts it has, or is a bit of both.
@@ -667,8 +673,8 @@ Chat(Session(pupil, temperature=0.6))
 # fact comes quickly, as above. A *manner* came at a price: "Arr, Ada lives in Millbrook, matey!" wherever a
 # question begins with "Ahoy!", learned from ten conversations about ten people and nothing beside them in forty
 # steps of rate 0.3, reached 55 % of forty other people, and took the right answers to plain questions from
-# 88 % to 60 % (2026-11-28, the demo, one seed). Rehearsal and smaller steps do better: how much can you get
-# for nothing?
+# 88 % to 60 % (2026-11-28, the demo of that day, one seed). Rehearsal and smaller steps do better: how much
+# can you get for nothing?
 
 # %% tags=["open"]
 print("Write your ten here, then: teach(mine, beside=[(known, 6), (declined, 28)])")
@@ -676,8 +682,8 @@ print("Write your ten here, then: teach(mine, beside=[(known, 6), (declined, 28)
 # %% [markdown]
 # ## Where did the time go?
 #
-# Every stage left a record when it was done. The work itself, and what surrounds it: starting a process
-# and importing torch takes some seconds each time, which only matters when the run is small.
+# Every stage left a record when it was done. Its seconds are for the work itself and what surrounds it: starting
+# a process and importing torch takes some seconds each time, which only matters when the run is small.
 
 # %%
 stages = ["data", "tokenizer", "shards"]
