@@ -29,7 +29,6 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
     subprocess.run([sys.executable, "colab.py"], check=True)
 
 # %% [markdown]
-# %% [markdown]
 # # 06 · Between reading and talking
 #
 # The model of [chapter 04](04_pretraining.ipynb) has read a great deal and has never been spoken to. How
@@ -348,6 +347,8 @@ result = launch.stage("mid", run, watch=lesson.Live())
 print(f"the stage took {result['steps']:,} steps, {result['epochs']:.2f} passes")
 
 # %% [markdown]
+# (A few steps off the estimate is no fault: that looked at two hundred examples, and took every row to be full.)
+#
 # Why a stage of its own? New markers, new formats and a tool are much to learn, so midtraining takes many
 # tokens and large steps. Chapter 07 follows with few, clean examples and small steps, so that little is
 # lost. One stage for both would need one learning rate for both. This is the multiplier of all rates, step
@@ -477,9 +478,9 @@ for name in run.config.recipe.eval.tasks:
     print(f"{name:20}", {key: f"{found[key]:.0%}" for key in told if key in found})
 
 # %% [markdown]
-# That is [forgetting](glossary.ipynb#forgetting). How stories and lists are told fades, since none is asked
-# for any more. What they *told* lasts longer, because the answers need it: `facts` asks, in the toy world,
-# what stands in the pretraining text alone.
+# That is [forgetting](glossary.ipynb#forgetting). How that text tells its stories and lists fades, since it is
+# hardly asked for any more (Pip's own stories are three short sentences). What they *told* lasts longer, because
+# the answers need it: `facts` asks, in the toy world, what stands in the pretraining text alone.
 #
 # The usual cure is to mix some pretraining text into the stage. Does the forgetting vanish? And does the
 # chat suffer? An experiment in small, from the base model: thirty steps with four rows of conversations,
@@ -584,7 +585,8 @@ for i in (0, 1):
     show(honest[i].parts)
 
 # %% [markdown]
-# A right answer proves nothing: the model might do the sum in its head and call for show. So give it a
+# Where an answer is wrong, look at its program: the tool did that sum well, but was it the right sum? And a
+# right answer proves nothing: the model might do the sum in its head and call for show. So give it a
 # tool that **lies**: each result is 1 too large. **Predict**: what happens to the answers, if the model
 # believes its tool? And if it does not?
 
