@@ -89,7 +89,7 @@ run = lesson.begin(profile, run, overrides)
 # Text goes in at one end and a chat comes out at the other. Each box is a stage: it reads what the
 # stages before it left behind, works in a process of its own, and leaves a record when it is done.
 # Four stages leave a model. Each of these models sits an exam (`eval`), so that you can see what the
-# stage was good for. Boxes with a tick are finished in this run.
+# stage was good for. Boxes with a tick are finished in this run: none of them, if you have just begun.
 
 # %%
 lesson.road(run)
@@ -130,7 +130,8 @@ for number, text in enumerate(islice(toyworld.documents(toyworld.world(seed), se
 # **bytes**. Each piece of text the [tokenizer](01_tokenizer.ipynb) knows has a number, its **id**; this
 # smallest of all vocabularies knows single bytes and nine special tokens, nothing else. Every id has a
 # **vector** in a table. The vectors pass through the **blocks** of [the model](02_model.ipynb), and what
-# comes out is a probability for every id in the vocabulary.
+# comes out is a score for every id in the vocabulary, its [logit](glossary.ipynb#logits). A
+# [softmax](glossary.ipynb#softmax) makes probabilities of the scores.
 #
 # The model is a function with some thousands of numbers in it, its weights
 # ([parameters](glossary.ipynb#parameter)); here they are random. A name that ends in capitals tells its shape:
@@ -205,8 +206,9 @@ lesson.show(
 #
 # The text says that `l` comes next. The [loss](glossary.ipynb#loss) is the negative logarithm of the
 # probability that the model gave to it: 0 for certainty, large for surprise. The
-# [gradient](glossary.ipynb#gradient) says, for every number in the model, which way the loss grows. For
-# the scores it has a form to remember: **what the model said minus what was right**.
+# [gradient](glossary.ipynb#gradient) says, for every number in the model, which way the loss grows;
+# `loss.backward()` computes it. For the scores it has a form to remember: **what the model said minus what
+# was right**.
 
 # %%
 logits_V = model(ids_T[None])[0, -1]
@@ -249,8 +251,8 @@ assert after < loss
 # nanolib has one dial, `depth`: the number of blocks. The width of the vectors follows as
 # `aspect` × depth, rounded up to whole [heads](glossary.ipynb#head), and with both the number of weights,
 # the tokens to read and the arithmetic. Two honest remarks. The small profiles turn a second knob too:
-# their `aspect` is 16 or 32 instead of 64, and their heads are narrower. And the vocabulary does not
-# follow the dial at all: in a small model most of the weights are its table.
+# their `aspect` is 16 to 48 instead of 64, and their heads are narrower. And the vocabulary does not
+# follow the dial at all: with that of a large model, most weights of a small one would be its tables.
 
 # %%
 sizes = {name: config.resolve(name).recipe for name in config.profiles()}
@@ -478,8 +480,9 @@ print("two workers, one killed: every step is there, once and in order")
 # %% [markdown]
 # The real stages do the same with [checkpoints](glossary.ipynb#checkpoint). Whatever happens, the remedy
 # is to give the same command again. And everything a run knows is in its folder, in files you can open:
-# `manifest.json` (every setting), a folder for each stage with `metrics.jsonl` (a line a step),
-# `checkpoints/` and `done.json`, the executed `chapters/`, and `report.md`.
+# `manifest.json` (every setting), `attempts.jsonl` (when it was started), a folder for each stage with
+# `metrics.jsonl` (a line a step), `checkpoints/` and `done.json`, the executed `chapters/`, and
+# `report.md`. Here is what there is so far:
 
 # %%
 lesson.tree(run.path, depth=1)

@@ -28,12 +28,12 @@
 # | letter | axis | first met in |
 # |---|---|---|
 # | B | rows of a batch | [chapter 02](02_model.ipynb) |
-# | T | positions in time, tokens of a row | [chapter 02](02_model.ipynb) |
-# | D | width: numbers in a token's vector | [chapter 02](02_model.ipynb) |
+# | T | positions in time, tokens of a row | [chapter 00](00_tour.ipynb) |
+# | D | width: numbers in a token's vector | [chapter 00](00_tour.ipynb) |
 # | H | attention heads (query heads) | [chapter 02](02_model.ipynb) |
 # | G | key and value heads, G divides H | [chapter 02](02_model.ipynb) |
 # | K | numbers in one head, D = H × K | [chapter 02](02_model.ipynb) |
-# | V | tokens in the vocabulary | [chapter 02](02_model.ipynb) |
+# | V | tokens in the vocabulary | [chapter 00](00_tour.ipynb) |
 # | L | layers, that is blocks | [chapter 02](02_model.ipynb) |
 # | S | positions looked at (of keys), cached ones too | [chapter 02](02_model.ipynb) |
 #
