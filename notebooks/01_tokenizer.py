@@ -419,7 +419,7 @@ for name, pattern in {"words first": PATTERN, "no cuts": r"(?s).+"}.items():
     print("   longest:", *(repr(piece) for piece in pieces))
 
 # %% [markdown]
-# Without cuts, tokens swallow spaces, punctuation and halves of two words at once. Compare the numbers: the
+# Without cuts, tokens swallow spaces, punctuation and pieces of two words at once. Compare the numbers: the
 # row of tokens may even get a little shorter, and most so on the text they were learned from. So what is wrong
 # with them? Take the word inside such a token. It has a number of its own, and it hides in others, glued to
 # whatever stood next to it. The model must learn what the word means once for each. The cuts spend

@@ -662,17 +662,19 @@ lesson.show(
 
 # %% [markdown]
 # Muon ends below AdamW in each seed, and the seeds differ among themselves by a similar amount, so one seed
-# would have told us little. Compare seed by seed: the batches are the same.
+# would have told us little. Compare seed by seed: the batches are the same. And a wrong rate? SGD's valley is
+# flat because it learns little at any rate; AdamW pays most for one that is too high (in this run).
 #
 # What this does *not* show: a toy, eighty steps, one schedule, AdamW's betas not tuned. A Muon step is also
 # more expensive, by fifteen products of matrices for each weight matrix. In a large model this hardly shows beside
 # the work of many thousands of tokens; here it does.
 #
-# **And what came after Muon?** Three refinements from the records of 2025 and 2026, each tried alone on the same
-# tokens from the same seeds, in bits per byte (lower is better; the whole table is read in
-# [chapter 04](04_pretraining.ipynb)). *Polar Express* takes another polynomial in each iteration, *NorMuon*
-# evens out the rows of the update, *cautious decay* shrinks a weight only where the update does so too. What
-# NorMuon gained, 0.002 bits per byte, was not worth its lines here, so nanolib has dropped it.
+# **And what came after Muon?** Three refinements from the records of 2025 and 2026, each tried alone ("+") and on
+# top of all the others ("-"), on the same tokens from the same seeds: what each adds to the bits per byte, so that
+# below zero is better (the whole table is read in [chapter 04](04_pretraining.ipynb)). *Polar Express* takes
+# another polynomial in each iteration, *NorMuon* evens out the rows of the update, *cautious decay* shrinks a
+# weight only where the update does so too. What NorMuon gained, 0.002 bits per byte, was not worth its lines here,
+# so nanolib has dropped it.
 
 # %%
 table = (REPOSITORY / "runs" / "bench" / "ablations.md").read_text().splitlines()
