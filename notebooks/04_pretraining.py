@@ -551,17 +551,16 @@ for step in sorted({1, *(2**k for k in range(3, 12) if 2**k < len(curve)), len(c
 
 # %% [markdown]
 # It falls fast as far as a trigram gets, and there it bends. Beyond, it takes ten times as many steps, and
-# still goes down. (In a run as short as `smoke` you only see the first fall.) Most of what a trigram knows
-# can be learned by looking at the last token or two: how words are spelt, how sentences run. Gradients for
-# it are large and everywhere. What comes after that has to be *fetched* from further back: which name,
-# which number. That takes two heads in two layers that have to fit together. A **previous-token head**
-# writes onto each token which one stood before it. An [induction head](glossary.ipynb#induction-head) looks
-# for a token before which stood what I see now, and copies it: "Ada fed … Ada" → "fed". Either alone is of
-# no use, so there is hardly a gradient towards either. Then they find each other by chance, and what can be
-# copied becomes cheap at once. Where a text asks for only one kind of copy, the loss rests at the bend and
-# then drops a second time. Where it asks for many, as this one does, many drops make one slope. In the demo
-# of 2026-11-28 the rest is still to be seen, though faintly: doubling the steps from 128 to 256 brought
-# 0.19, and from 256 to 512 more, 0.29.
+# still goes down. Most of what a trigram knows can be learned by looking at the last token or two: how
+# words are spelt, how sentences run. Gradients for it are large and everywhere. What comes after that has
+# to be *fetched* from further back: which name, which number. That takes two heads in two layers that have
+# to fit together. A **previous-token head** writes onto each token which one stood before it. An [induction
+# head](glossary.ipynb#induction-head) looks for a token before which stood what I see now, and copies it:
+# "Ada fed … Ada" → "fed". Either alone is of no use, so there is hardly a gradient towards either. Then
+# they find each other by chance, and what can be copied becomes cheap at once. Where a text asks for only
+# one kind of copy, the loss rests at the bend and then drops a second time. Where it asks for many, as this
+# one does, many drops make one slope. In the demo of 2026-11-29 a trace is left: section 6's held-out curve
+# fell by 0.03 from its second point to the third, by 0.08 to the fourth.
 #
 # That is a claim. Can we watch it alone? Let a tiny model read nothing but random symbols that repeat
 # after 6 to 12 places, a new length in every row. There is nothing to know here and everything to copy.
@@ -631,10 +630,11 @@ for step, model in sorted(moments.items(), key=lambda pair: pair[0]):
         print(f"{step:6,}  {tokenizer.decode(opening[1:])} ┃ {tokenizer.decode(ids)!r}")
 
 # %% [markdown]
-# The new model has no favourite: all tokens tie, and the first of the vocabulary wins.
+# The new model has no favourite: all tokens tie, and the first of the vocabulary wins. The two kept ones
+# know the toy world's people from other texts: only this text was held out.
 #
-# Here is a held-out text, the redder a token the more bits it took; the numbers are bits. The columns of
-# the story: first everything costs the same, then common words get cheap, and last what can be copied.
+# Here is a held-out text, the redder a token the more bits it took; the numbers are bits. From top to
+# bottom: first everything costs the same, then common words get cheap, and last what can be copied.
 # Look for a name that is said twice. A usual one should be nearly free the second time. One that nobody has
 # heard of, spelt in pieces that the model has hardly read, need not be: what it has learned is to copy the
 # words of its world, and not any string of tokens.
@@ -655,9 +655,9 @@ for step, model in moments.items():
 # %% [markdown]
 # ## 11. It copies, it cannot add
 #
-# The toy world has texts of this kind: "10+5=15. Now Erin has 15." The same number stands there twice. The
-# first time it is a **sum**, the second time a **copy** of what was just said. Before you run it: how many
-# bits does each cost the trained model?
+# The toy world has texts of this kind: "Erin had 10 nuts … 10+5=15. Now Erin has 15." The 15 stands there
+# twice: first it is a **sum**, then a **copy** of what was just said. (So is the 10 before the plus.) Before you
+# run it: how many bits does each cost the trained model?
 
 # %%
 SUM = re.compile(r"(\d+)\+(\d+)=(\d+)\D+(\d+)")
@@ -862,7 +862,9 @@ lesson.show(
 # A new model spreads its attention evenly. After training some heads lean towards one trade, most have
 # none, or none that we have a name for: a model this small cannot spare a head for one job alone, and
 # nothing asked it to be tidy. Where the best head scores hardly more than the new model's, there is none.
-# A mean over all places hides much, too. Here is what the three best do with a real text.
+# A mean over all places hides much, too. Here is what the three best do with a real text. By their names, the
+# first should darken just left of the diagonal, the second the left column, the third what followed a token
+# when it was last said.
 
 # %%
 names = [tokenizer.decode([id]) for id in ids_T[:18].tolist()]
@@ -875,7 +877,7 @@ lesson.show("Attention of the three best heads on the first 18 tokens of a held-
 
 # %% [markdown]
 # A name for a head is a hypothesis about what it does on some texts. To know that the model *needs* it, one
-# would have to switch it off. That is exercise 4.6, if you want it.
+# would have to switch it off. That is exercise 4.6.
 #
 # ## 13. How size pays
 #
@@ -919,15 +921,17 @@ print(f"loss falls as N^{alpha:.3f}; three models predict {told:.3f} for the fou
 assert profile == "smoke" or alpha < 0
 
 # %% [markdown]
-# Ours is a law of four points, one seed, one length of training. The measured ones run over six orders of
+# Ours is a law of four points, one seed, one length of training. If the fourth ends above what the three
+# predict, the line bends: without more text, size pays less and less. The measured laws run over six orders of
 # magnitude: Kaplan et al. found an exponent of −0.076 for real text. Hoffmann et al. asked the next
 # question: for a given amount of arithmetic, how large a model, and how much text? Their answer, about 20
 # tokens for each parameter, sets the length of nanolib's larger runs. Models that are to be *used* a lot
 # are trained for much longer: a smaller model is cheaper every time it speaks.
 #
 # And which ingredient of the model and the optimizer is worth how much? Public records disagree, and what helps a
-# run of minutes may do nothing for a day's. So we measured it (`nanolib bench ablations`): the same tokens, the
-# same seeds, with and without each. Preset `modern` has those of the list that are in use.
+# run of minutes may do nothing for a day's. So we measured it (`nanolib bench ablations`): what each adds to the
+# bits per byte at the same tokens and seeds, so that below zero is better. "+" is each alone, "-" each on top of
+# all the others. Preset `modern` has those of the list that are in use.
 
 # %%
 table = (REPOSITORY / "runs" / "bench" / "ablations.md").read_text()
@@ -937,14 +941,14 @@ lesson.markdown(table[table.index("| ingredient") :])
 # Two of the three that help most have one thing in common. *Value embeddings* give each token a vector of its own
 # inside the attention, *smear* mixes the token before into each one at the input: both are **memory that costs hardly
 # any arithmetic**, for single tokens and for pairs. A model without them must spend layers on that. Third,
-# *document mask*: a row of the batch holds several documents, one after the other, and the mask keeps a token from
-# looking into its neighbour's. What stands there has nothing to do with it, and in the test no neighbour stands
-# there at all. (It is not in the preset yet: nobody has measured it together with the others.)
+# *document mask* keeps a token from looking into the other documents of its row. What stands there has nothing to
+# do with it, and in the test nothing stands there at all. (It is not in the preset yet: nobody has measured it
+# with the rest.)
 #
 # Now compare the columns "+" and "-". Smear alone is worth more than twice as much as smear on top of the rest: value
 # embeddings had done part of its work. Gains of ingredients do **not** add up, and a paper that shows one alone promises
 # too much. The tricks of the optimizer are worth much less here. This is the beginning of a training; at its end,
-# or at a larger size, the order may differ. That is why the table has more than one column, and room for more.
+# or at a larger size, the order may differ.
 
 # %% [markdown]
 # **Exercise 4.6 ★★★ · 25 minutes · open** Switch a head off.
