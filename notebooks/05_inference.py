@@ -103,7 +103,7 @@ written = write(five, 12)
 print(f"{tokenizer.decode(five[1:])} ┃ {tokenizer.decode(written[len(five) :])!r}")
 
 # %% [markdown]
-# And a text the model has never seen, cut after 24 tokens, against nanolib's engine.
+# And a held-out text, cut after 24 tokens, against nanolib's engine.
 
 # %%
 *_, validation_file = sorted(run.stage("shards").path.glob("*.npy"))
@@ -336,7 +336,7 @@ for name, (kind, first) in trials.items():
 # a run without a cache finds it in a second.
 
 # %% [markdown]
-# How long does the next token take, after 16, 32, … 512 tokens? Measured just now, on this machine, with a
+# How long does the next token take, after 16, 32, … 512 tokens? Measured here and now, with a
 # fresh model of 0.8 million weights (its scores mean nothing, its arithmetic is real).
 
 # %%
@@ -580,7 +580,7 @@ checks.verify("5.4", nucleus)
 
 # %% [markdown]
 # **The dart.** Line the probabilities up from 0 to 1 and throw a dart: the token whose stretch it hits is
-# next. (This is called the inverse of the cumulative distribution, or inverse CDF.)
+# next. (Its name: the inverse of the cumulative distribution, or inverse CDF.)
 
 
 # %%
@@ -613,7 +613,8 @@ lesson.show("A bar from 0 to 1 cut into the stretches of twelve tokens, with fou
 # %% [markdown]
 # Where do the darts come from? Each is a hash of the request's seed, the sample's number and the position
 # in the row. If all rows drew from one generator, a row that ends early would shift the darts of all
-# others, and your answer would depend on who else is asking.
+# others, and your answer would depend on who else is asking. Below, section 4's prompts run together, alone
+# and in reverse: always the same texts.
 
 # %%
 settings = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 50}
@@ -851,8 +852,7 @@ for row, question in enumerate(questions):
 # Now watch the six rows of nanolib's engine together. Each column is a step, in which every row that is not
 # over gets one token. No row waits for another: while one's program runs (its cell stays empty) or a result is
 # forced into it, the others write on. A row that is over leaves its place at once, to a question that waits
-# or to the last row. This is called [continuous batching](glossary.ipynb#continuous-batching); a server
-# lives by it.
+# or to the last row. This is called [continuous batching](glossary.ipynb#continuous-batching).
 
 # %%
 signs = {PYTHON: "▸", PYTHON_END: "◂", OUTPUT: "«", OUTPUT_END: "»", END: "■"}
