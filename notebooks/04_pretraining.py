@@ -634,10 +634,10 @@ for step, model in sorted(moments.items(), key=lambda pair: pair[0]):
 # know the toy world's people from other texts: only this text was held out.
 #
 # Here is a held-out text, the redder a token the more bits it took; the numbers are bits. From top to
-# bottom: first everything costs the same, then common words get cheap, and last what can be copied.
-# Look for a name that is said twice. A usual one should be nearly free the second time. One that nobody has
-# heard of, spelt in pieces that the model has hardly read, need not be: what it has learned is to copy the
-# words of its world, and not any string of tokens.
+# bottom: first everything costs the same, then common words get cheap, and last what can be copied, or is
+# known by heart. Look for a name that is said twice. A usual one should be nearly free the second time. One
+# that nobody has heard of, spelt in pieces that the model has hardly read, need not be: what it has learned
+# is to copy the words of its world, and not any string of tokens.
 
 # %%
 document = held_out[1][: min(60, recipe.model.sequence_len)]
