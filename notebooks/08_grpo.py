@@ -87,14 +87,14 @@ STEPS, ASKED, SAMPLES = (10, 8, 8) if profile == "demo" else (2, 2, 4)  # what a
 # %% [markdown]
 # ## 1. Right by luck
 #
-# This is what the demo of 2026-11-24 wrote in the first step of this chapter's stage, and it was *rewarded*:
+# This is what the demo of 2026-11-29 wrote in the first step of this chapter's stage, and it was *rewarded*:
 #
 # > Bruno counts 26 pears, Gus 25 and Thea 28. How many more is the most than the fewest?
 # >
-# > That is `29-26` → `3`. #### **3**
+# > That is `26-23` → `3` more. #### **3**
 #
-# There is no 29, and the fewest is 25. It should be 28 − 25, which also is 3. The grade looks at the number
-# after `####` and at nothing else, so the whole answer was made likelier: the 29 as well as the 3. Keep
+# There is no 23, and the most is 28. It should be 28 − 25, which also is 3. The grade looks at the number
+# after `####` and at nothing else, so the whole answer was made likelier: the 23 as well as the 3. Keep
 # this answer in mind. It is why one answer teaches little and five thousand teach something, and it is a
 # small member of a large family, which we meet in section 8.
 #
@@ -152,10 +152,11 @@ for answer, reward in zip(answers[shown], rewards_QN[shown], strict=True):
     print(f"  {reward:.0f}  {tokenizer.decode(answer.ids)!r}"[:150])
 
 # %% [markdown]
-# The tool does not miscalculate. In the toy world, what goes wrong is mostly *which* numbers are put into
-# the program. And look at the nouns: does every rewarded answer speak of the right things? The grade never
-# reads them. Is there a lucky one among the rewarded? We look for right answers whose programs contain a
-# number that stands neither in the question nor in a result of the tool.
+# The tool does not miscalculate. What goes wrong in the toy world is *which* numbers are put into the program,
+# or that there is no program: at temperature 1 one unlikely token can lead an answer astray ("keeps an owl").
+# And look at names and nouns: does every rewarded answer speak of the right person, and of the right things?
+# The grade never reads them. Is there a lucky one among the rewarded? We look for right answers whose programs
+# contain a number that stands neither in the question nor in a result of the tool.
 
 
 # %%
@@ -376,7 +377,7 @@ print(f"of the {len(questions)} questions above, {mixed:.0%} teach something")
 # Which tokens did the policy choose? Not the question, and not what the tool printed: that was forced in
 # (chapter 05), and grading it would teach the model to predict outputs. The program *is* its choice, and so
 # is **stopping**: the token that ends the turn is graded like any other. Only an answer that ran into the
-# length limit has no end to be graded.
+# length limit has no end to be graded. (If the answer shown below opens no program, those of section 1 do.)
 
 
 # %%
@@ -620,7 +621,8 @@ lesson.show(
 )
 
 # %% [markdown]
-# A right answer may lose ground as well, to another right one: all answers share one sum of 1.
+# A right answer may lose ground as well, to another right one: all answers share one sum of 1. And is it the best
+# one that grew? In the demo of 2026-11-29 it gives Jill's pears to Jasper. The grade looks at the number alone.
 #
 # ## 6. The formula, and what we left out
 #
@@ -742,8 +744,9 @@ lesson.show(
 )
 
 # %% [markdown]
-# Compare greedy with pass@1. Where greedy stands still while pass@1 climbs, the model has found no new right
-# answers; it says its likeliest one more often. Section 9 asks that question properly.
+# Compare the three. Where pass@1 climbs while greedy or pass@4 stands still, the model has found few new right
+# answers; it says more often what it could say before. (0.05 of greedy are ten questions of 200, before you make
+# much of it.) Section 9 asks that question properly.
 #
 # The best and the worst answer to one question, from the first step and from the last. Among the wrong ones
 # you may meet the other fault that chapter 07 spoke of: a tool's result is read, and another number written
@@ -817,16 +820,16 @@ samples("hacked", hacked)
 
 # %% [markdown]
 # Read the three lines together, and then the samples. What we *meant* was "use the tool, and get it right".
-# What we *paid for* is one program more. So why ever stop? Another sum, and another, of numbers that
-# nobody asked about, until the length limit cuts the answer off; and no `####`, because behind it there is
-# nothing left to earn. Where "paid" climbs, "truly right" falls and programs pile up, you see
+# What we *paid for* is one program more. So why ever stop? Another program, and another, with numbers that
+# nobody asked for or with nothing in them, until the length limit cuts the answer off; and no `####`, because
+# behind it there is nothing left to earn. Where "paid" climbs, "truly right" falls and programs pile up, you see
 # [reward hacking](glossary.ipynb#reward-hacking), or Goodhart's law: a measure that becomes a target ceases to
 # be a good measure. No line of the loop is wrong, and the reward curve alone looks like a triumph. That is why
 # true accuracy is kept apart.
 #
 # Did it have to come to that? Here is what other dice did to two finished models, on 2026-11-28 and with
-# this cell's settings. The second is the demo of the toy world as it was before it learned conversation; it
-# was surer of its answers.
+# this cell's settings: the demo of that day, and the one before it, of the toy world as it was before it learned
+# conversation; that one was surer of its answers.
 #
 # | model | bonus | tries | programs, or tokens | truly right |
 # |---|---|---|---|---|
@@ -841,12 +844,12 @@ samples("hacked", hacked)
 # of two tries it fell as well. If the programs stand still in your run, try
 # `right(q, a) + 0.2 * lengths`.
 #
-# Two cures. The better one is to pay for what you mean; you write it in exercise 8.5. The other works even
-# where you do not know how you will be cheated: a leash. Pay for reward, and charge for every step *away
-# from the model you started from*. How far a policy has moved is told by the
+# Two cures. The better one is to pay for what you mean; you write it in exercise 8.5. The other is for those
+# who do not know yet how they will be cheated: a leash. Pay for reward, and charge for every step *away from
+# the model you started from*. How far a policy has moved is told by the
 # [KL divergence](glossary.ipynb#kl-divergence), the mean of log π(answer) − log π_ref(answer) over the policy's
 # own answers. Taking it off the reward takes ten lines and leaves the loop alone. The bonus stays as foolish
-# as it was:
+# as it was. **Predict**: which of the three lines will the leash hold back?
 
 
 # %%
@@ -901,9 +904,14 @@ lesson.show(
 # answer e^(1/0.3) ≈ 28 times as likely as it was, which is still little where it was one in ten thousand; with
 # β = 0.1 it would be 22,000 times. In the three tries of the table, β = 0.3 held each time (truly right 0.34 →
 # 0.48, 0.30 → 0.48 and 0.38 → 0.59, with 1.1 to 1.4 programs). With β = 0.1 the programs climbed to 1.8, 3.0
-# and 2.9, and in the third try accuracy fell to 0.12: too long a leash. And a leash does not know right from
-# wrong: it slows the honest part of the reward as well. DeepSeekMath uses β = 0.04 a token, in the loss
-# instead of the reward; R1-like trainings often drop it, where the grade cannot be cheated.
+# and 2.9: too long a leash.
+#
+# And it can tear. In the demo of 2026-11-29 the programs stayed below 2, and still nothing was right from step 5 on:
+# answers end in `### 3`, one # too few for the grade. `moved` cries out, 12 nats after a single step. Why is the
+# policy not pulled back? A likely reading: all answers have the fault, all pay about the same for it, and the
+# group's mean takes that off again. **A price, too, can only teach what is sampled.** DeepSeekMath charges in the
+# loss instead (β = 0.04 a token), where no mean is taken off; R1-like trainings often do without, where the grade
+# cannot be cheated. And no leash knows right from wrong: it slows the honest part of the reward as well.
 #
 # And a fourth run, the control: honest rewards, dealt at random to the answers of each question.
 
@@ -1064,7 +1072,8 @@ lesson.show(
 # The bars are one standard error of a mean of *paired* differences: the spread over questions of "after minus
 # before", divided by the root of their number. A question that is easy for both drops out, which is why
 # pairs see more than two separate bars. With 40 questions a gain of a few hundredths is inside the noise;
-# with ten times as many the bar would be a third as wide. What does your plot say: sharper, or further?
+# with ten times as many the bar would be a third as wide. What does your plot say: sharper, or further? Or
+# narrower, where pass@8 falls: rare right answers were lost with the wrong ones. Within two bars of zero, be quiet.
 #
 # ## 10. Is it the reward?
 #
@@ -1212,8 +1221,9 @@ lesson.show(
 #
 # From step 35 on *no* answer ends before the limit cuts it. The grade reads the number after `####`; what comes
 # behind it costs nothing, and so high a rate broke the habit of stopping without the reward noticing. The leash keeps
-# the habit, and most of the mistakes as well: its reward falls at first, and ends 7 points up instead of 41. The real cure
-# was the calm rate. Hence the advice of everyone who trains this way: plot more than the reward, and read samples.
+# the habit, and most of the mistakes as well: its reward rises for ten steps, falls back, and ends 7 points up instead
+# of 41. The real cure was the calm rate. Hence the advice of everyone who trains this way: plot more than the
+# reward, and read samples.
 #
 # GRPO's usual extras (a KL term, clipping, dividing by the deviation, leaving out equal groups, CISPO) are settings of the
 # stage. On these sums none of them beat the plain loop by more than noise; `climb.md` has a line for each.
