@@ -480,7 +480,8 @@ for name in run.config.recipe.eval.tasks:
 # %% [markdown]
 # That is [forgetting](glossary.ipynb#forgetting). How that text tells its stories and lists fades, since it is
 # hardly asked for any more (Pip's own stories are three short sentences). What they *told* lasts longer, because
-# the answers need it: `facts` asks, in the toy world, what stands in the pretraining text alone.
+# the answers need it: `facts` asks, in the toy world, what stands in the pretraining text alone. (`text` and
+# `letters` are two ways to score four choices; chapter 07 says why they can be so far apart.)
 #
 # The usual cure is to mix some pretraining text into the stage. Does the forgetting vanish? And does the
 # chat suffer? An experiment in small, from the base model: thirty steps with four rows of conversations,

@@ -547,7 +547,7 @@ checks.verify("8.4", train)
 # Ten steps on the real model, with your loop if it passed and a colleague's if not. All ten ask the *same*
 # eight questions, so that the points of the curve can be compared, and so that it must climb if the loop is
 # right. Overfitting a handful of examples is the first test of any training loop. **Predict** where the
-# curve ends, and which half of the answers goes away.
+# curve ends, and which of the answers printed above will be likelier then.
 
 
 # %% tags=["loop", "solution-twin"]
@@ -705,7 +705,7 @@ print(f"{result['answers']:,} answers in {result['steps']} steps, {result['epoch
 
 # %% [markdown]
 # The loss drawn there says little, as we saw. These say more. They are of other questions at every step, so
-# they jump:
+# they jump, and a gain of a tenth is hard to see:
 
 # %%
 told = [row for row in run.stage("grpo").metrics.rows() if row["kind"] == "rollout"]
