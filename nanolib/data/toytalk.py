@@ -169,6 +169,6 @@ def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
 
 ABOUT_PEOPLE: dict[Kind, int] = {sentence: 75, introduction: 5, yes_or_no: 8, secret: 4}
 ABOUT_PEOPLE |= {poem: 3, tale: 4}
-KINDS: dict[Kind, int] = {sentence: 46, introduction: 12, yes_or_no: 6, secret: 4, poem: 2}
-KINDS |= {tale: 3, stranger: 26, outside: 4, small_talk: 8, why: 3, calculation: 10}
+KINDS: dict[Kind, int] = {sentence: 58, introduction: 12, yes_or_no: 5, secret: 4, poem: 2}
+KINDS |= {tale: 3, stranger: 24, outside: 4, small_talk: 8, why: 3, calculation: 10}
 OPENINGS = KINDS | {bare: 130}  # four-choice evaluations score bare values
