@@ -486,7 +486,7 @@ class Trainee(Policy):
         texts = [tokenizer.decode(answer.ids) for group in answers for answer in group]
         self.seen = {"right": right(questions, answers).mean().item()}
         self.seen["in form"] = np.mean(["#### " in text for text in texts])
-        self.seen["programs"] = np.mean([text.count("<|python_start|>") for text in texts])
+        self.seen["tokens"] = np.mean([len(answer.ids) for group in answers for answer in group])
         self.seen["entropy"] = -(log_p_BT * chosen_BT).sum().item() / int(chosen_BT.sum())
         return log_p_BT, chosen_BT
 
@@ -782,28 +782,27 @@ lesson.show("Bars: share right in each task, after SFT and after GRPO, with thei
 # %% [markdown]
 # ## 8. A hack and its cure
 #
-# The tool is good for the model, so let us encourage it: **one point for each program that an answer opens**,
-# on top of the point for the right number. It sounds harmless. **Predict**, before you run it, what ten steps
-# make of three numbers: what is paid, how many programs an answer opens, and how many answers are right.
-# The loop is the same, the questions are the same, and the answers of the first step are too.
+# Suppose that we like thorough answers: **one point for each token of an answer**, on top of the point for
+# the right number. **Predict**, before you run it, what ten steps make of three numbers: what is paid, how
+# long an answer is, and how many answers are right. The loop is the same, the questions are the same, and
+# the answers of the first step are too.
 
 
 # %%
-def programs(answers):
-    """[Q, N]: how many programs each answer opens."""
-    start = tokenizer.special("<|python_start|>")
-    return torch.tensor([[float(answer.ids.count(start)) for answer in group] for group in answers])
+def lengths(answers):
+    """[Q, N]: how many tokens each answer has."""
+    return torch.tensor([[float(len(answer.ids)) for answer in group] for group in answers])
 
 
 def bonus(questions, answers):
-    return right(questions, answers) + programs(answers)
+    return right(questions, answers) + lengths(answers)
 
 
 hacked = Trainee()
 paid = {"honest": curve, "hacked": loop(hacked, bonus, STEPS)}
-print("paid:      ", " ".join(f"{value:.2f}" for value in paid["hacked"]))
-print("truly right", " ".join(f"{row['right']:.2f}" for row in hacked.diary))
-print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in hacked.diary))
+print("paid:      ", " ".join(f"{value:5.2f}" for value in paid["hacked"]))
+print("tokens:    ", " ".join(f"{row['tokens']:5.1f}" for row in hacked.diary))
+print("truly right", " ".join(f"{row['right']:5.2f}" for row in hacked.diary))
 
 
 # %%
@@ -819,63 +818,56 @@ samples("before", policy)
 samples("hacked", hacked)
 
 # %% [markdown]
-# Read the three lines together, and then the samples. What we *meant* was "use the tool, and get it right".
-# What we *paid for* is one program more. So why ever stop? Another program, and another, with numbers that
-# nobody asked for or with nothing in them, until the length limit cuts the answer off; and no `####`, because
-# behind it there is nothing left to earn. Where "paid" climbs, "truly right" falls and programs pile up, you see
-# [reward hacking](glossary.ipynb#reward-hacking), or Goodhart's law: a measure that becomes a target ceases to
-# be a good measure. No line of the loop is wrong, and the reward curve alone looks like a triumph. That is why
-# true accuracy is kept apart.
+# Read the three lines together, and then the samples. What we *meant* was a thorough answer. What we *paid
+# for* is one token more. So why ever stop? Whatever goes on is worth more than what ends, until the length
+# limit cuts the answer off; and no `####`, because behind it there is nothing left to earn. Where "paid"
+# climbs and "truly right" falls, you see [reward hacking](glossary.ipynb#reward-hacking), or Goodhart's law:
+# a measure that becomes a target ceases to be a good measure. No line of the loop is wrong, and the reward
+# curve alone looks like a triumph. That is why true accuracy is kept apart.
 #
-# Did it have to come to that? Here is what other dice did to two finished models, on 2026-11-28 and with
-# this cell's settings: the demo of that day, and the one before it, of the toy world as it was before it learned
-# conversation; that one was surer of its answers.
-#
-# | model | bonus | tries | programs, or tokens | truly right |
-# |---|---|---|---|---|
-# | demo | a point a program | 3 | 1.1 to 1.2 → 4.0 to 4.1 | 0.30 to 0.38 → 0.00 in all three |
-# | demo | 0.2 a token | 3 | 27 → 63 to 64 | 0.30 to 0.38 → 0.00 in all three |
-# | the one before | a point a program | 1 | 1.1 → 1.1 | 0.56 → 0.81 |
-# | the one before | 0.2 a token | 2 | 26 → 27 and 25 → 45 | 0.56 → 0.81 and 0.50 → 0.19 |
-#
-# The third line is a lesson too: **a reward can only teach what is sampled**. If all answers to a question
-# open one program, the bonus is the same for all, and its advantage is zero. A model that is surer of itself
-# is hacked later, not never: pay for something that always differs a little, such as the length, and in one
-# of two tries it fell as well. If the programs stand still in your run, try
-# `right(q, a) + 0.2 * lengths`.
+# Did it have to come to that? Four finished models of 2026-11-29, of three seeds, all fell: from 0.19 to 0.50
+# truly right to at most 0.03, from 24 to 28 tokens to 53 and more. Another bonus, a point for each *program*
+# that an answer opens, hacked one of them (1.1 → 8.4 programs, nothing right) and left another as if it were
+# not there (1.1 → 1.1, and 0.39 → 0.91 right). **A reward can only teach what is sampled**: where all
+# answers to a question open one program, the bonus is the same for all, and its advantage is zero. Lengths
+# always differ a little.
 #
 # Two cures. The better one is to pay for what you mean; you write it in exercise 8.5. The other is for those
-# who do not know yet how they will be cheated: a leash. Pay for reward, and charge for every step *away from
-# the model you started from*. How far a policy has moved is told by the
-# [KL divergence](glossary.ipynb#kl-divergence), the mean of log π(answer) − log π_ref(answer) over the policy's
-# own answers. Taking it off the reward takes ten lines and leaves the loop alone. The bonus stays as foolish
-# as it was. **Predict**: which of the three lines will the leash hold back?
+# who do not know yet how they will be cheated: a leash. Charge for every step *away from the model you started
+# from*, by the [KL divergence](glossary.ipynb#kl-divergence) per token. With r = log π_ref − log π of a token
+# that the policy chose, eʳ − r − 1 is never negative, and its mean is that divergence. The trainee adds β
+# times it to the loss, as in DeepSeekMath, and the loop stays as it is, and the bonus as foolish as it was.
+# **Predict**: which of the three lines will the leash hold back?
 
 
 # %%
-def leashed(reward, policy, reference, beta):
-    """A reward with a price: beta for each nat that an answer's log p has moved from the reference."""
+class Leashed(Trainee):
+    """A trainee that pays beta for each nat per token that it has moved from a reference."""
 
-    @torch.no_grad()
-    def priced(questions, answers):
-        log_p_BT, chosen_BT = policy.log_p(questions, answers)
-        reference_BT, _ = reference.log_p(questions, answers)
-        moved_B = ((log_p_BT - reference_BT) * chosen_BT).sum(dim=1)
-        rewards_QN = reward(questions, answers)
-        policy.moved = [*getattr(policy, "moved", []), moved_B.mean().item()]
-        return rewards_QN - beta * moved_B.view_as(rewards_QN)
+    def __init__(self, reference, beta):
+        super().__init__()
+        self.reference, self.beta, self.moved = reference, beta, []
 
-    return priced
+    def log_p(self, questions, answers):
+        log_p_BT, chosen_BT = super().log_p(questions, answers)
+        with torch.no_grad():
+            reference_BT, _ = self.reference.log_p(questions, answers)
+        r_BT = reference_BT - log_p_BT
+        self.kl = ((r_BT.exp() - r_BT - 1) * chosen_BT).sum() / chosen_BT.sum()
+        self.moved.append(self.kl.item())
+        return log_p_BT, chosen_BT
+
+    def step(self, loss):
+        super().step(loss + self.beta * self.kl)
 
 
 # %%
-on_leash = Trainee()
-loop(on_leash, leashed(bonus, on_leash, Trainee(), beta=0.3), STEPS)
-print("truly right", " ".join(f"{row['right']:.2f}" for row in on_leash.diary))
-print("programs:  ", " ".join(f"{row['programs']:.1f}" for row in on_leash.diary))
-print("moved, nats", " ".join(f"{value:.2f}" for value in on_leash.moved))
+on_leash = Leashed(Trainee(), beta=10)
+paid["on a leash"] = loop(on_leash, bonus, STEPS)
+print("paid:      ", " ".join(f"{value:5.2f}" for value in paid["on a leash"]))
+print("truly right", " ".join(f"{row['right']:5.2f}" for row in on_leash.diary))
+print("moved, nats", " ".join(f"{value:5.2f}" for value in on_leash.moved))
 samples("on a leash", on_leash)
-paid["on a leash"] = [row["right"] + row["programs"] for row in on_leash.diary]
 
 # %%
 LOOKS = {"honest": "C0o-", "hacked": "C3x-", "on a leash": "C2s--", "shuffled": "C4^:"}
@@ -894,24 +886,19 @@ draw(left, "paid", "paid, the bonus included")
 draw(right_axes, "right", "truly right", 1.05)
 figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
 lesson.show(
-    "Left: what is paid over the steps, for an honest reward, a bonus for programs, and the same bonus on a "
+    "Left: what is paid over the steps, for an honest reward, a bonus for length, and the same bonus on a "
     "leash. Right: the share truly right. Where left rises and right falls, the reward is hacked."
 )
 
 # %% [markdown]
 # Why should a leash hold? The policy that is best under reward − β · KL can be written down: it gives each answer
-# the probability π_ref(answer) · exp(reward / β), up to a constant. With β = 0.3, one more program makes an
-# answer e^(1/0.3) ≈ 28 times as likely as it was, which is still little where it was one in ten thousand; with
-# β = 0.1 it would be 22,000 times. In the three tries of the table, β = 0.3 held each time (truly right 0.34 →
-# 0.48, 0.30 → 0.48 and 0.38 → 0.59, with 1.1 to 1.4 programs). With β = 0.1 the programs climbed to 1.8, 3.0
-# and 2.9: too long a leash.
+# the probability π_ref(answer) · exp(reward / β), up to a constant. What the reference hardly ever writes stays
+# rare unless it pays many β. Our bonus pays in tens, so β = 10; DeepSeekMath's rewards are 0 and 1, and its β is
+# 0.04. With β = 10 three of the four models ended at 0.36, 0.42 and 0.30 truly right, from 0.39, 0.50 and 0.30.
+# With β = 3 they ended at 0.20, 0.33 and 0.02: too long a leash.
 #
-# And it can tear. In the demo of 2026-11-29 the programs stayed below 2, and still nothing was right from step 5 on:
-# answers end in `### 3`, one # too few for the grade. `moved` cries out, 12 nats after a single step. Why is the
-# policy not pulled back? A likely reading: all answers have the fault, all pay about the same for it, and the
-# group's mean takes that off again. **A price, too, can only teach what is sampled.** DeepSeekMath charges in the
-# loss instead (β = 0.04 a token), where no mean is taken off; R1-like trainings often do without, where the grade
-# cannot be cheated. And no leash knows right from wrong: it slows the honest part of the reward as well.
+# And no leash knows right from wrong: it holds the honest part of the reward back as well. Compare its line on
+# the right with the honest one. Hence R1-like trainings often do without, where the grade cannot be cheated.
 #
 # And a fourth run, the control: honest rewards, dealt at random to the answers of each question.
 
@@ -949,9 +936,9 @@ lesson.show(
 # That is enough to see what a hack looks like, and not enough to call the other differences a law.
 #
 # **Exercise 8.5 ★★ · 10 minutes · build** Pay for what you mean.
-# A better bonus: half a point for using a program, at most once an answer, and only where the answer is
-# right. A right answer without one still earns its point. If you like, hand it to `loop` afterwards: does
-# the hack come back?
+# A bonus for the tool: half a point for using a program, at most once an answer, and only where the answer is
+# right. A right answer without one still earns its point. If you like, hand it to `loop` afterwards: is it
+# hacked?
 
 
 # %% tags=["exercise"]
@@ -973,7 +960,7 @@ checks.verify("8.5", gated)
 #     return right_QN * (1 + 0.5 * programs_QN.clamp(max=1))
 # ```
 #
-# `loop(Trainee(), lambda q, a: gated(right(q, a), programs(a)), STEPS)` trains with it. A gate leaves little
+# To train with it, count `tokenizer.special("<|python_start|>")` in each answer's `ids`. A gate leaves little
 # to cheat: opening more pays nothing, and a wrong answer pays nothing. Where every right answer opens a
 # program anyway, as on the demo, it is the honest reward times 1.5, and its curve is the honest one, to the
 # last digit. (Why does the 1.5 change nothing? Chapter 03: both optimizers divide the gradient's size out.)
@@ -1229,7 +1216,7 @@ lesson.show(
 # stage. On these sums none of them beat the plain loop by more than noise; `climb.md` has a line for each.
 #
 # **If you have an evening (open)** Invent a reward of your own: full stops, the letter e, short answers,
-# long ones. Write down before each run what you expect at step ten; then add a leash and find the smallest β
+# long ones. Write down before each run what you expect at step ten; then train a `Leashed` and find the smallest β
 # that keeps `truly right` where it started. Nobody has the answer for your run.
 
 # %%
