@@ -850,9 +850,8 @@ class Leashed(Trainee):
 
     def log_p(self, questions, answers):
         log_p_BT, chosen_BT = super().log_p(questions, answers)
-        with torch.no_grad():
-            reference_BT, _ = self.reference.log_p(questions, answers)
-        r_BT = reference_BT - log_p_BT
+        reference_BT, _ = self.reference.log_p(questions, answers)
+        r_BT = reference_BT.detach() - log_p_BT
         self.kl = ((r_BT.exp() - r_BT - 1) * chosen_BT).sum() / chosen_BT.sum()
         self.moved.append(self.kl.item())
         return log_p_BT, chosen_BT
@@ -861,8 +860,10 @@ class Leashed(Trainee):
         super().step(loss + self.beta * self.kl)
 
 
-# %%
 on_leash = Leashed(Trainee(), beta=10)
+print("a nat per token costs", on_leash.beta)
+
+# %%
 paid["on a leash"] = loop(on_leash, bonus, STEPS)
 print("paid:      ", " ".join(f"{value:5.2f}" for value in paid["on a leash"]))
 print("truly right", " ".join(f"{row['right']:5.2f}" for row in on_leash.diary))
