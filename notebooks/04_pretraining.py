@@ -559,8 +559,8 @@ for step in sorted({1, *(2**k for k in range(3, 12) if 2**k < len(curve)), len(c
 # "Ada fed … Ada" → "fed". Either alone is of no use, so there is hardly a gradient towards either. Then
 # they find each other by chance, and what can be copied becomes cheap at once. Where a text asks for only
 # one kind of copy, the loss rests at the bend and then drops a second time. Where it asks for many, as this
-# one does, many drops make one slope. In the demo of 2026-11-29 a trace is left: section 6's held-out curve
-# fell by 0.03 from its second point to the third, by 0.08 to the fourth.
+# one does, many drops make one slope. A trace may be left: in one of our demos the held-out curve fell by 0.03
+# between two points, and then by 0.08.
 #
 # That is a claim. Can we watch it alone? Let a tiny model read nothing but random symbols that repeat
 # after 6 to 12 places, a new length in every row. There is nothing to know here and everything to copy.

@@ -87,7 +87,7 @@ STEPS, ASKED, SAMPLES = (10, 8, 8) if profile == "demo" else (2, 2, 4)  # what a
 # %% [markdown]
 # ## 1. Right by luck
 #
-# This is what the demo of 2026-11-29 wrote in the first step of this chapter's stage, and it was *rewarded*:
+# This is what a demo of 2026-11-29 wrote in the first step of this chapter's stage, and it was *rewarded*:
 #
 # > Bruno counts 26 pears, Gus 25 and Thea 28. How many more is the most than the fewest?
 # >
