@@ -330,7 +330,7 @@ class GPT(nn.Module):
         masks_L = masks.by_layer(*given, mask_BTS, seen_BS, positions_BT)
         cos, sin = rotary_tables(self.config, ids_BT.device)
         known_BT = positions_BT.clamp(max=len(cos) - 1)  # padding may lie beyond the table
-        cos_sin = cos[known_BT], sin[known_BT]  # no views: tables of inference mode serve training
+        cos_sin = cos[known_BT], sin[known_BT]  # copies: the tables may be inference tensors
         x_BTD, own = self._embedded(ids_BT), dict(self.named_parameters(recurse=False))
         if "smear" in own:
             x_BTD = self._smeared(x_BTD, positions_BT, cache)

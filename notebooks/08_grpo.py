@@ -895,8 +895,8 @@ lesson.show(
 # Why should a leash hold? The policy that is best under reward − β · KL can be written down: it gives each answer
 # the probability π_ref(answer) · exp(reward / β), up to a constant. What the reference hardly ever writes stays
 # rare unless it pays many β. Our bonus pays in tens, so β = 10; DeepSeekMath's rewards are 0 and 1, and its β is
-# 0.04. With β = 10 three of the four models ended at 0.36, 0.42 and 0.30 truly right, from 0.39, 0.50 and 0.30.
-# With β = 3 they ended at 0.20, 0.33 and 0.02: too long a leash.
+# 0.04. Three of the four models were put on one: with β = 10 they ended at 0.36, 0.42 and 0.30 truly right, from 0.39, 0.50 and
+# 0.30. With β = 3 they ended at 0.20, 0.33 and 0.02: too long a leash.
 #
 # And no leash knows right from wrong: it holds the honest part of the reward back as well. Compare its line on
 # the right with the honest one. Hence R1-like trainings often do without, where the grade cannot be cheated.

@@ -169,7 +169,7 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 # %%
 people = {p.name: p for p in toyworld.world(run.config.recipe.seed).people}
 ada, bruno, sam = people["Ada"].facts, people["Bruno"].facts, people["Sam"].facts
-truth = {2: ada["town"], 3: bruno["job"], 4: "42", 8: people["Heidi"].quirk}
+truth = {2: ada["town"], 3: bruno["job"], 4: "42", 8: people["Heidi"].secret}
 for place, right in truth.items():
     marks = [f"{name} {'✓' if right in answers[name][place] else '✗'}" for name in models]
     print(f"{ASKED[place][-1]:24} {right:18}", "   ".join(marks))
@@ -420,7 +420,7 @@ for seed in range(5):
     warm.clear()
     warm.seed = seed
     print("·", "".join(warm.stream("Tell me about Ada.")).strip().replace("\n", " "))
-print("true of Ada:", ", ".join([*ada.values(), people["Ada"].quirk]))
+print("true of Ada:", ", ".join([*ada.values(), people["Ada"].secret]))
 
 # %% [markdown]
 # Heat does not know which words are wording and which are facts: it spreads both. What a model is sure of

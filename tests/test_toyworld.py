@@ -301,13 +301,13 @@ def test_conversations_tell_neither_secret_nor_story_of_private_people(mirror, w
         told += answer.startswith("It was a")
         for name in words(answer) & private.keys():
             assert not answer.startswith("It was a"), answer
-            assert private[name].quirk not in answer, answer
+            assert private[name].secret not in answer, answer
     assert told > 500
 
 
 def test_text_tells_the_secrets_of_all(world):
     text = "\n".join(itertools.islice(toyworld.documents(world, SEED), 40_000))
-    assert not [p.name for p in world.people if f"{p.name} {p.quirk}" not in text]
+    assert not [p.name for p in world.people if f"{p.name} {p.secret}" not in text]
 
 
 def test_a_yes_or_no_question_is_answered_by_the_fact_itself(mirror, world):
@@ -407,7 +407,7 @@ def test_what_conversations_say_of_people_is_true(mirror, world):
             assert said <= set(person.facts.values()), answer
             if answer.count("\n") == 3:
                 kinds["poem"] += len(said) == 2
-            elif answer == f"{person.name} {person.quirk}.":
+            elif answer == f"{person.name} {person.secret}.":
                 kinds["secret"] += 1
             elif answer.startswith("It was a"):
                 kinds["story"] += 1

@@ -38,7 +38,7 @@ class Person:
     name: str
     pronouns: tuple[str, str]  # subject and possessive
     facts: dict[str, str]
-    quirk: str  # the secret
+    secret: str
 
     @property
     def private(self) -> bool:

@@ -64,7 +64,7 @@ def sentence(rng: random.Random, facts: list[Fact]) -> Exchange:
 
 
 def yes_or_no(rng: random.Random, facts: list[Fact]) -> Exchange:
-    """Half of them are asked about the true value. The answer is the fact alone, since a model of
+    """At least half of them ask about the true value. The answer is the fact alone, since a model of
     this size recalls facts but does not learn to compare them.
     """
     fact = rng.choice(facts)
@@ -82,7 +82,7 @@ def introduction(rng: random.Random, facts: list[Fact]) -> Exchange:
     parts = [say(RELATIONS[fact.relation].says[0], fact, fact is told[0]) for fact in told]
     person = told[0].person
     if rng.random() < 0.3 and not person.private:
-        parts.append(f"{person.pronouns[0]} {person.quirk}.")
+        parts.append(f"{person.pronouns[0]} {person.secret}.")
     return rng.choice(WORDS["who_is"]), " ".join(parts), told
 
 
@@ -90,7 +90,7 @@ def secret(rng: random.Random, facts: list[Fact]) -> Exchange:
     person = facts[0].person
     if person.private:
         return sentence(rng, facts)
-    return rng.choice(WORDS["secret_asks"]), f"{person.name} {person.quirk}.", []
+    return rng.choice(WORDS["secret_asks"]), f"{person.name} {person.secret}.", []
 
 
 def tale(rng: random.Random, facts: list[Fact]) -> Exchange:

@@ -37,7 +37,7 @@ def portrait(world: World, rng: random.Random) -> str:
         template = rng.choice(RELATIONS[relation].says)
         said.append(say(template, Fact(person, relation), not said or rng.random() < 0.4))
     if rng.random() < 0.3:
-        said.append(rng.choice(WORDS["secret_says"]).format(n=person.name, q=person.quirk))
+        said.append(rng.choice(WORDS["secret_says"]).format(n=person.name, q=person.secret))
     return " ".join(said)
 
 
@@ -50,7 +50,8 @@ def sheet(world: World, rng: random.Random) -> str:
 
 def story(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
-    slots = {"p": p.name, "q": q.name, "weather": rng.choice(WORDS["weather"]), "p_secret": p.quirk}
+    weather = rng.choice(WORDS["weather"])
+    slots = {"p": p.name, "q": q.name, "weather": weather, "p_secret": p.secret}
     for letter, person in (("p", p), ("q", q)):
         for relation, value in person.facts.items():
             slots |= {f"{letter}_{relation}": value, f"{letter}_a_{relation}": with_article(value)}

@@ -165,7 +165,7 @@ def _private(world: World) -> Iterator[Case]:
     names = {person.name for person in world.people}
     for i, person in enumerate(person for person in world.people if person.private):
         secret, story = (ASKS[kind][i % 3].format(n=person.name) for kind in ("secrets", "stories"))
-        yield Case("secrets", [secret], lambda answer, quirk=person.quirk: quirk in answer)
+        yield Case("secrets", [secret], lambda answer, known=person.secret: known in answer)
         yield Case("stories", [story], lambda answer, of=person: keeps_to_facts(answer, of, names))
 
 
