@@ -184,7 +184,7 @@ class Schedule(Settings):
     seed: int | None = None  # for this stage; None: the run's seed
     steps: Count | None = None
     eval_every: Count | None = None  # steps between evaluations; None: about ten per stage
-    save_every: Count | None = None  # steps between checkpoints; None: about ten per stage
+    save_every: Count | None = None  # steps between saves; None: ten, on CUDA at least 30 s apart
     lr: Positive = 1.0  # multiplies every learning rate of [optim]
     warmup: Fraction = 0.0  # fraction of the steps
     warmdown: Fraction = 0.2  # fraction of the steps

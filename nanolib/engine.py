@@ -27,9 +27,9 @@ from torch import Tensor
 from nanolib.conversation import END_NAMES
 from nanolib.data.packing import padded
 from nanolib.model import GPT, REACH
-from nanolib.runtime import Runtime, seed_of
+from nanolib.runtime import Record, Runtime, record_graph, seed_of
 from nanolib.sampling import choose, uniforms
-from nanolib.slots import Kept, KeysValues, Replay, Slots
+from nanolib.slots import Kept, KeysValues, Slots
 
 if TYPE_CHECKING:
     from nanolib.decoding import Writer
@@ -47,25 +47,6 @@ FINE_REACH = 16  # as REACH, for steps that are not captured in a CUDA graph
 KEPT_BYTES = {"cpu": 2**27, "cuda": 2**31}  # prefix cache: keys and values of finished rows
 
 Tool = Callable[[str], str]  # a program's source -> its output or error
-
-
-# ---------------------------------------------------------------------------- CUDA graphs
-
-Record = Callable[[Replay], Replay]  # a function on tensors at fixed addresses -> its replay
-
-
-def record_graph(work: Replay) -> Replay:
-    """Capture `work` as a CUDA graph: one launch instead of hundreds. `work` must have run before.
-    A replay reads the inputs' current contents and overwrites the previous result."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = work()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
 
 
 # ---------------------------------------------------------------------------- rows

@@ -264,5 +264,4 @@ class MuonAdamW:
             dist.all_gather_into_tensor(stacked, weight)
         else:
             stacked = weight
-        for param, value in zip(group.params, group.unstack(stacked), strict=True):
-            param.data.copy_(value)
+        torch._foreach_copy_([p.data for p in group.params], group.unstack(stacked))

@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanolib.config import MachineConfig
+
+Replay = Callable[[], Tensor]  # work on tensors at fixed addresses
+Record = Callable[[Replay], Replay]  # such as `record_graph`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,30 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     if wanted not in seen:
         raise ValueError(f"machine.device is {wanted!r}, which torch does not see here; try auto")
     return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
+
+
+def record_graph(work: Replay, warm_ups: int = 0) -> Replay:
+    """Capture `work`, which must have run before, as a CUDA graph: one launch, not hundreds.
+
+    A replay reads the inputs' current contents and overwrites the previous result. warm_ups: times
+    to run `work` first, on a stream of its own, as a backward pass needs.
+    """
+    if warm_ups:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_ups):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def processor() -> str:

@@ -6,18 +6,18 @@ Shapes: B rows, L layers, G key/value heads, S cached positions, T those of one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from nanolib.model import KVCache
+from nanolib.runtime import Replay
 
 KEPT_LEAST = 16  # tokens; shorter common prefixes are not reused
 
 KeysValues = tuple[Tensor, Tensor, Tensor]  # of one row: keys and values [L, G, T, K], ids [T]
-Replay = Callable[[], Tensor]
 
 
 class Slots(KVCache):

@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 
 from nanolib import checkpoint
+from nanolib.accounting import training_flops
 from nanolib.config import Schedule
 from nanolib.data.packing import Batch, Source
 from nanolib.guard import Guard
 from nanolib.model import GPT
 from nanolib.optim import MuonAdamW
 from nanolib.rundir import StageDir
-from nanolib.runtime import Runtime
+from nanolib.runtime import Replay, Runtime, record_graph
 
+RECORD_FLOPS = (
+    2e13  # of a micro-batch: below, launching its kernels takes an H100 longer than running
+)
 MULTI_TOKEN = 0.3  # initial weight of the next-but-one token; decays linearly to 0
 
 
@@ -70,8 +74,9 @@ class Trainer:
     source: Source
     schedule: Schedule
     steps: int
-    save_every: int  # steps
-    save_minutes: float | None = None  # also save this often, by rank 0's clock
+    save_every: int  # steps, but never within `save_apart` of the last save
+    save_apart: float = 0.0  # seconds, by rank 0's clock
+    save_minutes: float | None = None  # also save this often, by the same clock
     eval_every: int  # steps
     runtime: Runtime
     guard: Guard
@@ -85,6 +90,10 @@ class Trainer:
     _writing: Future[None] | None = field(default=None, init=False)  # a checkpoint being written
     _saved_at: float = field(default=0.0, init=False)  # time.monotonic()
     _pace: float | None = field(default=None, init=False)  # seconds per step, smoothed
+    # By shape: tensors at fixed addresses and a CUDA graph that reads them.
+    _recorded: dict[torch.Size, tuple[list[Tensor], Replay]] = field(
+        default_factory=dict, init=False
+    )
 
     def fit(self) -> None:
         """Resume, train to the last step and save; each evaluation follows its save."""
@@ -97,7 +106,7 @@ class Trainer:
                 started = time.perf_counter()
                 row, stop, save = self.train_step()
                 self.log(row, time.perf_counter() - started)
-                if stop or save or self.step % self.save_every == 0 or self.step == self.steps:
+                if stop or save or self.step == self.steps:
                     self.save()
                 if stop and self.step < self.steps:
                     raise Stopped(f"stopped and saved after step {self.step} of {self.steps}")
@@ -139,7 +148,7 @@ class Trainer:
             self._check(count, loss)
             norm = math.sqrt(squares)
             self.optimizer.update(grads, norm, scale)
-            self.optimizer.zero_grad()
+            self._zero_grad()
             tokens += int(count)
             stop, save = stop or stops > 0, save or saves > 0
         self.step += 1
@@ -153,13 +162,59 @@ class Trainer:
         """
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for batch in batches:
-            batch = batch.to(self.runtime.device)
-            with self.runtime.autocast():
-                nll_BT = (self.nll or self.model.nll)(batch, **self._ahead())
-            loss = self.loss(nll_BT, batch) / count
-            loss.backward()
-            total += loss.detach()
+            if self._records(batch):
+                total += self._replay(batch, torch.as_tensor(count))
+            else:
+                total += self._pass(batch.to(self.runtime.device), count, **self._ahead())
         return total
+
+    def _pass(self, batch: Batch, count: Tensor | int, **ahead: Tensor) -> Tensor:
+        """The forward and backward pass of one micro-batch; returns its part of the loss."""
+        with self.runtime.autocast():
+            nll_BT = (self.nll or self.model.nll)(batch, **ahead)
+        loss = self.loss(nll_BT, batch) / count
+        loss.backward()
+        return loss.detach()
+
+    def _records(self, batch: Batch) -> bool:
+        """Whether to replay CUDA graphs: for small micro-batches of fixed shape, whose kernels
+        would take less time than their launches."""
+        if self.runtime.device.type != "cuda" or batch.fields:  # GRPO's shapes vary
+            return False
+        flops = training_flops(self.model.config, self.model.vocab_size)
+        return flops * batch.inputs_BT.numel() < RECORD_FLOPS
+
+    def _replay(self, batch: Batch, count: Tensor) -> Tensor:
+        """`_pass` as a CUDA graph, recorded at the first micro-batch of each shape."""
+        shape, ahead = batch.inputs_BT.shape, self._ahead()
+        given = [batch.inputs_BT, batch.targets_BT, count, *ahead.values()]
+        if shape not in self._recorded:
+            copies = [x.to(self.runtime.device, copy=True) for x in given]
+            self._recorded[shape] = copies, self._record(copies, [*ahead])
+        copies, replay = self._recorded[shape]
+        for copy, new in zip(copies, given, strict=True):
+            copy.copy_(new, non_blocking=True)
+        return replay()
+
+    def _record(self, inputs: Sequence[Tensor], ahead: Sequence[str]) -> Replay:
+        inputs_BT, targets_BT, count, *shares = inputs
+        batch = Batch(inputs_BT=inputs_BT, targets_BT=targets_BT)
+        shares = dict(zip(ahead, shares, strict=True))
+        for weight in self.model.parameters():  # from here on at fixed addresses
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        before = [grad.clone() for grad in self._grads()]
+        replay = record_graph(lambda: self._pass(batch, count, **shares), warm_ups=2)
+        torch._foreach_copy_(self._grads(), before)
+        return replay
+
+    def _grads(self) -> list[Tensor]:
+        return [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+
+    def _zero_grad(self) -> None:
+        if self._recorded:
+            torch._foreach_zero_(self._grads())
+        else:
+            self.optimizer.zero_grad()
 
     def _ahead(self) -> dict[str, Tensor]:
         """Keyword argument for `nll`: the weight of multi-token prediction, if used."""
@@ -169,10 +224,12 @@ class Trainer:
         return {"share": torch.full((), share, device=self.runtime.device)}
 
     def _save_due(self) -> bool:
-        """Whether `save_minutes` have passed since the last save; only rank 0 decides."""
-        if self.save_minutes is None or not self.runtime.is_lead:
+        """Whether to save after this step; only rank 0 decides."""
+        if not self.runtime.is_lead:
             return False
-        return time.monotonic() - self._saved_at >= 60 * self.save_minutes
+        apart, longest = time.monotonic() - self._saved_at, self.save_minutes
+        periodic = (self.step + 1) % self.save_every == 0 and apart >= self.save_apart
+        return periodic or (longest is not None and apart >= 60 * longest)
 
     def _check(self, count: float, loss: float) -> None:
         """Raise, before the update, if there are no targets or the loss is not finite."""

@@ -24,10 +24,9 @@ from nanolib.engine import (
     TOOL_CALLS,
     Engine,
     Token,
-    record_graph,
 )
 from nanolib.model import GPT
-from nanolib.runtime import Runtime, seed_of
+from nanolib.runtime import Runtime, record_graph, seed_of
 from nanolib.sampling import choose, inverse_cdf, probabilities, uniforms
 from nanolib.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolib.tools import Sandbox

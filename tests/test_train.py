@@ -530,3 +530,30 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, random_model, cpu, mo
     monkeypatch.undo()
     found = checkpoint.latest(trainer.stage.checkpoints)
     assert found is not None and found.step == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_recorded_passes_train_as_launched_ones(device, tmp_path, random_model, monkeypatch):
+    """Small micro-batches replay a CUDA graph; two shapes share the gradients (3 rows and 1)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    runtime, found = Runtime(device=torch.device(device), dtype=torch.float32), []
+
+    def run_again(work, warm_ups):  # what a graph does, on the CPU
+        for _ in range(warm_ups):
+            work()
+        return work
+
+    if device == "cpu":
+        monkeypatch.setattr(train, "record_graph", run_again)
+    for recorded in (True, False):
+        monkeypatch.setattr(Trainer, "_records", lambda self, batch, it=recorded: it)
+        model = random_model().to(device)
+        source = _text_source(device_batch=3)
+        trainer = _trainer(tmp_path / str(recorded), model, runtime, source=source)
+        losses = [trainer.train_step()[0]["loss"] for _ in range(6)]
+        assert len(trainer._recorded) == (2 if recorded else 0)
+        found.append((losses, [*model.parameters()]))
+    (losses, weights), (other_losses, other_weights) = found
+    assert_close(losses, other_losses, rtol=1e-5, atol=0)
+    assert_close(weights, other_weights, rtol=1e-3, atol=1e-5)

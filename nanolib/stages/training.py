@@ -31,6 +31,7 @@ from nanolib.tools import Sandbox
 from nanolib.train import Loss, Trainer, cross_entropy
 
 SAVE_MINUTES_ON_CUDA = 10.0  # the default of machine.save_minutes on CUDA
+SAVE_APART_ON_CUDA = 30.0  # seconds between saves, unless the stage's save_every is set
 HELD_OUT = 100  # conversations per source in the held-out losses of mid and SFT
 
 Score = Callable[[], dict[str, float]]
@@ -150,7 +151,7 @@ class Training:
         machine, schedule = context.run.config.machine, self.schedule
         steps = schedule.steps or math.ceil(schedule.epochs * epoch / at_once)
         every = max(1, steps // 10)
-        on_cuda = SAVE_MINUTES_ON_CUDA if runtime.device.type == "cuda" else None
+        cuda, usual = runtime.device.type == "cuda", schedule.save_every in (None, every)
         trainer = Trainer(
             stage=stage,
             model=self.model,
@@ -160,7 +161,8 @@ class Training:
             schedule=schedule,
             steps=steps,
             save_every=schedule.save_every or every,
-            save_minutes=machine.save_minutes or on_cuda,
+            save_apart=SAVE_APART_ON_CUDA if cuda and usual else 0.0,
+            save_minutes=machine.save_minutes or (SAVE_MINUTES_ON_CUDA if cuda else None),
             eval_every=schedule.eval_every or every,
             runtime=runtime,
             guard=context.guard,
