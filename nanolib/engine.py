@@ -129,6 +129,11 @@ class Request:
         return self.taken < len(self.tokens) or self.error is not None
 
     @property
+    def longest(self) -> int:
+        """The most tokens that the row may come to, prompt included."""
+        return len(self.ids) + len(self.tokens) + self.left
+
+    @property
     def live(self) -> bool:
         """Whether more tokens or an error are available, now or later."""
         return self.ready or (self.left > 0 and not self.cancelled)
@@ -248,8 +253,9 @@ class Engine:
         """Like `submit`, but generates and returns the complete answers."""
         requests = self.submit(prompts, **settings)
         try:
-            while any(request.left for request in requests):
-                self.step()
+            for request in requests:
+                while request.left:
+                    self.step()
         finally:
             self.cancel(*requests)
         return [request.answer() for request in requests]
@@ -315,12 +321,13 @@ class Engine:
     def _prefill_chunk(self, free: int) -> list[Request]:
         """Prefill one chunk if a free slot needs it, of the current prompts or the next ones in the
         queue; returns the requests that can take the free slots, first come, first served."""
+        nexts = [*islice(self._waiting, free)]
+        if all(r.prompt and r.prompt.kv and not r.cancelled for r in nexts):
+            return nexts  # most steps: the rest takes time for each waiting request
         for request in (waiting := [*self._waiting]):  # a copy: other threads append
             if request.cancelled:
                 self._waiting.remove(request)
         nexts = [*islice(self._waiting, free)]
-        if all(request.prompt and request.prompt.kv for request in nexts):
-            return nexts
         # All that fit a chunk, not only those with a slot: a batch costs little more than one prompt.
         prompts = dict.fromkeys(r.prompt for r in waiting if r.prompt and not r.cancelled)
         if not any(prompt in prompts for prompt in self._prefilling):  # none left, or all cancelled
@@ -360,14 +367,14 @@ class Engine:
 
     def _seat(self, requests: Sequence[Request], gaps: Sequence[int]) -> None:
         """Move the first queued requests into free slots, growing the cache if needed."""
-        old, flight = self._slots, [r for r in self._flight() if not r.cancelled]
-        rows = min(self.max_rows, 1 << (len(flight) - 1).bit_length())
-        length = max(len(row.ids) + len(row.tokens) + row.left for row in flight)
-        length = min(self.context, REACH * math.ceil(length / REACH))
-        if rows > len(old.used) or length > old.length:
-            self._slots = self._cache(max(rows, len(old.used)), max(length, old.length))
+        old, slots = self._slots, [*islice(chain(gaps, count(len(self._rows))), len(requests))]
+        if slots[-1] >= len(old.used) or max(r.longest for r in requests) > old.length:
+            flight = [request for request in self._flight() if not request.cancelled]
+            rows = min(self.max_rows, 1 << (len(flight) - 1).bit_length())
+            length = REACH * math.ceil(max(r.longest for r in flight) / REACH)
+            length = max(old.length, min(self.context, length))
+            self._slots = self._cache(max(rows, len(old.used)), length)
             self._slots.fill(old)
-        slots = [*islice(chain(gaps, count(len(self._rows))), len(requests))]
         for slot, request in zip(slots, requests, strict=True):
             assert request.prompt is not None and request.prompt.kv is not None
             self._slots.write_row(slot, request.prompt.kv)

@@ -332,7 +332,8 @@ print(f"{result['epochs']:.2f} passes over {result['conversations']}")
 # model got better?
 
 # %%
-tested = {name: tasks.load(name, "test", run.mirror()) for name in ("facts", "gsm8k")}
+names = [name for name in ("facts", "gsm8k") if name in run.config.recipe.eval.tasks]
+tested = {name: tasks.load(name, "test", run.mirror()) for name in names}
 limit = min(64, run.config.recipe.eval.max_new_tokens)
 
 
@@ -353,16 +354,16 @@ for name, by_stage in found.items():
     print(name, {stage: f"{np.mean(right):.0%} right" for stage, (_, _, right) in by_stage.items()})
 
 # %%
-figure, panels = plt.subplots(1, 2, figsize=(7.6, 2.4))
-names = ["mid right", "sft right", "mended", "spoilt"]
+figure, panels = plt.subplots(1, len(found), figsize=(3.8 * len(found), 2.4), squeeze=False)
+labels = ["mid right", "sft right", "mended", "spoilt"]
 looks = ((lesson.GREY, ""), (lesson.BLUE, ""), (lesson.VIOLET, "..."), (lesson.RED, "xx"))
-for axes, (name, by_stage) in zip(panels, found.items(), strict=True):
+for axes, (name, by_stage) in zip(panels[0], found.items(), strict=True):
     old, new = (np.array(by_stage[stage][2], bool) for stage in ("mid", "sft"))
     counts = [int(kind.sum()) for kind in (old, new, new & ~old, old & ~new)]
     for place, (count, (colour, hatch)) in enumerate(zip(counts, looks, strict=True)):
         bar = axes.bar(place, count, color=colour, hatch=hatch, edgecolor="white")
         axes.bar_label(bar)
-    axes.set_xticks(range(4), names, fontsize=9)
+    axes.set_xticks(range(4), labels, fontsize=9)
     axes.set(title=f"{name}: {len(old)} questions", ylabel="answers", ylim=(0, 1.15 * len(old)))
     luck = (counts[2] + counts[3]) ** 0.5
     print(f"{name}: net {counts[2] - counts[3]:+d}, by chance alone ±{luck:.1f}")

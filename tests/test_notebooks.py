@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 import checks
-from nanolib import launch, pipeline
+from nanolib import config, launch, pipeline
 from nanolib.rundir import Run
 from nanolib.stages import worker
 from notebooks import pairs
@@ -134,6 +134,17 @@ def test_links_to_chapters_and_terms_lead_somewhere(source):
 
 def glossary_terms() -> list[str]:
     return re.findall(r"^# ### (.+)$", GLOSSARY.read_text(), re.M)
+
+
+@each_chapter
+def test_a_chapter_asks_only_for_tasks_that_every_profile_has(source):
+    """The toy world's own tasks are missing in real data: a cell that names one looks first."""
+    profiles = [config.resolve(name).recipe.eval.tasks for name in config.profiles()]
+    own = set().union(*profiles) - set.intersection(*map(set, profiles))
+    assert "facts" in own
+    for cell in jupytext.read(source).cells:
+        named = [name for name in own if cell.cell_type == "code" and f'"{name}"' in cell.source]
+        assert not named or "eval.tasks" in cell.source, (named, cell.source)
 
 
 def test_the_glossary_is_in_order_and_short():
