@@ -31,18 +31,18 @@ DEVICES = {
 }
 
 # Model FLOPs utilisation by depth on one H100 in bfloat16, update included (runs/bench/device.md):
-# 12 and 20 from whole steps (2026-11-28), 32 summed from its parts, 8 from an earlier run.
-MEASURED_MFU = {8: 0.346, 12: 0.522, 20: 0.554, 32: 0.578}
+# 12 and 20 from whole steps (2026-11-28), 32 summed from its parts, 8 from a run on an H200.
+MEASURED_MFU = {8: 0.441, 12: 0.522, 20: 0.554, 32: 0.578}
 
 # What else a plan goes by; H100 and EPYC tell on what it was measured.
 ROWS = (1, 16, 128, 256)  # answers at once; below: tokens/s by depth, temperature 1, top-k 50
 WRITING = {12: (2_211, 17_830, 82_150, 78_977), 20: (919, 10_301, 44_569, 44_885)}
 STARTING = 28  # seconds until a model's stage begins: imports, proof of kernels, compiling
-LAUNCHING = 0.030 / 8  # least seconds a step and layer: the CPU launches kernels one by one
-H100 = "one H100, 16 cores, 2026-11-28 (runs/bench/device.md)"
-TRAINED, ENCODED = 46e6, 20e6  # bytes/s of text: tokenizer training; making token shards
+LAUNCHING = 0.009 / 8  # least seconds a step and layer: launching kernels and CUDA graphs
+H100 = "one H100, small steps one H200, 2026-11-28 and 29 (runs/bench/device.md)"
+TRAINED, ENCODED = 27e6, 25e6  # bytes/s of text: tokenizer training; making token shards
 PARQUET = 0.39  # size of a shard of text over that of its text
-EPYC = "2 shared cores of an AMD EPYC, 2026-11-29, 93 MB of text"
+EPYC = "2 cores of an AMD EPYC, 2026-11-29 (runs/bench/text.md: vocabulary 65,536, less 4 s)"
 
 # Fraction of the layers' activations that compiled bfloat16 code keeps, fitted so that the estimate
 # is within 10 % of the peaks measured on an H100 (runs/bench/device.md).

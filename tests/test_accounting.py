@@ -136,7 +136,7 @@ def test_the_assumed_utilisation():
     for depth, share in accounting.MEASURED_MFU.items():
         assert accounting.assumed_mfu(depth) == share
     assert accounting.assumed_mfu(16) == pytest.approx((0.522 + 0.554) / 2)
-    assert accounting.assumed_mfu(1) == 0.346 and accounting.assumed_mfu(64) == 0.578
+    assert accounting.assumed_mfu(1) == 0.441 and accounting.assumed_mfu(64) == 0.578
 
 
 def test_flops_and_mfu_of_the_originals_d32():
