@@ -331,9 +331,9 @@ for name, (kind, first) in trials.items():
     assert (worst < 1e-2) == (name == "ours")
 
 # %% [markdown]
-# Here the right tokens were fed each time, and each model only had to say the next one. The broken ones are
-# far off, and yet much of what they say can be read: such a bug lives long in a demo. Comparing scores with
-# a run without a cache finds it in a second.
+# Here the right tokens were fed each time, and each model only had to say the next one. Both broken ones are
+# far off, and yet both still write stretches that one can read: such a bug lives long in a demo. Comparing
+# scores with a run without a cache finds it in a second.
 
 # %% [markdown]
 # How long does the next token take, after 16, 32, … 512 tokens? Measured here and now, with a
@@ -434,9 +434,9 @@ assert intensity(1024) < row_flops / row_bytes < peak / bandwidth < intensity(1,
 # %% [markdown]
 # It never gets there. Each row brings its own cache to be read, so the point stops at the arithmetic of one
 # token for the bytes of one row's cache, however large the batch. That ceiling is why caches get squeezed:
-# fewer key heads ([grouped-query attention](glossary.ipynb#grouped-query-attention)), fewer bits, pages
-# instead of slabs. The prompt is another matter: its tokens go through together, one reading of the weights
-# serves them all. Prefill is limited by arithmetic, decode by memory. This is a calculation, not a
+# fewer key heads ([grouped-query attention](glossary.ipynb#grouped-query-attention)), fewer bits, memory
+# in pages. The prompt is another matter: its tokens go through together, one reading of the weights serves them
+# all. Prefill is limited by arithmetic, decode by memory. This is a calculation, not a
 # measurement: the best that the data sheet allows.
 #
 # **Exercise 5.3 ★★ · 6 minutes · predict** A GPU has 80 × 10⁹ bytes. How many rows of 2,048 positions can
@@ -461,7 +461,8 @@ checks.verify("5.3", most_rows)
 # The weights take 1.1 GB. The other 99 % are for caches.
 #
 # </details>
-#
+
+# %% [markdown]
 # Small models meet another limit first. A step is several hundred kernels, the GPU's small programs, and
 # starting one may take longer than running it. So nanolib's engine records a step once, as a CUDA graph,
 # and repeats it with a single start. What is repeated must stay where it is and keep its shape: `KVCache`
@@ -473,6 +474,7 @@ checks.verify("5.3", most_rows)
 # To write many rows together, they must be one tensor. Short prompts are filled up on the **right**, and
 # each row knows how much of it is real. Does the filling do harm? It leaves rubbish in the cache, behind
 # the row's last real token, where nobody looks, and the next tokens overwrite it.
+# (Dark below: what the next token sees. ×: rubbish.)
 
 # %%
 prompts = [documents[0][:16], documents[1][:6], documents[2][:11]]
@@ -505,13 +507,12 @@ for axes, title in zip(panels, ("after the prompts", "five tokens later"), stric
 lesson.show("Three rows of a cache: dark, seen by the next token; crossed, rubbish; white, unused")
 
 # %% [markdown]
-# The crossed stretch of a row shrinks as it writes. In row 1, where rubbish is left, the next token still
-# sees its own text alone.
+# The rubbish shrinks as a row writes, and no token ever sees it.
 #
 # ## 5. Drawing a token
 #
 # The likeliest token every time is safe and dull, and N [samples](glossary.ipynb#sampling) of it are N
-# times the same. So we draw, in three turns of the same screw.
+# times the same. So we draw, in three steps.
 #
 # **[Temperature](glossary.ipynb#temperature).** Divide the [logits](glossary.ipynb#logits) by a number
 # before the softmax. Below 1 the differences grow, and towards 0 the likeliest takes all; above 1 they
@@ -535,11 +536,11 @@ def spread(axes, temperature):
 
 
 alt = "Eight likely tokens: the lower the temperature, the more of it all the first one takes"
+print(f"What comes after {tokenizer.decode(opening[1:])!r}?")
 lesson.frames(spread, [0.2, 0.5, 0.8, 1.0, 1.5, 3.0], label="temperature", alt=alt)
-print(f"after {tokenizer.decode(opening[1:])!r}")
 
 # %% [markdown]
-# **[Top-k](glossary.ipynb#top-k).** Even at temperature 1 the many unlikely tokens have some percent
+# **[Top-k](glossary.ipynb#top-k).** Even at temperature 1 the many unlikely tokens have a few percent
 # together, and in a long text one of them will come, and derail it. So keep the k likeliest, and throw the
 # rest away. k is the same where the model is sure and where it is not; top-p is cleverer:
 #
@@ -644,8 +645,8 @@ seen.clear()
 engine.complete([opening] * 8, **settings)
 tokens_apart = sum(seen)
 hook.remove()
-print(f"8 samples of {len(opening)} + at most 8 tokens: {tokens_shared} go through the model")
-print(f"with one prefill, {tokens_apart} with eight")
+print(f"8 samples of {len(opening)} + at most 8 tokens. Tokens that go through the model:")
+print(f"{tokens_shared} with one prefill, {tokens_apart} with eight")
 assert len({tuple(ids) for ids in shared}) > 1 and tokens_shared < tokens_apart
 
 # %% [markdown]
@@ -901,7 +902,7 @@ with Sandbox(seconds=0.3, workers=1) as sandbox:
 # ## 9. Whole characters
 #
 # A chat shows the answer while it is written. But tokens are bytes ([chapter 01](01_tokenizer.ipynb)), and a
-# character may have up to four of them. Who decodes each token by itself shows �. So a stream holds back
+# character may have up to four of them. Decode each token by itself, and you see �. So a stream holds back
 # what is not yet a whole character.
 
 

@@ -32,7 +32,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # # 07 · Learning to answer
 #
 # After [chapter 06](06_midtraining.ipynb) the model talks. **Supervised finetuning** (SFT) goes on with fewer
-# and better conversations and smaller steps. Which tokens does it learn from, exactly? How do conversations
+# and, where one has them, better conversations, and with smaller steps. Which tokens does it learn from, exactly? How do conversations
 # of all lengths fit into rows? And what does it buy: which answers does it mend, and which does it spoil?
 #
 # **You will learn**
@@ -96,7 +96,7 @@ ASKED = 120 if profile == "demo" else 8  # what a lesson has time for
 
 # %% tags=["exercise"]
 def loss_mask(ids, start, end, output, output_end):
-    """ids: a list of ints -> a list of bools, as long."""
+    """ids: a list of ints -> a list of bools of the same length."""
     ...
 
 
@@ -123,7 +123,8 @@ checks.verify("7.1", loss_mask)
 # The program's markers are the assistant's own: it must learn to call.
 #
 # </details>
-#
+
+# %% [markdown]
 # Here is the same walk, which also says *whose* each token is. Blue and green are graded: the assistant's
 # words and its programs. Orange was put there by the tool, grey is only read.
 
@@ -177,7 +178,7 @@ checks.verify("7.2", targets)
 # %% [markdown]
 # <details><summary>Hint 1</summary>Whose mask decides: that of the token being read, or of the one being
 # predicted?</details>
-# <details><summary>Hint 2</summary>Walk over `zip(ids[1:], mask[1:])`.</details>
+# <details><summary>Hint 2</summary>Walk over <code>zip(ids[1:], mask[1:])</code>.</details>
 # <details><summary>Solution</summary>
 #
 # ```python
@@ -230,7 +231,8 @@ checks.verify("7.3", masked_mean)
 # ```
 #
 # </details>
-#
+
+# %% [markdown]
 # Both ways on two real conversations, a short and a long one, with the midtrained model:
 
 # %%
@@ -268,7 +270,7 @@ checks.verify("7.4", first_fit)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>Keep two lists: the rows, and the room each of them has left.</details>
-# <details><summary>Hint 2</summary>`for ... else` runs its `else` when the loop found no row: open a new
+# <details><summary>Hint 2</summary><code>for ... else</code> runs its <code>else</code> when the loop found no row: open a new
 # one there.</details>
 # <details><summary>Solution</summary>
 #
@@ -289,7 +291,8 @@ checks.verify("7.4", first_fit)
 # ```
 #
 # </details>
-#
+
+# %% [markdown]
 # nanolib takes the row with the *least* room that is still enough (best fit), of 64 rows that it keeps open.
 # Each box is a conversation; what is left white is wasted.
 
@@ -384,7 +387,14 @@ lesson.show("Facts and word problems: how many mid and sft get right, how many a
 # Where the data of SFT are *better* than what came before, written with care rather than collected, it buys more.
 # Look at some of the changes. (An "I know no …" about a friend is the habit of declining strangers, gone too far.)
 
+
 # %%
+def told(parts):
+    """An answer in one line: a program and its result in brackets."""
+    shown = {"text": "{}", "python": "[{} →", "output": " {}] "}
+    return "".join(shown[part.kind].format(part.text) for part in parts)[:110]
+
+
 for name, by_stage in found.items():
     (asked, before, old), (_, after, new) = by_stage["mid"], by_stage["sft"]
     for word, wanted in (("mended", (False, True)), ("spoilt", (True, False))):
@@ -392,8 +402,8 @@ for name, by_stage in found.items():
         for place in places[:1]:
             print(f"{word}: {tested[name].unanswered(asked[place]).turns[-1].text[:150]}")
             for stage, parts in (("mid", before), ("sft", after)):
-                print(f"   {stage}: {' '.join(part.text for part in parts[place])[:100]!r}")
-print("(programs and their results stand between the words)")
+                print(f"   {stage}: {told(parts[place])!r}")
+print("[program → result]")
 
 # %% [markdown]
 # ## 7. Answers that ignore their tool
@@ -417,10 +427,10 @@ for kind, results in counted.items():
     new = sum(output not in usual for output, _ in results)
     print(f"{kind}: {len(results)} answers, {new} with a result unheard of in training answers")
 for _, answered in counted["ignores"][:4]:
-    print(f"   {' '.join(part.text for part in answered)[:110]!r}")
+    print(f"   {told(answered)!r}")
 
 # %% [markdown]
-# Compare the two printed shares: how often is a result unheard of among those that were believed, and among
+# Compare the first two lines: how often is a result unheard of among those that were believed, and among
 # those that were ignored? In our runs the ignored ones stood out. They were odd: 0, a negative number, three
 # or four digits where two are usual, many of them from programs that were already wrong, such as `27-29`. In
 # training a result was always the right one, and the right one was always an ordinary number. So a likely
@@ -495,7 +505,7 @@ axes.set(
 lesson.show("Probabilities of A to D for each question as shades; rings mark the right letters")
 
 # %% [markdown]
-# Now compare the choices' *texts*. Each is scored as an answer to the bare question: the sum of the
+# A row that is as pale under its rings as beside them says: not at all. Now compare the choices' *texts*. Each is scored as an answer to the bare question: the sum of the
 # log-probabilities of its tokens, the ending marker included.
 
 
@@ -527,10 +537,10 @@ bare = [Conversation.ask(question).prompt(tokenizer) for question, _, _ in truth
 said = [tokenizer.decode(ids) for ids in engine.complete(bare, max_new_tokens=16)]
 named = [[c for c in cs if c in text] for (_, cs, _), text in zip(truth, said, strict=True)]
 right = [n == [cs[a]] for n, (_, cs, a) in zip(named, truth, strict=True)]
-print(f"{np.mean(right):.0%} name the right choice, and no other, when they write first")
+print(f"it writes first: {np.mean(right):.0%} of its answers name the right choice and no other")
 begun = [letter_probabilities(model, q, cs, f"{cs[a]} ").argmax() for q, cs, a in truth]
 hits = [int(letter) == a for letter, (_, _, a) in zip(begun, truth, strict=True)]
-print(f"{np.mean(hits):.0%} find the letter, the right text before their eyes")
+print(f"with the right text before its eyes, it finds the letter in {np.mean(hits):.0%}")
 
 # %% [markdown]
 # Where the scores by text are high, writing first turns a question that the model fails into one that it

@@ -253,7 +253,8 @@ checks.verify("9.1", parse)
 # ids, one at a time, and holds back the first half of a character until the second has come.
 #
 # </details>
-#
+
+# %% [markdown]
 # The window draws these parts with `nanolib.ui.markup`: text as Markdown *without* HTML, because a page must
 # never run what a model says, and a program folded into one line (click on it). The same functions make a
 # still copy of a conversation that stays in the notebook when no kernel is running:
@@ -348,7 +349,7 @@ checks.verify("9.2", fit)
 # <details><summary>Hint 1</summary>Try leaving out nothing first, then a little more, until it
 # fits.</details>
 # <details><summary>Hint 2</summary>Question and answer go together: count up in twos, and compare
-# `sum(sizes[left_out:])` with the room.</details>
+# <code>sum(sizes[left_out:])</code> with the room.</details>
 # <details><summary>Solution</summary>
 #
 # ```python
@@ -442,8 +443,8 @@ checks.verify("9.3", next_token)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>What score must a token have so that softmax gives it exactly 0?</details>
-# <details><summary>Hint 2</summary>`logits.topk(top_k).values[-1]` is the smallest that stays; everything
-# below becomes minus infinity. Then the first place where `p.cumsum(0) > dart`.</details>
+# <details><summary>Hint 2</summary><code>logits.topk(top_k).values[-1]</code> is the smallest that stays; everything
+# below becomes minus infinity. Then the first place where <code>p.cumsum(0) &gt; dart</code>.</details>
 # <details><summary>Solution</summary>
 #
 # ```python
@@ -460,7 +461,8 @@ checks.verify("9.3", next_token)
 # softmax comes *after* the cut, or the probabilities no longer add up to 1 and a high dart hits nothing.
 #
 # </details>
-#
+
+# %% [markdown]
 # The same in a few lines beside nanolib's, on real scores:
 
 # %%
@@ -764,7 +766,7 @@ checks.verify("9.5", bill)
 # %% [markdown]
 # <details><summary>Hint 1</summary>How many operations in all, and how many does the whole machine do in an
 # hour?</details>
-# <details><summary>Hint 2</summary>`6 * parameters * tokens`, divided by `peak * used * devices`, is seconds.
+# <details><summary>Hint 2</summary><code>6 * parameters * tokens</code>, divided by <code>peak * used * devices</code>, is seconds.
 # You pay for every device.</details>
 # <details><summary>Solution</summary>
 #

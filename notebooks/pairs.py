@@ -23,6 +23,7 @@ from nanolib.rundir import Run, write_atomic
 
 MAX_BYTES = 700_000  # of one .ipynb
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+FOLDED = {"colab", "solution-twin"}  # cells whose code JupyterLab shows when one clicks on it
 VOLATILE = (
     (re.compile(r"0x[0-9a-f]{8,}"), "0x…"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+00:00)?"), "(date)"),
@@ -92,6 +93,8 @@ def _plain(source: Path) -> NotebookNode:
     for number, cell in enumerate(twin.cells):
         cell.id = f"cell-{number:03}"
         cell.metadata = {key: cell.metadata[key] for key in ("tags",) if key in cell.metadata}
+        if FOLDED & set(cell.metadata.get("tags", [])):
+            cell.metadata["jupyter"] = {"source_hidden": True}
     return twin
 
 
