@@ -34,7 +34,8 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # How do you build a ChatGPT, all of it, and still understand every line? Here is one answer: a
 # tokenizer, a model, its training and the chat at the end, small enough to read and real enough to
 # grow. These notebooks explain it, and they are also the program: `nanolib run demo` executes them
-# one after the other, and a quarter of an hour later there is a model to talk to.
+# one after the other, and a quarter of an hour later there is a model to talk to. Ask it where Ada lives,
+# and it answers from what it has read; ask it for 12 + 30, and it reaches for a calculator.
 #
 # **Who this is for.** You write Python and you remember what a derivative is. You need no GPU, and you
 # need not have trained a network before. Bring a laptop and a pencil: in every chapter you write the
@@ -84,7 +85,7 @@ from nanolib.tokenizer import Tokenizer
 run = lesson.begin(profile, run, overrides)
 
 # %% [markdown]
-# ## The road
+# ## Eight stages
 #
 # Text goes in at one end and a chat comes out at the other. Each box is a stage: it reads what the
 # stages before it left behind, works in a process of its own, and leaves a record when it is done.
@@ -155,8 +156,9 @@ print(f"{len(p_V)} ids; the right one, {tokenizer.encode('l')}, gets {p_V[ord('l
 
 # %% [markdown]
 # About one in 265, give or take: it knows nothing yet. The same journey as a picture, with the numbers
-# you have just computed. (`'\xd5'` is how Python writes a byte that is no plain letter: what a model with
-# random weights says next is as likely garbage as anything else.)
+# you have just computed. (`0x6f` is 111 in hexadecimal: in this vocabulary a byte is its own id.
+# `'\xd5'` is how Python writes a byte that is no plain letter: what a model with random weights says next
+# is as likely garbage as anything else.)
 
 
 # %%
@@ -169,8 +171,6 @@ def station(axes, x, title, lines, colour="white"):
         arrow = {"arrowstyle": "->", "color": "#4a5568"}
         axes.annotate("", (x - 0.4, 0.45), (x - 0.6, 0.45), arrowprops=arrow)
 
-
-print("station: a function that draws one stop")
 
 # %%
 vector_D = model.embedding(ids_T)[-1].detach()
@@ -188,7 +188,7 @@ stops = [
 print(" → ".join(title for title, _ in stops))
 
 # %%
-figure, axes = plt.subplots(figsize=(8.6, 2.3))
+figure, axes = plt.subplots(figsize=(8.6, 1.7))
 axes.set(xlim=(-0.5, len(stops) - 0.5), ylim=(0, 1))
 axes.axis("off")
 for x, (title, lines) in enumerate(stops):
@@ -252,7 +252,8 @@ assert after < loss
 # `aspect` × depth, rounded up to whole [heads](glossary.ipynb#head), and with both the number of weights,
 # the tokens to read and the arithmetic. Two honest remarks. The small profiles turn a second knob too:
 # their `aspect` is 16 to 48 instead of 64, and their heads are narrower. And the vocabulary does not
-# follow the dial at all: with that of a large model, most weights of a small one would be its tables.
+# follow the dial at all. A small model gets a small one: a vector for each of 65,536 ids would be most of
+# its weights.
 
 # %%
 sizes = {name: config.resolve(name).recipe for name in config.profiles()}
@@ -288,7 +289,8 @@ lesson.show(
 # ## Exercises
 #
 # Write your answer in place of the `...` and run the cell. The check tries your function on inputs of
-# its own and tells you what is off; it never shows the answer. Two hints unfold, then a solution.
+# its own and tells you what is off; it never shows the answer. Two hints unfold, then a solution. In later
+# chapters a cell may follow that JupyterLab shows as `•••`: the solution again, for the cells below to build on.
 #
 # **Exercise 0.1 ★ · 3 minutes · build** What the model said minus what was right.
 # Write the gradient of the scores from the probabilities and the id of the right token. Before you do:
@@ -317,7 +319,8 @@ checks.verify("0.1", gradient)
 # likely it was.
 #
 # </details>
-#
+
+# %% [markdown]
 # **Exercise 0.2 ★ · 2 minutes · predict** The loss of knowing nothing.
 # A model that has learned nothing gives each of V tokens the same probability. What is its loss, in
 # [nats](glossary.ipynb#nats), for the 265 tokens of our byte vocabulary?
@@ -340,7 +343,8 @@ checks.verify("0.2", loss_of_nothing)
 # Remember it: a new model whose first loss is not log V has a bug. Chapter 04 checks it.
 #
 # </details>
-#
+
+# %% [markdown]
 # **Exercise 0.3 ★★ · 10 minutes · build** The loop that writes.
 # `next_probabilities(ids)` gives a list of probabilities for what follows `ids`. Append the most likely
 # id, `count` times, and return all ids, the given ones included. Every answer of every chat model comes
@@ -371,7 +375,8 @@ checks.verify("0.3", write)
 # ```
 #
 # </details>
-#
+
+# %% [markdown]
 # **Exercise 0.4 ★ · 5 minutes · build** The dial.
 # Write the width of a model from its depth: `aspect` × depth, rounded *up* to a multiple of the head
 # size, so that the width divides into whole heads.
@@ -396,7 +401,8 @@ checks.verify("0.4", width)
 # ```
 #
 # </details>
-#
+
+# %% [markdown]
 # **Exercise 0.5 ★ · 5 minutes · predict** Twice as deep.
 # The weights in the blocks grow with depth × width². You turn the dial from 10 to 20 and the width
 # follows. By what factor do the weights in the blocks grow?

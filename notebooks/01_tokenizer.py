@@ -94,7 +94,7 @@ for document in documents[:2]:
 # %%
 ADA = "Ada fed her owl again"
 lesson.tokens(list(ADA), numbers=list(ADA.encode()))
-print(len(ADA), "letters,", len(ADA.encode()), "bytes")
+print(len(ADA), "characters,", len(ADA.encode()), "bytes")
 
 # %% [markdown]
 # One byte a letter works for English. But 256 numbers are not enough for all the scripts of the world.
@@ -221,7 +221,8 @@ checks.verify("1.2", merge)
 # `[1, 1, 1]` becomes `[new, 1]`: what has been merged is not looked at again.
 #
 # </details>
-#
+
+# %% [markdown]
 # From here on the chapter runs on your `merge`; while that is blank or wrong, on ours.
 
 # %%
@@ -260,19 +261,16 @@ def box_row(axes, y, pieces, new=None):
         x += len(piece) + 1.0
 
 
-print("box_row: a function that draws one word")
-
-
 # %%
 def film_frame(axes, step):
-    axes.set(xlim=(0, 22), ylim=(6.6, -0.6))
+    axes.set(xlim=(0, 24), ylim=(6.6, -0.6))
     axes.axis("off")
     for y, (word, pieces) in enumerate(film[step].items()):
         box_row(axes, y, pieces, fused[step])
         axes.text(10.6, y, f"×{times[word]}", va="center", fontsize=9)
     for y, (pair, count) in enumerate(count_pairs(film[step], times).most_common(6)):
         text = f"{'▸' if y == 0 else ' '} {'+'.join(pair)} {count}"
-        axes.text(13.5, y, text, va="center", fontsize=9, weight="normal" if y else "bold")
+        axes.text(15.5, y, text, va="center", fontsize=9, weight="normal" if y else "bold")
 
 
 lesson.frames(
@@ -289,8 +287,8 @@ lesson.frames(
 # choices are like that. Nobody asks whether `pu` would have served better in the end.
 #
 # **Exercise 1.3 ★ · 5 minutes · predict** The next three merges.
-# Go on by hand from the last frame. Which three tokens come next? One of the three is a tie:
-# of equals, nanolib merges the pair with the smallest numbers. A letter's number is its byte, and the
+# Go on by hand from the last frame. Which three tokens come next? Once, two pairs are equally frequent:
+# then nanolib merges the one with the smaller numbers. A letter's number is its byte, and the
 # merges so far have 256 to 260. Answer with a list of three texts, such as `["hug", "pun", "bun"]`.
 
 # %% tags=["exercise"]
@@ -518,7 +516,8 @@ lesson.frames(
 )
 
 # %% [markdown]
-# *Which of the five words became one token?* Guess, then look at how often each occurs.
+# Which words have become one token, which are still in pieces? *Before you run it*: what decides? Not their
+# length alone.
 
 # %%
 many = list(islice(hub.documents(files.train[0]), 3000))
@@ -635,13 +634,13 @@ lesson.show(
 )
 
 # %% [markdown]
-# A syllable of Korean is three bytes, so at one byte a token it costs three tokens. The same story then
-# costs several times as much to read as in English, and fills the
-# [context](glossary.ipynb#context-length) that much sooner: a price that some people pay for what others put
-# into a training text. Code is where GPT-2 is weak. It gives every space of an indentation a token of its
-# own, while GPT-4's takes them in one. And a small vocabulary trained on *your* text can come close to one
-# a hundred times its size, on your text and nowhere else: the last line above is a record of 28 November
-# 2026, from a toy world of that day.
+# A syllable of Korean is three bytes, so at one byte a token it costs three tokens. The same story then costs
+# several times as much to read as in English, and fills the [context](glossary.ipynb#context-length) that
+# much sooner: a price that some people pay for what others put into a training text. Code is where GPT-2 is
+# weak. It gives every space of an indentation a token of its own, while GPT-4's takes them in one. And a
+# small vocabulary trained on *your* text can come close to one a hundred times its size, on your text and
+# nowhere else: the last line printed above the bars is a record of 28 November 2026, from a toy world of that
+# day.
 #
 # So a loss per token cannot be compared between tokenizers. [Chapter 04](04_pretraining.ipynb) measures
 # in [bits per byte](glossary.ipynb#bits-per-byte) instead.
@@ -799,7 +798,8 @@ checks.verify("1.5", to_bytes)
 # A token stands for the same bytes wherever it came from: decoding is a look-up.
 #
 # </details>
-#
+
+# %% [markdown]
 # **Exercise 1.6 ★ · 5 minutes · break** A wrong yardstick.
 # How many bytes does a token stand for? Somebody measures it as `len(tokenizer.decode([id]).encode())`. For
 # some tokens that is wrong. Write by how much: your function gets the token's bytes, as

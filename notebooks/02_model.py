@@ -117,12 +117,13 @@ table(x_TD, ["person", "done"])
 # The assert says the same thing in another way: looking up row 3 is multiplying the table by a vector
 # that is 1 at place 3 and 0 elsewhere. Chapter 03 will need that.
 
+# %% [markdown]
+# ## 2. The norm: every vector gets the same size
+
 # %%
 lesson.stream("norm")
 
 # %% [markdown]
-# ## 2. The norm: every vector gets the same size
-#
 # The five vectors have different lengths. In a deep model such differences grow from layer to layer,
 # and section 9 shows what comes of it. The [RMS norm](glossary.ipynb#rms-norm) divides a vector by its
 # *root mean square*: square the numbers, take their mean, take the root. Ours has no weights to learn.
@@ -163,6 +164,7 @@ def norm(x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
+# %%
 anything = torch.randn(3, 1, 7) * 100
 assert_close(norm(anything), model.norm(anything))
 table(norm(x_TD), ["person", "done"])
@@ -186,12 +188,13 @@ panels[1].add_patch(plt.Circle((0, 0), 2**0.5, fill=False, ls=":", ec="#4a5568")
 panels[0].set_ylabel("done")
 lesson.show("Five arrows of different lengths; after the norm all five end on one circle")
 
+# %% [markdown]
+# ## 3. Attention: words look at words
+
 # %%
 lesson.stream("attention")
 
 # %% [markdown]
-# ## 3. Attention: words look at words
-#
 # So far each word knows only itself. "her" cannot know that it stands for Ada. In
 # [attention](glossary.ipynb#attention) each position says three things, each a vector:
 #
@@ -304,9 +307,9 @@ assert (two - two_swapped).abs().max() > 2
 # %% [markdown]
 # ## 5. Why divide by √K
 #
-# A dot product of K random numbers of size 1 has a typical size of √K. Softmax turns differences of 8
-# into all or nothing, whatever the words mean. Below: 24 random keys with K = 64, without the division
-# and with it. Without it, one position takes nearly everything, and the others get hardly any gradient.
+# A dot product of K random numbers of size 1 has a typical size of √K: 8 for K = 64. Softmax turns
+# differences of 8 into all or nothing, whatever the words mean. Below: 24 random keys with K = 64, without
+# the division and with it. Without it, one position takes nearly everything, and the others get hardly any gradient.
 
 # %%
 torch.manual_seed(0)
@@ -372,6 +375,7 @@ def attend(query_BTHK, key_BSHK, value_BSHK, causal=True):
     return torch.einsum("bhts,bshk->bthk", scores_BHTS.softmax(dim=-1), value_BSHK)
 
 
+# %%
 B, T, H, K = 2, 7, 3, 8
 query, key, value = torch.randn(3, B, T, H, K)
 assert_close(attend(query, key, value), model.attend(query, key, value))
@@ -393,12 +397,13 @@ for causal in (True, False):
     print(f"causal={causal!s:5} positions that changed: {moved.nonzero().flatten().tolist()}")
     assert bool(moved[:-1].any()) is not causal
 
+# %% [markdown]
+# ## 6. Rotary positions: an angle for every place
+
 # %%
 lesson.stream("rotary")
 
 # %% [markdown]
-# ## 6. Rotary positions: an angle for every place
-#
 # Does attention know the *order* of the words? Without a mask it does not: shuffle the words and the
 # outputs are shuffled with them. With the causal mask it is often said to be blind as well. Is it? The
 # last word sees all the others. We shuffle those, and look at what the last word brings home: after one
@@ -417,7 +422,9 @@ x_BTD = torch.randn(1, 6, H * K)
 shuffled_BTD = x_BTD[:, [3, 1, 0, 4, 2, 5]]  # the last word stays where it is
 for count in (1, 2):
     one, other = (layers_without_positions(x, count)[:, -1] for x in (x_BTD, shuffled_BTD))
-    print(f"{count} layers: the last word's vector moves by {(one - other).norm():.4f}")
+    print(
+        f"{count} layer{'s'[: count - 1]}: the last word's vector moves by {(one - other).norm():.4f}"
+    )
     assert torch.allclose(one, other, atol=1e-5) is (count == 1)
 
 # %% [markdown]
@@ -500,6 +507,7 @@ def rotate(x_BTHK, positions_T):
     return torch.cat(turned, dim=-1)
 
 
+# %%
 places_T = torch.arange(T)
 assert_close(rotate(query, places_T), model.rotate(query, model.rotation(places_T, K)))
 assert_close(rotate(query, places_T).norm(dim=-1), query.norm(dim=-1))
@@ -520,7 +528,7 @@ for pair, style in enumerate(("-", "--", "-.", ":")):
     left.plot(angle_T.cos().tolist(), style, label=f"pair {pair}")
 left.set(title="four clocks: cosine of the angle", xlabel="position")
 left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, handlelength=1.6)
-figure.colorbar(lesson.heatmap(right, dots_TS, colours="RdBu"))
+figure.colorbar(lesson.heatmap(right, dots_TS))
 right.set(title="query · key", xlabel="the key's position", ylabel="the query's position")
 lesson.show("Left: four cosines, each slower than the last. Right: a table striped along diagonals")
 
@@ -572,12 +580,13 @@ cos_sin = model.rotation(torch.arange(T)[None], K)
 assert_close(attention(x_BTD, gpt.blocks[0].attention), gpt.blocks[0].attention(x_BTD, cos_sin))
 print("ours equals nanolib's attention layer")
 
+# %% [markdown]
+# ## 8. The MLP: each word thinks for itself
+
 # %%
 lesson.stream("mlp")
 
 # %% [markdown]
-# ## 8. The MLP: each word thinks for itself
-#
 # Attention moves vectors about and averages them. The [MLP](glossary.ipynb#mlp) works on each position
 # alone: a matrix to four times the width, a bend, and a matrix back. Each of the 4·D numbers in the
 # middle is a detector: its row of the first matrix is what it looks for, its column of the second is
@@ -607,12 +616,13 @@ axes.set(xlabel="how well a detector matches", ylabel="what it says")
 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 lesson.show("ReLU is flat and then a straight line; ReLU squared is flat and then a parabola")
 
+# %% [markdown]
+# ## 9. The road itself: add, never replace
+
 # %%
 lesson.stream("add")
 
 # %% [markdown]
-# ## 9. The road itself: add, never replace
-#
 # A block is two side trips: `x + attention(norm(x))`, then `x + mlp(norm(x))`. What a layer has found
 # is *added* to the stream, and what was there stays. So the gradient finds a straight way back from the
 # last layer to the embedding: the derivative of x + f(x) always contains a 1.
@@ -652,22 +662,21 @@ with torch.no_grad():
     for weight in deep.parameters():
         weight.normal_(std=weight.shape[1] ** -0.5)
 seen = {}
-for way in (block, post_norm, no_norm):
+for name, way in {"pre-norm": block, "post-norm": post_norm, "no norm": no_norm}.items():
     x = first = norm(torch.randn(8, T, deep.config.width))
-    seen[way.__name__] = [(1.0, 1.0)]
+    seen[name] = [(1.0, 1.0)]
     for layer in deep.blocks:
         x = way(x, layer).detach()
         likeness = F.cosine_similarity(x, first, dim=-1).mean()
-        seen[way.__name__].append((float(x.square().mean().sqrt()), float(likeness)))
-    print(f"{way.__name__:10} size after 4 blocks {seen[way.__name__][4][0]:.3g}")
+        seen[name].append((float(x.square().mean().sqrt()), float(likeness)))
+    print(f"{name:10} size after 4 blocks {seen[name][4][0]:.3g}")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.8))
-styles = {"block": "-o", "post_norm": "--s", "no_norm": ":^"}
-for name, style in styles.items():
-    sizes, kept = zip(*seen[name], strict=True)
+for (name, path), style in zip(seen.items(), ("-o", "--s", ":^"), strict=True):
+    sizes, kept = zip(*path, strict=True)
     left.plot(sizes, style, markersize=4)
-    right.plot(kept, style, markersize=4, label={"block": "pre_norm"}.get(name, name))
+    right.plot(kept, style, markersize=4, label=name)
 left.set(title="size of the stream", xlabel="block", yscale="log", ylim=(0.5, 1e6))
 right.set(title="likeness to what entered", xlabel="block", ylim=(-0.2, 1.05))
 right.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -676,12 +685,17 @@ lesson.show(
     "with post-norm not at all. Right: post-norm soon forgets what entered, pre-norm keeps a part of it"
 )
 
+# %% [markdown]
+# Without a norm the stream blows up, until its numbers leave the range of a float and its line ends. Post-norm
+# holds the size and forgets: after a few blocks nothing of what entered is left. Pre-norm grows slowly, and a
+# part of the first vector is still there at the top.
+#
+# ## 10. The whole function
+
 # %%
 lesson.stream("head")
 
 # %% [markdown]
-# ## 10. The whole function
-#
 # Look the tokens up, normalise, run the blocks, normalise again, and compare the result with a vector
 # for every token of the vocabulary (the [head](glossary.ipynb#head)). The scores are called
 # [logits](glossary.ipynb#logits). They are softly [capped](glossary.ipynb#softcap) at ±15, so that no token can run away.
@@ -823,8 +837,8 @@ lesson.show(
 # and the blocks need no norm at all. Were we fooled? Not about ReLU²: its gain is small and was found in
 # [long runs](https://arxiv.org/abs/2109.08668). A toy cannot show it.
 #
-# "No road" does not learn at all: it stays at log 128, about 4.85. Its output matrices begin at zero, and
-# where nothing is passed beside them, nothing comes out and no gradient comes in.
+# "No road" (too far off to be drawn) does not learn at all: it stays at log 128, about 4.85. Its output matrices
+# begin at zero, and where nothing is passed beside them, nothing comes out and no gradient comes in.
 #
 # And the norm after the embedding? The embedding's rows grow while they are learned, fast and unequally.
 # Beside a large row, what a block adds is small. The norm puts every token on the road at one size.
@@ -988,7 +1002,8 @@ checks.verify("2.5", cache_bytes)
 # (`model.kv_heads`) lets several query heads share the keys and values of one, and divides this number.
 #
 # </details>
-#
+
+# %% [markdown]
 # **Exercise 2.6 ★★ · 10 minutes · open** Break what is left.
 # Three parts were never broken: QK-norm, the division by √K where QK-norm is there as well, and the soft
 # cap of the logits. Add them to `variants` and train. Does a toy notice? At which depth, or at which

@@ -83,7 +83,8 @@ lesson.tokens(words, numbers=range(5))
 #
 # **Gradient descent** (SGD) takes a step against the [gradient](glossary.ipynb#gradient). Here is a
 # landscape of two weights: a valley, twenty times steeper across than along. The step must be small
-# enough for the steep direction, and so it is far too small for the flat one.
+# enough for the steep direction (at a rate of 0.1 it would jump from side to side for ever), and so it is
+# far too small for the flat one.
 #
 # [Momentum](glossary.ipynb#momentum) keeps a running mean of the gradients. Across the valley they change
 # sign and cancel; along it they agree. Looking one step ahead (Nesterov), the step is a mix of the mean
@@ -108,14 +109,14 @@ print(f"distance left after 25 steps: {plain[-1].norm():.3f}, with momentum", en
 print(f"{with_momentum[-1].norm():.3f}")
 
 # %%
-flat, steep = torch.linspace(-4.5, 1, 80), torch.linspace(-1.2, 1.2, 80)
+flat, steep = torch.linspace(-4.5, 1, 80), torch.linspace(-1.4, 1.4, 80)
 height = flat[None] ** 2 / 2 + 10 * steep[:, None] ** 2
 figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7.2, 2.1))
 for axes, path, name in zip(panels, (plain, with_momentum), ("SGD", "with momentum"), strict=True):
     axes.contourf(flat, steep, height, levels=5, cmap="Greys", alpha=0.3)
     axes.plot(path[:, 0], path[:, 1], ".-", color=lesson.BLUE, linewidth=1.2)
     axes.plot(0, 0, "*", color=lesson.ORANGE, markersize=12)
-    axes.set(title=f"{name}, 25 steps", xlabel="first weight", xlim=(-4.5, 1), ylim=(-1.2, 1.2))
+    axes.set(title=f"{name}, 25 steps", xlabel="first weight", xlim=(-4.5, 1), ylim=(-1.4, 1.4))
 panels[0].set_ylabel("second weight")
 lesson.show(
     "A path zigzags across a valley and is still far from the star; with momentum it arrives"
@@ -259,7 +260,6 @@ for name, grad in gradients.items():
         short = name.removeprefix("blocks.1.").removesuffix(".weight")
         values[short] = S = torch.linalg.svdvals(grad)
         shares[short] = 100 * float(S[:3].square().sum() / S.square().sum())
-print({name: f"{share:.0f} %" for name, share in shares.items()})
 assert min(shares.values()) > 3 * 100 * 3 / 64  # three times an equal share, at least
 
 # %%
@@ -346,6 +346,7 @@ def newton_schulz_step(X, a=3.4445, b=-4.7750, c=2.0315):
     return a * X + (b * gram + c * gram @ gram) @ X
 
 
+# %%
 def polynomial(s):
     return 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
 
@@ -498,6 +499,7 @@ def muon_step(weight, grad, mean, lr=0.02, momentum=0.95):
     return weight - lr * max(1, rows / columns) ** 0.5 * orthogonalise(ahead), mean
 
 
+# %%
 def muon(weight, grad, memory, step, lr):
     """The same in place, called like `adamw`."""
     new_weight, memory[0] = muon_step(weight, grad, memory[0], lr)
@@ -670,8 +672,9 @@ lesson.show(
 # the work of many thousands of tokens; here it does.
 #
 # **And what came after Muon?** Three refinements from the records of 2025 and 2026, each tried alone ("+") and on
-# top of all the others ("-"), on the same tokens from the same seeds: what each adds to the bits per byte, so that
-# below zero is better (the whole table is read in [chapter 04](04_pretraining.ipynb)). *Polar Express* takes
+# top of all the others ("-"), on the same tokens of web text ("pack") from the same seeds: what each adds to the
+# bits per byte, so that below zero is better, in bold where that is beyond the noise (the whole table is read in
+# [chapter 04](04_pretraining.ipynb)). *Polar Express* takes
 # another polynomial in each iteration, *NorMuon* evens out the rows of the update, *cautious decay* shrinks a
 # weight only where the update does so too. What NorMuon gained, 0.002 bits per byte, was not worth its lines here,
 # so nanolib has dropped it.
@@ -735,7 +738,7 @@ lesson.show(
 
 # %% [markdown]
 # So nanolib scales AdamW's rates with the width and leaves Muon's alone. The factor is that of October 2025:
-# (width / 768)^−½, half way (in powers) between no scaling and the worst case above. Where inputs and
+# √(768 / width), half way (in powers) between no scaling and the worst case above. Where inputs and
 # gradients do not agree, C changes of either sign add up to √C only.
 #
 # Muon's momentum has a [warmup](glossary.ipynb#warmup) of its own. At first the gradients turn quickly and
@@ -797,6 +800,7 @@ def clip(grads, limit=1.0):
     return [grad * factor for grad in grads]
 
 
+# %%
 mine = clip([grad.clone() for grad in gradients.values()], limit=0.01)
 for name in gradients:
     gpt.get_parameter(name).grad = gradients[name].clone()
@@ -871,7 +875,7 @@ print("two ranks with half the batch each end where one rank with all of it ends
 # %%
 two = optim.MuonAdamW(gpt, OptimConfig(), Runtime(device=cpu.device, dtype=cpu.dtype, world_size=2))
 names = [name for group in two.groups for name in group.names]
-figure, axes = plt.subplots(figsize=(6.8, 3.2))
+figure, axes = plt.subplots(figsize=(6.8, 4))
 looks = ({"color": "#dbeafe"}, {"color": "#fde7c8", "hatch": "//"})
 middle = {"ha": "center", "va": "center", "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
 for group in two.groups:
@@ -888,10 +892,10 @@ lesson.show("A bar for each parameter: matrices belong to rank 0 or to rank 1, t
 
 # %% [markdown]
 # **Exercise 3.6 ★★ · 10 minutes · open** Give Muon the embedding.
-# Move the embedding out of `rates` in a copy of `update`, find Muon a rate for it as carefully as above, and
-# race three seeds. What is known: published Muon runs keep AdamW for embedding and head; how much that is
-# worth depends on the size of the vocabulary, and 128 bytes are few. What do you find, and is it more than
-# the spread between seeds?
+# Define `update` anew, so that the embedding gets Muon at a rate of its own (`train` calls the newest). Find
+# that rate as carefully as above, and race three seeds. What is known: published Muon runs keep AdamW for embedding and head; how much that is worth
+# depends on the size of the vocabulary, and 128 bytes are few. What do you find, and is it more than the
+# spread between seeds?
 
 # %% tags=["open"]
 my_race = {"muon": [end(train(muon, best["muon"], steps, seed)[1]) for seed in (4,)]}

@@ -200,9 +200,9 @@ print(f"a new model: {first_T.mean():.4f} nats; log {V:,} = {math.log(V):.4f}")
 # run one forward and backward, let its gradient stay where it is, run the next, whose gradient is added.
 # Only then take the step. This is [gradient accumulation](glossary.ipynb#gradient-accumulation).
 #
-# Parts may hold different numbers of targets: rows end early, questions are masked. Take two parts, one
-# with 48 targets and one with 9. Before you run it: whose tokens count for more in the mean of the two
-# means, and how many times?
+# Parts may hold different numbers of targets: a row ends early, or some of its tokens are not asked for. Take
+# two parts, one with 48 targets and one with 9. Before you run it: whose tokens count for more in the mean of
+# the two means, and how many times?
 
 # %%
 row = np.asarray(source.row(0)[0])
@@ -294,8 +294,8 @@ assert (wrong - ours[1]).norm() > 0.05 * ours[1].norm()
 #
 # The [learning rate](glossary.ipynb#learning-rate) is the size of a step. It may rise at first
 # ([warmup](glossary.ipynb#warmup)), stays high for most of the run to get far, and falls at the end to
-# settle: a noisy walk comes to rest only if its steps shrink. How much of each, the recipe's
-# [schedule](glossary.ipynb#schedule) says.
+# settle: a noisy walk comes to rest only if its steps shrink. The recipe's
+# [schedule](glossary.ipynb#schedule) says how much of each.
 #
 # **Exercise 4.3 ★★ · 8 minutes · build** A schedule.
 # Over the first `warmup` steps the factor rises by equal amounts to 1: step 0 has 1/warmup. Over the last
@@ -378,7 +378,7 @@ def train(model, source, steps, total, optim=recipe.optim):
 
 # %% [markdown]
 # Twenty real steps with it, on the run's own text, in the run's own order, from the run's own first
-# weights. We cut each batch in two, the run did not have to.
+# weights. We cut each batch in two; the run did not have to.
 
 # %%
 rows = base.batch_tokens // shape.sequence_len if small else 8
@@ -425,9 +425,10 @@ if exact:
 #
 # ## 7. Break it
 #
-# A training loop fails quietly. Four small changes, each on a tiny model with three seeds. Write down
-# first what each does to the loss after thirty steps: (a) `zero_grad` forgotten, (b) a learning rate 200
-# times as large, (c) targets not shifted, so that the answer is the token itself, (d) the loop as it is.
+# A training loop fails quietly. Here are three small changes, and the loop as it is, each on a tiny model with
+# three seeds. Write down first what each change does to the loss after thirty steps: (a) `zero_grad`
+# forgotten, (b) a learning rate 200 times as large, (c) targets not shifted, so that the answer is the token
+# itself.
 
 
 # %%
@@ -469,7 +470,7 @@ assert profile == "smoke" or max(table["not shifted"]) < min(table["as it is"]) 
 #
 # With longer tokens there is more to guess in each, so a loss per token cannot be compared between
 # tokenizers. Bytes are the same for everybody. Add up the bits that the model needs for a text it has
-# never seen, divide by the text's bytes: [bits per byte](glossary.ipynb#bits-per-byte). A file has 8.
+# never seen, divide by the text's bytes: [bits per byte](glossary.ipynb#bits-per-byte). A plain file takes 8.
 #
 # **Exercise 4.4 ★ · 3 minutes · predict** A model reports a loss of 2.0 nats a token. Its tokens have 4.0
 # bytes on average. How many bits per byte is that?
@@ -552,15 +553,16 @@ for step in sorted({1, *(2**k for k in range(3, 12) if 2**k < len(curve)), len(c
 # %% [markdown]
 # It falls fast as far as a trigram gets, and there it bends. Beyond, it takes ten times as many steps, and
 # still goes down. Most of what a trigram knows can be learned by looking at the last token or two: how
-# words are spelt, how sentences run. Gradients for it are large and everywhere. What comes after that has
-# to be *fetched* from further back: which name, which number. That takes two heads in two layers that have
-# to fit together. A **previous-token head** writes onto each token which one stood before it. An [induction
-# head](glossary.ipynb#induction-head) looks for a token before which stood what I see now, and copies it:
-# "Ada fed … Ada" → "fed". Either alone is of no use, so there is hardly a gradient towards either. Then
-# they find each other by chance, and what can be copied becomes cheap at once. Where a text asks for only
-# one kind of copy, the loss rests at the bend and then drops a second time. Where it asks for many, as this
-# one does, many drops make one slope. A trace may be left: in one of our demos the held-out curve fell by 0.03
-# between two points, and then by 0.08.
+# words are spelt, how sentences run. Gradients for it are large and everywhere.
+#
+# What comes after that has to be *fetched* from further back: which name, which number. That takes two heads
+# in two layers that fit together. A **previous-token head** writes onto each token which one stood before it.
+# An [induction head](glossary.ipynb#induction-head) looks for the place onto which the token at hand was
+# written, and copies what stands there: "Ada fed … Ada" → "fed". Either alone is of no use, so there is hardly
+# a gradient towards either. Then they find each other by chance, and what can be copied becomes cheap at once.
+#
+# Where a text asks for only one kind of copy, the loss rests at the bend and then drops a second time. Where
+# it asks for many, as this one does, many drops make one slope.
 #
 # That is a claim. Can we watch it alone? Let a tiny model read nothing but random symbols that repeat
 # after 6 to 12 places, a new length in every row. There is nothing to know here and everything to copy.
@@ -627,7 +629,7 @@ openings = [document[: max(4, len(document) // 3)].tolist() for document in held
 for step, model in sorted(moments.items(), key=lambda pair: pair[0]):
     written = Engine(model, tokenizer, cpu).complete(openings, max_new_tokens=16)
     for opening, ids in zip(openings, written, strict=True):
-        print(f"{step:6,}  {tokenizer.decode(opening[1:])} ┃ {tokenizer.decode(ids)!r}")
+        print(f"{step:6,}  {tokenizer.decode(opening[1:])!r} ┃ {tokenizer.decode(ids)!r}")
 
 # %% [markdown]
 # The new model has no favourite: all tokens tie, and the first of the vocabulary wins. The two kept ones
@@ -635,9 +637,9 @@ for step, model in sorted(moments.items(), key=lambda pair: pair[0]):
 #
 # Here is a held-out text, the redder a token the more bits it took; the numbers are bits. From top to
 # bottom: first everything costs the same, then common words get cheap, and last what can be copied, or is
-# known by heart. Look for a name that is said twice. A usual one should be nearly free the second time. One
-# that nobody has heard of, spelt in pieces that the model has hardly read, need not be: what it has learned
-# is to copy the words of its world, and not any string of tokens.
+# known by heart. Look for a word or a number that is said twice: the second time it should be nearly free.
+# Not so, perhaps, a name spelt in rare pieces: it has learned to copy the words of its world, not any string
+# of tokens.
 
 # %%
 document = held_out[1][: min(60, recipe.model.sequence_len)]
@@ -656,8 +658,8 @@ for step, model in moments.items():
 # ## 11. It copies, it cannot add
 #
 # The toy world has texts of this kind: "Erin had 10 nuts … 10+5=15. Now Erin has 15." The 15 stands there
-# twice: first it is a **sum**, then a **copy** of what was just said. (So is the 10 before the plus.) Before you
-# run it: how many bits does each cost the trained model?
+# twice: first it is a **sum**, then a **copy** of what was just said. (The 10 before the plus is a copy, too.)
+# Before you run it: how many bits does each cost the trained model?
 
 # %%
 SUM = re.compile(r"(\d+)\+(\d+)=(\d+)\D+(\d+)")
@@ -795,7 +797,7 @@ for layers, (_, model) in copied.items():
     for layer, weights_HTS in enumerate(look(model, twice_BT)):
         induction = [f"{score:.2f}" for score in induction_score(weights_HTS, 12).tolist()]
         previous = [f"{score:.2f}" for score in weights_HTS.diagonal(-1, 1, 2).mean(-1).tolist()]
-        print(f"{layers} layers, layer {layer}: induction {induction}, previous {previous}")
+        print(f"depth {layers}, layer {layer}: induction {induction}, previous {previous}")
 top = {
     n: max(float(induction_score(w, 12).max()) for w in look(m, twice_BT))
     for n, (_, m) in copied.items()
@@ -898,8 +900,8 @@ for width in (8, 16, 32, 64):
     print(f"width {width:3}: {counted:8,} parameters, {bpb:.3f} bits per byte")
 
 # %% [markdown]
-# A [scaling law](glossary.ipynb#scaling-law) says that the loss falls as a power of the size, loss = c ·
-# N^−α: on logarithmic axes, a line. A line can be drawn through anything. A law is worth what it
+# A [scaling law](glossary.ipynb#scaling-law) says that the loss falls as a power of the size,
+# $c \cdot N^{-\alpha}$: on logarithmic axes, a line. A line can be drawn through anything. A law is worth what it
 # *predicts*, so we also fit the three smallest alone, and ask them about the largest.
 
 # %%
@@ -931,7 +933,7 @@ assert profile == "smoke" or alpha < 0
 # And which ingredient of the model and the optimizer is worth how much? Public records disagree, and what helps a
 # run of minutes may do nothing for a day's. So we measured it (`nanolib bench ablations`): what each adds to the
 # bits per byte at the same tokens and seeds, so that below zero is better. "+" is each alone, "-" each on top of
-# all the others. Preset `modern` has those of the list that are in use.
+# all the others; bold is beyond the noise. Preset `modern` has those of the list that are in use.
 
 # %%
 table = (REPOSITORY / "runs" / "bench" / "ablations.md").read_text()
@@ -952,9 +954,10 @@ lesson.markdown(table[table.index("| ingredient") :])
 
 # %% [markdown]
 # **Exercise 4.6 ★★★ · 25 minutes · open** Switch a head off.
-# Set the columns of `attention.out.weight` that belong to one head to zero, in a `deepcopy` of `gpt`. Do it
-# for the best induction head, for the best previous-token head and for three others, and measure the sum
-# and the copy of section 11 each time (`bits_of`). Does the copy become expensive? There may be a second
+# Set the columns of `attention.out.weight` that belong to one head to zero (head h of K numbers has those from
+# h·K to (h + 1)·K), in a `deepcopy` of `gpt`.
+# Do it for the best induction head, for the best previous-token head and for three others, and measure the
+# sum and the copy of section 11 each time (`bits_of`). Does the copy become expensive? There may be a second
 # induction head that takes over: it is known that large models have spares.
 
 # %% tags=["open"]

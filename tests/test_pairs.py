@@ -112,6 +112,16 @@ def test_a_badge_is_put_before_a_chapter_and_its_twin_once(chapter, monkeypatch)
     pairs.check()
 
 
+def test_jupyterlab_folds_solutions_and_the_set_up_alone(tmp_path):
+    source = tmp_path / "07_only.py"
+    kinds = ("colab", "exercise", "solution-twin", "loop")
+    source.write_text("".join(f'# %% tags=["{tag}"]\n1\n\n' for tag in kinds))
+    twin = pairs._plain(source)
+    nbformat.validate(twin)
+    folded = [cell.metadata.get("jupyter") == {"source_hidden": True} for cell in twin.cells]
+    assert folded == [True, False, True, False]
+
+
 def test_colab_is_asked_for_what_is_missing_alone(monkeypatch):
     monkeypatch.setattr(colab, "installed", lambda name: name not in ("tyro", "rust-tokenizer"))
     (requirement,) = colab.missing()
