@@ -361,7 +361,7 @@ checks.verify("0.3", write)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>What must the model be shown in the second round?</details>
-# <details><summary>Hint 2</summary>Ask with the grown list each time; `max(range(len(p)), key=p.__getitem__)`
+# <details><summary>Hint 2</summary>Ask with the grown list each time; <code>max(range(len(p)), key=p.__getitem__)</code>
 # finds the likeliest id.</details>
 # <details><summary>Solution</summary>
 #
@@ -392,7 +392,7 @@ checks.verify("0.4", width)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>How many heads are needed to hold aspect × depth numbers?</details>
-# <details><summary>Hint 2</summary>`-(-a // b)` divides and rounds up.</details>
+# <details><summary>Hint 2</summary><code>-(-a // b)</code> divides and rounds up.</details>
 # <details><summary>Solution</summary>
 #
 # ```python

@@ -134,8 +134,8 @@ def utf8(point):
 checks.verify("1.1", utf8)
 
 # %% [markdown]
-# <details><summary>Hint 1</summary>How many `x` does each row of the table have?</details>
-# <details><summary>Hint 2</summary>Two bytes are `[0b11000000 | point >> 6, 0b10000000 | point & 63]`.
+# <details><summary>Hint 1</summary>How many <code>x</code> does each row of the table have?</details>
+# <details><summary>Hint 2</summary>Two bytes are <code>[0b11000000 | point &gt;&gt; 6, 0b10000000 | point &amp; 63]</code>.
 # Three and four go the same way.</details>
 # <details><summary>Solution</summary>
 #
@@ -201,7 +201,7 @@ checks.verify("1.2", merge)
 # %% [markdown]
 # <details><summary>Hint 1</summary>By how many places do you move on after a pair, by how many
 # otherwise?</details>
-# <details><summary>Hint 2</summary>A `while` loop with an index; `tuple(ids[i : i + 2]) == pair` also works at
+# <details><summary>Hint 2</summary>A <code>while</code> loop with an index; <code>tuple(ids[i : i + 2]) == pair</code> also works at
 # the very end.</details>
 # <details><summary>Solution</summary>
 #
@@ -298,7 +298,7 @@ checks.verify("1.3", next_three)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>After each merge, write down again all pairs that are left.</details>
-# <details><summary>Hint 2</summary>In `bunny`, two pairs are left, with five occurrences each: (260, 110) and
+# <details><summary>Hint 2</summary>In <code>bunny</code>, two pairs are left, with five occurrences each: (260, 110) and
 # (110, 121).</details>
 # <details><summary>Solution</summary>
 #
@@ -463,8 +463,8 @@ checks.verify("1.4", encode_word)
 # %% [markdown]
 # <details><summary>Hint 1</summary>Which of the pairs in the word was learned first? When are you
 # done?</details>
-# <details><summary>Hint 2</summary>Collect the pairs of `pairwise(ids)` that are in `ranks`; merge the one
-# with `min(known, key=ranks.get)`; repeat until there is none.</details>
+# <details><summary>Hint 2</summary>Collect the pairs of <code>pairwise(ids)</code> that are in <code>ranks</code>; merge the one
+# with <code>min(known, key=ranks.get)</code>; repeat until there is none.</details>
 # <details><summary>Solution</summary>
 #
 # ```python
@@ -816,9 +816,9 @@ def off_by(token_bytes):
 checks.verify("1.6", off_by)
 
 # %% [markdown]
-# <details><summary>Hint 1</summary>What does `bytes.decode(errors="replace")` put where a character is
+# <details><summary>Hint 1</summary>What does <code>bytes.decode(errors="replace")</code> put where a character is
 # incomplete?</details>
-# <details><summary>Hint 2</summary>A `�`, which is a character as well: how many bytes does it have
+# <details><summary>Hint 2</summary>A <code>�</code>, which is a character as well: how many bytes does it have
 # itself?</details>
 # <details><summary>Solution</summary>
 #

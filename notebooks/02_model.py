@@ -991,7 +991,7 @@ checks.verify("2.5", cache_bytes)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>What is kept for one position, in one head of one layer?</details>
-# <details><summary>Hint 2</summary>A key *and* a value, 128 numbers each.</details>
+# <details><summary>Hint 2</summary>A key <em>and</em> a value, 128 numbers each.</details>
 # <details><summary>Solution</summary>
 #
 # ```python

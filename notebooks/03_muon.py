@@ -325,8 +325,8 @@ checks.verify("3.1", newton_schulz_step)
 # %% [markdown]
 # <details><summary>Hint 1</summary>What do the second and the third term have in common on their right?
 # </details>
-# <details><summary>Hint 2</summary>(b M + c M M) X, with M = X Xᵀ: two products for the bracket, M counted,
-# and one for X.</details>
+# <details><summary>Hint 2</summary>(b M + c M M) X, with M = X Xᵀ: one product for M, one for M M, and one
+# with X.</details>
 # <details><summary>Solution</summary>
 #
 # ```python
@@ -893,9 +893,9 @@ lesson.show("A bar for each parameter: matrices belong to rank 0 or to rank 1, t
 # %% [markdown]
 # **Exercise 3.6 ★★ · 10 minutes · open** Give Muon the embedding.
 # Define `update` anew, so that the embedding gets Muon at a rate of its own (`train` calls the newest). Find
-# that rate as carefully as above, and race three seeds. What is known: published Muon runs keep AdamW for embedding and head; how much that is worth
-# depends on the size of the vocabulary, and 128 bytes are few. What do you find, and is it more than the
-# spread between seeds?
+# that rate as carefully as above, and race three seeds. What is known: published Muon runs keep AdamW for
+# embedding and head; how much that is worth depends on the size of the vocabulary, and 128 bytes are few. What
+# do you find, and is it more than the spread between seeds?
 
 # %% tags=["open"]
 my_race = {"muon": [end(train(muon, best["muon"], steps, seed)[1]) for seed in (4,)]}

@@ -692,7 +692,12 @@ lesson.show(
 # shrinks more.
 
 # %% tags=["open"]
-my_prediction = {"bits per byte of text": "?", "held-out facts": "?", "word problems": "?", "belief": "?"}
+my_prediction = {
+    "bits per byte of text": "?",
+    "held-out facts": "?",
+    "word problems": "?",
+    "belief": "?",
+}
 print(my_prediction)
 
 # %% [markdown]

@@ -183,6 +183,8 @@ def test_two_hints_unfold_before_a_solution(source):
         if "exercise" in tags(cell):
             folds = re.findall(r"<summary>(.*?)</summary>", cells[number + 1].source)
             assert folds[:3] == ["Hint 1", "Hint 2", "Solution"], cell.source
+            hints = cells[number + 1].source.split("<summary>Solution")[0]
+            assert "`" not in hints, f"inside HTML Markdown stays raw, write <code>: {hints}"
 
 
 @each_chapter
