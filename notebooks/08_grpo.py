@@ -45,7 +45,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the
 # ([chapter 07](07_sft.ipynb)), and what a logarithm and an expected value are.
 #
 # **Takes** 55 minutes to read and run, 60 more with the exercises; in profile `demo` the stage trains
-# for another one or two on two CPU cores. Stages: `grpo`, then `eval` of `grpo`.
+# for another two on two CPU cores. Stages: `grpo`, then `eval` of `grpo`.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -153,10 +153,9 @@ for answer, reward in zip(answers[shown], rewards_QN[shown], strict=True):
 
 # %% [markdown]
 # The tool does not miscalculate. What goes wrong in the toy world is *which* numbers are put into the program,
-# or that there is no program: at temperature 1 one unlikely token can lead an answer astray ("keeps an owl").
-# And look at names and nouns: does every rewarded answer speak of the right person, and of the right things?
-# The grade never reads them. Is there a lucky one among the rewarded? We look for right answers whose programs
-# contain a number that stands neither in the question nor in a result of the tool.
+# or that there is no program: at temperature 1 one unlikely token can lead an answer to another subject. Is there
+# a lucky one among the rewarded? We look for right answers whose programs contain a number that stands neither in
+# the question nor in a result of the tool.
 
 
 # %%
@@ -265,11 +264,11 @@ looks = ((lesson.GREY, "--"), (lesson.BLUE, "-"), (lesson.VIOLET, ":"))
 for (way, path_SL), (colour, line) in zip(paths.items(), looks, strict=True):
     axes.plot(path_SL.mean(axis=1), line, color=colour)
     low, high = np.quantile(path_SL, [0.1, 0.9], axis=1)
-    axes.fill_between(range(len(low)), low, high, color=colour, alpha=0.12)
+    axes.fill_between(range(len(low)), low, high, color=colour, alpha=0.25, lw=0)
     axes.text(152, path_SL[-1].mean(), way, color=colour, va="center")
-axes.axhline(PAYS_A.max(), color="black", ls=":", linewidth=1)
+axes.hlines(PAYS_A.max(), 0, 150, color="black", ls=":", linewidth=1)
 axes.text(2, PAYS_A.max() + 0.01, "the best button's pay")
-axes.set(xlabel="step", ylabel="expected reward", xlim=(0, 185), ylim=(0.3, 0.88))
+axes.set(xlabel="step", ylabel="expected reward", xlim=(0, 185), ylim=(0.15, 0.88))
 axes.set_title("forty learners: mean, and band from 10 % to 90 %")
 lesson.show(
     "Expected reward over 150 steps, learned in three ways: reward minus mean climbs close to the best "
@@ -278,7 +277,7 @@ lesson.show(
 
 # %% [markdown]
 # Without the mean, whatever is pressed is praised, so what was pressed by luck at the start is pressed ever
-# more. The control wanders and on average goes nowhere.
+# more: some learners end on the best button, and some on the worst. The control goes nowhere on average.
 #
 # ## 3. A group is its own baseline
 #
@@ -622,7 +621,7 @@ lesson.show(
 
 # %% [markdown]
 # A right answer may lose ground as well, to another right one: all answers share one sum of 1. And is it the best
-# one that grew? In the demo of 2026-11-29 it gives Jill's pears to Jasper. The grade looks at the number alone.
+# one that grew? The grade looks at the number alone.
 #
 # ## 6. The formula, and what we left out
 #
@@ -733,10 +732,10 @@ scored = [row for row in run.stage("grpo").metrics.rows() if row["kind"] == "eva
 figure, axes = plt.subplots(figsize=(7.2, 2.8))
 for name, marker in zip(("greedy", "pass@1", f"pass@{settings.eval_samples}"), "os^", strict=True):
     place, values = [row["step"] for row in scored], [row[name] for row in scored]
-    axes.plot(place, values, marker + "-")
-    axes.annotate(name, (place[-1], values[-1]), (6, 0), textcoords="offset points", va="center")
+    axes.plot(place, values, marker + "-", label=name, clip_on=False)
     print(f"{name:7} {values[0]:.3f} → {values[-1]:.3f}")
-axes.set(xlabel="step", ylabel="share right", ylim=(0, 1), xlim=(0, place[-1] * 1.15))
+axes.set(xlabel="step", ylabel="share right", ylim=(0, 1), xlim=(0, place[-1]))
+axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 axes.set_title(f"{settings.eval_questions} held-out questions")
 lesson.show(
     "Share of held-out word problems answered right over the steps of the stage: greedy, one sampled answer, "
@@ -748,9 +747,10 @@ lesson.show(
 # answers; it says more often what it could say before. (0.05 of greedy are ten questions of 200, before you make
 # much of it.) Section 9 asks that question properly.
 #
-# The best and the worst answer to one question, from the first step and from the last. Among the wrong ones
-# you may meet the other fault that chapter 07 spoke of: a tool's result is read, and another number written
-# after the `####`. Belief in the tool is not in the reward; only the last number is.
+# The best and the worst answer to one question, from the first step and from the last. Does a rewarded one speak
+# of the right person, and of the right things? The grade never reads them. Among the wrong ones you may meet the
+# other fault that chapter 07 spoke of: a tool's result is read, and another number written after the `####`.
+# Belief in the tool is not in the reward; only the last number is.
 
 # %%
 for row in (told[0], told[-1]):
@@ -825,8 +825,8 @@ samples("hacked", hacked)
 # a measure that becomes a target ceases to be a good measure. No line of the loop is wrong, and the reward
 # curve alone looks like a triumph. That is why true accuracy is kept apart.
 #
-# Did it have to come to that? Four finished models of 2026-11-29, of three seeds, all fell: from 0.19 to 0.50
-# truly right to at most 0.03, from 24 to 28 tokens to 53 and more. Another bonus, a point for each *program*
+# Did it have to come to that? Four finished models of 2026-11-29, of three seeds, all fell. Truly right were 0.19
+# to 0.50 of their answers, and in the end at most 0.03; tokens went from 24 to 28 up to 53 and more. Another bonus, a point for each *program*
 # that an answer opens, hacked one of them (1.1 → 8.4 programs, nothing right) and left another as if it were
 # not there (1.1 → 1.1, and 0.39 → 0.91 right). **A reward can only teach what is sampled**: where all
 # answers to a question open one program, the bonus is the same for all, and its advantage is zero. Lengths
@@ -1043,11 +1043,9 @@ for k in (1, 2, 4, 8):
 # %%
 figure, (left, right_axes) = plt.subplots(1, 2, figsize=(7.6, 2.9))
 for stage, (colour, look) in zip(passes, ((lesson.GREY, "s--"), (lesson.BLUE, "o-")), strict=True):
-    left.plot(KS, passes[stage].mean(axis=0), look, color=colour)
-    left.annotate(
-        stage, (8, passes[stage][:, -1].mean()), (6, 0), textcoords="offset points", va="center"
-    )
-left.set(xlabel="k", ylabel="pass@k", ylim=(0, 1), xlim=(0.7, 9.3))
+    left.plot(KS, passes[stage].mean(axis=0), look, color=colour, label=stage)
+left.legend(loc="lower right")
+left.set(xlabel="k", ylabel="pass@k", ylim=(0, 1))
 right_axes.errorbar(KS, gain_K, error_K, fmt="o", capsize=3, color=lesson.BLUE)
 right_axes.axhline(0, color="black", linewidth=0.8)
 right_axes.set(xlabel="k", ylabel="gain, same questions (± 1 error)")
