@@ -90,7 +90,7 @@ lesson.road(run)
 lesson.show("The eight stages of the run from data to report; finished ones carry a tick.")
 
 # %% [markdown]
-# ## Ten questions, four models
+# ## 1. Ten questions, four models
 #
 # Every stage left its model on disk. So ask all of them the same ten questions, always taking the
 # likeliest token, and write down what they say. The fourth is a follow-up: the model has just been asked
@@ -135,12 +135,13 @@ answers = {}
 for name in models:
     model = checkpoint.load_model(run.stage(name).checkpoints, runtime.device)
     engine = Engine(model, tokenizer, runtime, tool)
-    answers[name] = [said(talk(engine, turns).messages[-1])[:110] for turns in ASKED]
+    answers[name] = [said(talk(engine, turns).messages[-1]) for turns in ASKED]
 print({name: len(found) for name, found in answers.items()})
 
 # %%
 LEFT = 'style="text-align:left;vertical-align:top"'
 cells = [[turns[-1], *row] for turns, *row in zip(ASKED, *answers.values(), strict=True)]
+cells = [[cell[:110] + "…" * (len(cell) > 110) for cell in row] for row in cells]
 head, body = ["asked", *models], ""
 for row in cells:
     columns = "".join(f"<td {LEFT}>{html.escape(cell) or '(nothing)'}</td>" for cell in row)
@@ -162,7 +163,7 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 # only ever met answers gives a stranger a pet and a home town like everybody else. In the toy world's
 # conversations strangers are declined, in reply to the very questions that are asked about friends. Base may
 # have overheard the phrase; does it say it of *Zorbo*? From mid on yours should, if not always with the right
-# name: "Zorg" is what can become of one that it has never read and must copy piece by piece. Heidi's secret stands in
+# name: it has never read this one, and must copy it piece by piece. Heidi's secret stands in
 # the pretraining text, and conversations tell other people's: an answer that is right has put the two together.
 # Which of these answers are *true*, its world can tell:
 
@@ -180,7 +181,7 @@ print("true of Sam:", ", ".join(sam.values()))
 # read real text instead of the toy world, nobody has told it about Ada, and ✗ is the honest result.) Ten
 # answers are anecdotes. The card at the end of this chapter counts hundreds.
 #
-# ## The window, and a copy of it
+# ## 2. The window, and a copy of it
 #
 # A `Session` is one conversation. It keeps what was said, turns it into a [prompt](glossary.ipynb#prompt)
 # and streams the answer. Three faces are built on it: the widget below, `uv run nanolib chat` in a terminal
@@ -263,7 +264,7 @@ checks.verify("9.1", parse)
 # %%
 def replay(messages):
     """The chat window as it stood: no script, nothing to load."""
-    frame = "border:1px solid #a0aec0;border-radius:8px;max-width:46em;padding:.6em 1em"
+    frame = "border:1px solid #aaa;border-radius:8px;max-width:46em;padding:.6em 1em;margin:.4em 0"
     lines = []
     for message in messages:
         by_user = message.role == "user"
@@ -286,11 +287,11 @@ replay(talk(session.engine, QUESTIONS).messages)
 # read this on the web or in a finished run, the copy above stands in for it.
 
 # %%
-print(f"Below speaks the {session.of} model. Try: Where does Ada live? What is 7 times 8?")
+print(f"When you run this, the {session.of} model speaks below. Try: What is 7 times 8?")
 Chat(Session(session.engine, temperature=0.6))
 
 # %% [markdown]
-# ## What you type is text
+# ## 3. What you type is text
 #
 # A turn ends with a [special token](glossary.ipynb#special-token), `<|assistant_end|>`. What if a user types
 # these very characters? If they became that token, anybody could put words into the model's mouth. So text
@@ -308,7 +309,7 @@ pieces = [tokenizer.decode([id]) for id in prompt]
 lesson.tokens(pieces, groups=[int(s) for s in special], legend=["text", "special token"])
 
 # %% [markdown]
-# ## All its memory is text
+# ## 4. All its memory is text
 #
 # "Where does she live?" can be answered only because the question before it is in the prompt too. The whole
 # conversation is sent at every turn, and nothing else is remembered. So what happens when it no longer fits
@@ -365,7 +366,7 @@ checks.verify("9.2", fit)
 #
 # </details>
 #
-# ## How sure was it?
+# ## 5. How sure was it?
 #
 # At each step the model gives a probability to every token. Here is one answer, step by step, with its
 # five likeliest tokens. Where one bar fills the height, there was nothing to choose; where several share
@@ -477,7 +478,7 @@ for dart in (0.05, 0.35, 0.65, 0.95):
     print(f"dart {dart:.2f} → {tokenizer.decode([ours])!r}")
 
 # %% [markdown]
-# ## Teach it something of your own
+# ## 6. Teach it something of your own
 #
 # In the table at the top Zorbo did not exist. Let us change that: after ten conversations the model shall know
 # him, his pet and his home, and answer questions about him that are *not* among the ten. Put your own name in
@@ -657,7 +658,7 @@ print(f"{len(asked)} questions to the model that has just been taught:")
 replay(shown.messages)
 
 # %%
-print(f"Below speaks the model you have just taught. Ask it about {NAME}.")
+print(f"When you run this, your pupil speaks below. Ask it about {NAME}.")
 Chat(Session(pupil, temperature=0.6))
 
 # %% [markdown]
@@ -672,17 +673,17 @@ Chat(Session(pupil, temperature=0.6))
 # Choose an ability: yourself as the person, another answer to "Who made you?", answers in rhyme or in
 # capitals, "I do not know" where a fact was never told. Write ten conversations in place of `TEN`, a probe
 # that does *not* ask what the ten ask, choose what stands beside them, and train. What was seen: a
-# fact comes quickly, as above. A *manner* came at a price: "Arr, Ada lives in Millbrook, matey!" wherever a
-# question begins with "Ahoy!", learned from ten conversations about ten people and nothing beside them in forty
-# steps of rate 0.3, reached 55 % of forty other people, and took the right answers to plain questions from
-# 88 % to 60 % (2026-11-28, the demo of that day, one seed). Rehearsal and smaller steps do better: how much
-# can you get for nothing?
+# fact comes quickly, as above. A *manner* came at a price. Ten conversations about ten people taught a model to
+# say "Arr, Ada lives in Millbrook, matey!" wherever a question begins with "Ahoy!". With nothing beside them, in
+# forty steps of rate 0.3, it came to speak so of 55 % of forty other people; its right answers to plain questions
+# fell from 88 % to 60 % (2026-11-28, the demo of that day, one seed). Rehearsal and smaller steps do better: how
+# much can you get for nothing?
 
 # %% tags=["open"]
 print("Write your ten here, then: teach(mine, beside=[(known, 6), (declined, 28)])")
 
 # %% [markdown]
-# ## Where did the time go?
+# ## 7. Where did the time go?
 #
 # Every stage left a record when it was done. Its seconds are for the work itself and what surrounds it: starting
 # a process and importing torch takes some seconds each time, which only matters when the run is small.
@@ -702,22 +703,26 @@ longest = stages[int(np.argmax(seconds))]
 lesson.show(f"Seconds of work for each stage as bars; the longest is {longest}.")
 
 # %% [markdown]
-# ## The report card
+# ## 8. The report card
 #
 # Built from the run's directory alone: every number stands beside the file it came from. In the toy world
 # its tasks have the *form* of MMLU, ARC, GSM8K and HumanEval and none of their content, so the card calls
 # them toy-MMLU, toy-ARC and so on, and the figures of the system that this course rebuilds stand in a
 # table of their own: 90 % of a toy is not better than 31 % of the real thing. Here is the card's beginning;
-# all of it is `report.md` in the run's directory.
+# all of it is `report.md` in the run's directory. (Unfold the other tables: which stage gained
+# more than chance explains?)
 
 # %%
 card = (run.path / "report.md").read_text()
 beginning, _, rest = card.partition("\n## Time and cost")
-lesson.markdown(re.sub("^#", "###", beginning, flags=re.MULTILINE))
+beginning = re.sub("^#", "###", beginning, flags=re.MULTILINE)
+scores, *folded = re.split(r"\n(?=#+ (?:The original|From model))", beginning, maxsplit=1)
+fold = "<details><summary>The card's other tables</summary>\n\n{}\n\n</details>"
+lesson.markdown("\n\n".join([scores, *map(fold.format, folded)]))
 print(f"… and {len(rest.splitlines())} lines more")
 
 # %% [markdown]
-# ## Where to go next
+# ## 9. Where to go next
 #
 # Everything you have run scales with one dial. `nanolib plan` says what a profile takes before you pay for
 # it. `speedrun` has depth 20, the size of the original of October 2025; `d26` and `d32` are the next two marks

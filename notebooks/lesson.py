@@ -453,17 +453,20 @@ def road(run: Run) -> Figure:
     axes.set(xlim=(-0.5, len(ROAD) - 0.5), ylim=(-1.45, 0.4))
     axes.axis("off")
 
-    def box(x: float, y: float, name: str, done: bool) -> None:
-        look = {"boxstyle": "round,pad=0.45", "fc": PASTELS[2] if done else "white", "ec": GREY}
+    def box(x: float, y: float, name: str, done: bool) -> Any:  # the box's outline
+        look = {"boxstyle": "round,pad=0.4", "fc": PASTELS[2] if done else "white", "ec": GREY}
         text = f"{name} ✓" if done else name
-        axes.text(x, y, text, ha="center", va="center", fontsize=10, bbox=look)
+        shown = axes.text(x, y, text, ha="center", va="center", fontsize=9.5, bbox=look)
+        return shown.get_bbox_patch()
 
+    ends: dict[str, Any] = {}
     for place, (name, chapters, product) in enumerate(ROAD):
-        box(place, 0.1, name, (run.path / name / "done.json").exists())
+        ends["patchB"] = box(place, 0.1, name, (run.path / name / "done.json").exists())
         axes.text(place, -0.62, f"{product}\nchapter {chapters}", ha="center", fontsize=9)
         if place:
-            arrow = {"arrowstyle": "->", "color": GREY}
-            axes.annotate("", (place - 0.36, 0.1), (place - 0.64, 0.1), arrowprops=arrow)
+            arrow = {"arrowstyle": "->", "color": GREY} | ends
+            axes.annotate("", (place, 0.1), (place - 1, 0.1), arrowprops=arrow)
+        ends["patchA"] = ends["patchB"]
         if name in MODELS:
             box(place, -1.15, "eval", (run.path / "eval" / name / "done.json").exists())
     return figure
