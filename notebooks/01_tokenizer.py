@@ -17,11 +17,12 @@
 # [▶ Open this chapter in Colab](https://colab.research.google.com/github/OWNER/nanolib/blob/main/notebooks/01_tokenizer.ipynb): nothing to install on your machine.
 
 # %% tags=["colab"]
+# On Colab this fetches the course; elsewhere it does nothing.
 import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the course, install it
+if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     source, course = "https://github.com/OWNER/nanolib", "/content/nanolib"
     subprocess.run(["git", "clone", "-q", "--depth=1", source, course], check=True)
     os.chdir(f"{course}/notebooks")

@@ -173,11 +173,12 @@ BADGE = """# %% [markdown]
 # [▶ Open this chapter in Colab]({address}): nothing to install on your machine.
 
 # %% tags=["colab"]
+# On Colab this fetches the course; elsewhere it does nothing.
 import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("lesson.py"):  # get the course, install it
+if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     source, course = "{repository}", "/content/nanolib"
     subprocess.run(["git", "clone", "-q", "--depth=1", source, course], check=True)
     os.chdir(f"{{course}}/notebooks")
