@@ -346,7 +346,8 @@ def tokens(
         keys = [_box(KINDS[kind][2], _kind_style(kind)) for kind in present]
     elif shades is not None:
         reds = (min(1.0, max(0.0, shade)) for shade in shades)
-        styles, keys = [f"background:rgba(221, 80, 60, {red:.2f})" for red in reds], []
+        mixed = ([255 - round(red * less) for less in (34, 175, 195)] for red in reds)  # no alpha:
+        styles, keys = [f"background:rgb{tuple(rgb)}" for rgb in mixed], []  # pages may be dark
     else:
         cycle = range(len(pieces)) if groups is None else groups
         pastels = [f"background:{colour}" for colour in PASTELS]

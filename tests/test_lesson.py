@@ -197,10 +197,11 @@ def test_tokens_are_escaped_and_keep_their_text_twin(notebook):
     assert bundle["text/html"].count("<span") == 6
 
 
-def test_tokens_shade_by_value(notebook):
+def test_tokens_shade_by_value_and_hide_a_dark_page(notebook):
     lesson.tokens(["a", "b", "c"], shades=[0.0, 0.25, 7.0])
     page = notebook[0].versions[0]["text/html"]
-    assert re.findall(r", (\d\.\d\d)\)", page) == ["0.00", "0.25", "1.00"]
+    white, pale, red = "255, 255, 255", "247, 211, 206", "221, 80, 60"
+    assert re.findall(r"background:rgb\(([\d, ]+)\)", page) == [white, pale, red]
 
 
 def test_tokens_have_kinds_by_colour_and_by_line_and_numbers_below(notebook):
