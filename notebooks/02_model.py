@@ -459,7 +459,7 @@ lesson.frames(clock, [2, 3, 5, 8, 13, 21], label="query at", alt=alt)
 
 # %% [markdown]
 # One clock is not enough: after a full turn, a distance looks like another. So every pair of numbers is
-# a clock with a speed of its own. Pair *i* of K/2 turns by 10000^(−2i/K) a position: fast hands tell
+# a clock with a speed of its own. Pair *i* of K/2 turns by $10000^{-2i/K}$ a position: fast hands tell
 # neighbours apart, slow hands tell near from far. The pairs are `(x[i], x[i + K/2])`, first half with
 # second half, and we turn *clockwise*: by minus the angle.
 #

@@ -639,8 +639,8 @@ for step, model in sorted(moments.items(), key=lambda pair: pair[0]):
 # Here is a held-out text, the redder a token the more bits it took; the numbers are bits. From top to
 # bottom: first everything costs the same, then common words get cheap, and last what can be copied, or is
 # known by heart. Look for a word or a number that is said twice: the second time it should be nearly free.
-# Not so, perhaps, a name spelt in rare pieces: it has learned to copy the words of its world, not any string
-# of tokens.
+# Not so, perhaps, a name spelt in rare pieces: the model copies the words of its world, not any string of
+# tokens.
 
 # %%
 document = held_out[1][: min(60, recipe.model.sequence_len)]
