@@ -381,10 +381,10 @@ lesson.show("Facts and word problems: how many mid and sft get right, how many a
 # quiet about.
 #
 # So is it worth a stage? In the toy world its data differ little from midtraining's: the same kinds of
-# conversations, fewer of them, smaller steps. What it buys is polish, if anything: in the demo of 2026-11-29
-# facts gained nothing, and word problems 11 of 120, a little over two of these errors, and 24 of the 400 that the
-# stage's evaluation asks. An earlier demo of that day gained 13 of the 120 and lost one of the other 280. So even two
-# errors are luck now and then, and the cure is more questions.
+# conversations, fewer of them, smaller steps. What it buys is polish, if anything. In the demo of 2026-11-29
+# facts gained nothing. Word problems gained 11 of these 120, a little over two errors, and 24 of the 400 that the
+# stage's evaluation asks. An earlier demo of that day gained 13 of the 120, and lost one of the other 280: even
+# two errors are luck now and then, and the cure is more questions.
 # Where the data of SFT are *better* than what came before, written with care rather than collected, it buys more.
 # Look at some of the changes. (An "I know no …" about a friend is the habit of declining strangers, gone too far.)
 
