@@ -124,7 +124,7 @@ def answer(model, question, tool=None, tokens=60):
 
 def show(parts):
     for part in parts:
-        print(f"    [{part.kind}] {part.text[:160]!r}")
+        print(f"    [{part.kind}] {part.text[:100]!r}")
 
 
 chats, problems = (tasks.load(name, "test", run.mirror()) for name in ("smoltalk", "gsm8k"))
@@ -442,7 +442,7 @@ for example in [task.conversation(i) for task in (chats, problems) for i in rang
             nats_KM[kind] += nats
             count_K[kind] += 1
 nats_KM /= count_K.clip(1)[:, None]
-print("tokens scored:", dict(zip(NAMES, count_K.tolist(), strict=True)))
+print(", ".join(f"{name} {count}" for name, count in zip(NAMES, count_K, strict=True)), "tokens")
 falls_K = nats_KM[:, 0] - nats_KM[:, 1]
 assert profile != "demo" or NAMES[falls_K.argmax()] == "markers"
 

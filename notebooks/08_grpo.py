@@ -807,14 +807,15 @@ print("truly right", " ".join(f"{row['right']:5.2f}" for row in hacked.diary))
 
 
 # %%
-def samples(name, policy, most=260):
+def samples(name, policy):
     """New answers of a policy to the question of section 1: two in the middle by length."""
     asked = policy.problems.answers([questions[shown]], SAMPLES, seeds=[1], temperature=1.0)
     for answer in sorted(asked[0], key=lambda answer: len(answer.ids))[SAMPLES // 2 :][:2]:
-        print(f"{name:12} {tokenizer.decode(answer.ids)!r}"[:most])
+        text = re.sub(r"<\|(python|output)_(start|end)\|>", "|", tokenizer.decode(answer.ids))
+        print(f"{name:12} {text!r}"[:115])
 
 
-print(train_task.unanswered(questions[shown]).messages[0].text)
+print(train_task.unanswered(questions[shown]).messages[0].text, "(| is a marker)")
 samples("before", policy)
 samples("hacked", hacked)
 

@@ -325,7 +325,7 @@ for _ in range(40):
     sizes.append(len(Conversation(tuple(long.messages)).render(tokenizer).ids))
     if "no longer fits" in (long.notice or "") or sizes[-1] > 4096:
         break
-print(f"after {len(sizes)} turns, {sizes[-1]} tokens: {long.notice or 'it still fits'}")
+print(f"after {len(sizes)} turns, {sizes[-1]} tokens:\n{long.notice or 'it still fits'}")
 
 # %% [markdown]
 # The oldest turns are left out of the prompt, and the user is told. A chat that forgets without saying so
@@ -737,7 +737,8 @@ for name in ("speedrun", "d26", "d32"):
     parameters = next(line for line in lines if line.startswith("parameters")).split()[1]
     base = next(line for line in lines if line.startswith("base")).split("; ")[-1]
     dollars[name] = float(re.search(r"\$([\d.]+)", base)[1])
-    print(f"{name:9}{parameters.strip(':')} parameters\n         {base}")
+    base = base.replace("FLOPs: ", f"FLOPs\n{'':9}")
+    print(f"{name:9}{parameters.strip(':')} parameters\n{'':9}{base}")
 
 # %%
 figure, axes = plt.subplots(figsize=(7.2, 1.9))
