@@ -764,7 +764,7 @@ for tool in (calculator, liar):
 # **Exercise 5.5 ★★★ · 25 minutes · build** One row with a tool.
 # Tokens are texts here, so that you can read them: `"<py>"`, `"</py>"`, `"<out>"`, `"</out>"`, `"<end>"`, and
 # single characters. `say(tokens)` is the model: the next token it wants, given all so far. `tool(source)`
-# returns a text. At every step ask the model, also where a token is forced, then its wish is thrown away.
+# returns a text. At every step ask the model; where a token is forced, its wish is thrown away.
 # Return the tokens without `"<end>"`, at most `limit` of them (forced ones count). What goes wrong if a
 # wish for `"<end>"` ends the row although something else is forced?
 

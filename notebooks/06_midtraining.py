@@ -483,9 +483,9 @@ for name in run.config.recipe.eval.tasks:
     print(f"{name:20}", {key: f"{found[key]:.0%}" for key in told if key in found})
 
 # %% [markdown]
-# That is [forgetting](glossary.ipynb#forgetting). How that text tells its stories and lists fades, since it is
-# hardly asked for any more (Pip's own stories are three short sentences). What they *told* lasts longer, because
-# the answers need it: `facts` asks, in the toy world, what stands in the pretraining text alone. (`text` and
+# That is [forgetting](glossary.ipynb#forgetting). The manner of that text, its stories
+# and lists, fades: it is hardly asked for any more (Pip's own stories are three short sentences). What it *told*
+# lasts longer, because the answers need it: `facts` asks, in the toy world, what stands in the pretraining text alone. (`text` and
 # `letters` are two ways to score four choices; chapter 07 says why they can be so far apart. `humaneval` is a toy
 # as well: ten short functions to write, with changing numbers in them.)
 #

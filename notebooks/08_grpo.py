@@ -704,7 +704,7 @@ result = launch.stage("grpo", run, watch=lesson.Live())
 print(f"{result['answers']:,} answers in {result['steps']} steps, {result['epochs']:.2f} passes")
 
 # %% [markdown]
-# The loss drawn there says little, as we saw. These say more. They are of other questions at every step, so
+# The loss drawn there says little, as we saw. These say more. They come from other questions at every step, so
 # they jump, and a gain of a tenth is hard to see:
 
 # %%
@@ -745,8 +745,8 @@ lesson.show(
 
 # %% [markdown]
 # Compare the three. Where pass@1 climbs while greedy or pass@4 stands still, the model has found few new right
-# answers; it says more often what it could say before. (0.05 of greedy are ten questions of 200, before you make
-# much of it.) Section 9 asks that question properly.
+# answers; it says more often what it could say before. (A change of 0.05 in greedy is ten questions of 200:
+# not much.) Section 9 asks that question properly.
 #
 # The best and the worst answer to one question, from the first step and from the last. Does a rewarded one speak
 # of the right person, and of the right things? The grade never reads them. Among the wrong ones you may meet the
@@ -810,12 +810,13 @@ print("truly right", " ".join(f"{row['right']:5.2f}" for row in hacked.diary))
 def samples(name, policy):
     """New answers of a policy to the question of section 1: two in the middle by length."""
     asked = policy.problems.answers([questions[shown]], SAMPLES, seeds=[1], temperature=1.0)
+    marks = {"python_start": "[", "python_end": " ", "output_start": "→ ", "output_end": "] "}
     for answer in sorted(asked[0], key=lambda answer: len(answer.ids))[SAMPLES // 2 :][:2]:
-        text = re.sub(r"<\|(python|output)_(start|end)\|>", "|", tokenizer.decode(answer.ids))
+        text = re.sub(r"<\|(\w+)\|>", lambda m: marks.get(m[1], m[0]), tokenizer.decode(answer.ids))
         print(f"{name:12} {text!r}"[:115])
 
 
-print(train_task.unanswered(questions[shown]).messages[0].text, "(| is a marker)")
+print(train_task.unanswered(questions[shown]).messages[0].text, "[program → result]")
 samples("before", policy)
 samples("hacked", hacked)
 
@@ -901,7 +902,7 @@ lesson.show(
 # 0.30. With β = 3 they ended at 0.20, 0.33 and 0.02: too long a leash.
 #
 # And no leash knows right from wrong: it holds the honest part of the reward back as well. Compare its line on
-# the right with the honest one. Hence R1-like trainings often do without, where the grade cannot be cheated.
+# the right with the honest one. Hence trainings like R1's often do without one, where the grade cannot be cheated.
 #
 # And a fourth run, the control: honest rewards, dealt at random to the answers of each question.
 
