@@ -757,7 +757,7 @@ lesson.show(
 for row in (told[0], told[-1]):
     print(f"step {row['step']}: {row['samples'][0][0]}")
     for _, text, reward in row["samples"]:
-        print(f"  {reward:.0f}  {text[-110:]!r}")
+        print(f"  {reward:.0f}  {'…' * (len(text) > 110)}{text[-110:]!r}")
 
 # %% [markdown]
 # Was anything else harmed? Nothing rewarded the model for knowing facts or for plain text.
