@@ -232,6 +232,14 @@ def test_bad_settings_are_named_before_anything_runs(settings, message):
         next(engine().generate([[]], max_new_tokens=4))
 
 
+def test_a_freed_slot_does_not_cost_a_look_at_everyone_who_waits(monkeypatch):
+    speaker, looks, in_flight = engine(), [], Engine._flight
+    monkeypatch.setattr(Engine, "_flight", lambda self: looks.append(1) or in_flight(self))
+    speaker.max_rows = 2
+    assert len(speaker.complete([[1 + i] for i in range(40)], max_new_tokens=12)) == 40
+    assert len(looks) <= 2  # to size the cache, not once for each of 20 or more refills
+
+
 def test_a_slot_is_filled_again_at_once_and_no_step_is_wasted_on_an_empty_one():
     speaker, asked, sizes = engine(sequence_len=64), prompts(5, 12, 3, 8), []
     draw = speaker._draw
