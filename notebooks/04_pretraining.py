@@ -945,8 +945,8 @@ lesson.markdown(table[table.index("| ingredient") :])
 # inside the attention, *smear* mixes the token before into each one at the input: both are **memory that costs hardly
 # any arithmetic**, for single tokens and for pairs. A model without them must spend layers on that. Third,
 # *document mask* keeps a token from looking into the other documents of its row. What stands there has nothing to
-# do with it, and in the test nothing stands there at all. (It is not in the preset yet: nobody has measured it
-# with the rest.)
+# do with it, and in the test nothing stands there at all. (It is not in the preset yet. The toy world gains as much
+# by it on top of the rest.)
 #
 # Now compare the columns "+" and "-". Smear alone is worth more than twice as much as smear on top of the rest: value
 # embeddings had done part of its work. Gains of ingredients do **not** add up, and a paper that shows one alone promises

@@ -230,13 +230,14 @@ def rows() -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------------- the table
 
+NONE = "—"
 HEAD = """# The transfer table
 
 Made by `nanolib bench ablations`. What each ingredient of preset `modern` does to bits per byte
 (lower is better) at equal tokens and, where it was taken, to the time of a step: with it minus
 without it, mean ± two standard errors of the same seeds, bold where that is beyond the noise. "+":
 alone on `classic`. "-": the last to join the others in `modern`, which until 2026-11-29 had `backout`
-and `normuon` too, as in every row so far.
+and `normuon` too, as in most rows so far; those that are not in `modern` joined it without these two.
 
 """
 
@@ -280,8 +281,11 @@ def _found(scale: str, variant: str) -> dict[int, dict[str, Any]]:
 
 def _effect(scale: str, way: str, name: str) -> str:
     """The ingredient's effect on bits per byte, paired by seed, and on step time."""
-    with_it, without = (f"+{name}", "classic") if way == "+" else ("modern", f"-{name}")
-    return _difference(_found(scale, with_it), _found(scale, without))
+    pairs = [("modern", f"-{name}"), (f"lean+{name}", "lean")]
+    for with_it, without in [(f"+{name}", "classic")] if way == "+" else pairs:
+        if (found := _difference(_found(scale, with_it), _found(scale, without))) != NONE:
+            return found
+    return NONE
 
 
 def _modern(scale: str) -> str:
@@ -290,7 +294,7 @@ def _modern(scale: str) -> str:
 
 def _difference(more: dict[int, dict], less: dict[int, dict]) -> str:
     if len(seeds := sorted(more.keys() & less.keys())) < 2:
-        return "—"
+        return NONE
     gains = [more[seed]["bpb"] - less[seed]["bpb"] for seed in seeds]
     noise = 2 * stdev(gains) / math.sqrt(len(gains))
     paces = [it[seed]["step_seconds"] for seed in seeds for it in (more, less)]
