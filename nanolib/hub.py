@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from nanolib.config import Config
@@ -117,6 +116,8 @@ def documents(path: Path) -> Iterator[str]:
 
 def text_arrays(path: Path) -> Generator[pa.Array, None, None]:
     """The documents of a shard, up to 1024 in an array."""
+    import pyarrow.dataset  # imports pandas: a second that most processes need not spend
+
     _check_text(path)
     with _reading(path):
         shard = pyarrow.dataset.dataset(path, format="parquet")

@@ -65,6 +65,12 @@ def test_help_is_quick():
     assert all(word in result.stdout for word in ("run", "stage", "chat", "export", "settings"))
 
 
+def test_a_stage_starts_without_pandas():
+    """pyarrow.dataset imports it: a second for each of the dozen processes of a run."""
+    script = "import sys\nimport nanolib.stages.worker\nsys.exit('pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
 def test_the_command_and_the_module_are_the_same():
     script = Path(sys.executable).with_name("nanolib")
     for command in ([script], [sys.executable, "-m", "nanolib"]):

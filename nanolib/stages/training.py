@@ -16,7 +16,7 @@ import torch
 from nanolib import checkpoint, planning, tasks
 from nanolib.config import OptimConfig, up_to
 from nanolib.conversation import Conversation
-from nanolib.data.packing import Source
+from nanolib.data.packing import IGNORED, TOKENS_AT_ONCE, Source
 from nanolib.data.sources import ConversationSource, TextSource, render, save_conversations
 from nanolib.evals import answers, score_all
 from nanolib.evals.bpb import bits_per_byte
@@ -176,16 +176,18 @@ class Training:
 
     @torch.no_grad()
     def validation_loss(self, held_out: ConversationSource) -> float:
-        """Mean loss in nats per target token on held-out conversations, one row at a time."""
-        runtime = self.context.runtime
+        """Mean loss in nats per target token on held-out conversations."""
+        runtime, rows_at_once = self.context.runtime, max(1, TOKENS_AT_ONCE // held_out.length)
 
         def sums(rows: Sequence[int]) -> list[tuple[float, int]]:
             batch = held_out.batch(rows)
             with runtime.autocast():
-                nll = self.model.nll(batch.to(runtime.device)).sum()
-            return [(float(nll), batch.count)]
+                nll_BT = self.model.nll(batch.to(runtime.device))
+            counts_B = (batch.targets_BT != IGNORED).sum(dim=1)
+            return [*zip(nll_BT.sum(dim=1).tolist(), counts_B.tolist(), strict=True)]
 
-        nats, targets = zip(*score_all(sums, range(len(held_out)), 1, runtime), strict=True)
+        found = score_all(sums, range(len(held_out)), rows_at_once, runtime)
+        nats, targets = zip(*found, strict=True)
         return sum(nats) / sum(targets)
 
 
