@@ -27,9 +27,8 @@ from nanolib.optim import MuonAdamW
 from nanolib.rundir import StageDir
 from nanolib.runtime import Replay, Runtime, record_graph
 
-RECORD_FLOPS = (
-    2e13  # of a micro-batch: below, launching its kernels takes an H100 longer than running
-)
+# FLOPs of a micro-batch, below which launching its kernels takes longer than running them (H200).
+RECORD_FLOPS = 2e13
 MULTI_TOKEN = 0.3  # initial weight of the next-but-one token; decays linearly to 0
 
 
