@@ -532,6 +532,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, random_model, cpu, mo
     assert found is not None and found.step == 4
 
 
+def test_saves_by_steps_keep_their_distance(tmp_path, random_model, cpu):
+    assert _saved_steps(_trainer(tmp_path, random_model(), cpu, save_apart=1e9)) == [6]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_recorded_passes_train_as_launched_ones(device, tmp_path, random_model, monkeypatch):
     """Small micro-batches replay a CUDA graph; two shapes share the gradients (3 rows and 1)."""
@@ -551,9 +555,10 @@ def test_recorded_passes_train_as_launched_ones(device, tmp_path, random_model, 
         model = random_model().to(device)
         source = _text_source(device_batch=3)
         trainer = _trainer(tmp_path / str(recorded), model, runtime, source=source)
-        losses = [trainer.train_step()[0]["loss"] for _ in range(6)]
+        rows = [trainer.train_step()[0] for _ in range(6)]
         assert len(trainer._recorded) == (2 if recorded else 0)
-        found.append((losses, [*model.parameters()]))
-    (losses, weights), (other_losses, other_weights) = found
-    assert_close(losses, other_losses, rtol=1e-5, atol=0)
+        # The norms too: an update does not depend on its gradient's scale.
+        found.append(([(r["loss"], r["grad_norm"]) for r in rows], [*model.parameters()]))
+    (scalars, weights), (other_scalars, other_weights) = found
+    assert_close(torch.tensor(scalars), torch.tensor(other_scalars), rtol=1e-5, atol=0)
     assert_close(weights, other_weights, rtol=1e-3, atol=1e-5)
