@@ -7,16 +7,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanolib.evals import core
+from nanolib.model import KVCache
 from nanolib.runtime import Runtime
 from runs.bench import referee
 
 
-def test_scores_through_our_cache_are_those_of_a_plain_forward_pass():
-    """Of contexts of different lengths, one of them BOS alone, with different continuations."""
+def random_llama() -> LlamaForCausalLM:
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, **heads)).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, **heads)).eval()
+
+
+def test_scores_through_our_cache_are_those_of_a_plain_forward_pass():
+    """Of contexts of different lengths, one of them BOS alone, with different continuations."""
+    theirs = random_llama()
     rng = random.Random(1)
     prompts = [
         core.Prompt(
@@ -35,3 +40,14 @@ def test_scores_through_our_cache_are_those_of_a_plain_forward_pass():
                 plain = float(logp_TV[torch.arange(len(ids)), ids].sum())
                 assert score.logprob == pytest.approx(plain, abs=1e-3) and score.tokens == len(ids)
                 assert score.greedy == (logp_TV.argmax(-1).tolist() == ids)
+
+
+@torch.inference_mode()
+def test_all_tensors_are_on_the_device_of_the_model():
+    """Seen on `meta`, which computes nothing, but objects to a tensor of another device."""
+    model, device = referee.Llama(random_llama().to("meta")), torch.device("meta")
+    cache = KVCache(model.config, 2, 20, device, torch.float32)
+    for size in (0, 3, 5):  # nothing to read, a context, its continuations
+        hidden_BTD = model.hidden(torch.zeros(2, size, dtype=torch.long, device=device), cache)
+        assert hidden_BTD.shape == (2, size, 32) and hidden_BTD.device == device
+        cache.advance(size)

