@@ -40,7 +40,11 @@ WRITING = {12: (2_211, 17_830, 82_150, 78_977), 20: (919, 10_301, 44_569, 44_885
 STARTING = 28  # seconds until a model's stage begins: imports, proof of kernels, compiling
 LAUNCHING = 0.009 / 8  # least seconds a step and layer: launching kernels and CUDA graphs
 H100 = "one H100, small steps one H200, 2026-11-28 and 29 (runs/bench/device.md)"
+H200 = "one H200 at depth 8, 2026-11-29 (runs/report_h100.md)"
 TRAINED, ENCODED = 27e6, 25e6  # bytes/s of text: tokenizer training; making token shards
+SEARCHED = 60e6  # bytes/s of text: looking for test problems in it, one core (2026-11-29)
+DOWNLOADED = 50e6  # bytes/s: a guess, since every line differs
+SCORED = 4_800  # tokens of training at the peak that take as long as scoring a problem
 PARQUET = 0.39  # size of a shard of text over that of its text
 EPYC = "2 cores of an AMD EPYC, 2026-11-29 (runs/bench/text.md: vocabulary 65,536, less 4 s)"
 
@@ -80,6 +84,12 @@ class Machine:
         speed = assumed_mfu(model.depth) * self.peak * self.count
         computing = training_flops(model, vocab_size) * tokens / speed
         return max(computing, steps * LAUNCHING * model.depth)
+
+    def scoring_seconds(self, model: ModelConfig, vocab_size: int, problems: float) -> float | None:
+        """Projected time to score models on so many problems; None if the peak is unknown."""
+        if self.peak is None:
+            return None
+        return problems * SCORED * training_flops(model, vocab_size) / (self.peak * self.count)
 
     def writing_rate(self, depth: int, rows: int) -> float | None:
         """Tokens/s of all devices, with `rows` answers at once on each; None where not measured."""
@@ -180,8 +190,10 @@ def measured(depth: int, machine: Machine) -> Iterator[str]:
     if rate := machine.writing_rate(depth, ROWS[-1]):
         each = f"{rate / machine.count:,.0f} tokens/s of {ROWS[-1]} answers at once"
         yield f"measured     {each}: {H100}"
+        yield f"measured     scores of a problem, as {SCORED:,} tokens at the peak: {H200}"
     yield f"measured     tokenizer {TRAINED / 1e6:.0f}, shards {ENCODED / 1e6:.0f} MB/s of text: {EPYC}"
-    yield "not measured downloads, more than two GPUs, choices and CORE, evaluations in training"
+    yield f"assumed      a download of {DOWNLOADED / 1e6:.0f} MB/s"
+    yield "not measured more than two GPUs, scores at other depths than 8, evaluations in training"
 
 
 def bytes_per_token(vocab_size: int) -> float:

@@ -183,13 +183,18 @@ def _stage_lines(config: Config, machine: Machine, counted: Mapping[str, float])
         batch = f"{rows} of {share} rows a rank at once ({size(memory.total(rows))})"
         work, seconds = _work(recipe, name, machine, counted)
         parts.append((name, f"{batch}; {work}", seconds, checkpoint.KEPT * saved))
-    starts, them = 2 * len(recipe.models), ", ".join(recipe.models)
-    parts.append(("evaluations", f"bits per byte, CORE, choices, answers of {them}", None, 0))
+    starts, them, scoring = 2 * len(recipe.models), ", ".join(recipe.models), None
+    problems, each = UNCOUNTED, counted.get("problems")
+    if each is not None:
+        problems = f"{each:,.0f} problems each"
+        scoring = machine.scoring_seconds(recipe.model, vocab_size, each * len(recipe.models))
+    parts.append(("evaluations", f"of {them}; {problems}", scoring, 0))
     starting = starts * accounting.STARTING if machine.peak else None
     parts.append(("starting", f"{starts} stages", starting, 0))
     without = [name for name, _, seconds, _ in parts if seconds is None]
     known = sum(seconds or 0 for *_, seconds, _ in parts) or None
-    parts.append(("all", f"without {', '.join(without)}", known, sum(part[-1] for part in parts)))
+    whole = f"without {', '.join(without)}" if without else "stages"
+    parts.append(("all", whole, known, sum(part[-1] for part in parts)))
     for name, work, seconds, disk in parts:
         dollars = (machine.dollars_per_hour or 0) * (seconds or 0) / 3600
         price = f", ${dollars:.2f}" if dollars else ""
@@ -210,7 +215,12 @@ def _text(config: Config, counted: Mapping[str, float]) -> list[Part]:
     onto = accounting.PARQUET * text * (fetched and config.machine.mirror is None)
     ids = tokens * (2 if vocab_size <= 2**16 else 4)
     return [
-        ("data", f"{size(text)} of text", None, onto),
+        (
+            "data",
+            f"{size(text)} of text",
+            onto / accounting.DOWNLOADED + text / accounting.SEARCHED,
+            onto,
+        ),
         ("tokenizer", f"{size(read)} of text", read / accounting.TRAINED, 0),
         ("shards", f"{tokens / 1e6:,.0f} M tokens", text / accounting.ENCODED, ids),
     ]

@@ -194,7 +194,7 @@ def test_a_real_device_runs_out_of_memory():
 # ---------------------------------------------------------------------------- the plan
 
 
-COUNTED = {"text": 9e10, "mid": 300e6, "sft": 9e6, "grpo": 7473}  # some mirror
+COUNTED = {"text": 9e10, "mid": 300e6, "sft": 9e6, "grpo": 7473, "problems": 30_000}  # some mirror
 
 
 def plan(profile: str, machine: str, counted=(), **overrides) -> str:
@@ -216,7 +216,8 @@ def test_the_plan_of_the_originals_d20():
     assert "(20.0 a parameter), 3.92e+19 FLOPs" in text and "base         32 of 32 rows" in text
     assert re.search(r"2:28:\d\d, \$59.\d\d \(projected\)", text)
     assert text.count("1 epochs, not counted before the data is there") == 3  # mid, sft, grpo
-    assert "all          without data, mid, sft, grpo, evaluations: " in text
+    assert "all          without mid, sft, grpo, evaluations: " in text
+    assert costs(text)["data"][0] == pytest.approx(21.9e9 / 50e6 + 56.1e9 / 60e6, abs=3)
 
 
 def test_every_stage_is_planned_from_what_was_counted_and_measured():
@@ -232,11 +233,14 @@ def test_every_stage_is_planned_from_what_was_counted_and_measured():
     trained = max(468 * 256 * 256 / speed, 468 * 0.009 / 8 * 20)
     assert found["grpo"][0] == pytest.approx(256 * answers / rate + trained, abs=1)
     assert found["starting"][0] == 8 * 28
+    assert found["data"][0] == pytest.approx(9e10 * (0.39 / 50e6 + 1 / 60e6), abs=1)
+    scored = 4 * 30_000 * accounting.SCORED  # as so many tokens at the peak
+    assert found["evaluations"][0] == pytest.approx(scored * flops / (8 * 989e12), abs=1)
     parts = [cost for name, cost in found.items() if name != "all"]
     assert found["all"][0] == pytest.approx(sum(seconds for seconds, _ in parts), abs=8)
     for seconds, dollars in found.values():
         assert dollars == pytest.approx(24 * seconds / 3600, abs=0.01)
-    assert "all          without data, evaluations: " in text
+    assert "all          stages: " in text
     assert re.search(r"measured +training 55.4% of the peak, .* one H100, .*2026-11-28", text)
 
 
@@ -246,7 +250,8 @@ def test_what_was_never_measured_is_told():
         assert re.search(r"(?m)^grpo .*tokens at most: not measured, ", text)
     text = plan("speedrun", "8xA100", COUNTED)
     assert "answers at once" not in text and re.search(r"(?m)^grpo .*: not measured, ", text)
-    assert re.search(r"(?m)^not measured downloads, more than two GPUs", text)
+    assert re.search(r"(?m)^assumed +a download of 50 MB/s$", text)
+    assert re.search(r"(?m)^not measured more than two GPUs", text)
 
 
 def test_disk_is_that_of_a_run(finished_run):
@@ -273,6 +278,9 @@ def test_what_the_data_stage_counts(finished_run):
     )
     assert counted["text"] == pytest.approx(size, rel=0.05)
     assert counted["grpo"] == len(tasks.load("gsm8k", "train", finished_run.mirror()))
+    limits = finished_run.config.recipe.eval
+    core = 3 * limits.core_problems
+    assert counted["problems"] == core + len(limits.tasks) * limits.max_problems
 
 
 def test_the_projection_of_the_originals_d32():

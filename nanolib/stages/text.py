@@ -172,7 +172,7 @@ def _learned(run: Run) -> Iterator[tuple[str, str, tasks.Task, np.ndarray]]:
 
 def counted(run: Run) -> dict[str, float]:
     """What later stages read: bytes of text, tokens of mid and SFT (estimated from a sample of
-    their conversations), questions of GRPO."""
+    their conversations), questions of GRPO, problems of an evaluation."""
     recipe, files = run.config.recipe, hub.text_files(run.config, run.text_mirror())
     found = {"text": sum(map(hub.text_bytes, [*files.train, files.validation]))}
     for stage, _, task, rows in _learned(run):
@@ -184,7 +184,7 @@ def counted(run: Run) -> dict[str, float]:
         markers = sum(1 + 2 * len(messages) for messages in some)
         tokens = size / accounting.bytes_per_token(recipe.tokenizer.vocab_size) + markers
         found[stage] = found.get(stage, 0) + round(len(rows) * tokens / len(some))
-    return found
+    return found | {"problems": sum(map(len, _tests(run).values()))}
 
 
 def known(run: Run) -> dict[str, float]:
