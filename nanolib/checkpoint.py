@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from nanolib.config import LAST_WITH_THEM, Recipe, flatten, replace_settings
+from nanolib.config import REMOVED, Recipe, flatten, replace_settings
 from nanolib.model import GPT
 from nanolib.optim import SLOTS, MuonAdamW
 from nanolib.rundir import saved_recipe, whole_file, write_atomic, write_json
@@ -205,7 +205,7 @@ def restore_model(checkpoint: Checkpoint, model: GPT) -> None:
     known = {*weights, *(f"{name}.{slot}" for name in weights for slot in slots)}
     if more := sorted(checkpoint.index["tensors"].keys() - known):
         has = f"{checkpoint.path} has {more[0]}, of an ingredient that nanolib no longer has"
-        raise ValueError(f"{has}; commit {LAST_WITH_THEM} reads it")
+        raise ValueError(f"{has}; commit {REMOVED['backout']} reads it")
     for name, param in weights.items():
         param.copy_(checkpoint.tensor(name))
 

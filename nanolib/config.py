@@ -31,13 +31,12 @@ INGREDIENTS = {
     "document_mask": "attention does not cross document boundaries",
     "polar_express": "Muon uses a different polynomial in each orthogonalisation step",
     "cautious_decay": "matrix weights decay only where the update also shrinks them",
-    "multi_token": "pretraining also predicts the token after next, with a weight that falls to 0",
 }
 # Ingredients that change training but not the forward pass.
-TRAINING = {"polar_express", "cautious_decay", "multi_token"}
-NOT_MODERN = {"windows", "document_mask", "multi_token"}
-# Ingredients that gained too little for their lines (runs/bench/ablations.md); the last commit with them.
-REMOVED, LAST_WITH_THEM = {"backout", "normuon"}, "e5da0fd"
+TRAINING = {"polar_express", "cautious_decay"}
+NOT_MODERN = {"windows", "document_mask"}
+# Ingredients that gained too little for their lines (runs/bench/ablations.md), with the last commit that has them.
+REMOVED = {"backout": "e5da0fd", "normuon": "e5da0fd", "multi_token": "5511be9"}
 PRESETS = {"classic": (), "modern": tuple(name for name in INGREDIENTS if name not in NOT_MODERN)}
 GATE_WIDTH = 16  # leading channels of a token's vector that feed a gate
 ENCLOSED = ("user", "assistant", "python", "output")  # each has a start and an end token
@@ -92,8 +91,8 @@ class ModelConfig(Settings):
     def __post_init__(self) -> None:
         if unknown := sorted(self.uses - INGREDIENTS.keys()):
             known = f"there are {', '.join(INGREDIENTS)}"
-            if gone := sorted(self.uses & REMOVED):
-                known += f"; commit {LAST_WITH_THEM} is the last with {', '.join(gone)}"
+            for name in sorted(REMOVED.keys() & set(unknown)):
+                known += f"; commit {REMOVED[name]} is the last with {name}"
             raise ValueError(f"model.ingredients has {', '.join(unknown)}, but {known}")
 
     @property

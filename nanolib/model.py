@@ -378,9 +378,9 @@ class GPT(nn.Module):
         """Logits [B, T, V] in float32; see `hidden` for the cache."""
         return self.logits(self.hidden(ids_BT, cache))
 
-    def nll(self, batch: Batch, share: Tensor | None = None) -> Tensor:
-        """Per-token NLL [B, T], plus `share` times that of the next target; 0 where ignored."""
-        return self._nll(self.hidden(batch.inputs_BT), batch.targets_BT, share)
+    def nll(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood [B, T] of the targets; 0 where ignored."""
+        return self._nll(self.hidden(batch.inputs_BT), batch.targets_BT)
 
     def fast_kernels(self, use: Literal["training", "writing"]) -> ModuleType | None:
         """`nanolib.kernels` if they work on this device and support this model, else None."""
@@ -407,28 +407,22 @@ class GPT(nn.Module):
         kernels = [FLASH, EFFICIENT, MATH, *([CUDNN] if cudnn else [])]
         tag = "cudnn" if cudnn else "flash"
 
-        def compiled(batch: Batch, share: Tensor | None = None) -> Tensor:
+        def compiled(batch: Batch) -> Tensor:
             tagged = torch.compiler.config.patch(cache_key_tag=tag)  # ty: ignore[missing-attribute]
             with sdpa_kernel(kernels), tagged:
                 hidden_BTD = self.hidden(batch.inputs_BT, run=run)
-            return nll(hidden_BTD, batch.targets_BT, share)
+            return nll(hidden_BTD, batch.targets_BT)
 
         return compiled
 
-    def _nll(self, hidden_BTD: Tensor, targets_BT: Tensor, share: Tensor | None) -> Tensor:
+    def _nll(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         logits_BTV = self.logits(hidden_BTD)
         # The softcap bounds the logits, so exp cannot overflow: no need to subtract the maximum.
         total_BT = logits_BTV.exp().sum(dim=-1).log()
-
-        def nll_of(targets_BT: Tensor) -> Tensor:
-            if torch.compiler.is_compiling():
-                # Not gather, whose gradient would materialise a tensor as large as the logits.
-                ids_V = torch.arange(self.vocab_size, device=targets_BT.device)
-                own_BT = torch.where(ids_V == targets_BT[..., None], logits_BTV, 0).sum(dim=-1)
-            else:
-                own_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0)[..., None]).squeeze(-1)
-            return (total_BT - own_BT).masked_fill(targets_BT < 0, 0)
-
-        if share is None:
-            return nll_of(targets_BT)
-        return nll_of(targets_BT) + share * nll_of(F.pad(targets_BT[:, 1:], (0, 1), value=-1))
+        if torch.compiler.is_compiling():
+            # Not gather, whose gradient would materialise a tensor as large as the logits.
+            ids_V = torch.arange(self.vocab_size, device=targets_BT.device)
+            own_BT = torch.where(ids_V == targets_BT[..., None], logits_BTV, 0).sum(dim=-1)
+        else:
+            own_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0)[..., None]).squeeze(-1)
+        return (total_BT - own_BT).masked_fill(targets_BT < 0, 0)

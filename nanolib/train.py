@@ -29,7 +29,6 @@ from nanolib.runtime import Replay, Runtime, record_graph
 
 # FLOPs of a micro-batch, below which launching its kernels takes longer than running them (H200).
 RECORD_FLOPS = 2e13
-MULTI_TOKEN = 0.3  # initial weight of the next-but-one token; decays linearly to 0
 
 
 # From `nll` [B, T] and its batch: the loss, summed over the targets. A stage's loss is that sum over
@@ -164,13 +163,13 @@ class Trainer:
             if self._records(batch):
                 total += self._replay(batch, torch.as_tensor(count))
             else:
-                total += self._pass(batch.to(self.runtime.device), count, **self._ahead())
+                total += self._pass(batch.to(self.runtime.device), count)
         return total
 
-    def _pass(self, batch: Batch, count: Tensor | int, **ahead: Tensor) -> Tensor:
+    def _pass(self, batch: Batch, count: Tensor | int) -> Tensor:
         """The forward and backward pass of one micro-batch; returns its part of the loss."""
         with self.runtime.autocast():
-            nll_BT = (self.nll or self.model.nll)(batch, **ahead)
+            nll_BT = (self.nll or self.model.nll)(batch)
         loss = self.loss(nll_BT, batch) / count
         loss.backward()
         return loss.detach()
@@ -185,24 +184,21 @@ class Trainer:
 
     def _replay(self, batch: Batch, count: Tensor) -> Tensor:
         """`_pass` as a CUDA graph, recorded at the first micro-batch of each shape."""
-        shape, ahead = batch.inputs_BT.shape, self._ahead()
-        given = [batch.inputs_BT, batch.targets_BT, count, *ahead.values()]
+        shape, given = batch.inputs_BT.shape, (batch.inputs_BT, batch.targets_BT, count)
         if shape not in self._recorded:
             copies = [x.to(self.runtime.device, copy=True) for x in given]
-            self._recorded[shape] = copies, self._record(copies, [*ahead])
+            self._recorded[shape] = copies, self._record(*copies)
         copies, replay = self._recorded[shape]
         for copy, new in zip(copies, given, strict=True):
             copy.copy_(new, non_blocking=True)
         return replay()
 
-    def _record(self, inputs: Sequence[Tensor], ahead: Sequence[str]) -> Replay:
-        inputs_BT, targets_BT, count, *shares = inputs
+    def _record(self, inputs_BT: Tensor, targets_BT: Tensor, count: Tensor) -> Replay:
         batch = Batch(inputs_BT=inputs_BT, targets_BT=targets_BT)
-        shares = dict(zip(ahead, shares, strict=True))
         for weight in self.model.parameters():  # from here on at fixed addresses
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         before = [grad.clone() for grad in self._grads()]
-        replay = record_graph(lambda: self._pass(batch, count, **shares), warm_ups=2)
+        replay = record_graph(lambda: self._pass(batch, count), warm_ups=2)
         torch._foreach_copy_(self._grads(), before)
         return replay
 
@@ -214,13 +210,6 @@ class Trainer:
             torch._foreach_zero_(self._grads())
         else:
             self.optimizer.zero_grad()
-
-    def _ahead(self) -> dict[str, Tensor]:
-        """Keyword argument for `nll`: the weight of multi-token prediction, if used."""
-        if self.stage.name != "base" or "multi_token" not in self.model.config.uses:
-            return {}
-        share = MULTI_TOKEN * (1 - self.step / self.steps)
-        return {"share": torch.full((), share, device=self.runtime.device)}
 
     def _save_due(self) -> bool:
         """Whether to save after this step; only rank 0 decides."""

@@ -28,7 +28,7 @@ def test_every_variant_can_be_resolved_and_every_ingredient_has_a_claim():
     for scale in ablations.SCALES.values():
         for settings in ablations.variants().values():
             config.resolve(scale.profile, scale.settings | settings)
-    assert ablations.CLAIMS.keys() == config.INGREDIENTS.keys() | config.REMOVED
+    assert ablations.CLAIMS.keys() == config.INGREDIENTS.keys() | config.REMOVED.keys()
 
 
 def test_taking_an_ingredient_out_leaves_the_others():
@@ -46,7 +46,9 @@ def test_the_table_pairs_seeds(rows, tmp_path):
     assert "| `x0` | **-0.1000** ± 0.0000, 1.50 × | — |" in table
     assert "| `smear` | +0.0000 ± 0.1155 | — |" in table
     assert "| `normuon` | — | — | helps: 0.9 of" in table
-    assert table.count("; removed: too little for its lines |") == 2  # backout and normuon
+    assert (
+        table.count("; removed: too little for its lines |") == 3
+    )  # backout, normuon, multi_token
 
 
 def test_only_what_is_missing_is_trained(rows, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -246,21 +245,8 @@ def test_nll_is_the_mean_of_nothing_where_ignored():
     assert_close(nll[1], -log_probabilities[1].gather(1, targets[1][:, None]).squeeze(1))
 
 
-def test_multi_token_adds_a_share_of_the_next_target():
-    model, ids, targets = random_model(tiny()), random_ids(2, 6), random_ids(2, 6, seed=1)
-    targets[0, 3] = -1
-    with torch.no_grad():
-        got = model.nll(Batch(inputs_BT=ids, targets_BT=targets), torch.tensor(0.25))
-        log_p = model(ids).log_softmax(-1)
-    for b, t in itertools.product(range(2), range(6)):
-        pairs = [(1.0, targets[b, t]), (0.25, targets[b, t + 1] if t < 5 else -1)]
-        want = sum(-share * log_p[b, t, id] for share, id in pairs if id >= 0)
-        assert_close(got[b, t], torch.as_tensor(want), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("share", [None, torch.tensor(0.3)])
 @pytest.mark.parametrize("ingredients", [(), ALL])
-def test_compiled_nll_equals_nll_and_has_its_gradients(ingredients, share):
+def test_compiled_nll_equals_nll_and_has_its_gradients(ingredients):
     model, ids, targets = (
         random_model(tiny(ingredients=ingredients)),
         random_ids(2, 6),
@@ -271,7 +257,7 @@ def test_compiled_nll_equals_nll_and_has_its_gradients(ingredients, share):
     results = []
     for nll in (model.nll, model.compiled_nll(backend="aot_eager", fullgraph=True)):
         model.zero_grad()
-        nll_BT = nll(batch, share)
+        nll_BT = nll(batch)
         nll_BT.square().sum().backward()  # no weight's gradient is a sum that hides another's
         results.append([nll_BT.detach(), *(weight.grad for weight in model.parameters())])
     for plain, compiled in zip(*results, strict=True):

@@ -156,29 +156,6 @@ def test_it_learns(tmp_path, random_model, cpu):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_multi_token_is_of_pretraining_and_falls_to_nothing(
-    tmp_path, tiny_config, random_model, cpu
-):
-    def losses(stage: str, *ingredients: str) -> tuple[list[float], list[float]]:
-        model, shares = random_model(replace(tiny_config, ingredients=ingredients)), []
-
-        def nll(batch, share=None):
-            shares.append(0.0 if share is None else float(share))
-            return model.nll(batch, share)
-
-        folder = tmp_path / "-".join((stage, *ingredients))
-        trainer = _trainer(folder, model, cpu, steps=3, nll=nll)
-        trainer.stage = StageDir(stage, folder)
-        trainer.fit()
-        return shares, [row["loss"] for row in trainer.stage.metrics.rows("train")]
-
-    (_, classic), (none, same) = losses("base"), losses("sft", "multi_token")
-    assert none == [0, 0, 0] and same == classic
-    shares, more = losses("base", "multi_token")
-    assert shares == pytest.approx([0.3, 0.2, 0.1])
-    assert more[0] == pytest.approx(1.3 * classic[0], rel=0.05)
-
-
 # ---------------------------------------------------------------------------- stop and resume
 
 
