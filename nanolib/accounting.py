@@ -187,10 +187,10 @@ def measured(depth: int, machine: Machine) -> Iterator[str]:
         share = f"{assumed_mfu(depth):.1%} of the peak"
         least = f"at least {1000 * LAUNCHING:.1f} ms a step and layer"
         yield f"measured     training {share}, {least}, {STARTING} s to start a stage: {H100}"
+        yield f"measured     a problem's scores take as long as {SCORED:,} tokens at the peak: {H200}"
     if rate := machine.writing_rate(depth, ROWS[-1]):
         each = f"{rate / machine.count:,.0f} tokens/s of {ROWS[-1]} answers at once"
         yield f"measured     {each}: {H100}"
-        yield f"measured     scores of a problem, as {SCORED:,} tokens at the peak: {H200}"
     yield f"measured     tokenizer {TRAINED / 1e6:.0f}, shards {ENCODED / 1e6:.0f} MB/s of text: {EPYC}"
     yield f"assumed      a download of {DOWNLOADED / 1e6:.0f} MB/s"
     yield "not measured more than two GPUs, scores at other depths than 8, evaluations in training"

@@ -213,14 +213,10 @@ def _text(config: Config, counted: Mapping[str, float]) -> list[Part]:
         return [(name, UNCOUNTED, None, 0) for name in ("data", "tokenizer", "shards")]
     read = min(text, recipe.tokenizer.max_chars)
     onto = accounting.PARQUET * text * (fetched and config.machine.mirror is None)
+    reading = onto / accounting.DOWNLOADED + text / accounting.SEARCHED
     ids = tokens * (2 if vocab_size <= 2**16 else 4)
     return [
-        (
-            "data",
-            f"{size(text)} of text",
-            onto / accounting.DOWNLOADED + text / accounting.SEARCHED,
-            onto,
-        ),
+        ("data", f"{size(text)} of text", reading, onto),
         ("tokenizer", f"{size(read)} of text", read / accounting.TRAINED, 0),
         ("shards", f"{tokens / 1e6:,.0f} M tokens", text / accounting.ENCODED, ids),
     ]
