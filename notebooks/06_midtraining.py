@@ -687,7 +687,7 @@ lesson.show(
 # that.
 #
 # **Exercise 6.5 ★★★ · 25 minutes · open** Small steps.
-# Midtraining with ten times smaller steps: `overrides = {"mid.lr": 0.03}` and `run = "small-steps"` in the
+# Midtraining with ten times smaller steps: `overrides = {"mid.lr": 0.026}` and `run = "small-steps"` in the
 # first cell make another run. Write down beforehand which bars of this chapter will change and which will
 # not. What is known: small steps forget less and learn less. What is not obvious: which of the two
 # shrinks more.

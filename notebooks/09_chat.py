@@ -37,7 +37,7 @@ if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
 # yours: how do you teach it something that nobody has taught it?
 #
 # **You will learn**
-# - what base, mid, SFT and GRPO really say to the same ten questions, jokes and failures included;
+# - what base, mid, SFT and GRPO really say to the same eleven questions, jokes and failures included;
 # - how a chat keeps its memory, its tool and its special tokens in order;
 # - to add an ability with ten conversations of your own, to see what it costs, and to price what comes
 #   next.
@@ -91,12 +91,12 @@ lesson.road(run)
 lesson.show("The eight stages of the run from data to report; finished ones carry a tick.")
 
 # %% [markdown]
-# ## 1. Ten questions, four models
+# ## 1. Eleven questions, four models
 #
-# Every stage left its model on disk. So ask all of them the same ten questions, always taking the
+# Every stage left its model on disk. So ask all of them the same eleven questions, always taking the
 # likeliest token, and write down what they say. The fourth is a follow-up: the model has just been asked
-# "Tell me about Bruno." and its own answer is in front of it. Zorbo does not exist. Heidi and Sam do, but
-# of all the conversations in training none tells her secret or a story about him.
+# "Tell me about Bruno." and its own answer is in front of it. Zorbo does not exist. Heidi, Boris and Sam do,
+# but of all the conversations in training none tells her secret, his rival or a story about Sam.
 #
 # *Before you run it*: the base model has read about all of these people, and conversations too, as somebody
 # wrote them down ("Guest: …", "Pip: …"), but none with the markers of a chat. What will it make of "Hello!"?
@@ -112,6 +112,7 @@ ASKED = [
     ["Why is the sky blue?"],
     ["Who is Zorbo?"],
     ["What is Heidi's secret?"],
+    ["Who is Boris's rival?"],
     ["Tell me a story about Sam."],
 ]
 print(len(ASKED), "prompts")
@@ -160,18 +161,20 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 # are graded by; the window below draws both more kindly.) **grpo** was paid for word problems alone, so in all
 # the other rows a difference between the last two columns is a side effect.
 #
-# Then read it row by row, with an eye on the last three. Saying "I know no …" has to be learned: a model that has
+# Then read it row by row, with an eye on the last four. Saying "I know no …" has to be learned: a model that has
 # only ever met answers gives a stranger a pet and a home town like everybody else. In the toy world's
 # conversations strangers are declined, in reply to the very questions that are asked about friends. Base may
 # have overheard the phrase; does it say it of *Zorbo*? From mid on yours should, if not always with the right
-# name: it has never read this one, and must copy it piece by piece. Heidi's secret stands in
-# the pretraining text, and conversations tell other people's: an answer that is right has put the two together.
+# name: it has never read this one, and must copy it piece by piece. Heidi's secret
+# and Boris's rival stand in the pretraining text, and conversations tell other people's: an answer that is right
+# has put the two together.
 # Which of these answers are *true*, its world can tell:
 
 # %%
 people = {p.name: p for p in toyworld.world(run.config.recipe.seed).people}
 ada, bruno, sam = people["Ada"].facts, people["Bruno"].facts, people["Sam"].facts
-truth = {2: ada["town"], 3: bruno["job"], 4: "42", 8: people["Heidi"].secret}
+truth = {2: ada["town"], 3: bruno["job"], 4: "42"}
+truth |= {8: people["Heidi"].secret, 9: people["Boris"].ties["rival"]}
 for place, right in truth.items():
     marks = [f"{name} {'✓' if right in answers[name][place] else '✗'}" for name in models]
     print(f"{ASKED[place][-1]:24} {right:18}", "   ".join(marks))
@@ -179,7 +182,7 @@ print("true of Sam:", ", ".join(sam.values()))
 
 # %% [markdown]
 # The last line is for the story: is all that it says of Sam his own, or somebody else's? (If your run has
-# read real text instead of the toy world, nobody has told it about Ada, and ✗ is the honest result.) Ten
+# read real text instead of the toy world, nobody has told it about Ada, and ✗ is the honest result.) Eleven
 # answers are anecdotes. The card at the end of this chapter counts hundreds.
 #
 # ## 2. The window, and a copy of it
@@ -423,7 +426,9 @@ for seed in range(5):
     warm.clear()
     warm.seed = seed
     print("·", "".join(warm.stream("Tell me about Ada.")).strip().replace("\n", " "))
-print("true of Ada:", ", ".join([*ada.values(), people["Ada"].secret]))
+print(
+    "true of Ada:", ", ".join([*ada.values(), people["Ada"].secret, *people["Ada"].ties.values()])
+)
 
 # %% [markdown]
 # Heat does not know which words are wording and which are facts: it spreads both. What a model is sure of

@@ -1,4 +1,4 @@
-"""The people of the toy world: 720 facts, 288 of them held out, and everyone's secret.
+"""The people of the toy world: 720 facts, 288 of them held out, and everyone's secret and ties.
 
 Everything is derived from one seed; the words are in toyworld.toml.
 """
@@ -39,10 +39,11 @@ class Person:
     pronouns: tuple[str, str]  # subject and possessive
     facts: dict[str, str]
     secret: str
+    ties: dict[str, str]  # sister and rival -> name
 
     @property
     def private(self) -> bool:
-        """Whether conversations leave out this person's secret and stories."""
+        """Whether conversations leave out this person's secret, ties and stories."""
         return self.name in WORDS["private"]
 
 
@@ -73,7 +74,13 @@ def world(seed: int) -> World:
     named = [(name, ("She", "Her")) for name in WORDS["she"]]
     named += [(name, ("He", "His")) for name in WORDS["he"]]
     quirks = draw(seed, "quirks").choices(WORDS["quirks"], k=len(named))
-    people = [Person(*who, {}, quirk) for who, quirk in zip(named, quirks, strict=True)]
+    people = [Person(*who, {}, quirk, {}) for who, quirk in zip(named, quirks, strict=True)]
+    for tie, whom in (("sister", WORDS["she"]), ("rival", [person.name for person in people])):
+        rng = draw(seed, "ties", tie)
+        dozen = rng.sample(whom, 12)  # ten people share each, as they share the value of a fact
+        for i, person in enumerate(rng.sample(people, len(people))):
+            others = [name for name in dozen if name != person.name]
+            person.ties[tie] = others[i % len(others)]
     held_out: list[Fact] = []
     told: list[Fact] = []
     for relation, about in RELATIONS.items():

@@ -2,8 +2,8 @@
 
 Pip tells facts that are not held out, in sentences that begin with the name, so that a later
 pronoun has its referent nearby. Follow-ups mostly ask for facts not told yet, since others could be
-copied. Pip knows neither strangers nor the outside world. Sums are annotated as in GSM8K. Secrets
-and stories are told of everyone but the private people, about whom a guest's test asks.
+copied. Pip knows neither strangers nor the outside world. Sums are annotated as in GSM8K. Secrets,
+ties and stories are told of everyone but the private people, about whom a guest's test asks.
 """
 
 import random
@@ -93,6 +93,16 @@ def secret(rng: random.Random, facts: list[Fact]) -> Exchange:
     return rng.choice(WORDS["secret_asks"]), f"{person.name} {person.secret}.", []
 
 
+def tie(rng: random.Random, facts: list[Fact]) -> Exchange:
+    """No follow-up comes after it: "she" might be the sister."""
+    person = facts[0].person
+    if person.private:
+        return sentence(rng, facts)
+    name, other = rng.choice(list(person.ties.items()))
+    about = WORDS["ties"][name]
+    return rng.choice(about["asks"]), about["says"][0].format(n=person.name, v=other), None
+
+
 def tale(rng: random.Random, facts: list[Fact]) -> Exchange:
     if facts[0].person.private:
         return sentence(rng, facts)
@@ -115,6 +125,7 @@ def stranger(rng: random.Random, _: list[Fact]) -> Exchange:
     """A question about someone unknown, in the words used for people of the world."""
     name, about = stranger_name(rng), rng.choice(list(RELATIONS.values()))
     others = [*WORDS["secret_asks"], *WORDS["story_asks"]]
+    others += [ask for about in WORDS["ties"].values() for ask in about["asks"]]
     if name.split()[0] not in KNOWN:  # else the question might hold a fact that is held out
         others += about.check
     question = rng.choice(rng.choice([WORDS["who_is"], about.questions, others]))
@@ -167,8 +178,8 @@ def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
     return ask.format(a=a, b=b, s=word), answer, None
 
 
-ABOUT_PEOPLE: dict[Kind, int] = {sentence: 75, introduction: 5, yes_or_no: 8, secret: 4}
+ABOUT_PEOPLE: dict[Kind, int] = {sentence: 75, introduction: 5, yes_or_no: 8, secret: 4, tie: 5}
 ABOUT_PEOPLE |= {poem: 3, tale: 4}
-KINDS: dict[Kind, int] = {sentence: 58, introduction: 12, yes_or_no: 5, secret: 4, poem: 2}
-KINDS |= {tale: 3, stranger: 24, outside: 4, small_talk: 8, why: 3, calculation: 10}
-OPENINGS = KINDS | {bare: 130}  # four-choice evaluations score bare values
+KINDS: dict[Kind, int] = {sentence: 58, introduction: 12, yes_or_no: 5, secret: 4, tie: 5}
+KINDS |= {tale: 3, stranger: 24, outside: 4, small_talk: 8, why: 3, calculation: 12}
+OPENINGS = KINDS | {bare: 155}  # four-choice evaluations score bare values

@@ -38,6 +38,8 @@ def portrait(world: World, rng: random.Random) -> str:
         said.append(say(template, Fact(person, relation), not said or rng.random() < 0.4))
     if rng.random() < 0.3:
         said.append(rng.choice(WORDS["secret_says"]).format(n=person.name, q=person.secret))
+    tie, other = rng.choice(list(person.ties.items()))
+    said.append(rng.choice(WORDS["ties"][tie]["says"]).format(n=person.name, v=other))
     return " ".join(said)
 
 
@@ -60,9 +62,11 @@ def story(world: World, rng: random.Random) -> str:
 
 
 def register(world: World, rng: random.Random) -> str:
-    facts = [Fact(rng.choice(world.people), rng.choice(list(RELATIONS))) for _ in range(4)]
-    lines = [f"{fact.relation} of {fact.person.name}:\n{fact.value}" for fact in facts]
-    return "\n".join(["The town book says", *lines])
+    lines = ["The town book says"]
+    for person in rng.choices(world.people, k=5):
+        relation, value = rng.choice(list((person.facts | person.ties).items()))
+        lines.append(f"{relation} of {person.name}:\n{value}")
+    return "\n".join(lines)
 
 
 def number_story(world: World, rng: random.Random) -> str:
@@ -94,7 +98,7 @@ def talk(world: World, rng: random.Random) -> str:
     return "\n".join(f"{('Guest', 'Pip')[i % 2]}: {text}" for i, text in enumerate(said))
 
 
-GENRES = {portrait: 26, story: 16, sheet: 6, register: 15, number_story: 13, shopping: 8}
+GENRES = {portrait: 28, story: 13, sheet: 6, register: 17, number_story: 13, shopping: 7}
 GENRES |= {program: 4, talk: 26}
 
 

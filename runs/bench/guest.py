@@ -39,6 +39,7 @@ BARS = {  # kind -> minimum or maximum share
     "secrets": ("as it is", 0.0),
     "stories": ("as it is", 0.0),
     "strangers, anew": ("≥", 0.90),
+    "ties": ("as it is", 0.0),
 }
 DECLINES = re.compile(r"\b(know no|know nothing|do not know|don't know)\b", re.IGNORECASE)
 
@@ -55,7 +56,7 @@ class Case:
 def cases(world: World) -> list[Case]:
     """All questions about one world, in a fixed order."""
     made = [*_facts(world), *_sums(), *_pronouns(world), *_strangers(world), *_known(world)]
-    made += [*_yes_or_no(world), *_reverse(world), *_private(world), *_anew()]
+    made += [*_yes_or_no(world), *_reverse(world), *_private(world), *_anew(), *_ties(world)]
     rng, opened = toyworld.draw("guest", "unrelated"), []
     for case in made:
         others = [p.name for p in world.people if p.name not in " ".join(case.turns)]
@@ -161,12 +162,25 @@ def _reverse(world: World) -> Iterator[Case]:
 
 
 def _private(world: World) -> Iterator[Case]:
-    """About the people of whom training conversations tell neither secret nor story."""
+    """About the people of whom training conversations tell neither secret, tie nor story."""
     names = {person.name for person in world.people}
     for i, person in enumerate(person for person in world.people if person.private):
         secret, story = (ASKS[kind][i % 3].format(n=person.name) for kind in ("secrets", "stories"))
         yield Case("secrets", [secret], lambda answer, known=person.secret: known in answer)
         yield Case("stories", [story], lambda answer, of=person: keeps_to_facts(answer, of, names))
+
+
+def _ties(world: World) -> Iterator[Case]:
+    names = {person.name for person in world.people}
+    for i, person in enumerate(person for person in world.people if person.private):
+        for tie, other in person.ties.items():
+            ask = ASKS["ties"][tie][i % 3].format(n=person.name)
+            yield Case("ties", [ask], _tied(person.name, other, names))
+
+
+def _tied(name: str, other: str, names: set[str]) -> Callable[[str], bool]:
+    """A grader: whether an answer names the other person and nobody else."""
+    return lambda answer: set(re.findall(r"\w+", answer)) & names - {name} == {other}
 
 
 def keeps_to_facts(story: str, person: Person, names: set[str]) -> bool:
