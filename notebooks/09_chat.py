@@ -57,7 +57,6 @@ overrides = {}
 import html
 import random
 import re
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -72,7 +71,6 @@ from nanolib.conversation import Conversation, answer_parts
 from nanolib.data import toyworld
 from nanolib.data.packing import batch_of_rows
 from nanolib.engine import Engine
-from nanolib.optim import MuonAdamW
 from nanolib.sampling import choose
 from nanolib.session import Session
 from nanolib.ui import markup
@@ -554,7 +552,8 @@ print("before:", *(f"{name} {share:.0%}  " for name, share in before.items()))
 # %% [markdown]
 # Now the loop, the one from chapters [04](04_pretraining.ipynb) and [07](07_sft.ipynb): a batch, the loss
 # over what the assistant says (sum first, one division last), backward, a step, a rate that falls. Two things
-# are for the memory's sake. The steps are *small*, about an eighth of base's. And beside the ten, each batch holds
+# are for the memory's sake. The steps are *small*: no Muon here, whose step has the same size however small the
+# gradient ([chapter 03](03_muon.ipynb)), but AdamW with a low rate. And beside the ten, each batch holds
 # conversations that the model has had before, drawn anew ([finetuning](glossary.ipynb#finetuning) with
 # *rehearsal*, the cure of [chapter 06](06_midtraining.ipynb) at the scale of ten). Which ones? A few of any
 # kind, and above all those nearest to the change: strangers declined.
@@ -584,14 +583,15 @@ print(f"beside them: {len(known)} of any kind, {len(declined)} that decline a st
 
 # %% tags=["loop"]
 STEPS = 30 if profile == "demo" else 10
-OPTIM = replace(run.config.recipe.optim, clip=None, momentum_warmup=0)
 
 
-def teach(mine, beside, steps=STEPS, rate=0.12):
+def teach(mine, beside, steps=STEPS, rate=6e-4):
     """The run's last model after some steps on conversations, and their loss at each step."""
     model = checkpoint.load_model(run.stage(session.of).checkpoints, runtime.device)
-    optimizer, dice, losses = MuonAdamW(model, OPTIM, runtime), random.Random(1), []
-    for step in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    dice, losses = random.Random(1), []
+    for _ in range(steps):
         rows = list(mine)
         for pile, count in beside:
             rows += dice.sample(pile, min(count, len(pile)))
@@ -601,13 +601,14 @@ def teach(mine, beside, steps=STEPS, rate=0.12):
         nll_BT, said_BT = model.nll(batch), batch.targets_BT >= 0
         loss = nll_BT.sum() / said_BT.sum()
         loss.backward()
-        optimizer.step(rate * (1 - step / steps))
+        optimizer.step()
+        falling.step()
         optimizer.zero_grad()
         losses.append((nll_BT[: len(mine)].sum() / said_BT[: len(mine)].sum()).item())
     return model, losses
 
 
-taught, losses = teach(mine, beside=[(known, 6), (declined, 28)])
+taught, losses = teach(mine, beside=[(known, 24), (declined, 28)])
 print(f"loss on the ten: {losses[0]:.2f} → {losses[-1]:.2f} nats a token")
 assert losses[-1] < losses[0]
 
@@ -644,11 +645,10 @@ lesson.show("Both losses on the ten fall. Bars before, after, and ten alone: " +
 
 # %% [markdown]
 # The loss on the ten tells whether they were learned. It cannot tell *what* was learned: the two curves look
-# alike. With nothing beside them, the ten are explained as well by "a name you do not know is answered like a
-# friend's", and strangers are where that shows first: nothing holds their answer but a habit. The old
-# conversations supply the other half: who is *not* Zorbo. They hold it in part only; compare the strangers'
-# three bars. The people who were learned in a thousand steps of reading are harder to push aside, if
-# the steps are small. (Ten new questions are few, and a share of strangers is known to about eight points.)
+# alike. With nothing beside them, the ten are explained as well by "whoever it is lives in Gullport", and
+# strangers are where that shows first: nothing holds their answer but a habit. Then it pushes aside people
+# who took a thousand steps of reading. The old conversations supply the other half: who is *not* Zorbo. Compare
+# the three bars of each kind. (Ten new questions are few, and a share of strangers is known to about eight points.)
 #
 # Nothing was written to the run: `taught` lives in this notebook. A real run does the same by a setting,
 # `--data.conversations FILE --sft.rows.mine 500`, with the other sources of its mixture as rehearsal (README,
@@ -681,12 +681,12 @@ Chat(Session(pupil, temperature=0.6))
 # that does *not* ask what the ten ask, choose what stands beside them, and train. What was seen: a
 # fact comes quickly, as above. A *manner* came at a price. Ten conversations about ten people taught a model to
 # say "Arr, Ada lives in Millbrook, matey!" wherever a question begins with "Ahoy!". With nothing beside them, in
-# forty steps of rate 0.3, it came to speak so of 55 % of forty other people; its right answers to plain questions
+# forty steps of Muon, it came to speak so of 55 % of forty other people; its right answers to plain questions
 # fell from 88 % to 60 % (2026-11-28, the demo of that day, one seed). Rehearsal and smaller steps do better: how
 # much can you get for nothing?
 
 # %% tags=["open"]
-print("Write your ten here, then: teach(mine, beside=[(known, 6), (declined, 28)])")
+print("Write your ten here, then: teach(mine, beside=[(known, 24), (declined, 28)])")
 
 # %% [markdown]
 # ## 7. Where did the time go?
