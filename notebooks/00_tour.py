@@ -107,7 +107,7 @@ lesson.show(
 # | base | reads, and learns to guess the next piece ([pretraining](glossary.ipynb#pretraining)) | it knows things, and only ever continues your text |
 # | mid | learns the form of a conversation ([midtraining](glossary.ipynb#midtraining)) | it answers, and it can use a tool |
 # | sft | practises on good answers ([finetuning](glossary.ipynb#finetuning)) | it answers well |
-# | grpo | tries, is graded, and does more of what worked | it gets more sums right |
+# | grpo | tries, is graded, and does more of what worked | it gets sums right more often |
 #
 # ## What the demo reads
 #

@@ -664,9 +664,9 @@ lesson.show(
 )
 
 # %% [markdown]
-# Muon ends below AdamW in each seed, and the seeds differ among themselves by a similar amount, so one seed
-# would have told us little. Compare seed by seed: the batches are the same. And a wrong rate? SGD's valley is
-# flat because it learns little at any rate; AdamW pays most for one that is too high (in this run).
+# Muon ends below AdamW in each seed, but how far below differs from seed to seed, so one seed would have told
+# us little. Compare seed by seed: the batches are the same. And a wrong rate? SGD's valley is flat because it
+# learns little at any rate; AdamW pays most for one that is too high (in this run).
 #
 # What this does *not* show: a toy, eighty steps, one schedule, AdamW's betas not tuned. A Muon step is also
 # more expensive, by fifteen products of matrices for each weight matrix. In a large model this hardly shows beside

@@ -615,9 +615,9 @@ assert profile == "smoke" or ends[2] < 0.7 * ends[1]
 #
 # ## 10. What it writes on the way
 #
-# The run keeps only its two newest [checkpoints](glossary.ipynb#checkpoint), so what it wrote in between
-# is gone. We have four moments all the same: the new model, *your* loop's model after its steps, and the
-# two that were kept. Each continues two texts it has not seen, always with the likeliest token.
+# The run keeps only its two newest [checkpoints](glossary.ipynb#checkpoint). We have four moments all the
+# same: the new model, *your* loop's model after its steps, and the two that were kept. Each continues two
+# texts it has not seen, always with the likeliest token.
 
 # %%
 folder = run.stage("base").checkpoints
@@ -638,9 +638,9 @@ for step, model in sorted(moments.items(), key=lambda pair: pair[0]):
 #
 # Here is a held-out text, the redder a token the more bits it took; the numbers are bits. From top to
 # bottom: first everything costs the same, then common words get cheap, and last what can be copied, or is
-# known by heart. Look for a word or a number that is said twice: the second time it should be nearly free.
-# Not so, perhaps, a name spelt in rare pieces: the model copies the words of its world, not any string of
-# tokens.
+# known by heart. Look for a name or a number that is said twice: the second time it is often nearly free.
+# Not so, perhaps, where the text had a choice of words: what comes next there can be neither copied nor
+# known.
 
 # %%
 document = held_out[1][: min(60, recipe.model.sequence_len)]
@@ -863,11 +863,11 @@ lesson.show(
 
 # %% [markdown]
 # A new model spreads its attention evenly. After training some heads lean towards one trade, most have
-# none, or none that we have a name for: a model this small cannot spare a head for one job alone, and
-# nothing asked it to be tidy. Where the best head scores hardly more than the new model's, there is none.
-# A mean over all places hides much, too. Here is what the three best do with a real text. By their names, the
-# first should darken just left of the diagonal, the second the left column, the third what followed a token
-# when it was last said.
+# none that we have a name for: a model this small cannot spare a head for one job. Where the best head scores
+# hardly more than the new model's, there is none. (An induction head feeds on a previous-token head *below* it,
+# perhaps not the best one.) A mean hides much, too. Here is what the three best do with a real text. By their
+# names, the first should darken just left of the diagonal, the second the left column, the third what followed
+# a token when it was last said.
 
 # %%
 names = [tokenizer.decode([id]) for id in ids_T[:18].tolist()]
@@ -879,8 +879,9 @@ for axes, (kind, (layer, head)) in zip(panels, best.items(), strict=True):
 lesson.show("Attention of the three best heads on the first 18 tokens of a held-out text")
 
 # %% [markdown]
-# A name for a head is a hypothesis about what it does on some texts. To know that the model *needs* it, one
-# would have to switch it off. That is exercise 4.6.
+# A name for a head is a hypothesis about what it does on some texts; a dark column elsewhere, say below a
+# person's name, is another trade. Whether the model *needs* the head, only switching it off can tell:
+# exercise 4.6.
 #
 # ## 13. How size pays
 #
