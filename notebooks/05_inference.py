@@ -372,7 +372,7 @@ lesson.show(
 )
 
 # %% [markdown]
-# With a cache the time is nearly flat. The look at the kept keys grows too, but it is a small part.
+# With a cache the time grows little beside the other. What grows is the look at the kept keys alone.
 #
 # ## 3. What limits the speed: bytes, not arithmetic
 #
@@ -541,7 +541,7 @@ print(f"What comes after {tokenizer.decode(opening[1:])!r}?")
 lesson.frames(spread, [0.2, 0.5, 0.8, 1.0, 1.5, 3.0], label="temperature", alt=alt)
 
 # %% [markdown]
-# **[Top-k](glossary.ipynb#top-k).** Even at temperature 1 the many unlikely tokens have a few percent
+# **[Top-k](glossary.ipynb#top-k).** Even at temperature 1 the many unlikely tokens may have a few percent
 # together, and in a long text one of them will come, and derail it. So keep the k likeliest, and throw the
 # rest away. k is the same where the model is sure and where it is not; top-p is cleverer:
 #

@@ -382,11 +382,11 @@ lesson.show("Facts and word problems: how many mid and sft get right, how many a
 #
 # So is it worth a stage? In the toy world its data differ little from midtraining's: the same kinds of
 # conversations, fewer of them, smaller steps. What it buys is polish, if anything. In the demo of 2026-11-29
-# facts gained nothing. Word problems gained 11 of these 120, a little over two errors, and 24 of the 400 that the
-# stage's evaluation asks. An earlier demo of that day gained 13 of the 120, and lost one of the other 280: even
+# facts gained 3, under two errors. Word problems gained 20 of these 120, over three errors, and 29 of the 400 that
+# the stage's evaluation asks. An earlier demo of that day gained 13 of the 120, and lost one of the other 280: even
 # two errors are luck now and then, and the cure is more questions.
 # Where the data of SFT are *better* than what came before, written with care rather than collected, it buys more.
-# Look at some of the changes. (An "I know no …" about a friend is the habit of declining strangers, gone too far.)
+# Look at some of the changes. (An "I know no …" about a friend would be the habit of declining strangers, gone too far.)
 
 
 # %%
@@ -432,13 +432,13 @@ for _, answered in counted["ignores"][:4]:
 
 # %% [markdown]
 # Compare the first two lines: how often is a result unheard of among those that were believed, and among
-# those that were ignored? In our runs the ignored ones stood out. They were odd: 0, a negative number, three
-# or four digits where two are usual, many of them from programs that were already wrong, such as `27-29`. In
+# those that were ignored? In earlier demos the ignored ones stood out, five of five in one. They were odd: 0, a
+# negative number, three or four digits where two are usual, often from wrong programs such as `27-29`. In
 # training a result was always the right one, and the right one was always an ordinary number. So a likely
 # reading is this: nobody ever showed the model what to do with "−2 more", and what it knows about *ordinary
 # answers* wins over what it knows about copying. It is not distrust. (Likely, not proved: many odd results
-# are believed all the same.) You will see such answers again in [chapter 08](08_grpo.ipynb), where a wrong
-# one costs something.
+# are believed, and an ordinary one may be miscopied: 80, and a digit too many.) You will see such answers again
+# in [chapter 08](08_grpo.ipynb), where a wrong one costs something.
 #
 # ## 8. What does it know?
 #

@@ -668,12 +668,13 @@ print(f"When you run this, your pupil speaks below. Ask it about {NAME}.")
 Chat(Session(pupil, temperature=0.6))
 
 # %% [markdown]
-# Did it know who "he" was? If a pronoun got somebody else's pet, or half a name, here is why: of the ten, one
-# asks with "he" and one with "his", and two are few.
+# Did it know who "he" was? If a pronoun got somebody else's pet, or half an answer, here is why: of the ten, one
+# asks with "he" and one with "his", and two are few. And did Ada move to Gullport? Then she may be
+# one of the old friends that the blue bar has lost, or it is the chat, which has just said Gullport twice.
 #
 # The job was never told, and the right answer would be "I do not know". It has never heard one of this kind:
 # either a person is known, or not. So two habits pull at the sentence, to answer as for a friend and to decline
-# as for a stranger. What comes out is made up, or leans on the two facts it has, or is a bit of both.
+# as for a stranger. What comes out is made up, or leans on the two facts it has.
 #
 # **Exercise 9.4 ★★★ · 20 minutes · open** Your own ten.
 # Choose an ability: yourself as the person, another answer to "Who made you?", answers in rhyme or in
