@@ -951,8 +951,8 @@ lesson.markdown(table[table.index("| ingredient") :])
 #
 # Now compare the columns "+" and "-". Smear alone is worth more than twice as much as smear on top of the rest: value
 # embeddings had done part of its work. Gains of ingredients do **not** add up, and a paper that shows one alone promises
-# too much. The tricks of the optimizer are worth much less here. This is the beginning of a training; at its end,
-# or at a larger size, the order may differ.
+# too much. The tricks of the optimizer are worth much less here. At depth 12 ("deep") the order is the same; at the
+# end of a long training it may differ.
 
 # %% [markdown]
 # **Exercise 4.6 ★★★ · 25 minutes · open** Switch a head off.

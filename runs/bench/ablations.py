@@ -46,7 +46,7 @@ class Scale:
 SCALES = {
     "toy": Scale("toy world, depth 4, width 128", "demo", {}, 300),
     "pack": Scale("web text, depth 8, width 512", "h100", {"base.batch_tokens": 32_768}, 256),
-    "deep": Scale("web text, depth 12, width 768", "h100", DEEP, 320),
+    "deep": Scale("web text, depth 12, width 768", "h100", DEEP, 160),
 }
 CLAIMS = {  # public results, in short
     "value_embeddings": "helps (modded-nanogpt, nanochat 2026)",
@@ -237,7 +237,7 @@ Made by `nanolib bench ablations`. What each ingredient of preset `modern` does 
 (lower is better) at equal tokens and, where it was taken, to the time of a step: with it minus
 without it, mean ± two standard errors of the same seeds, bold where that is beyond the noise. "+":
 alone on `classic`. "-": the last to join the others in `modern`, which until 2026-11-29 had `backout`
-and `normuon` too, as in most rows so far; those that are not in `modern` joined it without these two.
+and `normuon` too, as in most rows of `toy` and `pack`; those not in `modern` joined it without these two.
 
 """
 
@@ -281,7 +281,7 @@ def _found(scale: str, variant: str) -> dict[int, dict[str, Any]]:
 
 def _effect(scale: str, way: str, name: str) -> str:
     """The ingredient's effect on bits per byte, paired by seed, and on step time."""
-    pairs = [("modern", f"-{name}"), (f"lean+{name}", "lean")]
+    pairs = [("modern", f"-{name}"), (f"modern+{name}", "modern"), (f"lean+{name}", "lean")]
     for with_it, without in [(f"+{name}", "classic")] if way == "+" else pairs:
         if (found := _difference(_found(scale, with_it), _found(scale, without))) != NONE:
             return found
