@@ -1,7 +1,7 @@
 """Batched generation with continuous batching and chunked prefill.
 
 `Engine.step` prefills a chunk of the waiting prompts, moves ready ones into slots of the KV cache
-and decodes one token for every active row; finished rows free their slot at once. Each row has its
+and decodes one token for every active row; finished rows soon free their slots. Each row has its
 own seed, so its tokens do not depend on other rows. With a tool, a program's output is forced into
 its row one token per step; until it is available, the row repeats its last step.
 
@@ -14,11 +14,11 @@ import math
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, chain, count, islice, takewhile
+from itertools import accumulate, chain, count, groupby, islice, takewhile
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from nanolib.data.packing import padded
 from nanolib.model import GPT, REACH
 from nanolib.runtime import Record, Runtime, record_graph, seed_of
 from nanolib.sampling import choose, uniforms
-from nanolib.slots import Kept, KeysValues, Slots
+from nanolib.slots import Kept, Slots
 
 if TYPE_CHECKING:
     from nanolib.decoding import Writer
@@ -42,6 +42,7 @@ PROGRAMS = 4  # tool programs that run at once
 WAIT = 0.05  # seconds to wait for a program when no other row can advance
 OUTPUT_TOKENS = 128  # per tool result; longer ones are truncated
 ROWS = 256  # decoded at once; further requests wait
+SHARE, LATE = 32, 4  # ended rows leave once they are 1 in SHARE, or after LATE steps
 CHUNK = {"cpu": 512, "cuda": 8192}  # prompt tokens prefilled per step
 FINE_REACH = 16  # as REACH, for steps that are not captured in a CUDA graph
 KEPT_BYTES = {"cpu": 2**27, "cuda": 2**31}  # prefix cache: keys and values of finished rows
@@ -101,7 +102,7 @@ class _Prompt:
 
     ids: list[int]
     keep: bool
-    kv: KeysValues | None = None  # of all ids but the last, once prefilled
+    read: tuple[Slots, int] | None = None  # row with all ids but the last, once prefilled
 
 
 @dataclass(eq=False, slots=True)
@@ -132,6 +133,13 @@ class Request:
     def longest(self) -> int:
         """The most tokens that the row may come to, prompt included."""
         return len(self.ids) + len(self.tokens) + self.left
+
+    @property
+    def state(self) -> tuple[int, int, int, int, float, float]:
+        """What `Slots.set` takes; a slot has keys and values of all tokens but the latest."""
+        used, how = len(self.ids) + len(self.tokens) - 1, self.settings
+        latest = self.tokens[-1][0] if self.tokens else self.ids[-1]
+        return used, latest, self.key, how.top_k or 0, how.temperature, how.top_p
 
     @property
     def live(self) -> bool:
@@ -199,7 +207,7 @@ class Engine:
         if not all(request.cancelled for request in self._flight()):
             raise RuntimeError("rows are being written: cancel them, or step until they end")
         kept = KEPT_BYTES.get(self.runtime.device.type, KEPT_BYTES["cpu"])
-        self._rows, self._kept = [], Kept(kept)
+        self._rows, self._kept, self._late = [], Kept(kept), 0
         self._waiting.clear()
         self._slots = self._prefill_cache = self._cache(0, 0)
         self._prefilling: list[_Prompt] = []  # prompts being prefilled, by row of `_prefill_cache`
@@ -284,8 +292,7 @@ class Engine:
                 running = [row.program for row in self._rows if row.program is not None]
                 if running and len(running) == len(self._rows):
                     wait(running, WAIT, FIRST_COMPLETED)
-                drawn = self._run() if self._rows else []
-                return self._append(drawn)
+                return self._append(self._run() if self._rows else [])
             except BaseException as error:
                 for request in self._flight():
                     request.left, request.error = 0, error
@@ -297,23 +304,30 @@ class Engine:
     def _schedule(self) -> None:
         """Remove finished rows, prefill a chunk, fill free slots with ready prompts, compact."""
         gaps = [slot for slot, row in enumerate(self._rows) if row.cancelled or not row.left]
+        free = self.max_rows - len(self._rows) + len(gaps)
+        # Changing the slots has a fixed cost, so a few ended rows stay for up to LATE steps until
+        # more have ended, unless all who wait get a slot now.
+        few = 0 < len(gaps) < len(self._rows) // SHARE and not 0 < len(self._waiting) <= free
+        self._late = (self._late + 1) % LATE if few else 0
+        if self._late:
+            return
         for slot in gaps:
             if (row := self._rows[slot]).settings.keep:
-                ids = [*row.ids, *(id for id, _ in row.tokens)][: self._slots.used[slot]]
-                self._kept.add(ids, self._slots.read_row(slot))
-        free = self.max_rows - len(self._rows) + len(gaps)
+                ids = [*row.ids, *(id for id, _ in row.tokens)][:-1]
+                self._kept.add(ids, self._slots.read_row(slot, len(ids)))
         ready = self._prefill_chunk(free) if self._waiting and free > 0 else []
         if not (gaps or ready):
             return
         if ready:
             self._seat(ready, gaps)
-        for gap in reversed(gaps[len(ready) :]):
-            last = self._rows.pop()
-            if gap < len(self._rows):
-                self._rows[gap] = last
-                self._slots.move(len(self._rows), gap)
-        self._slots.trim(len(self._rows))
-        given = [row.settings for row in self._rows]
+        if gaps := gaps[len(ready) :]:
+            left = len(self._rows) - len(gaps)
+            last = (slot for slot in range(left, len(self._rows)) if slot not in gaps)
+            pairs = zip(gaps, last, strict=False)
+            self._place((gap, self._rows[slot], self._slots, slot) for gap, slot in pairs)
+            del self._rows[left:]
+            self._slots.set(range(left, left + len(gaps)), [(0,) * 6] * len(gaps))
+        given = {id(row.settings): row.settings for row in self._rows}.values()
         most = max((s.top_k or 0 for s in given), default=0)
         greedy, top_p = not any(s.temperature for s in given), any(s.top_p < 1 for s in given)
         self._sampling = greedy, most, top_p, any(s.logprobs for s in given)
@@ -322,7 +336,7 @@ class Engine:
         """Prefill one chunk if a free slot needs it, of the current prompts or the next ones in the
         queue; returns the requests that can take the free slots, first come, first served."""
         nexts = [*islice(self._waiting, free)]
-        if all(r.prompt and r.prompt.kv and not r.cancelled for r in nexts):
+        if all(r.prompt and r.prompt.read and not r.cancelled for r in nexts):
             return nexts  # most steps: the rest takes time for each waiting request
         for request in (waiting := [*self._waiting]):  # a copy: other threads append
             if request.cancelled:
@@ -331,7 +345,7 @@ class Engine:
         # All that fit a chunk, not only those with a slot: a batch costs little more than one prompt.
         prompts = dict.fromkeys(r.prompt for r in waiting if r.prompt and not r.cancelled)
         if not any(prompt in prompts for prompt in self._prefilling):  # none left, or all cancelled
-            self._begin_prefill([prompt for prompt in prompts if prompt.kv is None])
+            self._begin_prefill([prompt for prompt in prompts if prompt.read is None])
         known = zip(self._prefilling, self._prefill_cache.used, strict=False)
         unread = [prompt.ids[used:-1] for prompt, used in known]
         pieces = [ids[: max(1, self.chunk // len(unread))] for ids in unread]
@@ -342,9 +356,9 @@ class Engine:
             self._prefill_cache.advance([*map(len, pieces)])
         if pieces == unread:
             for row, prompt in enumerate(self._prefilling):
-                prompt.kv = self._prefill_cache.read_row(row)
+                prompt.read = self._prefill_cache, row
             self._prefilling = []
-        return [*takewhile(lambda request: request.prompt and request.prompt.kv, nexts)]
+        return [*takewhile(lambda request: request.prompt and request.prompt.read, nexts)]
 
     def _begin_prefill(self, unread: Sequence[_Prompt]) -> None:
         """Start prefilling the first prompts that fit a chunk together, in a separate cache that
@@ -357,13 +371,12 @@ class Engine:
         if self.writer is not None and not any(row.left for row in self._rows):
             self.writer.refresh()  # the weights may have changed
         found = [self._kept.find(p.ids[:-1]) if p.keep else None for p in self._prefilling]
-        known = [0 if read is None else read[0].shape[2] for read in found]
+        known = [len(read[0]) if read else 0 for read in found]
         rest = [len(p.ids) - 1 - k for p, k in zip(self._prefilling, known, strict=True)]
-        length = max(known) + max(rest)  # including padding of shorter ones
-        self._prefill_cache = self._cache(len(found), max(1, length))
+        self._prefill_cache = self._cache(len(found), max(1, max(known) + max(rest)))  # padded
         for row, read in enumerate(found):
-            if read is not None:
-                self._prefill_cache.write_row(row, read)
+            if read:
+                self._prefill_cache.write_row(row, *read)
 
     def _seat(self, requests: Sequence[Request], gaps: Sequence[int]) -> None:
         """Move the first queued requests into free slots, growing the cache if needed."""
@@ -371,23 +384,27 @@ class Engine:
         if slots[-1] >= len(old.used) or max(r.longest for r in requests) > old.length:
             flight = [request for request in self._flight() if not request.cancelled]
             rows = min(self.max_rows, 1 << (len(flight) - 1).bit_length())
-            length = REACH * math.ceil(max(r.longest for r in flight) / REACH)
-            length = max(old.length, min(self.context, length))
-            self._slots = self._cache(max(rows, len(old.used)), length)
-            self._slots.fill(old)
-        for slot, request in zip(slots, requests, strict=True):
-            assert request.prompt is not None and request.prompt.kv is not None
-            self._slots.write_row(slot, request.prompt.kv)
-            self._rows[slot : slot + 1] = [request]
+            length = min(self.context, REACH * math.ceil(max(r.longest for r in flight) / REACH))
+            self._slots = self._cache(max(rows, len(old.used)), max(length, old.length))
+            self._place((slot, row, old, slot) for slot, row in enumerate(self._rows))
+        read = [request.prompt.read for request in requests if request.prompt]
+        self._place((slot, r, *of) for slot, r, of in zip(slots, requests, read, strict=True) if of)
+        for _ in requests:
             self._waiting.popleft().prompt = None
-        own = [(r.ids[-1], r.key, r.settings) for r in requests]
-        self._slots.begin(slots, [(*of, s.temperature, s.top_k or 0, s.top_p) for *of, s in own])
+
+    def _place(self, places: Iterable[tuple[int, Request, Slots, int]]) -> None:
+        """Give slots to requests whose keys and values are in a cache's row."""
+        for cache, group in groupby(places, lambda place: place[2]):
+            slots, requests, _, rows = zip(*group, strict=True)
+            for slot, request in zip(slots, requests, strict=True):
+                self._rows[slot : slot + 1] = [request]
+            self._slots.copy(cache, rows, slots)
+            self._slots.set(slots, [request.state for request in requests])
 
     def _cache(self, rows: int, length: int) -> Slots:
         runtime = self.runtime
         cache = Slots(self.model.config, rows, length, runtime.device, runtime.dtype)
-        if self.record is None:
-            cache.multiple = FINE_REACH
+        cache.multiple = FINE_REACH if self.record is None else REACH
         return cache
 
     def _run(self) -> list[int]:
@@ -397,8 +414,9 @@ class Engine:
         view = slots.first(rows if self.record is None else 1 << (rows - 1).bit_length())
         drawn_B = self._draw(view)[:rows]
         slots.ids_B1[:rows, 0] = drawn_B
-        slots.used_B[:rows] += 1
-        slots.used[:rows] = [used + 1 for used in slots.used[:rows]]
+        most = slots.length - 1  # reached only by rows that have ended and not left yet
+        slots.used_B[:rows].add_(1).clamp_(max=most)
+        slots.used[:rows] = [used + (used < most) for used in slots.used[:rows]]
         return drawn_B.tolist()
 
     def _draw(self, slots: Slots) -> Tensor:
@@ -425,11 +443,9 @@ class Engine:
         greedy: all rows are greedy. top_k: the largest (0: none). top_p: whether any row has one.
         They only save work and change no row's token. score: also keep the tokens' log-probabilities.
         """
-        if self.writer is not None:
-            logits_BV = self.writer.logits(self.writer.hidden(slots.ids_B1, slots)[:, -1])
-        else:
-            with self.runtime.autocast():
-                logits_BV = self.model(slots.ids_B1, cache=slots)[:, -1]
+        model = self.writer or self.model
+        with self.runtime.autocast(self.writer is None):
+            logits_BV = model.logits(model.hidden(slots.ids_B1, cache=slots)[:, -1])
         if greedy:
             drawn_B = logits_BV.argmax(dim=-1)
         else:
@@ -443,22 +459,28 @@ class Engine:
     def _append(self, drawn: list[int]) -> list[Request]:
         """Append a token to each row, except rows that wait for a program."""
         logprobs = self._logprobs_B.tolist() if drawn and self._sampling[-1] else []
+        changed = list[int]()  # slots whose next token is not the one drawn
         for slot, (request, id) in enumerate(zip(self._rows, drawn, strict=True)):
+            if not request.left:
+                continue  # it ended, and leaves with others
             kind = "end" if id in self.ends else "chosen"
             if request.program is not None:
                 if not request.program.done():
-                    self._slots.hold(slot, request.tokens[-1][0])
+                    changed.append(slot)  # process the same token again
                     continue
                 request.forced.extend(request.program.result())
                 request.program = None
             if request.forced:
                 id, kind = request.forced.popleft(), "forced"
-                self._slots.ids_B1[slot] = id
-            request.logprobs += logprobs[slot : slot + 1]  # first, since other threads take tokens
+                changed.append(slot)
+            if logprobs:  # first, since other threads take tokens
+                request.logprobs.append(logprobs[slot])
             request.tokens.append((id, kind))
             request.left = 0 if kind == "end" else request.left - 1
             if request.left and id in self.markers:
                 self._call(request)
+        if changed:
+            self._slots.set(changed, [self._rows[slot].state for slot in changed])
         return list(self._rows)
 
     def _call(self, request: Request) -> None:

@@ -17,77 +17,57 @@ from nanolib.runtime import Replay
 
 KEPT_LEAST = 16  # tokens; shorter common prefixes are not reused
 
-KeysValues = tuple[Tensor, Tensor, Tensor]  # of one row: keys and values [L, G, T, K], ids [T]
-
 
 class Slots(KVCache):
     """A KV cache with each row's sampling state, and CUDA graphs of the decoding step."""
 
     def __init__(self, *given):
         super().__init__(*given)
-        self.ids_B1 = torch.zeros_like(self.used_B)[:, None]  # each row's latest token
-        self.key_B, self.top_k_B = torch.zeros_like(self.used_B), torch.zeros_like(self.used_B)
-        self.temperature_B = torch.zeros_like(self.used_B, dtype=torch.float32)
-        self.top_p_B = torch.ones_like(self.temperature_B)
+        # A row's state is a column of two tables, so that few copies set it for many rows.
+        self.whole_NB = self.used_B.new_zeros(4, len(self.used))
+        self.used_B, ids_B, self.key_B, self.top_k_B = self.whole_NB
+        self.ids_B1 = ids_B[:, None]  # each row's latest token
+        self.real_NB = torch.ones_like(self.whole_NB[:2], dtype=torch.float32)
+        self.temperature_B, self.top_p_B = self.real_NB
         self.views: dict[int, Slots] = {}
         self.replays: dict[tuple, Replay | None] = {}  # None: ran once, not captured yet
-
-    def settings(self) -> tuple[Tensor, ...]:
-        """The per-row state, [B] each: latest token, seed, temperature, top-k, top-p."""
-        return self.ids_B1[:, 0], self.key_B, self.temperature_B, self.top_k_B, self.top_p_B
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def first(self, rows: int) -> Slots:
         """A view of the first rows, sharing memory."""
         if rows not in self.views:
             view = self.views[rows] = copy.copy(self)
             view.views, view.replays = {}, {}
-            for name, value in self.tensors().items():
-                setattr(view, name, value[:, :rows] if value.dim() == 5 else value[:rows])
+            for name, value in vars(self).items():
+                if isinstance(value, Tensor):
+                    setattr(view, name, value.narrow(name.split("_")[-1].index("B"), 0, rows))
         self.views[rows].used = self.used[:rows]
         return self.views[rows]
 
-    def fill(self, other: Slots) -> None:
-        """Copy the contents of a smaller cache."""
-        mine = self.tensors()
-        for name, theirs in other.tensors().items():
-            mine[name][tuple(map(slice, theirs.shape))] = theirs
-        self.used[: len(other.used)] = other.used
+    def read_row(self, row: int, used: int) -> Tensor:
+        """A copy of a row's first keys and values [2, L, G, T, K]."""
+        return torch.stack([x[:, row, :, :used] for x in (self.keys_LBGSK, self.values_LBGSK)])
 
-    def read_row(self, row: int) -> KeysValues:
-        used = self.used[row]
-        keys, values = (x[:, row, :, :used] for x in (self.keys_LBGSK, self.values_LBGSK))
-        return keys, values, self.ids_BS[row, :used]
+    def write_row(self, row: int, ids: list[int], read_2LGTK: Tensor) -> None:
+        used = self.used[row] = self.used_B[row] = len(ids)
+        self.keys_LBGSK[:, row, :, :used], self.values_LBGSK[:, row, :, :used] = read_2LGTK
+        self.ids_BS[row, :used] = torch.tensor(ids)
 
-    def write_row(self, row: int, read: KeysValues) -> None:
-        used = self.used[row] = self.used_B[row] = read[0].shape[2]
-        self.keys_LBGSK[:, row, :, :used], self.values_LBGSK[:, row, :, :used] = read[:2]
-        self.ids_BS[row, :used] = read[2]
+    def copy(self, other: Slots, rows: Sequence[int], to: Sequence[int]) -> None:
+        """Copy the tokens of rows of a cache, this or another, to rows `to`."""
+        from_R, to_R = torch.tensor([rows, to], device=self.used_B.device)
+        reach = max(other.used[row] for row in rows)
+        for name, axis, S in (("keys_LBGSK", 1, 3), ("values_LBGSK", 1, 3), ("ids_BS", 0, 1)):
+            mine, theirs = (getattr(cache, name).narrow(S, 0, reach) for cache in (self, other))
+            mine.index_copy_(axis, to_R, theirs.index_select(axis, from_R))
 
-    def begin(self, rows: Sequence[int], settings: Sequence[tuple]) -> None:
-        """Set the per-row state of these rows, one `settings` tuple per row."""
-        rows_N = torch.tensor(rows, device=self.used_B.device)
-        for mine_B, values in zip(self.settings(), zip(*settings, strict=True), strict=True):
-            mine_B[rows_N] = torch.tensor(values, dtype=mine_B.dtype, device=mine_B.device)
-
-    def move(self, row: int, to: int) -> None:
-        """Copy row `row`, with its state, to row `to`."""
-        self.write_row(to, self.read_row(row))
-        for mine_B in self.settings():
-            mine_B[to] = mine_B[row]
-
-    def hold(self, row: int, id: int) -> None:
-        """Undo a row's last step: the next one processes the same token, `id`, again."""
-        self.ids_B1[row] = id
-        self.used_B[row] -= 1
-        self.used[row] -= 1
-
-    def trim(self, rows: int) -> None:
-        """Clear the rows from `rows` on, so that they do not count in `reach`."""
-        self.used_B[rows:] = 0
-        self.used[rows:] = [0] * (len(self.used) - rows)
+    def set(self, rows: Sequence[int], states: Sequence) -> None:
+        """Set the state of rows: tokens used, latest token, seed, top-k, temperature, top-p."""
+        used, *whole, temperature, top_p = zip(*states, strict=True)
+        given_NR = self.whole_NB.new_tensor([rows, used, *whole])
+        self.whole_NB.index_copy_(1, given_NR[0], given_NR[1:])
+        self.real_NB.index_copy_(1, given_NR[0], self.real_NB.new_tensor([temperature, top_p]))
+        for row, count in zip(rows, used, strict=True):
+            self.used[row] = count
 
 
 class Kept:
@@ -96,22 +76,20 @@ class Kept:
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
-        self.rows: list[tuple[list[int], Tensor, Tensor, Tensor]] = []
+        self.rows: list[tuple[list[int], Tensor]] = []  # ids, and `Slots.read_row` of them
 
-    def add(self, ids: list[int], read: KeysValues) -> None:
+    def add(self, ids: list[int], read_2LGTK: Tensor) -> None:
         self.rows = [row for row in self.rows if row[0] != ids[: len(row[0])]]
-        keys, values, ids_T = read
-        self.rows.append((ids, keys.clone(), values.clone(), ids_T.clone()))
-        while sum(row[1].nbytes + row[2].nbytes for row in self.rows) > self.most_bytes:
+        self.rows.append((ids, read_2LGTK))
+        while sum(read.nbytes for _, read in self.rows) > self.most_bytes:
             del self.rows[0]
 
-    def find(self, ids: list[int]) -> KeysValues | None:
-        """Keys and values of the longest cached prefix of `ids`, or None if it is too short."""
+    def find(self, ids: list[int]) -> tuple[list[int], Tensor] | None:
+        """The longest cached prefix of `ids` with its keys and values, or None if too short."""
         pairs = [zip(ids, row[0], strict=False) for row in self.rows]
         common = [len([*takewhile(lambda pair: pair[0] == pair[1], each)]) for each in pairs]
         longest = max(common, default=0)
         if longest < KEPT_LEAST:
             return None
-        found = self.rows.pop(common.index(longest))
-        self.rows.append(found)
-        return found[1][:, :, :longest], found[2][:, :, :longest], found[3][:longest]
+        self.rows.append(self.rows.pop(common.index(longest)))
+        return ids[:longest], self.rows[-1][1][:, :, :, :longest]
