@@ -17,10 +17,13 @@ from browser import PATIENCE
 from test_model import ALL, CPU, VOCAB, random_ids, random_model, tiny
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanolib.engine import (
     END_NAMES,
+    LATE,
     OUTPUT_TOKENS,
+    SHARE,
     TOOL_CALLS,
     Engine,
     Token,
@@ -262,6 +265,58 @@ def test_a_slot_is_filled_again_at_once_and_no_step_is_wasted_on_an_empty_one():
     assert sizes == [1] * sum(ends)
 
 
+def test_few_ended_rows_leave_together_but_not_late_and_not_while_all_who_wait_could_begin():
+    speaker = engine(sequence_len=64)
+    speaker.max_rows, speaker.ends = 64, frozenset()
+    lengths = [*range(2, 10), *[20] * 4, 26, 32, *[50] * 50]
+    first = [*chain(*(speaker.submit([[1]], max_new_tokens=length) for length in lengths))]
+    more = [*chain(*(speaker.submit([[2]], max_new_tokens=40) for _ in range(14)))]
+    begun = []
+    for _ in range(33):
+        speaker.step()
+        begun.append(sum(bool(request.tokens) for request in more))
+    assert begun[:9] == [0, 0, 0, 2, 2, 4, 4, 6, 6], "one ends at each step: two leave together"
+    assert begun[9:20] == [8] * 11 and begun[20:26] == [12] * 6, (
+        "four that end at once leave at once"
+    )
+    assert begun[26:30] == [12] * (LATE - 1) + [13], "one alone stays for LATE - 1 steps"
+    assert begun[31:] == [13, 14], "the last who waits has a slot at once"
+    while speaker.busy:
+        speaker.step()
+    assert [len(request.tokens) for request in (*first, *more)] == [*lengths, *[40] * 14]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that would start a kernel or a copy on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not op.is_view
+        return op(*args, **(kwargs or {}))
+
+
+def test_many_rows_come_move_and_go_with_as_many_kernels_as_few():
+    counts = []
+    for rows in (2, 8):
+        speaker, asked = engine(sequence_len=64), prompts(*range(3, 3 + 3 * rows))
+        speaker.max_rows, speaker.chunk, speaker.ends = 2 * rows, 8192, frozenset()
+        for each, length in enumerate((3, 9, 5)):  # the third ones take the first ones' slots
+            for prompt in asked[each * rows : (each + 1) * rows]:
+                speaker.submit([prompt], max_new_tokens=length)
+        counts.append(list[int]())
+        while speaker.busy:
+            with Kernels() as kernels:
+                speaker.step()
+            counts[-1].append(kernels.count)
+            if len(counts[-1]) == 6:
+                speaker.cancel(*speaker._rows[:rows])  # the second ones move
+    assert counts[0] == counts[1] and len(counts[0]) == 9
+    assert 10 < counts[0][3] - counts[0][2] < 20 and 10 < counts[0][6] - counts[0][5] < 20
+
+
 def plain_sampled(engine: Engine, prompt: list[int], limit: int, seed: int, s: int, **how) -> list:
     """No cache, no batch, no scheduler."""
     ids, key = list(prompt), seed_of(seed, "sample", s)
@@ -274,9 +329,12 @@ def plain_sampled(engine: Engine, prompt: list[int], limit: int, seed: int, s: i
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("share", [SHARE, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_whoever_comes_and_goes_a_row_says_what_it_says_alone(seed):
-    """Requests at random times, some cancelled, with settings, prompts and kept rows of all kinds."""
+def test_whoever_comes_and_goes_a_row_says_what_it_says_alone(seed, share, monkeypatch):
+    """Requests at random times, some cancelled, with settings, prompts and kept rows of all kinds.
+    With a share of 1, rows that have ended stay as long as they may."""
+    monkeypatch.setattr("nanolib.engine.SHARE", share)
     ingredients = ALL if seed % 2 else ()
     draw, speaker = random.Random(seed), engine(sequence_len=72, ingredients=ingredients)
     speaker.max_rows, speaker.chunk = draw.choice([3, 5, 16]), draw.choice([4, 30, 400])
@@ -294,7 +352,7 @@ def test_whoever_comes_and_goes_a_row_says_what_it_says_alone(seed):
             speaker.cancel(draw.choice(told)[0])
         speaker.step()
         assert len(speaker._rows) <= speaker.max_rows
-        assert not any(row.cancelled for row in speaker._rows)
+        assert share == 1 or not any(row.cancelled for row in speaker._rows)
         assert not any(speaker._slots.used[len(speaker._rows) :]), "a row that left counts no more"
         most = max(most, len(speaker._rows))
     while speaker.busy:
