@@ -3,7 +3,7 @@
 `Engine.step` prefills a chunk of the waiting prompts, moves ready ones into slots of the KV cache
 and decodes one token for every active row; finished rows soon free their slots. Each row has its
 own seed, so its tokens do not depend on other rows. With a tool, a program's output is forced into
-its row one token per step; until it is available, the row repeats its last step.
+its row one token per step; until it is available, what the row draws is dropped.
 
 Shapes: B rows, T time, V vocabulary, L layers, G key/value heads, S cached positions, K head size.
 """
@@ -414,7 +414,7 @@ class Engine:
         view = slots.first(rows if self.record is None else 1 << (rows - 1).bit_length())
         drawn_B = self._draw(view)[:rows]
         slots.ids_B1[:rows, 0] = drawn_B
-        most = slots.length - 1  # reached only by rows that have ended and not left yet
+        most = slots.length - 1  # only for rows whose tokens are dropped
         slots.used_B[:rows].add_(1).clamp_(max=most)
         slots.used[:rows] = [used + (used < most) for used in slots.used[:rows]]
         return drawn_B.tolist()
@@ -457,30 +457,29 @@ class Engine:
         return drawn_B
 
     def _append(self, drawn: list[int]) -> list[Request]:
-        """Append a token to each row, except rows that wait for a program."""
+        """Append a token to each row, except ended ones and those that wait for a program."""
         logprobs = self._logprobs_B.tolist() if drawn and self._sampling[-1] else []
-        changed = list[int]()  # slots whose next token is not the one drawn
+        forced = list[int]()  # slots whose next token is not the one drawn
         for slot, (request, id) in enumerate(zip(self._rows, drawn, strict=True)):
             if not request.left:
-                continue  # it ended, and leaves with others
+                continue
             kind = "end" if id in self.ends else "chosen"
             if request.program is not None:
                 if not request.program.done():
-                    changed.append(slot)  # process the same token again
-                    continue
+                    continue  # its state is set when the first token is forced
                 request.forced.extend(request.program.result())
                 request.program = None
             if request.forced:
                 id, kind = request.forced.popleft(), "forced"
-                changed.append(slot)
+                forced.append(slot)
             if logprobs:  # first, since other threads take tokens
                 request.logprobs.append(logprobs[slot])
             request.tokens.append((id, kind))
             request.left = 0 if kind == "end" else request.left - 1
             if request.left and id in self.markers:
                 self._call(request)
-        if changed:
-            self._slots.set(changed, [self._rows[slot].state for slot in changed])
+        if forced:
+            self._slots.set(forced, [self._rows[slot].state for slot in forced])
         return list(self._rows)
 
     def _call(self, request: Request) -> None:

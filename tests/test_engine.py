@@ -286,6 +286,22 @@ def test_few_ended_rows_leave_together_but_not_late_and_not_while_all_who_wait_c
     assert [len(request.tokens) for request in (*first, *more)] == [*lengths, *[40] * 14]
 
 
+def test_a_row_that_stays_after_its_end_writes_within_the_cache(monkeypatch):
+    monkeypatch.setattr("nanolib.engine.SHARE", 1)
+    speaker, (short, full, long) = engine(sequence_len=128), prompts(5, 60, 100)
+    speaker.ends = frozenset()
+    first, ended = speaker.submit([short, full], max_new_tokens=4)
+    first.left = 30
+    for _ in range(6):
+        speaker.step()
+    assert not ended.left and ended in speaker._rows and speaker._slots.length == 64
+    (last,) = speaker.submit([long], max_new_tokens=4)  # the cache grows
+    while speaker.busy:
+        speaker.step()
+    for request, prompt, limit in ((first, short, 30), (ended, full, 4), (last, long, 4)):
+        assert request.answer().ids == plain_greedy(speaker, prompt, limit)
+
+
 class Kernels(TorchDispatchMode):
     """Counts operations that would start a kernel or a copy on a GPU."""
 
