@@ -305,8 +305,7 @@ class Engine:
         """Remove finished rows, prefill a chunk, fill free slots with ready prompts, compact."""
         gaps = [slot for slot, row in enumerate(self._rows) if row.cancelled or not row.left]
         free = self.max_rows - len(self._rows) + len(gaps)
-        # Changing the slots has a fixed cost, so a few ended rows stay for up to LATE steps until
-        # more have ended, unless all who wait get a slot now.
+        # A change has a fixed cost: a few ended rows wait for more, unless all in the queue fit.
         few = 0 < len(gaps) < len(self._rows) // SHARE and not 0 < len(self._waiting) <= free
         self._late = (self._late + 1) % LATE if few else 0
         if self._late:
@@ -387,8 +386,8 @@ class Engine:
             length = min(self.context, REACH * math.ceil(max(r.longest for r in flight) / REACH))
             self._slots = self._cache(max(rows, len(old.used)), max(length, old.length))
             self._place((slot, row, old, slot) for slot, row in enumerate(self._rows))
-        read = [request.prompt.read for request in requests if request.prompt]
-        self._place((slot, r, *of) for slot, r, of in zip(slots, requests, read, strict=True) if of)
+        pairs = zip(slots, requests, strict=True)
+        self._place((slot, r, *r.prompt.read) for slot, r in pairs if r.prompt and r.prompt.read)
         for _ in requests:
             self._waiting.popleft().prompt = None
 
@@ -443,9 +442,11 @@ class Engine:
         greedy: all rows are greedy. top_k: the largest (0: none). top_p: whether any row has one.
         They only save work and change no row's token. score: also keep the tokens' log-probabilities.
         """
-        model = self.writer or self.model
-        with self.runtime.autocast(self.writer is None):
-            logits_BV = model.logits(model.hidden(slots.ids_B1, cache=slots)[:, -1])
+        if self.writer is not None:
+            logits_BV = self.writer.logits(self.writer.hidden(slots.ids_B1, slots)[:, -1])
+        else:
+            with self.runtime.autocast():
+                logits_BV = self.model(slots.ids_B1, cache=slots)[:, -1]
         if greedy:
             drawn_B = logits_BV.argmax(dim=-1)
         else:

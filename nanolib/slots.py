@@ -56,10 +56,9 @@ class Slots(KVCache):
         """Copy the tokens of rows of a cache, this or another, to rows `to`."""
         from_R, to_R = torch.tensor([rows, to], device=self.used_B.device)
         reach = max(other.used[row] for row in rows)
-        for name, axis, S in (("keys_LBGSK", 1, 3), ("values_LBGSK", 1, 3), ("ids_BS", 0, 1)):
-            stores = (getattr(cache, name).narrow(S, 0, reach) for cache in (self, other))
-            mine, theirs = (store.transpose(0, axis) for store in stores)
-            mine[to_R] = theirs[from_R]
+        for name, B, S in (("keys_LBGSK", 1, 3), ("values_LBGSK", 1, 3), ("ids_BS", 0, 1)):
+            both = [getattr(c, name).narrow(S, 0, reach).transpose(0, B) for c in (self, other)]
+            both[0][to_R] = both[1][from_R]
 
     def set(self, rows: Sequence[int], states: Sequence) -> None:
         """Set the state of rows: tokens used, latest token, seed, top-k, temperature, top-p."""
