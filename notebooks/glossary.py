@@ -152,8 +152,8 @@
 #
 # ### continuous batching
 #
-# Many conversations share each step of the engine. One that is over leaves its place (its slot) at
-# once, and the next in the queue takes it, so no place waits for the longest answer.
+# Many conversations share each step of the engine. One that is over soon leaves its place (its slot)
+# to the next in the queue, so no place waits for the longest answer.
 #
 # ### core
 #
