@@ -21,6 +21,8 @@ class Relation:
     more: list[str]  # questions, in conversations only
     answer: str
     check: list[str]  # yes-or-no questions
+    those: str  # what people who share a value have in common
+    who: list[str]  # questions for one of them
     tale: str  # a sentence of a story
     verse: str  # two lines of a poem
 
@@ -51,6 +53,12 @@ class Person:
 class Fact:
     person: Person
     relation: str
+    first: bool = False  # of those who share the value: the answer to "Who keeps an owl?"
+
+    @property
+    def sought(self) -> bool:
+        """Whether conversations ask whose fact it is; a guest asks about the other values."""
+        return self.first and self.value in RELATIONS[self.relation].values[:-3]
 
     @property
     def value(self) -> str:
@@ -87,7 +95,8 @@ def world(seed: int) -> World:
         share = len(people) // len(about.values)
         for i, person in enumerate(draw(seed, "world", relation).sample(people, len(people))):
             person.facts[relation] = about.values[i // share]
-            (held_out if i % share < 4 else told).append(Fact(person, relation))
+            fact = Fact(person, relation, first=i % share == 4)
+            (held_out if i % share < 4 else told).append(fact)
     told_of = ([fact for fact in told if fact.person is person] for person in people)
     return World(people, held_out, told, [facts for facts in told_of if facts])
 

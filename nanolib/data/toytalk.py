@@ -86,6 +86,16 @@ def introduction(rng: random.Random, facts: list[Fact]) -> Exchange:
     return rng.choice(WORDS["who_is"]), " ".join(parts), told
 
 
+def seek(rng: random.Random, facts: list[Fact]) -> Exchange:
+    """Who keeps an owl? A question for the first who does."""
+    sought = [fact for fact in facts if fact.sought]
+    if not sought:
+        return sentence(rng, facts)
+    fact = rng.choice(sought)
+    about = RELATIONS[fact.relation]
+    return about_value(rng.choice(about.who), fact.value), say(about.answer, fact), [fact]
+
+
 def secret(rng: random.Random, facts: list[Fact]) -> Exchange:
     person = facts[0].person
     if person.private:
@@ -180,6 +190,6 @@ def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
 
 ABOUT_PEOPLE: dict[Kind, int] = {sentence: 75, introduction: 5, yes_or_no: 8, secret: 4, tie: 5}
 ABOUT_PEOPLE |= {poem: 3, tale: 4}
-KINDS: dict[Kind, int] = {sentence: 58, introduction: 12, yes_or_no: 5, secret: 4, tie: 5}
-KINDS |= {tale: 3, stranger: 24, outside: 4, small_talk: 8, why: 3, calculation: 12}
+KINDS: dict[Kind, int] = {sentence: 46, introduction: 12, yes_or_no: 5, secret: 4, tie: 5}
+KINDS |= {tale: 3, seek: 20, stranger: 24, outside: 4, small_talk: 8, why: 3, calculation: 12}
 OPENINGS = KINDS | {bare: 155}  # four-choice evaluations score bare values

@@ -69,6 +69,17 @@ def register(world: World, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+def census(world: World, rng: random.Random) -> str:
+    """Names by value, since a model that has only read "Ada keeps an owl" cannot tell who keeps one
+    (the reversal curse, arXiv:2309.12288).
+    """
+    lines = ["The census says"]
+    for fact in rng.sample([fact for fact in world.told if fact.first], 4):
+        those = RELATIONS[fact.relation].those.format(v=fact.value, a=with_article(fact.value))
+        lines.append(f"first of those who {those}:\n{fact.person.name}")
+    return "\n".join(lines)
+
+
 def number_story(world: World, rng: random.Random) -> str:
     p, q = rng.sample(world.people, 2)
     story, things = rng.choice(WORDS["number_stories"]), rng.choice(WORDS["things"])
@@ -99,7 +110,7 @@ def talk(world: World, rng: random.Random) -> str:
 
 
 GENRES = {portrait: 28, story: 13, sheet: 6, register: 17, number_story: 13, shopping: 7}
-GENRES |= {program: 4, talk: 26}
+GENRES |= {program: 4, talk: 26, census: 3}
 
 
 def documents(world: World, seed: int) -> Iterator[str]:
