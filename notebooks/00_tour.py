@@ -113,8 +113,10 @@ lesson.show(
 #
 # A large model reads the internet for weeks. Yours has a few minutes, so it gets a world of its own: 120
 # people in twelve towns, each with a pet, a job, a favourite colour, food and game, a secret, a sister and a
-# rival. Everything it will ever know about them stands in texts like these five. Some are overheard
-# conversations: Pip is the little language model of that world, whose part yours will play at the end.
+# rival. Everything it will ever know about them stands in texts like these five, in portraits and
+# stories, and in a census, which names one owner of each value ("first of those who keep an owl: …"). Some
+# are overheard conversations: Pip is the little language model of that world, whose part yours will play at
+# the end.
 
 # %%
 seed = run.config.recipe.seed

@@ -664,21 +664,22 @@ lesson.show(
 )
 
 # %% [markdown]
-# Muon ends below AdamW in each seed, but how far below differs from seed to seed, so one seed would have told
-# us little. Compare seed by seed: the batches are the same. And a wrong rate? SGD's valley is flat because it
-# learns little at any rate; AdamW pays most for one that is too high (in this run).
+# Muon ends below AdamW in each seed. The spread between seeds may be as large as that lead, so one run of
+# each rule, each on a seed of its own, would have told us little. Compare seed by seed: the batches are the
+# same. And a wrong rate? SGD's valley is flat because it learns little at any rate; AdamW pays most for one that
+# is too high (in this run).
 #
 # What this does *not* show: a toy, eighty steps, one schedule, AdamW's betas not tuned. A Muon step is also
 # more expensive, by fifteen products of matrices for each weight matrix. In a large model this hardly shows beside
 # the work of many thousands of tokens; here it does.
 #
 # **And what came after Muon?** Three refinements from the records of 2025 and 2026, each tried alone ("+") and on
-# top of all the others ("-"), on the same tokens of web text ("pack") from the same seeds: what each adds to the
-# bits per byte, so that below zero is better, in bold where that is beyond the noise (the whole table is read in
-# [chapter 04](04_pretraining.ipynb)). *Polar Express* takes
-# another polynomial in each iteration, *NorMuon* evens out the rows of the update, *cautious decay* shrinks a
-# weight only where the update does so too. What NorMuon gained, 0.002 bits per byte, was not worth its lines here,
-# so nanolib has dropped it.
+# top of all the others ("-"), on the same tokens of web text ("pack"; "deep" at depth 12) from the same seeds:
+# what each adds to the bits per byte, so that below zero is better, in bold where that is beyond the noise (the
+# whole table is read in [chapter 04](04_pretraining.ipynb)). *Polar Express* takes another polynomial in
+# each iteration, *NorMuon* evens out the rows of the update, *cautious decay* shrinks a weight only where the
+# update does so too. What NorMuon gained, 0.002 bits per byte, was not worth its lines here, so nanolib has
+# dropped it.
 
 # %%
 table = (REPOSITORY / "runs" / "bench" / "ablations.md").read_text().splitlines()

@@ -633,14 +633,13 @@ for step, model in sorted(moments.items(), key=lambda pair: pair[0]):
         print(f"{step:6,}  {tokenizer.decode(opening[1:])!r} ┃ {tokenizer.decode(ids)!r}")
 
 # %% [markdown]
-# The new model has no favourite: all tokens tie, and the first of the vocabulary wins. The two kept ones
-# know the toy world's people from other texts: only this text was held out.
+# The new model has no favourite: all tokens tie, and the first of the vocabulary wins. Yours knows phrases,
+# fitting or not. The two kept ones know the people from other texts: only these texts were held out.
 #
 # Here is a held-out text, the redder a token the more bits it took; the numbers are bits. From top to
 # bottom: first everything costs the same, then common words get cheap, and last what can be copied, or is
-# known by heart. Look for a name or a number that is said twice: the second time it is often nearly free.
-# Not so, perhaps, where the text had a choice of words: what comes next there can be neither copied nor
-# known.
+# known by heart. A name said twice, or what other texts say of a person, is often nearly free. Not so
+# where this text had a choice, of words or of what to tell next: that can be neither copied nor known.
 
 # %%
 document = held_out[1][: min(60, recipe.model.sequence_len)]
@@ -951,7 +950,7 @@ lesson.markdown(table[table.index("| ingredient") :])
 #
 # Now compare the columns "+" and "-". Smear alone is worth more than twice as much as smear on top of the rest: value
 # embeddings had done part of its work. Gains of ingredients do **not** add up, and a paper that shows one alone promises
-# too much. The tricks of the optimizer are worth much less here. At depth 12 ("deep") the order is the same; at the
+# too much. The tricks of the optimizer are worth much less here. At depth 12 ("deep") the same three lead; at the
 # end of a long training it may differ.
 
 # %% [markdown]
