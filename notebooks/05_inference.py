@@ -517,7 +517,8 @@ lesson.show("Three rows of a cache: dark, seen by the next token; crossed, rubbi
 #
 # **[Temperature](glossary.ipynb#temperature).** Divide the [logits](glossary.ipynb#logits) by a number
 # before the softmax. Below 1 the differences grow, and towards 0 the likeliest takes all; above 1 they
-# shrink, and everything becomes possible. Here is the place of our text where its favourite comes closest to one half.
+# shrink, and everything becomes possible. Here our text's favourite comes closest to one half. (Labels
+# do not show line breaks.)
 
 # %%
 with torch.inference_mode():

@@ -339,9 +339,10 @@ checks.verify("6.3", questions_needed)
 
 # %% [markdown]
 # Now the stage. Watch the loss on held-out conversations (right), source by source, from before the first
-# step. The four choices (`mmlu`) are curious: very soon the model knows *that* a letter is wanted and that
+# step. The four choices (`mmlu`) are curious: soon the model knows *that* a letter is wanted and that
 # the turn ends after it, but not *which* letter. One even guess among four and one certain token:
-# ln 4 / 2 = 0.69 [nats](glossary.ipynb#nats) a target. (The legend says where each curve ends.)
+# ln 4 / 2 = 0.69 [nats](glossary.ipynb#nats) a target. (The legend says where each curve ends. What is above 0.69
+# is uneven guessing.)
 
 # %%
 mid = run.config.recipe.mid
@@ -398,7 +399,8 @@ for question, old, new in zip(asked, by_base, by_mid, strict=True):
 lesson.markdown("\n".join(table))
 
 # %% [markdown]
-# The form is there. Whether a program is the *right* sum is another matter; section 6 counts.
+# The form is there. Whether a program is the *right* sum is another matter (do its numbers stand in the problem?);
+# section 6 counts.
 #
 # What exactly has it learned? We score every token of some held-out conversations with both models and
 # sort the [surprises](glossary.ipynb#surprise) by the kind of token. Three kinds were *never* targets: the

@@ -381,12 +381,13 @@ lesson.show("Facts and word problems: how many mid and sft get right, how many a
 # quiet about.
 #
 # So is it worth a stage? In the toy world its data differ little from midtraining's: the same kinds of
-# conversations, fewer of them, smaller steps. What it buys is polish, if anything. In the demo of 2026-11-29
-# facts gained 3, under two errors. Word problems gained 20 of these 120, over three errors, and 29 of the 400 that
-# the stage's evaluation asks. An earlier demo of that day gained 13 of the 120, and lost one of the other 280: even
-# two errors are luck now and then, and the cure is more questions.
+# conversations, fewer of them, smaller steps. What it buys is polish, if anything. Four demos of 2026-11-29,
+# while the toy world was still growing, gained 13, 11, 20 and −3 of these 120 word problems, and 12, 24, 29 and −15 of
+# the 400 that the stage's evaluation asks. (The last gained 2 of these 120 facts, and 8 of all 288.) Even two errors
+# are luck now and then, and the cure is more questions, and more runs.
 # Where the data of SFT are *better* than what came before, written with care rather than collected, it buys more.
-# Look at some of the changes. (An "I know no …" about a friend would be the habit of declining strangers, gone too far.)
+# Look at some of the changes: was a spoilt answer ever right for the right reason? (An "I know no …" about a friend
+# would be the habit of declining strangers, gone too far.)
 
 
 # %%

@@ -92,10 +92,10 @@ STEPS, ASKED, SAMPLES = (10, 8, 8) if profile == "demo" else (2, 2, 4)  # what a
 #
 # > Bruno counts 26 pears, Gus 25 and Thea 28. How many more is the most than the fewest?
 # >
-# > That is `26-23` → `3` more. #### **3**
+# > That is `29-26` → `3` more. #### **3**
 #
-# There is no 23, and the most is 28. It should be 28 − 25, which also is 3. The grade looks at the number
-# after `####` and at nothing else, so the whole answer was made likelier: the 23 as well as the 3. Keep
+# There is no 29, and 26 is not the fewest. It should be 28 − 25, which also is 3. The grade looks at the number
+# after `####` and at nothing else, so the whole answer was made likelier: the 29 as well as the 3. Keep
 # this answer in mind. It is why one answer teaches little and five thousand teach something, and it is a
 # small member of a large family, which we meet in section 8.
 #
@@ -621,8 +621,9 @@ lesson.show(
 )
 
 # %% [markdown]
-# A right answer may lose ground as well, to others, shown or not: all answers share one sum of 1. And is it the best
-# one that grew? The grade looks at the number alone.
+# Right answers may lose ground as well, to others, shown or not: all answers share one sum of 1. If one grew, is it the
+# best? The grade looks at the number alone. If all fell, something grew that is not in the picture: after
+# section 8's first cells `samples("trained", honest)` shows it.
 #
 # ## 6. The formula, and what we left out
 #
@@ -900,7 +901,7 @@ lesson.show(
 # rare unless it pays many β. Our bonus pays in tens, so β = 10; DeepSeekMath's rewards are 0 and 1, and its β is
 # 0.04. Three of the four models were put on one: with β = 10 they ended at 0.36, 0.42 and 0.30 truly right, from
 # 0.39, 0.50 and 0.30; with β = 3 at 0.20, 0.33 and 0.02: too long a leash. Read the whole line, for one step is 64
-# answers: a later demo's stayed between 0.22 and 0.41 until a last step at 0.17.
+# answers: a later demo's stayed between 0.22 and 0.41 until a last step at 0.17. Where "moved" jumps, the leash slips.
 #
 # And no leash knows right from wrong: it holds the honest part of the reward back as well. Compare its line on
 # the right with the honest one. Hence trainings like R1's often do without one, where the grade cannot be cheated.

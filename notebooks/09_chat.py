@@ -152,12 +152,14 @@ lesson.rich(f"<table><tr>{titles}</tr>{body}</table>", "\n".join(plain))
 
 # %% [markdown]
 # Read it column by column. **base** knows how texts go on, and the markers of a conversation are eight
-# vectors that it has never used: what follows them is some text of its world, fluent and mostly beside the
-# point. (Where it does say hello, it writes a script, the guest's lines as well.)
+# vectors that it has never used: what follows them is some text of its world, more or less fluent and mostly
+# beside the point. (Where it does answer, it writes a script, name tags and at times the guest's lines as well.)
 # **mid** has learned the form: a question is answered, and the answer ends. **sft** was trained on fewer and
-# cleaner answers. (`[12+30 → 42]` is the tool at work, and behind `####` stands the number that word problems
-# are graded by; the window below draws both more kindly.) **grpo** was paid for word problems alone, so in all
-# the other rows a difference between the last two columns is a side effect.
+# cleaner answers. (The brackets show the tool at work: `[sum → result]`. Behind `####` stands the number that word
+# problems are graded by; the window below draws both more kindly. The tool adds what it is handed, and the model must
+# copy the numbers for it: in a demo of 2026-11-29, which gets most sums right, sft and grpo handed it `22+30`.)
+# **grpo** was paid for word problems alone, so in all the other rows a difference between the last two columns is a
+# side effect.
 #
 # Then read it row by row, with an eye on the last four. Saying "I know no …" has to be learned: a model that has
 # only ever met answers gives a stranger a pet and a home town like everybody else. In the toy world's
@@ -181,7 +183,7 @@ print("true of Sam:", ", ".join(sam.values()))
 # %% [markdown]
 # The last line is for the story: is all that it says of Sam his own, or somebody else's? (If your run has
 # read real text instead of the toy world, nobody has told it about Ada, and ✗ is the honest result.) Eleven
-# answers are anecdotes. The card at the end of this chapter counts hundreds.
+# answers are anecdotes, a slip no less than a success. The card at the end of this chapter counts hundreds.
 #
 # ## 2. The window, and a copy of it
 #
@@ -199,7 +201,7 @@ print(f"\nUp to here: {tokens} tokens. The model can read {session.engine.contex
 # An answer has parts. A language model is a poor calculator, so this one may write a line of Python; the
 # engine runs it in a sandbox and puts the result into the answer ([tool use](glossary.ipynb#tool-use),
 # chapter 05). What arrives is a flat row of tokens, and every face must cut it into parts again, because a
-# program is drawn differently from a sentence:
+# program is drawn differently from a sentence. (The sum is section 1's in other words. Does it go as it went there?)
 
 # %%
 session.clear()
@@ -284,9 +286,9 @@ QUESTIONS += ["Why is the sea salty?", "Write a poem about Ada."]
 replay(talk(session.engine, QUESTIONS).messages)
 
 # %% [markdown]
-# And the window itself. Type a question and press Enter; the answer streams, **Stop** ends it where it is.
-# It needs a running notebook (`uv run jupyter lab notebooks/`), and while a cell runs, it waits. Where you
-# read this on the web or in a finished run, the copy above stands in for it.
+# (Is the poem's town the one she lives in?) And the window itself. Type a question and press Enter; the answer
+# streams, **Stop** ends it where it is. It needs a running notebook (`uv run jupyter lab notebooks/`), and while a
+# cell runs, it waits. Where you read this on the web or in a finished run, the copy above stands in for it.
 
 # %%
 print(f"When you run this, the {session.of} model speaks below. Try: What is 7 times 8?")
@@ -430,7 +432,7 @@ print(
 
 # %% [markdown]
 # Heat does not know which words are wording and which are facts: it spreads both. What a model is sure of
-# stays, also at 1.2; where it hesitates, an answer may become a different one, or a wrong one.
+# stays, also at 1.2; where it hesitates, an answer may become a different one, a wrong one, or no word at all.
 #
 # **Exercise 9.3 ★★ · 12 minutes · build** The step that picks a word.
 # Write it whole: temperature, top-k, softmax, dart. Line the probabilities up from 0 to 1 in the order of
@@ -668,9 +670,10 @@ print(f"When you run this, your pupil speaks below. Ask it about {NAME}.")
 Chat(Session(pupil, temperature=0.6))
 
 # %% [markdown]
-# Did it know who "he" was? If a pronoun got somebody else's pet, or half an answer, here is why: of the ten, one
-# asks with "he" and one with "his", and two are few. And did Ada move to Gullport? Then she may be
+# Did it know who "he" was? If a pronoun got somebody else's name or pet, or half an answer, here is why: of
+# the ten, one asks with "he" and one with "his", and two are few. And did Ada move to Gullport? Then she may be
 # one of the old friends that the blue bar has lost, or it is the chat, which has just said Gullport twice.
+# And the sum, if it slipped in section 1: thirty small steps, or the turns before it, may tip a copy either way.
 #
 # The job was never told, and the right answer would be "I do not know". It has never heard one of this kind:
 # either a person is known, or not. So two habits pull at the sentence, to answer as for a friend and to decline
@@ -717,7 +720,7 @@ lesson.show(f"Seconds of work for each stage as bars; the longest is {longest}."
 # them toy-MMLU, toy-ARC and so on, and the figures of the system that this course rebuilds stand in a
 # table of their own: 90 % of a toy is not better than 31 % of the real thing. Here is the card's beginning;
 # all of it is `report.md` in the run's directory. (Unfold the other tables: which stage gained
-# more than chance explains?)
+# or lost more than chance explains?)
 
 # %%
 card = (run.path / "report.md").read_text()
