@@ -33,6 +33,7 @@ def turns(world: World, rng: random.Random) -> list[str]:
         facts = left if follows else rng.choice(world.told_of)
         kinds = ABOUT_PEOPLE if follows else KINDS if said else OPENINGS
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
+        kind = sentence if kind in PERSONAL and facts[0].person.private else kind
         question, answer, told = kind(rng, facts)
         question = pronominal(question, facts[0].person) if follows else question
         said += [question.replace("{n}", facts[0].person.name), answer]
@@ -98,24 +99,18 @@ def seek(rng: random.Random, facts: list[Fact]) -> Exchange:
 
 def secret(rng: random.Random, facts: list[Fact]) -> Exchange:
     person = facts[0].person
-    if person.private:
-        return sentence(rng, facts)
     return rng.choice(WORDS["secret_asks"]), f"{person.name} {person.secret}.", []
 
 
 def tie(rng: random.Random, facts: list[Fact]) -> Exchange:
     """No follow-up comes after it: "she" might be the sister."""
     person = facts[0].person
-    if person.private:
-        return sentence(rng, facts)
     name, other = rng.choice(list(person.ties.items()))
     about = WORDS["ties"][name]
     return rng.choice(about["asks"]), about["says"][0].format(n=person.name, v=other), None
 
 
 def tale(rng: random.Random, facts: list[Fact]) -> Exchange:
-    if facts[0].person.private:
-        return sentence(rng, facts)
     told = rng.sample(facts, min(2, len(facts)))
     parts = [say(RELATIONS[fact.relation].tale, fact, fact is told[0]) for fact in told]
     opening = f"It was a {rng.choice(WORDS['weather'])} day."
@@ -188,6 +183,7 @@ def calculation(rng: random.Random, _: list[Fact]) -> Exchange:
     return ask.format(a=a, b=b, s=word), answer, None
 
 
+PERSONAL = {secret, tie, tale}  # not told of private people: they get a fact instead
 ABOUT_PEOPLE: dict[Kind, int] = {sentence: 75, introduction: 5, yes_or_no: 8, secret: 4, tie: 5}
 ABOUT_PEOPLE |= {poem: 3, tale: 4}
 KINDS: dict[Kind, int] = {sentence: 46, introduction: 12, yes_or_no: 5, secret: 4, tie: 5}
