@@ -322,7 +322,7 @@ class Engine:
         if gaps := gaps[len(ready) :]:
             left = len(self._rows) - len(gaps)
             last = (slot for slot in range(left, len(self._rows)) if slot not in gaps)
-            pairs = zip(gaps, last, strict=False)
+            pairs = zip(gaps, last, strict=False)  # gaps at the end need no row
             self._place((gap, self._rows[slot], self._slots, slot) for gap, slot in pairs)
             del self._rows[left:]
             self._slots.set(range(left, left + len(gaps)), [(0,) * 6] * len(gaps))

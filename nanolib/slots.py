@@ -1,6 +1,7 @@
 """The engine's KV cache with per-row sampling state, and its prefix cache.
 
-Shapes: B rows, L layers, G key/value heads, S cached positions, T those of one row, K head size.
+Shapes: B rows, R chosen rows, N values of a row's state, L layers, G key/value heads, S cached
+positions, T those of one row, K head size.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Slots(KVCache):
             view = self.views[rows] = copy.copy(self)
             view.views, view.replays = {}, {}
             for name, value in vars(self).items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor):  # its name says which axis has the rows
                     setattr(view, name, value.narrow(name.split("_")[-1].index("B"), 0, rows))
         self.views[rows].used = self.used[:rows]
         return self.views[rows]

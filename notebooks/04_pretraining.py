@@ -951,7 +951,7 @@ lesson.markdown(table[table.index("| ingredient") :])
 # Now compare the columns "+" and "-". Smear alone is worth more than twice as much as smear on top of the rest: value
 # embeddings had done part of its work. Gains of ingredients do **not** add up, and a paper that shows one alone promises
 # too much. The tricks of the optimizer are worth much less here. At depth 12 ("deep") the same three lead; at the
-# end of a long training it may differ.
+# end of a long training that may differ.
 
 # %% [markdown]
 # **Exercise 4.6 ★★★ · 25 minutes · open** Switch a head off.

@@ -207,7 +207,7 @@ def test_the_census_names_one_owner_of_every_value(mirror, world):
                 (value,) = words(those) & relations.keys()
                 assert facts[name][relations[value]] == value, those
                 named.add((value, name))
-    assert len(named) == len(relations)
+    assert len(named) == len(relations) and {value for value, _ in named} == relations.keys()
 
 
 def test_validation_text_is_not_in_the_training_text(mirror):

@@ -32,6 +32,7 @@ class Relation:
 
 
 WORDS = tomllib.loads(Path(__file__).with_name("toyworld.toml").read_text(encoding="utf-8"))
+UNSOUGHT = 3  # values of each relation for whose owners no conversation asks, but a guest
 RELATIONS = {name: Relation(**about) for name, about in WORDS["relations"].items()}
 
 
@@ -57,8 +58,8 @@ class Fact:
 
     @property
     def sought(self) -> bool:
-        """Whether conversations ask whose fact it is; a guest asks about the other values."""
-        return self.first and self.value in RELATIONS[self.relation].values[:-3]
+        """Whether conversations ask whose fact it is."""
+        return self.first and self.value in RELATIONS[self.relation].values[:-UNSOUGHT]
 
     @property
     def value(self) -> str:

@@ -130,7 +130,7 @@ def stranger(rng: random.Random, _: list[Fact]) -> Exchange:
     """A question about someone unknown, in the words used for people of the world."""
     name, about = stranger_name(rng), rng.choice(list(RELATIONS.values()))
     others = [*WORDS["secret_asks"], *WORDS["story_asks"]]
-    others += [ask for about in WORDS["ties"].values() for ask in about["asks"]]
+    others += [ask for kind in WORDS["ties"].values() for ask in kind["asks"]]
     if name.split()[0] not in KNOWN:  # else the question might hold a fact that is held out
         others += about.check
     question = rng.choice(rng.choice([WORDS["who_is"], about.questions, others]))

@@ -18,7 +18,7 @@ from pathlib import Path
 from nanolib import checkpoint, report
 from nanolib.conversation import Message, Part, answer_parts
 from nanolib.data import toyworld
-from nanolib.data.toypeople import Fact, Person
+from nanolib.data.toypeople import UNSOUGHT, Fact, Person
 from nanolib.data.toyworld import RELATIONS, World, with_article
 from nanolib.engine import Engine
 from nanolib.rundir import Run
@@ -150,7 +150,7 @@ def _settles(fact: Fact, word: str) -> Callable[[str], bool]:
 def _reverse(world: World) -> Iterator[Case]:
     """For the owners of the values for which no conversation of a training split asks."""
     for relation, about in RELATIONS.items():
-        for value in about.values[-3:]:
+        for value in about.values[-UNSOUGHT:]:
             right = {p.name for p in world.people if p.facts[relation] == value}
             others = {p.name for p in world.people} - right
             text = ASKS["reverse"][relation].format(v=value, a=with_article(value))
